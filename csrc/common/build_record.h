@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+namespace gemma_ext {
+
+// JSON object: version, commit, compiler, flags, isas, processor, torch_seen, torch_target.
+const char* build_record();
+
+}  // namespace gemma_ext

@@ -1,0 +1,159 @@
+"""Build driver: CMake and ninja compile, setuptools packages.
+
+Environment: GEMMA_EXT_TORCH_DIR (torch package folder), GEMMA_EXT_BUILD_DIR (persistent build
+folder), GEMMA_EXT_HOST=AUTO|ON|OFF (the pybind11 module), GEMMA_EXT_VERBOSE=1, MAX_JOBS, CXX.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+HOST_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+
+def find_torch() -> tuple[Path, str]:
+    """Folder and version of torch, found without importing it."""
+    chosen = os.environ.get("GEMMA_EXT_TORCH_DIR")
+    if chosen:
+        folder = Path(chosen)
+    else:
+        spec = importlib.util.find_spec("torch")
+        if spec is None or spec.origin is None:
+            raise SystemExit(
+                "gemma_ext builds against an installed torch >= 2.10 and found none: install torch, "
+                "then run `pip install --no-build-isolation .`, or set GEMMA_EXT_TORCH_DIR to a "
+                "torch package folder"
+            )
+        folder = Path(spec.origin).parent
+    if not (folder / "include/torch/csrc/stable/library.h").is_file():
+        raise SystemExit(f"expected torch >= 2.10 with its headers in {folder}, found none there")
+    match = re.search(r"__version__\s*=\s*'([^']+)'", (folder / "version.py").read_text())
+    return folder, match.group(1) if match else "unknown"
+
+
+def find_tool(module: str, attribute: str, name: str) -> str:
+    """A build tool by the path its Python package gives; the one on PATH may be too old."""
+    try:
+        folder = getattr(__import__(module), attribute)
+    except ImportError:
+        raise SystemExit(f"the build needs the Python package {module}: pip install {module}") from None
+    return str(Path(folder) / name)
+
+
+def source_revision() -> str:
+    """`git describe` of the checkout, or "unknown" outside one."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+        return subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def wants_host() -> bool:
+    """Whether _host is built: GEMMA_EXT_HOST, or by default whether Python's headers are here."""
+    choice = os.environ.get("GEMMA_EXT_HOST", "AUTO").upper()
+    if choice not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"GEMMA_EXT_HOST: expected AUTO, ON or OFF, got {choice}")
+    found = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+    found = found and importlib.util.find_spec("pybind11") is not None
+    if choice == "ON" and not found:
+        raise SystemExit("GEMMA_EXT_HOST=ON needs Python's headers and the package pybind11")
+    return choice != "OFF" and found
+
+
+def job_count() -> int:
+    """MAX_JOBS, or one job per core as far as 1.5 GiB each beyond 3 GiB of free memory goes."""
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int((free - 3) / 1.5)))
+
+
+def install_file(source: Path, target: Path) -> None:
+    """Copy beside and rename: a process that has the old library mapped keeps it whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.exists() and target.read_bytes() == source.read_bytes():
+        return
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    shutil.copy2(source, beside)
+    os.replace(beside, target)
+
+
+class CMakeBuild(build_ext):
+    """Configure and build in a persistent folder, then place the libraries in the package."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        stem = fullname.rsplit(".", 1)[-1]
+        suffix = HOST_SUFFIX if stem == "_host" else ".so"
+        return str(Path("gemma_ext") / f"{stem}{suffix}")
+
+    def run(self) -> None:
+        torch_dir, torch_version = find_torch()
+        cmake = find_tool("cmake", "CMAKE_BIN_DIR", "cmake")
+        ninja = find_tool("ninja", "BIN_DIR", "ninja")
+        tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+        build = Path(os.environ.get("GEMMA_EXT_BUILD_DIR", ROOT / "build" / f"{tag}-cpu"))
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DGEMMA_EXT_TORCH_DIR={torch_dir}",
+            f"-DGEMMA_EXT_TORCH_VERSION={torch_version}",
+            f"-DGEMMA_EXT_VERSION={self.distribution.get_version()}",
+            f"-DGEMMA_EXT_COMMIT={source_revision()}",
+            f"-DGEMMA_EXT_HOST={'ON' if wants_host() else 'OFF'}",
+        ]  # fmt: skip
+        if wants_host():
+            import pybind11
+
+            configure += [
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            ]
+        quiet = subprocess.DEVNULL if not os.environ.get("GEMMA_EXT_VERBOSE") else None
+        targets = ["_C", "_host"] if wants_host() else ["_C"]
+        command = [cmake, "--build", str(build), "-j", str(job_count()), "--target", *targets]
+        if os.environ.get("GEMMA_EXT_VERBOSE"):
+            command.append("--verbose")
+        # ninja keeps no lock of its own, and two builds in one folder corrupt it
+        with open(build / ".lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for step in (configure, command):
+                if subprocess.call(step, stdout=quiet if step is configure else None):
+                    raise SystemExit(f"the build failed in: {' '.join(step)}")
+
+        inplace = self.inplace or getattr(self, "editable_mode", False)
+        package = ROOT / "gemma_ext" if inplace else Path(self.build_lib) / "gemma_ext"
+        install_file(build / "build_info.json", package / "build_info.json")
+        for extension in self.extensions:
+            name = Path(self.get_ext_filename(extension.name)).name
+            install_file(build / name, package / name)
+
+
+class Wheel(bdist_wheel):
+    """Tag the wheel for every Python when nothing inside is bound to one."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if wants_host() else ("py3", "none", platform)
+
+
+names = ["_C", "_host"] if wants_host() else ["_C"]
+setup(
+    ext_modules=[Extension(f"gemma_ext.{name}", sources=[]) for name in names],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+)
