@@ -1,0 +1,5 @@
+"""Modules built on the ops."""
+
+from gemma_ext.nn.linear_cross_entropy import LinearCrossEntropy
+
+__all__ = ["LinearCrossEntropy"]

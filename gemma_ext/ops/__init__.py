@@ -1,0 +1,1 @@
+"""Public functions of each kernel family, with their fakes and autograd."""

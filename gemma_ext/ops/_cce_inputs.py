@@ -1,0 +1,107 @@
+"""Validation and shifting of the arguments of the linear cross-entropy functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IMPLS = ("auto", "cce", "exact", "reference")
+REDUCTIONS = ("mean", "sum", "none")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a plain tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
+    if type(value).__name__ == "DTensor":
+        raise TypeError(
+            f"expected {name} to be a plain tensor, got DTensor; use the loss of "
+            f"gemma_ext.distributed, or pass {name}.full_tensor()"
+        )
+
+
+def check_vector(name: str, value: Tensor | None, size: int, device: torch.device) -> None:
+    """Raise unless `value` is None or a floating [size] tensor on `device`."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    if value.device != device:
+        raise ValueError(f"expected {name} on {device} like e, got {value.device}")
+    if not value.is_floating_point():
+        raise TypeError(f"expected {name} to be floating, got {value.dtype}")
+    if value.dim() != 1 or value.shape[0] != size:
+        raise ValueError(f"expected {name} to be [{size}], got {list(value.shape)}")
+
+
+def check_problem(
+    e: Tensor, c: Tensor, targets: Tensor, bias: Tensor | None, impl: str, filter_eps: object
+) -> None:
+    """Raise TypeError or ValueError unless e [..., D], c [V, D], targets [...], bias [V] fit."""
+    for name, value in (("e", e), ("c", c), ("targets", targets)):
+        check_tensor(name, value)
+        if value.device != e.device:
+            raise ValueError(f"expected {name} on {e.device} like e, got {value.device}")
+    if impl not in IMPLS:
+        raise ValueError(f"expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
+    check_filter_eps(filter_eps)
+    allowed = _KERNEL_DTYPES + ((torch.float64,) if impl == "reference" else ())
+    for name, value in (("e", e), ("c", c)):
+        if value.dtype not in allowed:
+            raise TypeError(
+                f"expected {name} to be float32, bfloat16 or float16 "
+                f"(float64 with impl='reference'), got {value.dtype}"
+            )
+    if c.dtype != e.dtype and not torch.is_autocast_enabled(e.device.type):
+        raise TypeError(f"expected c to be {e.dtype} like e, got {c.dtype}")
+    if targets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"expected targets to be int32 or int64, got {targets.dtype}")
+    if e.dim() < 1:
+        raise ValueError("expected e to be [..., D], got a 0-d tensor")
+    if c.dim() != 2 or c.shape[1] != e.shape[-1]:
+        raise ValueError(f"expected c to be [V, {e.shape[-1]}], got {list(c.shape)}")
+    if c.shape[0] < 1:
+        raise ValueError("expected c to have at least one row, got 0")
+    if targets.shape != e.shape[:-1]:
+        raise ValueError(f"expected targets to be {list(e.shape[:-1])}, got {list(targets.shape)}")
+    check_vector("bias", bias, c.shape[0], e.device)
+
+
+def check_filter_eps(filter_eps: object) -> None:
+    """Raise unless `filter_eps` is "auto", None or a number in [0, 1)."""
+    if filter_eps is None or filter_eps == "auto":
+        return
+    if isinstance(filter_eps, (str, bool)) or not isinstance(filter_eps, (int, float)):
+        raise TypeError(f"expected filter_eps to be 'auto', None or a float, got {filter_eps!r}")
+    if not 0.0 <= filter_eps < 1.0:
+        raise ValueError(f"expected filter_eps in [0, 1), got {filter_eps}")
+
+
+def check_scalars(softcap: float | None, temperature: float) -> None:
+    """Raise ValueError unless the cap is None or positive and the temperature is positive."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"expected softcap to be None or positive, got {softcap}")
+    if not temperature > 0:
+        raise ValueError(f"expected temperature to be positive, got {temperature}")
+
+
+def resolve_shift(shift: int | bool, targets: Tensor) -> int:
+    """Number of positions a label lies ahead of its hidden state; True means 1."""
+    if not isinstance(shift, int):
+        raise TypeError(f"expected shift to be an int or bool, got {type(shift).__name__}")
+    steps = int(shift)
+    if steps == 0:
+        return 0
+    if targets.dim() < 1:
+        raise ValueError("expected targets to be [..., T] with shift, got a 0-d tensor")
+    if steps < 0 or steps >= targets.shape[-1]:
+        raise ValueError(f"expected shift in [0, {targets.shape[-1]}), got {steps}")
+    return steps
+
+
+def shift_left(values: Tensor, steps: int, fill: float) -> Tensor:
+    """values[..., t + steps] at t, `fill` in the last `steps` positions; e itself is not copied."""
+    if steps == 0:
+        return values
+    tail = torch.full_like(values[..., :steps], fill)
+    return torch.cat((values[..., steps:], tail), dim=-1)

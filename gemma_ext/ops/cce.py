@@ -1,0 +1,329 @@
+"""Linear cross-entropy: losses of an LM head that never hold the N x V logits.
+
+Everything is composed in plain torch from the [N] vectors of `cce_rows` (nll, lse, mean logit),
+each differentiable, so one pair of kernels serves every loss:
+
+    loss_n = t_n [ (1 - a) w_y nll_n + (a / V) sum_v w_v (lse_n - s_nv) + z lse_n^2 ]
+
+with a = label smoothing, w = class weights, z = z-loss weight, t = token weights.
+
+| impl        | gradient                                        | logits          |
+|-------------|-------------------------------------------------|-----------------|
+| "auto"      | filtered where that is accurate and pays, else exact | never held  |
+| "cce"       | as "auto"; never the reference                  | never held      |
+| "exact"     | every logit                                     | never held      |
+| "reference" | every logit, plain torch                        | N x V, float32  |
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_ext.ops import _cce_inputs as inputs
+from gemma_ext.reference import cce as reference
+from gemma_ext.reference.cce import Rows
+
+__all__ = [
+    "LinearCrossEntropyOutput",
+    "Rows",
+    "cce_rows",
+    "linear_cross_entropy",
+    "linear_logprobs",
+]
+
+
+class LinearCrossEntropyOutput(NamedTuple):
+    """What `linear_cross_entropy` returns when a `return_*` flag is set; None where not asked.
+
+    Attributes:
+        loss: 0-d, or [..., T - shift] with reduction "none"; float32.
+        lse: [..., T - shift] differentiable log-sum-exp, 0 at ignored positions.
+        entropy: [..., T - shift] differentiable entropy in nats, 0 at ignored positions.
+        argmax: [..., T - shift] int64 most probable id, -1 at ignored positions.
+        accuracy: 0-d fraction of the positions not ignored whose argmax is the target.
+        stats: what the gradient filter kept.
+    """
+
+    loss: Tensor
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    argmax: Tensor | None = None
+    accuracy: Tensor | None = None
+    stats: object | None = None
+
+
+def cce_rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    filter_eps: float | str | None = "auto",
+    impl: str = "auto",
+    state: object | None = None,
+    want_entropy: bool = False,
+    want_argmax: bool = False,
+    missing_target: str = "error",
+) -> Rows:
+    """Differentiable per-row quantities of a head; the layer every loss here is built on.
+
+    Args:
+        e: [N, D]; c: [V, D]; targets: [N]; bias: [V] or None.
+        class_weight: [V]; asks for `weighted_logit_sum` and makes the backward exact.
+        missing_target: "error", or "none" to accept labels outside [0, V) as rows without a target
+            in this shard of the vocabulary (nll = lse).
+
+    Returns:
+        Rows of float32 [N] vectors, zero in ignored rows.
+    """
+    if missing_target not in ("error", "none"):
+        raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
+    options = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+        "class_weight": class_weight,
+        "want_entropy": want_entropy,
+        "want_argmax": want_argmax,
+        "missing_target": missing_target,
+    }
+    if impl == "reference":
+        return reference.rows(e, c, targets, bias, **options)
+    from gemma_ext.ops import _cce_kernels
+
+    exact = impl == "exact" or not filter_eps or class_weight is not None
+    mode = "exact" if exact else "filter"
+    return _cce_kernels.rows(
+        e, c, targets, bias, filter_eps=filter_eps, mode=mode, state=state, **options
+    )
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int | bool = 0,
+    return_lse: bool = False,
+    filter_eps: float | str | None = "auto",
+    impl: str = "auto",
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_entropy: bool = False,
+    return_argmax: bool = False,
+    return_stats: bool = False,
+    state: object | None = None,
+) -> Tensor | LinearCrossEntropyOutput:
+    """Cross-entropy of softcap(logit_scale * e @ c.T + bias) / temperature against `targets`.
+
+    Memory beside the gradients of e and c: O(N * V / 256) for the statistics of the forward, a few
+    panels of logits, never N x V (except impl="reference").
+
+    Args:
+        e: [..., T, D] hidden states, float32, bfloat16 or float16. Ignored rows may hold anything.
+        c: [V, D] classifier, the `lm_head.weight` of a causal LM.
+        targets: [..., T] int32 or int64 labels.
+        bias: [V], added before the cap.
+        ignore_index: label of positions that take no part; may lie inside [0, V).
+        softcap: logits become softcap * tanh(logits / softcap) (30.0 for Gemma 2).
+        reduction: "mean", "sum" or "none". "mean" divides by sum token_weights * weight[targets]
+            over the positions not ignored (their count, without weights).
+        shift: position t is scored against target t + shift of the same sequence; True means 1.
+        return_lse, return_entropy, return_argmax, return_stats: return a
+            `LinearCrossEntropyOutput` with these fields.
+        filter_eps: gradient strips of 256 columns whose largest probability is below this are
+            replaced by their tile means; "auto" keeps the error near bfloat16 rounding, None and
+            0 turn the filter off.
+        impl: see the table of `gemma_ext.ops.cce`.
+        label_smoothing: share of the loss spread over the vocabulary, in [0, 1]; makes the
+            backward exact.
+        z_loss: weight of lse^2.
+        weight: [V] class weights. token_weights: [..., T], shifted like `targets`.
+        num_items_in_batch: with "mean", divides the sum instead (gradient accumulation).
+        state: `VocabState` with a vocabulary order and profile carried between calls.
+
+    Returns:
+        The float32 loss, or a `LinearCrossEntropyOutput`. With every position ignored the loss is
+        0 and all gradients are zero, never NaN.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; a label outside [0, V) is named with
+            its flat position.
+
+    Example:
+        >>> loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, shift=True)
+    """
+    inputs.check_problem(e, c, targets, bias, impl, filter_eps)
+    inputs.check_scalars(softcap, temperature)
+    inputs.check_vector("weight", weight, c.shape[0], e.device)
+    if reduction not in inputs.REDUCTIONS:
+        raise ValueError(
+            f"expected reduction to be one of {', '.join(inputs.REDUCTIONS)}, got {reduction!r}"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
+    if token_weights is not None:
+        inputs.check_tensor("token_weights", token_weights)
+        if token_weights.shape != targets.shape:
+            raise ValueError(
+                f"expected token_weights to be {list(targets.shape)}, "
+                f"got {list(token_weights.shape)}"
+            )
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"expected reduction 'mean' with num_items_in_batch, got {reduction!r}")
+
+    steps = inputs.resolve_shift(shift, targets)
+    labels = inputs.shift_left(targets, steps, ignore_index)
+    shape, flat = labels.shape, labels.reshape(-1)
+    valid = flat != ignore_index
+    dtype = torch.float64 if e.dtype == torch.float64 else torch.float32
+    coef, class_coef = _token_coefficients(flat, valid, weight, token_weights, steps, dtype)
+
+    smoothing = None
+    if label_smoothing:
+        smoothing = c.new_ones(c.shape[0], dtype=dtype) if weight is None else weight.to(dtype)
+    r = cce_rows(
+        e.reshape(-1, e.shape[-1]),
+        c,
+        flat,
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        class_weight=smoothing,
+        filter_eps=filter_eps,
+        impl=impl,
+        state=state,
+        want_entropy=return_entropy,
+        want_argmax=return_argmax,
+    )
+    row = class_coef * r.nll
+    if smoothing is not None:
+        row = (1 - label_smoothing) * row
+        spread = smoothing.sum() * r.lse - r.weighted_logit_sum
+        row = row + label_smoothing / c.shape[0] * coef * spread
+    if z_loss:
+        row = row + z_loss * coef * r.lse**2
+
+    def per_token(values: Tensor) -> Tensor:
+        values = values.reshape(shape)
+        return values[..., : shape[-1] - steps] if steps else values
+
+    if reduction == "none":
+        loss = per_token(row)
+    else:
+        loss = row.sum()
+        if reduction == "mean":
+            loss = _divide(loss, class_coef, num_items_in_batch)
+    if not (return_lse or return_entropy or return_argmax or return_stats):
+        return loss
+    argmax = accuracy = None
+    if return_argmax:
+        argmax = per_token(r.argmax)
+        hits = ((r.argmax == flat) & valid).sum()
+        accuracy = hits / valid.sum().clamp(min=1)
+    return LinearCrossEntropyOutput(
+        loss=loss,
+        lse=per_token(r.lse) if return_lse else None,
+        entropy=per_token(r.lse - r.mean_logit) if return_entropy else None,
+        argmax=argmax,
+        accuracy=accuracy,
+        stats=None,
+    )
+
+
+def linear_logprobs(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int | bool = 0,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    filter_eps: float | str | None = "auto",
+    impl: str = "auto",
+    state: object | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target and entropy of each distribution, for RL and scoring.
+
+    Arguments and memory as in `linear_cross_entropy`.
+
+    Returns:
+        (logprobs, entropy), float32 [..., T - shift], both differentiable, 0 where ignored.
+    """
+    inputs.check_problem(e, c, targets, bias, impl, filter_eps)
+    inputs.check_scalars(softcap, temperature)
+    steps = inputs.resolve_shift(shift, targets)
+    labels = inputs.shift_left(targets, steps, ignore_index)
+    r = cce_rows(
+        e.reshape(-1, e.shape[-1]),
+        c,
+        labels.reshape(-1),
+        bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        filter_eps=filter_eps,
+        impl=impl,
+        state=state,
+        want_entropy=True,
+    )
+    logprobs, entropy = (-r.nll).reshape(labels.shape), (r.lse - r.mean_logit).reshape(labels.shape)
+    if steps:
+        keep = labels.shape[-1] - steps
+        return logprobs[..., :keep], entropy[..., :keep]
+    return logprobs, entropy
+
+
+def _token_coefficients(
+    labels: Tensor,
+    valid: Tensor,
+    weight: Tensor | None,
+    token_weights: Tensor | None,
+    steps: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """[N] token weights t_n and t_n * weight[label_n], both 0 in ignored rows."""
+    coef = valid.to(dtype)
+    if token_weights is not None:
+        shifted = inputs.shift_left(token_weights, steps, 0).reshape(-1).to(dtype)
+        coef = torch.where(valid, shifted, torch.zeros_like(shifted))
+    if weight is None:
+        return coef, coef
+    # clamped: a label out of range is reported by the op itself
+    index = labels.clamp(0, weight.shape[0] - 1).long()
+    return coef, coef * weight.to(dtype)[index]
+
+
+def _divide(total: Tensor, class_coef: Tensor, num_items: int | Tensor | None) -> Tensor:
+    """total / num_items, or / sum of the row coefficients; 0 items leave the (zero) total."""
+    if num_items is None:
+        divisor = class_coef.sum()
+    elif isinstance(num_items, Tensor):
+        divisor = num_items.to(total.device, total.dtype).reshape(())
+    else:
+        return total / (num_items or 1)
+    return total / torch.where(divisor == 0, torch.ones_like(divisor), divisor)

@@ -1,0 +1,212 @@
+"""Cut cross-entropy from the formulas, with the logits materialised.
+
+    a_nv = logit_scale * e_n . c_v + bias_v
+    s_nv = softcap * tanh(a_nv / softcap) / temperature      (s = a / temperature without a cap)
+    lse_n = log sum_v exp(s_nv),  p_nv = exp(s_nv - lse_n)
+    nll_n = lse_n - s_{n, target_n},  m_n = sum_v p_nv s_nv,  entropy_n = lse_n - m_n
+
+N tokens, V vocabulary, D model width. Everything is computed in float64 when `e` is float64 and in
+float32 otherwise; memory is several N x V matrices, so this is for checking, not for training.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Per-row quantities of an LM head; zero (argmax: -1) in ignored rows.
+
+    Attributes:
+        nll: [N] negative log-likelihood of the target; equals lse where a row has no target.
+        lse: [N] log sum_v exp(s_nv).
+        mean_logit: [N] sum_v p_nv s_nv, or None when the entropy was not asked for.
+        weighted_logit_sum: [N] sum_v class_weight_v s_nv, or None without class weights.
+        argmax: [N] int64 argmax_v s_nv (ties: lowest index), or None when not asked for.
+    """
+
+    nll: Tensor
+    lse: Tensor
+    mean_logit: Tensor | None
+    weighted_logit_sum: Tensor | None
+    argmax: Tensor | None
+
+
+def logits(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Scaled, biased, capped and tempered logits s, [..., V], float64 if `e` is, else float32."""
+    dtype = torch.float64 if e.dtype == torch.float64 else torch.float32
+    with torch.autocast(e.device.type, enabled=False):
+        a = logit_scale * (e.to(dtype) @ c.to(dtype).T)
+        if bias is not None:
+            a = a + bias.to(dtype)
+        if softcap is not None:
+            a = softcap * torch.tanh(a / softcap)
+        return a / temperature
+
+
+def check_labels(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise ValueError naming the first label outside [0, vocab) that is not `ignore_index`."""
+    flat = targets.reshape(-1)
+    bad = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
+    if bool(bad.any()):
+        position = int(bad.nonzero()[0])
+        raise ValueError(
+            f"expected targets in [0, {vocab}) or ignore_index {ignore_index}, "
+            f"got {int(flat[position])} at flat position {position}"
+        )
+
+
+def rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    class_weight: Tensor | None = None,
+    want_entropy: bool = False,
+    want_argmax: bool = False,
+    missing_target: str = "error",
+) -> Rows:
+    """Twin of `gemma_ext.ops.cce.cce_rows`; differentiable by plain autograd.
+
+    Args:
+        e: [N, D] hidden states. c: [V, D] classifier. bias: [V] or None.
+        targets: [N] int32 or int64 labels.
+        class_weight: [V]; asks for `weighted_logit_sum`.
+        missing_target: "error" raises ValueError for a label outside [0, V); "none" gives such a
+            row no target, nll = lse.
+
+    Returns:
+        Rows of [N] vectors.
+    """
+    vocab = c.shape[0]
+    if missing_target == "error" and not torch.compiler.is_compiling():
+        check_labels(targets, vocab, ignore_index)
+    valid = targets != ignore_index
+    owned = valid & (targets >= 0) & (targets < vocab)
+    # Ignored rows may hold NaN; 0 * NaN would reach c's gradient through the matrix product.
+    e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
+    s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    zero = s.new_zeros(())
+    lse = torch.logsumexp(s, dim=-1)
+    index = torch.where(owned, targets, torch.zeros_like(targets)).long().unsqueeze(-1)
+    target_logit = torch.where(owned, s.gather(-1, index).squeeze(-1), zero)
+    mean_logit = None
+    if want_entropy:
+        p = torch.exp(s - lse.unsqueeze(-1))
+        finite = torch.where(torch.isneginf(s), zero, s)  # 0 * -inf of a masked column is 0
+        mean_logit = torch.where(valid, (p * finite).sum(-1), zero)
+    weighted = None
+    if class_weight is not None:
+        weighted = torch.where(valid, s @ class_weight.to(s.dtype), zero)
+    argmax = None
+    if want_argmax:
+        argmax = torch.where(valid, s.argmax(-1), torch.full_like(targets, -1, dtype=torch.int64))
+    return Rows(
+        torch.where(valid, lse - target_logit, zero),
+        torch.where(valid, lse, zero),
+        mean_logit,
+        weighted,
+        argmax,
+    )
+
+
+def linear_cross_entropy(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    shift: int = 0,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    weight: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Loss of an LM head, row by row as written:
+
+        l_n = t_n [ (1 - a) w_y nll_n + (a / V) sum_v w_v (lse_n - s_nv) + z lse_n^2 ]
+
+    with a = `label_smoothing`, w = `weight`, z = `z_loss`, t = `token_weights`. "mean" divides
+    sum_n l_n by sum_n t_n w_{y_n} over the rows that are not ignored, or by `num_items_in_batch`.
+
+    Args:
+        e: [..., T, D]; c: [V, D]; targets: [..., T]; bias, weight: [V]; token_weights: [..., T].
+        shift: position t is scored against target t + shift of the same sequence.
+
+    Returns:
+        0-d loss, or [..., T - shift] with reduction "none"; zero at ignored positions.
+    """
+    if shift:
+        e, targets = e[..., :-shift, :], targets[..., shift:]
+        token_weights = None if token_weights is None else token_weights[..., shift:]
+    vocab = c.shape[0]
+    check_labels(targets, vocab, ignore_index)
+    valid = targets != ignore_index
+    label = torch.where(valid, targets, torch.zeros_like(targets)).long()
+    e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
+    s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    lse = torch.logsumexp(s, dim=-1)
+    w = s.new_ones(vocab) if weight is None else weight.to(s.dtype)
+    t = torch.ones_like(lse) if token_weights is None else token_weights.to(s.dtype)
+    t = torch.where(valid, t, torch.zeros_like(t))
+    nll = lse - s.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    row = (1 - label_smoothing) * w[label] * nll + z_loss * lse**2
+    if label_smoothing:
+        row = row + label_smoothing / vocab * ((lse.unsqueeze(-1) - s) * w).sum(-1)
+    row = t * row
+    if reduction == "none":
+        return row
+    if reduction == "sum":
+        return row.sum()
+    divisor = (t * w[label]).sum() if num_items_in_batch is None else num_items_in_batch
+    divisor = torch.as_tensor(divisor, dtype=s.dtype, device=s.device)
+    return row.sum() / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+
+
+def linear_logprobs(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    shift: int = 0,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Target log-probability and entropy, both [..., T - shift], 0 at ignored positions."""
+    if shift:
+        e, targets = e[..., :-shift, :], targets[..., shift:]
+    check_labels(targets, c.shape[0], ignore_index)
+    valid = targets != ignore_index
+    label = torch.where(valid, targets, torch.zeros_like(targets)).long()
+    e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
+    s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    logp = torch.log_softmax(s, dim=-1)
+    entropy = -(logp.exp() * torch.where(torch.isneginf(logp), 0.0, logp)).sum(-1)
+    chosen = logp.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    zero = torch.zeros_like(chosen)
+    return torch.where(valid, chosen, zero), torch.where(valid, entropy, zero)
