@@ -1,0 +1,107 @@
+"""Load the op library `_C.so` once, and say exactly what is wrong when that fails.
+
+A process that loads two copies of the library registers every schema twice, which torch answers
+with an abort. So the loader looks for the marker op `gemma_ext::build_info` before it loads.
+
+`GEMMA_EXT_LIB_DIR` names another folder to take the library from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+MINIMUM_TORCH = (2, 10)
+
+
+@dataclass(frozen=True)
+class LibraryStatus:
+    """The loaded op library.
+
+    Attributes:
+        path: file that was loaded.
+        record: what the build wrote into it: version, commit, compiler, flags, isas, processor,
+            torch_seen, torch_target.
+    """
+
+    path: Path
+    record: dict = field(default_factory=dict)
+
+
+_status: LibraryStatus | None = None
+
+
+def library_path() -> Path:
+    """Where `_C.so` is expected: `GEMMA_EXT_LIB_DIR`, or the folder of this package."""
+    folder = os.environ.get("GEMMA_EXT_LIB_DIR")
+    return Path(folder or Path(__file__).parent).resolve() / "_C.so"
+
+
+def load() -> LibraryStatus:
+    """Make the operators available; a repeated call changes nothing.
+
+    Raises:
+        ImportError: torch is too old, the library is missing or does not link (with the linker's
+            own text), or another copy of it is already in the process.
+    """
+    global _status
+    if _status is not None:
+        return _status
+    path = library_path()
+    if hasattr(torch.ops.gemma_ext, "build_info"):
+        _refuse_other_copy(path)
+    else:
+        _load_library(path)
+    _status = LibraryStatus(path, json.loads(torch.ops.gemma_ext.build_info()))
+    return _status
+
+
+def _refuse_other_copy(path: Path) -> None:
+    loaded = {Path(p).resolve() for p in torch.ops.loaded_libraries}
+    if path in loaded:
+        return
+    holder = next((p for p in loaded if p.name == path.name and p.parent.name == "gemma_ext"), None)
+    raise ImportError(
+        "the operators of gemma_ext are already in this process, from "
+        f"{holder or 'a library that was loaded by hand'} (build {_build_id()}); loading {path} as "
+        "well would abort it: keep one copy (uninstall gemma_ext, or leave the source folder)"
+    )
+
+
+def _load_library(path: Path) -> None:
+    found = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if found < MINIMUM_TORCH:
+        raise ImportError(f"gemma_ext needs torch >= 2.10, got {torch.__version__}")
+    if not path.is_file():
+        raise ImportError(
+            f"the op library is missing: expected {path}; build it with `make build`, or install "
+            "with `pip install --no-build-isolation .`"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ImportError(_link_failure(path, error)) from error
+
+
+def _link_failure(path: Path, error: OSError) -> str:
+    # torch replaces the linker's message by its own and chains the original
+    cause = error.__cause__ or error.__context__ or error
+    built = "unknown"
+    try:
+        record = json.loads((path.parent / "build_info.json").read_text())
+        built = f"{record['commit']}, built with torch {record['torch_seen']}"
+    except (OSError, ValueError, KeyError):
+        pass
+    return (
+        f"{path} does not load: {cause}; torch {torch.__version__} is installed, >= 2.10 is "
+        f"needed, the library is build {built}"
+    )
+
+
+def _build_id() -> str:
+    record = json.loads(torch.ops.gemma_ext.build_info())
+    return f"{record['version']} {record['commit']}"

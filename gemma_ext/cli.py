@@ -1,0 +1,37 @@
+"""`gemma-ext`: one sub-command per line of COMMANDS.
+
+Only the module of the command asked for is imported, unless help for all of them is.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    "info": "gemma_ext.info:main",
+}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        import typer
+    except ImportError:
+        raise SystemExit("gemma-ext needs typer: pip install 'gemma_ext[demo]'") from None
+    app = typer.Typer(
+        help="Kernels and methods for Gemma-class models.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(lambda: None)  # keeps a single command a sub-command
+    asked = sys.argv[1] if len(sys.argv) > 1 else None
+    for name in [asked] if asked in COMMANDS else COMMANDS:
+        module, function = COMMANDS[name].split(":")
+        app.command(name)(getattr(import_module(module), function))
+    app(prog_name="gemma-ext")
+
+
+if __name__ == "__main__":
+    main()
