@@ -85,6 +85,31 @@ def check_scalars(softcap: float | None, temperature: float) -> None:
         raise ValueError(f"expected temperature to be positive, got {temperature}")
 
 
+def check_loss(
+    reduction: str,
+    label_smoothing: float,
+    token_weights: Tensor | None,
+    targets: Tensor,
+    num_items_in_batch: object,
+) -> None:
+    """Raise TypeError or ValueError unless the options of the loss fit each other."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"expected reduction to be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
+    if token_weights is not None:
+        check_tensor("token_weights", token_weights)
+        if token_weights.shape != targets.shape:
+            raise ValueError(
+                f"expected token_weights to be {list(targets.shape)}, "
+                f"got {list(token_weights.shape)}"
+            )
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"expected reduction 'mean' with num_items_in_batch, got {reduction!r}")
+
+
 def resolve_shift(shift: int | bool, targets: Tensor) -> int:
     """Number of positions a label lies ahead of its hidden state; True means 1."""
     if not isinstance(shift, int):

@@ -100,8 +100,7 @@ def cce_rows(
         return reference.rows(e, c, targets, bias, **options)
     from gemma_ext.ops import _cce_kernels
 
-    exact = impl == "exact" or not filter_eps or class_weight is not None
-    mode = "exact" if exact else "filter"
+    mode = "exact" if _is_exact(impl, filter_eps) or class_weight is not None else "filter"
     return _cce_kernels.rows(
         e, c, targets, bias, filter_eps=filter_eps, mode=mode, state=state, **options
     )
@@ -174,77 +173,75 @@ def linear_cross_entropy(
     inputs.check_problem(e, c, targets, bias, impl, filter_eps)
     inputs.check_scalars(softcap, temperature)
     inputs.check_vector("weight", weight, c.shape[0], e.device)
-    if reduction not in inputs.REDUCTIONS:
-        raise ValueError(
-            f"expected reduction to be one of {', '.join(inputs.REDUCTIONS)}, got {reduction!r}"
-        )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
-    if token_weights is not None:
-        inputs.check_tensor("token_weights", token_weights)
-        if token_weights.shape != targets.shape:
-            raise ValueError(
-                f"expected token_weights to be {list(targets.shape)}, "
-                f"got {list(token_weights.shape)}"
-            )
-    if num_items_in_batch is not None and reduction != "mean":
-        raise ValueError(f"expected reduction 'mean' with num_items_in_batch, got {reduction!r}")
+    inputs.check_loss(reduction, label_smoothing, token_weights, targets, num_items_in_batch)
 
     steps = inputs.resolve_shift(shift, targets)
     labels = inputs.shift_left(targets, steps, ignore_index)
     shape, flat = labels.shape, labels.reshape(-1)
     valid = flat != ignore_index
-    dtype = torch.float64 if e.dtype == torch.float64 else torch.float32
-    coef, class_coef = _token_coefficients(flat, valid, weight, token_weights, steps, dtype)
+    coef, class_coef = _coefficients(e, flat, valid, weight, token_weights, steps)
+    if reduction == "mean":
+        items = class_coef.sum() if num_items_in_batch is None else num_items_in_batch
+        scale = _reciprocal(items, coef)
+        coef, class_coef = coef * scale, class_coef * scale
+
+    head = {
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": temperature,
+        "ignore_index": ignore_index,
+    }
+    rows_e = e.reshape(-1, e.shape[-1])
+    returns = return_lse or return_entropy or return_argmax or return_stats
+    if (
+        impl != "reference"
+        and _is_exact(impl, filter_eps)
+        and reduction != "none"
+        and not label_smoothing
+        and not returns
+        and _needs_grad(e, c, bias)
+        and not _needs_grad(weight, token_weights, num_items_in_batch)
+    ):
+        from gemma_ext.ops import _cce_kernels
+
+        loss, _, _ = _cce_kernels.fused_loss(
+            rows_e, c, flat, bias, class_coef, z_loss * coef, **head
+        )
+        return loss
 
     smoothing = None
     if label_smoothing:
-        smoothing = c.new_ones(c.shape[0], dtype=dtype) if weight is None else weight.to(dtype)
+        smoothing = coef.new_ones(c.shape[0]) if weight is None else weight.to(coef.dtype)
     r = cce_rows(
-        e.reshape(-1, e.shape[-1]),
+        rows_e,
         c,
         flat,
         bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        ignore_index=ignore_index,
         class_weight=smoothing,
         filter_eps=filter_eps,
         impl=impl,
         state=state,
         want_entropy=return_entropy,
         want_argmax=return_argmax,
+        **head,
     )
-    row = class_coef * r.nll
+    loss = class_coef * r.nll
     if smoothing is not None:
-        row = (1 - label_smoothing) * row
         spread = smoothing.sum() * r.lse - r.weighted_logit_sum
-        row = row + label_smoothing / c.shape[0] * coef * spread
+        loss = (1 - label_smoothing) * loss + label_smoothing / c.shape[0] * coef * spread
     if z_loss:
-        row = row + z_loss * coef * r.lse**2
-
-    def per_token(values: Tensor) -> Tensor:
-        values = values.reshape(shape)
-        return values[..., : shape[-1] - steps] if steps else values
-
-    if reduction == "none":
-        loss = per_token(row)
-    else:
-        loss = row.sum()
-        if reduction == "mean":
-            loss = _divide(loss, class_coef, num_items_in_batch)
-    if not (return_lse or return_entropy or return_argmax or return_stats):
+        loss = loss + z_loss * coef * r.lse**2
+    loss = _per_token(loss, shape, steps) if reduction == "none" else loss.sum()
+    if not returns:
         return loss
     argmax = accuracy = None
     if return_argmax:
-        argmax = per_token(r.argmax)
-        hits = ((r.argmax == flat) & valid).sum()
-        accuracy = hits / valid.sum().clamp(min=1)
+        argmax = _per_token(r.argmax, shape, steps)
+        accuracy = ((r.argmax == flat) & valid).sum() / valid.sum().clamp(min=1)
     return LinearCrossEntropyOutput(
         loss=loss,
-        lse=per_token(r.lse) if return_lse else None,
-        entropy=per_token(r.lse - r.mean_logit) if return_entropy else None,
+        lse=_per_token(r.lse, shape, steps) if return_lse else None,
+        entropy=_per_token(r.lse - r.mean_logit, shape, steps) if return_entropy else None,
         argmax=argmax,
         accuracy=accuracy,
         stats=None,
@@ -291,39 +288,49 @@ def linear_logprobs(
         state=state,
         want_entropy=True,
     )
-    logprobs, entropy = (-r.nll).reshape(labels.shape), (r.lse - r.mean_logit).reshape(labels.shape)
-    if steps:
-        keep = labels.shape[-1] - steps
-        return logprobs[..., :keep], entropy[..., :keep]
-    return logprobs, entropy
+    entropy = _per_token(r.lse - r.mean_logit, labels.shape, steps)
+    return _per_token(-r.nll, labels.shape, steps), entropy
 
 
-def _token_coefficients(
+def _is_exact(impl: str, filter_eps: float | str | None) -> bool:
+    return impl == "exact" or not filter_eps
+
+
+def _needs_grad(*tensors: object) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(x, Tensor) and x.requires_grad for x in tensors
+    )
+
+
+def _per_token(values: Tensor, shape: torch.Size, steps: int) -> Tensor:
+    """[N] values in the shape of the targets, without the `steps` positions lost to the shift."""
+    values = values.reshape(shape)
+    return values[..., : shape[-1] - steps] if steps else values
+
+
+def _coefficients(
+    e: Tensor,
     labels: Tensor,
     valid: Tensor,
     weight: Tensor | None,
     token_weights: Tensor | None,
     steps: int,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """[N] token weights t_n and t_n * weight[label_n], both 0 in ignored rows."""
-    coef = valid.to(dtype)
+    coef = valid.to(torch.float64 if e.dtype == torch.float64 else torch.float32)
     if token_weights is not None:
-        shifted = inputs.shift_left(token_weights, steps, 0).reshape(-1).to(dtype)
+        shifted = inputs.shift_left(token_weights, steps, 0).reshape(-1).to(coef.dtype)
         coef = torch.where(valid, shifted, torch.zeros_like(shifted))
     if weight is None:
         return coef, coef
     # clamped: a label out of range is reported by the op itself
     index = labels.clamp(0, weight.shape[0] - 1).long()
-    return coef, coef * weight.to(dtype)[index]
+    return coef, coef * weight.to(coef.dtype)[index]
 
 
-def _divide(total: Tensor, class_coef: Tensor, num_items: int | Tensor | None) -> Tensor:
-    """total / num_items, or / sum of the row coefficients; 0 items leave the (zero) total."""
-    if num_items is None:
-        divisor = class_coef.sum()
-    elif isinstance(num_items, Tensor):
-        divisor = num_items.to(total.device, total.dtype).reshape(())
-    else:
-        return total / (num_items or 1)
-    return total / torch.where(divisor == 0, torch.ones_like(divisor), divisor)
+def _reciprocal(items: int | Tensor, like: Tensor) -> float | Tensor:
+    """1 / items, and 1 for no items at all, so that an empty batch has loss 0."""
+    if not isinstance(items, Tensor):
+        return 1.0 / (items or 1)
+    items = items.to(like.device, like.dtype).reshape(())
+    return 1.0 / torch.where(items == 0, torch.ones_like(items), items)
