@@ -27,12 +27,46 @@ from gemma_ext.reference import cce as reference
 from gemma_ext.reference.cce import Rows
 
 __all__ = [
+    "FilterStats",
     "LinearCrossEntropyOutput",
     "Rows",
     "cce_rows",
     "linear_cross_entropy",
     "linear_logprobs",
 ]
+
+
+class FilterStats(NamedTuple):
+    """What the gradient filter kept: predicted by the forward, exact once the backward has run.
+
+    Attributes:
+        values: [4] float64, the four properties in order; None where nothing is ever filtered.
+    """
+
+    values: Tensor | None
+
+    def _at(self, index: int, unfiltered: float) -> float:
+        return unfiltered if self.values is None else float(self.values[index])
+
+    @property
+    def kept_fraction(self) -> float:
+        """Strips (one row, 256 columns) that are computed, over all strips of valid rows."""
+        return self._at(0, 1.0)
+
+    @property
+    def dropped_mass(self) -> float:
+        """Probability in dropped strips, mean over valid rows; returned through tile means."""
+        return self._at(1, 0.0)
+
+    @property
+    def dropped_mass_max(self) -> float:
+        """Probability in dropped strips of the row that drops most."""
+        return self._at(2, 0.0)
+
+    @property
+    def eps(self) -> float:
+        """Threshold in use, 0 when the backward is exact."""
+        return self._at(3, 0.0)
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -52,7 +86,7 @@ class LinearCrossEntropyOutput(NamedTuple):
     entropy: Tensor | None = None
     argmax: Tensor | None = None
     accuracy: Tensor | None = None
-    stats: object | None = None
+    stats: FilterStats | None = None
 
 
 def cce_rows(
@@ -244,7 +278,7 @@ def linear_cross_entropy(
         entropy=_per_token(r.lse - r.mean_logit, shape, steps) if return_entropy else None,
         argmax=argmax,
         accuracy=accuracy,
-        stats=None,
+        stats=FilterStats(r.stats) if return_stats else None,
     )
 
 

@@ -26,6 +26,8 @@ class Rows(NamedTuple):
         mean_logit: [N] sum_v p_nv s_nv, or None when the entropy was not asked for.
         weighted_logit_sum: [N] sum_v class_weight_v s_nv, or None without class weights.
         argmax: [N] int64 argmax_v s_nv (ties: lowest index), or None when not asked for.
+        stats: [4] float64 kept fraction of strips, mean and largest dropped mass, eps: predicted by
+            the forward, overwritten by the backward; None where nothing is ever filtered.
     """
 
     nll: Tensor
@@ -33,6 +35,7 @@ class Rows(NamedTuple):
     mean_logit: Tensor | None
     weighted_logit_sum: Tensor | None
     argmax: Tensor | None
+    stats: Tensor | None = None
 
 
 def logits(
