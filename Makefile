@@ -1,3 +1,67 @@
-build:
-	.venv/bin/python setup.py -q build_ext --inplace
-.PHONY: build
+# Everything from a fresh clone: each target makes .venv and installs what it needs, and does
+# nothing twice. On a machine without a GPU,
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+# saves the download of torch's CUDA libraries.
+TORCH ?= torch==2.13.0
+PYTHON ?= $(firstword $(shell command -v python3.11 python3))
+VENV ?= .venv
+OUT ?= out
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+bin := $(VENV)/bin
+torch_stamp := $(VENV)/.installed-$(subst =,-,$(TORCH))
+dev_stamp := $(VENV)/.installed-dev
+
+.PHONY: demo test bench lint format wheel build install abi-audit abi-matrix clean
+
+demo: build
+	$(bin)/gemma-ext demo --out $(OUT)/demo
+
+test: build
+	$(bin)/python -m pytest $(PYTEST_ARGS)
+
+bench: build
+	$(bin)/python benchmarks/bench_cce.py $(BENCH_ARGS)
+
+lint: install
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	git ls-files '*.cpp' '*.h' | xargs -r $(bin)/clang-format --dry-run -Werror
+
+format: install
+	$(bin)/ruff check --fix .
+	$(bin)/ruff format .
+	git ls-files '*.cpp' '*.h' | xargs -r $(bin)/clang-format -i
+
+wheel: install
+	rm -rf dist build/wheel
+	$(bin)/python setup.py -q build --build-base build/wheel bdist_wheel --dist-dir dist
+	@ls dist
+
+# Compiles what changed and puts the libraries into gemma_ext/; half a second when nothing did.
+build: install
+	@$(bin)/python setup.py -q build_ext --inplace
+
+install: $(dev_stamp)
+
+abi-audit: build
+	$(bin)/torch-abi-audit --check torch gemma_ext/_C.so
+
+abi-matrix: wheel
+	.ci/abi-matrix
+
+$(bin)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(torch_stamp): | $(bin)/python
+	$(bin)/pip install --quiet $(TORCH) numpy
+	@touch $@
+
+$(dev_stamp): pyproject.toml $(torch_stamp)
+	$(bin)/pip install --quiet $(TORCH) 'setuptools>=77' wheel 'cmake>=3.28' ninja 'pybind11>=2.13'
+	$(bin)/pip install --quiet --no-build-isolation -e '.[dev]' $(TORCH)
+	@touch $@
+
+clean:
+	rm -rf build dist gemma_ext/*.so gemma_ext/build_info.json
