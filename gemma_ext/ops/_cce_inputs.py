@@ -7,6 +7,7 @@ from torch import Tensor
 
 IMPLS = ("auto", "cce", "exact", "reference")
 REDUCTIONS = ("mean", "sum", "none")
+_KERNEL_DEVICES = ("cpu", "meta")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -45,6 +46,11 @@ def check_problem(
     if impl not in IMPLS:
         raise ValueError(f"expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
     check_filter_eps(filter_eps)
+    if impl != "reference" and e.device.type not in _KERNEL_DEVICES:
+        raise ValueError(
+            f"expected e on {' or '.join(_KERNEL_DEVICES)} with impl={impl!r}, got {e.device}; "
+            "impl='reference' runs anywhere and holds the logits"
+        )
     allowed = _KERNEL_DTYPES + ((torch.float64,) if impl == "reference" else ())
     for name, value in (("e", e), ("c", c)):
         if value.dtype not in allowed:
