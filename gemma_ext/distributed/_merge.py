@@ -1,0 +1,130 @@
+"""Differentiable merging of per-shard row statistics of one softmax.
+
+Rank r holds the columns of its vocabulary shard and knows, per row n, `lse_r = logsumexp_{v in r}
+s_nv`, `m_r = sum_{v in r} softmax_r(s)_v s_nv`, its share of the target logit (0 where another rank
+owns the label) and of `sum_v w_v s_nv`. With `x_r = exp(lse_r - L)` the whole row has
+
+    L = logsumexp_r lse_r      m = sum_r x_r m_r      t = sum_r t_r      w = sum_r w_r
+
+and the backward needs no communication:
+
+    d lse_r = x_r (dL + dm (m_r - m))      d m_r = x_r dm      d t_r = dt      d w_r = dw
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class RowStatistics(NamedTuple):
+    """Per-row vectors [N], of one shard or of the whole vocabulary; None where not asked for."""
+
+    lse: Tensor
+    target_logit: Tensor
+    mean_logit: Tensor | None = None
+    weighted_logit_sum: Tensor | None = None
+
+
+def gather_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Stack `local` of every rank in rank order: [...] -> [R, ...]."""
+    ranks = dist.get_world_size(group)
+    gathered = local.new_empty(ranks * local.numel())
+    dist.all_gather_into_tensor(gathered, local.contiguous().view(-1), group=group)
+    return gathered.view(ranks, *local.shape)
+
+
+def merge_shards(local: RowStatistics, group: dist.ProcessGroup) -> RowStatistics:
+    """Combine the shards' row statistics; every rank gets the same bits.
+
+    One all-gather of at most four vectors, summed in rank order in float64, in place of a MAX and a
+    SUM all-reduce: one round trip less, and the result does not depend on the backend's reduction
+    algorithm. Costs 4 to 16 bytes per row and rank.
+    """
+    return RowStatistics(*_MergeShards.apply(group, *local))
+
+
+def reduce_gradient(e: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Identity whose backward sums the gradient over the group in at least float32."""
+    return _ReduceGradient.apply(e, group)
+
+
+def empty_shard_rows(e: Tensor, c: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[N] vector -inf of a shard without columns, tied to `e`, `c`, `bias` with zero gradients.
+
+    The tie keeps the rank in the backward's collectives, which would otherwise wait for it for
+    ever.
+    """
+    return _EmptyShardRows.apply(e, c, bias, dtype)
+
+
+class _MergeShards(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, lse, target_logit, mean_logit, weighted_logit_sum):
+        local = (lse, target_logit, mean_logit, weighted_logit_sum)
+        asked = [vector for vector in local if vector is not None]
+        columns = list(gather_ranks(torch.stack(asked), group).double().unbind(1))  # [R, N] each
+
+        lse_all = columns.pop(0)
+        lse_global = torch.logsumexp(lse_all, 0)
+        shares = torch.exp(lse_all - lse_global)  # [R, N]
+        share = shares[dist.get_rank(group)].to(lse.dtype)
+        target_global = columns.pop(0).sum(0)
+        mean_global = None
+        if mean_logit is not None:
+            mean_global = (shares * columns.pop(0)).sum(0).to(lse.dtype)
+        weighted_global = None
+        if weighted_logit_sum is not None:
+            weighted_global = columns.pop(0).sum(0).to(lse.dtype)
+
+        ctx.save_for_backward(share, mean_logit, mean_global)
+        ctx.set_materialize_grads(False)
+        return (
+            lse_global.to(lse.dtype),
+            target_global.to(lse.dtype),
+            mean_global,
+            weighted_global,
+        )
+
+    @staticmethod
+    def backward(ctx, d_lse, d_target, d_mean, d_weighted):
+        share, mean_logit, mean_global = ctx.saved_tensors
+        d_lse_local = None if d_lse is None else share * d_lse
+        d_mean_local = None
+        if d_mean is not None:
+            d_mean_local = share * d_mean
+            through_mean = d_mean_local * (mean_logit - mean_global)
+            d_lse_local = through_mean if d_lse_local is None else d_lse_local + through_mean
+        return None, d_lse_local, d_target, d_mean_local, d_weighted
+
+
+class _ReduceGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, e, group):
+        ctx.group = group
+        return e.view_as(e)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total.to(grad.dtype), None
+
+
+class _EmptyShardRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, e, c, bias, dtype):
+        ctx.save_for_backward(e, c, bias)
+        return e.new_full(e.shape[:1], -torch.inf, dtype=dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        zeros = [
+            torch.zeros_like(tensor) if wanted else None
+            for tensor, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
+        ]
+        return (*zeros, None)
