@@ -1,0 +1,185 @@
+"""Stages of the loss benchmark, each in a process of its own: ``cce_stages.py STAGE FOLDER ...``.
+
+prepare  makes the data of a shape and its exact loss and sampled gradients
+check    one subject: a single step, its errors, its peak memory
+time     all subjects that passed, interleaved, and the machine's ceilings
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import baselines
+import ours
+import torch
+from baselines.eager import eager_loss
+from torch import Tensor
+
+from gemma_ext.bench import data, timing, truth
+from gemma_ext.bench.ceilings import measure_ceilings
+from gemma_ext.bench.subject import DTYPES, Case, Step, Subject, Warm
+
+WARM_ROWS = 512
+YARDSTICK_ROWS = 512
+WARM_MEMORY_ROWS = 16
+
+
+def subjects() -> dict[str, Subject]:
+    """All subjects by name: peers first, then ours."""
+    return {subject.name: subject for subject in [*baselines.discover(), *ours.SUBJECTS]}
+
+
+def prepare(folder: Path, case: Case, *, uncapped: bool) -> None:
+    """Write data.pt and truth.pt; float32 whatever the dtype of the case."""
+    torch.set_num_threads(case.threads)
+    head = data.head_data(case.data, case.n, case.d, case.v, softcap=case.softcap, seed=case.seed)
+    warm_e, warm_targets = data.batch(
+        head.c, case.data, WARM_ROWS, softcap=case.softcap, seed=case.seed + 2
+    )
+    sample = truth.sample_for(head.targets, case.v)
+    lse = truth.row_lse(head.e, head.c, case.softcap)
+    truths = {"capped": truth.exact(head.e, head.c, head.targets, lse, sample, case.softcap)}
+    yardstick = eager_bf16_errors(head, lse, case.softcap)
+    if uncapped:
+        lse = truth.row_lse(head.e, head.c, None)
+        truths["uncapped"] = truth.exact(head.e, head.c, head.targets, lse, sample, None)
+    torch.save(
+        {
+            "e": head.e,
+            "c": head.c,
+            "targets": head.targets,
+            "warm_e": warm_e,
+            "warm_targets": warm_targets,
+        },
+        folder / "data.pt",
+    )
+    torch.save({name: _plain(value) for name, value in truths.items()}, folder / "truth.pt")
+    (folder / "yardstick.json").write_text(json.dumps(asdict(yardstick)))
+
+
+def eager_bf16_errors(head: data.HeadData, lse: Tensor, softcap: float) -> truth.Errors:
+    """Errors that eager bf16 makes on the first rows: the bar of the gradient error."""
+    part = slice(0, YARDSTICK_ROWS)
+    targets = head.targets[part]
+    sample = truth.sample_for(targets, len(head.c))
+    exact = truth.exact(head.e[part], head.c, targets, lse[part], sample, softcap)
+    e = head.e[part].bfloat16().requires_grad_()
+    c = head.c.bfloat16().requires_grad_()
+    loss = eager_loss(e, c, targets, softcap)
+    loss.backward()
+    return truth.errors(exact, loss.item(), e.grad[sample.rows], c.grad[sample.columns])
+
+
+def check(folder: Path, case: Case, name: str) -> dict[str, Any]:
+    """One step of a subject: loss, errors, peak memory, figures."""
+    torch.set_num_threads(case.threads)
+    subject = subjects()[name]
+    e, c, targets, warm = load(folder, case.dtype)
+    step = subject.make(case, warm)
+    if subject.settle:
+        step(e, c, targets).backward()
+    else:
+        _touch_libraries(step, e, c, targets)
+    e.grad = c.grad = None
+    with timing.PeakMemory() as memory:
+        loss = step(e, c, targets)
+        forward = memory.peak()
+        loss.backward()
+        peak = memory.peak()
+    exact = truth_of(folder, subject.capped)
+    sample = exact.sample
+    found = truth.errors(exact, loss.item(), e.grad[sample.rows], c.grad[sample.columns])
+    return {
+        "loss": loss.item(),
+        "errors": asdict(found),
+        "peak": peak,
+        # The gradients are the caller's result, all the rest is the price of the implementation.
+        "extra": max(forward, peak - case.gradient_bytes),
+        "figures": step.figures(),
+    }
+
+
+def run_times(
+    folder: Path, case: Case, names: list[str], *, seconds: float, least: int, warmup: int
+) -> dict[str, Any]:
+    """Interleaved times of the named subjects."""
+    torch.set_num_threads(case.threads)
+    ceilings = measure_ceilings()
+    e, c, targets, warm = load(folder, case.dtype)
+    known = subjects()
+    steps = {name: _both_passes(known[name].make(case, warm), e, c, targets) for name in names}
+    timings = timing.interleave(steps, seconds=seconds, least=least, warmup=warmup)
+    return {
+        "ceilings": ceilings.as_dict(),
+        "timings": {name: [asdict(run) for run in t.runs] for name, t in timings.items()},
+    }
+
+
+def load(folder: Path, dtype: str) -> tuple[Tensor, Tensor, Tensor, Warm]:
+    """Leaves e and c in the dtype of the case, targets, and the batch to warm state on."""
+    stored = torch.load(folder / "data.pt", mmap=True, weights_only=True)
+    kind = DTYPES[dtype]
+    e = stored["e"].to(kind, copy=True).requires_grad_()
+    c = stored["c"].to(kind, copy=True).requires_grad_()
+    warm = Warm(stored["warm_e"].to(kind, copy=True), c, stored["warm_targets"].clone())
+    return e, c, stored["targets"].clone(), warm
+
+
+def truth_of(folder: Path, capped: bool) -> truth.Truth:
+    stored = torch.load(folder / "truth.pt", weights_only=True)["capped" if capped else "uncapped"]
+    sample = truth.Sample(stored["rows"], stored["columns"], stored["weights"])
+    return truth.Truth(sample, stored["loss"], stored["de"], stored["dc"])
+
+
+def _plain(value: truth.Truth) -> dict[str, Any]:
+    sample = value.sample
+    return {
+        "rows": sample.rows,
+        "columns": sample.columns,
+        "weights": sample.weights,
+        "loss": value.loss,
+        "de": value.de,
+        "dc": value.dc,
+    }
+
+
+def _both_passes(
+    step: Step, e: Tensor, c: Tensor, targets: Tensor
+) -> Callable[[timing.Mark], None]:
+    def run(mark: timing.Mark) -> None:
+        e.grad = c.grad = None
+        loss = step(e, c, targets)
+        mark()
+        loss.backward()
+
+    return run
+
+
+def _touch_libraries(step: Step, e: Tensor, c: Tensor, targets: Tensor) -> None:
+    """Run a few rows, so that lazily loaded code and thread pools are not counted as the step's."""
+    step(e[:WARM_MEMORY_ROWS], c, targets[:WARM_MEMORY_ROWS]).backward()
+
+
+def main(arguments: list[str]) -> None:
+    stage, folder = arguments[0], Path(arguments[1])
+    job = json.loads((folder / "job.json").read_text())
+    case = Case(**job["case"])
+    if stage == "prepare":
+        prepare(folder, case, uncapped=job["uncapped"])
+        return
+    if stage == "check":
+        result = check(folder, case, arguments[2])
+    elif stage == "time":
+        result = run_times(folder, case, job["names"], **job["timing"])
+    else:
+        raise SystemExit(f"stage: expected prepare, check or time, got {stage}")
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Measuring tools of the scripts in ``benchmarks/``: data, truth, timing, ceilings, report."""
