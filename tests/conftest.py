@@ -1,0 +1,20 @@
+"""Shared by all tests: a fixed thread count, no network, and the checkout as what is tested."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import gemma_ext
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    package = Path(gemma_ext.__file__).resolve().parent
+    if package != ROOT / "gemma_ext":
+        raise pytest.UsageError(f"expected gemma_ext from {ROOT}, got {package}")
+    torch.set_num_threads(min(2, torch.get_num_threads()))
