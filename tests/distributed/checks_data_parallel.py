@@ -68,7 +68,7 @@ def batch(rank: int, ignored: float = 0.3) -> tuple[Tensor, Tensor]:
 
 
 def mean_gradients(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Gradients in one process of the mean over the batches' losses; a batch without labels is 0."""
+    """Gradients in one process of the batches' mean loss; a batch without labels has loss 0."""
     model = copy.deepcopy(model)
     for ids, labels in batches:
         if (labels[:, 1:] != -100).any():
