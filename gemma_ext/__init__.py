@@ -1,12 +1,23 @@
 """Kernels and losses for training, scoring and serving Gemma-class models."""
 
+from gemma_ext import _loader
 from gemma_ext._version import __version__
-from gemma_ext.nn.linear_cross_entropy import LinearCrossEntropy
-from gemma_ext.ops.cce import LinearCrossEntropyOutput, linear_cross_entropy, linear_logprobs
+
+_loader.load()  # before anything that registers with an op of the library
+
+from gemma_ext.nn.linear_cross_entropy import LinearCrossEntropy  # noqa: E402
+from gemma_ext.ops.cce import (  # noqa: E402
+    LinearCrossEntropyOutput,
+    linear_cross_entropy,
+    linear_logprobs,
+)
+from gemma_ext.ops.vocab_state import VocabState  # noqa: E402
 
 __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
+    "VocabState",
+    "VocabState",
     "__version__",
     "linear_cross_entropy",
     "linear_logprobs",

@@ -1,0 +1,264 @@
+// Backward on the CPU. Survival is decided from the forward's strip statistics before anything is
+// recomputed; what is dropped returns its probability mass through tile means:
+//   dE_n += sum_j W_nj mean_j(C),  dC_v += q_jv sum_n W_nj E_n,  W_nj = mass of G in strip (n, j)
+#include <algorithm>
+#include <cmath>
+#include <memory>
+
+#include "plan.h"
+
+namespace gemma_ext::cce {
+namespace {
+
+// Gradient strips of a batch of tiles: enough for the second product to run at full speed from L3.
+constexpr int64_t kBatchBytes = int64_t{16} << 20;
+// Rows of one step of the fused form when dC can take partial sums.
+constexpr int64_t kFusedRows = 512;
+
+struct Plan {
+  std::vector<int64_t> begin;
+  std::vector<int32_t> list;
+  std::vector<float> mass;  // [tiles, n], W; empty if nothing is compensated
+  std::vector<float> bias_push;
+};
+
+// The size of a row's coefficients and the reference its probabilities are weighed against: rows
+// far above the average upstream gradient are filtered at a finer threshold.
+struct RowScale {
+  std::vector<float> scale, reference;
+};
+
+RowScale row_scales(const Problem& p, const Upstream& up) {
+  RowScale out{std::vector<float>(p.n), std::vector<float>(p.n)};
+  double total = 0;
+  for (int64_t r = 0; r < p.n; ++r) {
+    float x = std::max(std::fabs(up.a[r]), std::fabs(up.b[r]));
+    if (up.q) x = std::max(x, std::fabs(up.q[r]));
+    if (up.class_coef) x = std::max(x, std::fabs(up.class_coef[r]));
+    if (std::isnan(up.a[r]) || std::isnan(up.b[r])) x = INFINITY;
+    out.scale[r] = x;
+    total += x;
+  }
+  const float mean = p.n ? float(total / double(p.n)) : 0;
+  for (int64_t r = 0; r < p.n; ++r) out.reference[r] = std::min(out.scale[r], mean);
+  return out;
+}
+
+Plan plan_strips(const Problem& p, const StripStats& stats, const Upstream& up, double eps,
+                 Workers& workers) {
+  const RowScale rows = row_scales(p, up);
+  const bool exact = eps == 0;
+  Plan plan;
+  std::vector<uint8_t> keep(p.tiles * p.n);
+  if (!exact) plan.mass.resize(p.tiles * p.n);
+  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
+    const int64_t row0 = span * kRowSpan, row1 = std::min(p.n, row0 + kRowSpan);
+    for (int64_t t = 0; t < p.tiles; ++t)
+      for (int64_t r = row0; r < row1; ++r) {
+        const int64_t at = t * p.n + r;
+        if (rows.scale[r] == 0) continue;
+        if (exact) {
+          keep[at] = 1;
+          continue;
+        }
+        const float lse = up.lse[r], peak = std::exp(stats.max[at] - lse);
+        const float threshold = float(eps) * rows.reference[r];
+        float bound = std::fabs(up.a[r]);
+        if (up.q)
+          bound += std::fabs(up.q[r]) * std::max(std::fabs(stats.max[at] - up.mean[r]), 1.0f);
+        bool kept = !(peak * bound < threshold);
+        if (!kept && p.position[r] >= 0 && p.position[r] / kTile == t) {
+          const float prob = std::exp(-up.nll[r]);
+          kept = !(std::fabs(up.a[r] * prob - up.b[r]) < threshold);
+        }
+        keep[at] = kept;
+        if (kept) continue;
+        float coef = up.a[r];
+        if (up.q && stats.sum[at] > 0)
+          coef += up.q[r] * (stats.weighted[at] / stats.sum[at] - up.mean[r]);
+        plan.mass[at] = peak * stats.slope[at] * coef * p.map.scale;
+      }
+  });
+
+  plan.begin.resize(p.tiles + 1);
+  plan.bias_push.resize(p.tiles);
+  std::vector<int64_t> count(p.tiles);
+  workers.run(p.tiles, [&](int64_t t, Scratch&) {
+    double pushed = 0;
+    for (int64_t r = 0; r < p.n; ++r) {
+      count[t] += keep[t * p.n + r];
+      if (!exact) pushed += plan.mass[t * p.n + r];
+    }
+    plan.bias_push[t] = float(pushed / p.map.scale);
+  });
+  for (int64_t t = 0; t < p.tiles; ++t) plan.begin[t + 1] = plan.begin[t] + count[t];
+  plan.list.resize(plan.begin[p.tiles]);
+  workers.run(p.tiles, [&](int64_t t, Scratch&) {
+    int32_t* to = plan.list.data() + plan.begin[t];
+    for (int64_t r = 0; r < p.n; ++r)
+      if (keep[t * p.n + r]) *to++ = int32_t(r);
+  });
+  return plan;
+}
+
+// Weight of each position inside its tile; uniform without a profile.
+std::vector<float> tile_profile(const Problem& p, const float* prob) {
+  std::vector<float> out(p.tiles * kTile);
+  for (int64_t t = 0; t < p.tiles; ++t) {
+    const int64_t first = t * kTile, last = std::min(p.V, first + kTile);
+    const auto weight = [&](int64_t i) { return prob[p.order ? p.order[i] : i]; };
+    double total = 0;
+    if (prob)
+      for (int64_t i = first; i < last; ++i) total += weight(i);
+    for (int64_t i = first; i < last; ++i)
+      out[i] = total > 0 ? float(weight(i) / total) : 1.0f / float(last - first);
+  }
+  return out;
+}
+
+void store_de(const Problem& p, const float* de, const Gradients& out, Workers& workers) {
+  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
+    for (int64_t r = span * kRowSpan; r < std::min(p.n, (span + 1) * kRowSpan); ++r)
+      store_row(static_cast<char*>(out.de) + p.rows[r] * p.D * size_of(p.e.dtype), p.e.dtype,
+                de + r * padded(p.D), p.D);
+  });
+}
+
+}  // namespace
+
+void backward(const Problem& p, const StripStats& stats, const Upstream& up, const float* prob,
+              double eps, const Gradients& out, Workers& workers) {
+  const Plan plan = plan_strips(p, stats, up, eps, workers);
+  const int64_t columns = padded(p.D), blocks = columns / kColumns;
+  std::vector<float> profile, push, de;
+  if (out.de) de.resize(p.n * columns);
+  if (!plan.mass.empty()) {
+    profile = tile_profile(p, prob);
+    if (out.dc) {
+      push.resize(p.tiles * columns);
+      workers.run(p.n ? blocks : 0, [&](int64_t b, Scratch& s) {
+        kernels().push_columns(p, plan.mass.data(), push.data(), b * kColumns, s);
+      });
+    }
+    if (out.de) {
+      std::vector<float> mean(p.tiles * columns);
+      workers.run(p.tiles, [&](int64_t t, Scratch& s) {
+        kernels().tile_mean(p, profile.data(), mean.data(), t, s);
+      });
+      workers.run(blocks, [&](int64_t b, Scratch& s) {
+        kernels().pull_columns(p, plan.mass.data(), mean.data(), de.data(), b * kColumns, s);
+      });
+    }
+  }
+
+  GradTask task{};
+  task.problem = &p;
+  task.coef = {up.lse, up.mean, up.a, up.b, up.q, up.class_coef};
+  task.list = plan.list.data();
+  task.begin = plan.begin.data();
+  task.profile = profile.empty() ? nullptr : profile.data();
+  task.push = push.empty() ? nullptr : push.data();
+  task.bias_push = plan.bias_push.data();
+  task.dc = out.dc;
+  task.de = out.de ? de.data() : nullptr;
+  task.dbias = out.dbias;
+
+  const int64_t strip_bytes = kTile * kernels().compute_size(p.c.dtype);
+  size_t capacity = 0;
+  std::unique_ptr<char[]> strips;
+  for (int64_t tile0 = 0, tile1; tile0 < p.tiles; tile0 = tile1) {
+    for (tile1 = tile0 + 1; tile1 < p.tiles; ++tile1)
+      if ((plan.begin[tile1 + 1] - plan.begin[tile0]) * strip_bytes > kBatchBytes &&
+          tile1 - tile0 >= 2 * workers.threads())
+        break;
+    task.slot0 = plan.begin[tile0];
+    const size_t bytes = (plan.begin[tile1] - plan.begin[tile0]) * strip_bytes;
+    if (capacity < bytes) {
+      strips = std::make_unique_for_overwrite<char[]>(bytes);
+      capacity = bytes;
+    }
+    task.strips = strips.get();
+    workers.run(tile1 - tile0,
+                [&](int64_t t, Scratch& s) { kernels().grad_tile(task, tile0 + t, s); });
+    if (out.de)
+      workers.run(blocks, [&](int64_t b, Scratch& s) {
+        kernels().grad_columns(task, tile0, tile1, b * kColumns, s);
+      });
+  }
+  if (out.de) store_de(p, de.data(), out, workers);
+}
+
+double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef,
+             const RowOutputs& rows, const Gradients& out, Workers& workers) {
+  const int64_t n = whole.n, strip_bytes = kTile * kernels().compute_size(whole.c.dtype);
+  const bool narrow = whole.c.dtype != DType::kFloat32;
+  // 16-bit dC wants all rows at once; more rows than that and partial sums in fp32 cost less
+  const bool at_once =
+      n <= kFusedRows ||
+      (narrow && (!out.dc || n * whole.tiles * strip_bytes <= whole.V * whole.D * 4));
+  const int64_t step = at_once ? std::max<int64_t>(n, 1) : kFusedRows;
+  std::unique_ptr<float[]> dc_sum;
+  if (out.dc && narrow && !at_once)
+    dc_sum = std::make_unique_for_overwrite<float[]>(whole.V * whole.D);
+
+  const int64_t columns = padded(whole.D), tiles = whole.tiles;
+  const auto strips = std::make_unique_for_overwrite<char[]>(std::min(n, step) * tiles * strip_bytes);
+  std::vector<float> planes(2 * tiles * std::min(n, step)), a(step), target(step);
+  std::vector<float> de(out.de ? std::min(n, step) * columns : 0);
+  std::vector<int64_t> begin(tiles + 1);
+  double loss = 0;
+  for (int64_t row = 0; row < n; row += step) {
+    Problem p = whole;
+    p.n = std::min(step, n - row);
+    p.rows += row;
+    p.position += row;
+    for (int64_t t = 0; t <= tiles; ++t) begin[t] = t * p.n;
+    StripStats stats{};
+    stats.max = planes.data();
+    stats.sum = planes.data() + tiles * p.n;
+    stats.target = target.data();
+    workers.run(tiles, [&](int64_t t, Scratch& s) {
+      kernels().fused_tile(p, stats, strips.get(), t, s);
+    });
+    const RowOutputs chunk{rows.nll + row, rows.lse + row, nullptr, nullptr, nullptr};
+    combine(p, stats, chunk, workers);
+    const float *lse = chunk.lse, *b = nll_coef + row;
+    for (int64_t r = 0; r < p.n; ++r) {
+      a[r] = b[r] + 2 * lse2_coef[row + r] * lse[r];
+      loss += double(b[r]) * chunk.nll[r] + double(lse2_coef[row + r]) * lse[r] * lse[r];
+    }
+
+    GradTask task{};
+    task.problem = &p;
+    task.coef = {lse, nullptr, a.data(), b, nullptr, nullptr};
+    task.begin = begin.data();
+    task.strips = strips.get();
+    task.dc = out.dc;
+    task.dc_sum = dc_sum ? dc_sum.get()
+                  : at_once || !out.dc ? nullptr
+                                       : static_cast<float*>(out.dc);
+    task.dc_accumulate = row > 0;
+    task.dbias = out.dbias;
+    if (out.dc || out.dbias || out.de)
+      workers.run(tiles, [&](int64_t t, Scratch& s) {
+        kernels().fused_grad_tile(task, stats, t, s);
+      });
+    if (out.de) {
+      std::fill(de.begin(), de.begin() + p.n * columns, 0.0f);
+      task.de = de.data();
+      workers.run(columns / kColumns, [&](int64_t block, Scratch& s) {
+        kernels().grad_columns(task, 0, tiles, block * kColumns, s);
+      });
+      store_de(p, de.data(), out, workers);
+    }
+  }
+  if (dc_sum)
+    workers.run(spans(whole.V), [&](int64_t span, Scratch&) {
+      for (int64_t v = span * kRowSpan; v < std::min(whole.V, (span + 1) * kRowSpan); ++v)
+        store_row(static_cast<char*>(out.dc) + v * whole.D * size_of(whole.c.dtype),
+                  whole.c.dtype, dc_sum.get() + v * whole.D, whole.D);
+    });
+  return loss;
+}
+
+}  // namespace gemma_ext::cce

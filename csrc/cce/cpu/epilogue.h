@@ -1,0 +1,67 @@
+// What happens to a strip of kTile raw products while it is in L1: logits, sums, gradients.
+#pragma once
+
+#include "../../common/vec.h"
+#include "../params.h"
+
+namespace gemma_ext::GEMMA_EXT_ISA {
+
+constexpr float kInfinity = __builtin_inff();
+
+// s in place of e.c; positions past the vocabulary become -inf.
+GEMMA_EXT_INLINE void strip_logits(const LogitMap& map, const float* bias, int valid, float* s) {
+  for (int i = 0; i < kTile; i += kLanes) {
+    const Vf a = load(s + i) * map.scale + load(bias + i);
+    store(s + i, map.inv_cap > 0 ? tanh(a * map.inv_cap) * map.cap_over_t : a * map.inv_t);
+  }
+  for (int i = valid; i < kTile; ++i) s[i] = -kInfinity;
+}
+
+struct StripSums {
+  float max, sum, slope, weighted;
+};
+
+GEMMA_EXT_INLINE float strip_max(const float* s) {
+  Vf m = load(s);
+  for (int i = kLanes; i < kTile; i += kLanes) {
+    const Vf x = load(s + i);
+    m = x > m ? x : m;
+  }
+  return max(m);
+}
+
+// A NaN logit may hide from the maximum, never from the sum.
+GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, const float* s) {
+  const float top = strip_max(s), base = top == -kInfinity ? 0.0f : top;
+  Vf sum_e{}, sum_slope{}, sum_s{};
+  for (int i = 0; i < kTile; i += kLanes) {
+    const Vf x = load(s + i), e = exp(x - base), t = x * map.t_over_cap;
+    sum_e += e;
+    sum_slope += e > 0.0f ? e * (1.0f - t * t) : Vf{};
+    if (want_mean) sum_s += e > 0.0f ? e * x : Vf{};
+  }
+  return {top, sum(sum_e), sum(sum_slope) * map.inv_t, sum(sum_s)};
+}
+
+// G in place of s for one row; `target` is the label's place in this tile or -1.
+GEMMA_EXT_INLINE void strip_gradient(const LogitMap& map, float lse, float a, float b, float q,
+                                     float mean, float class_coef, const float* class_weight,
+                                     int target, float* s) {
+  float at_target = 0;
+  if (target >= 0) {
+    const float t = s[target] * map.t_over_cap;
+    at_target = -b * (1.0f - t * t) * map.inv_t;
+  }
+  for (int i = 0; i < kTile; i += kLanes) {
+    const Vf x = load(s + i), p = exp(x - lse), t = x * map.t_over_cap;
+    const Vi outside = x == -kInfinity;
+    Vf g = p * a;
+    if (q != 0.0f) g += p * (x - mean) * q;
+    if (class_coef != 0.0f) g += load(class_weight + i) * class_coef;
+    g *= (1.0f - t * t) * map.inv_t;
+    store(s + i, outside ? Vf{} : g);
+  }
+  if (target >= 0) s[target] += at_target;
+}
+
+}  // namespace gemma_ext::GEMMA_EXT_ISA

@@ -1,0 +1,162 @@
+// Forward on the CPU: tiles in parallel, then one fixed-order combination per row.
+#include <stdlib.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "plan.h"
+
+namespace gemma_ext::cce {
+Workers::Workers(int threads, ParallelFor parallel_for)
+    : scratch_(std::max(threads, 1)), parallel_for_(std::move(parallel_for)) {}
+
+Workers::~Workers() {
+  for (Scratch& s : scratch_)
+    for (void* part : s.part) free(part);
+}
+
+void Workers::run(int64_t tasks, const std::function<void(int64_t, Scratch&)>& task) {
+  std::atomic<int64_t> next{0};
+  parallel_for_(threads(), [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t t = next++; t < tasks; t = next++) task(t, scratch_[worker]);
+  });
+}
+
+StripStats stat_planes(float* memory, const Problem& p) {
+  const int64_t plane = p.tiles * p.n;
+  return {memory, memory + plane, memory + 2 * plane, p.want_mean ? memory + 3 * plane : nullptr,
+          nullptr, nullptr, nullptr};
+}
+
+void forward(const Problem& p, StripStats stats, const RowOutputs& out, Workers& workers) {
+  std::vector<float> target(p.n), class_sum;
+  std::vector<int64_t> argmax;
+  stats.target = target.data();
+  if (p.class_weight) {
+    class_sum.resize(p.tiles * p.n);
+    stats.class_sum = class_sum.data();
+  }
+  if (p.want_argmax) {
+    argmax.resize(p.tiles * p.n);
+    stats.argmax = argmax.data();
+  }
+
+  // few tiles: split the rows too, at the price of packing a tile once per part
+  const int64_t wanted = 4 * workers.threads();
+  const int64_t parts =
+      std::clamp<int64_t>((wanted + p.tiles - 1) / std::max<int64_t>(p.tiles, 1), 1, spans(p.n));
+  const int64_t part = (p.n + parts - 1) / std::max<int64_t>(parts, 1);
+  workers.run(p.n ? p.tiles * parts : 0, [&](int64_t t, Scratch& s) {
+    const int64_t row = t % parts * part;
+    if (row < p.n)
+      kernels().forward_tile(p, stats, t / parts, row, std::min(p.n, row + part), s);
+  });
+
+  combine(p, stats, out, workers);
+}
+
+void combine(const Problem& p, const StripStats& stats, const RowOutputs& out, Workers& workers) {
+  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
+    const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);
+    float top[kRowSpan];
+    double total[kRowSpan] = {}, weighted[kRowSpan] = {}, classes[kRowSpan] = {};
+    std::fill(top, top + rows, -INFINITY);
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const int64_t at = t * p.n + row0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float x = stats.max[at + r];
+        if (p.want_argmax && (x > top[r] || (x == top[r] && stats.argmax[at + r] >= 0 &&
+                                             stats.argmax[at + r] < out.argmax[row0 + r])))
+          out.argmax[row0 + r] = stats.argmax[at + r];
+        top[r] = x > top[r] ? x : top[r];
+      }
+    }
+    for (int64_t t = 0; t < p.tiles; ++t) {
+      const int64_t at = t * p.n + row0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float x = stats.max[at + r];
+        const double factor = x == -INFINITY ? 0 : std::exp(x - top[r]);
+        total[r] += stats.sum[at + r] * factor;
+        if (p.want_mean) weighted[r] += stats.weighted[at + r] * factor;
+        if (p.class_weight) classes[r] += stats.class_sum[at + r];
+      }
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = row0 + r;
+      const double lse = top[r] + std::log(total[r]);
+      out.lse[row] = float(lse);
+      out.nll[row] = float(p.position[row] >= 0 ? lse - stats.target[row] : lse);
+      if (p.want_mean) out.mean[row] = float(weighted[r] / total[r]);
+      if (p.class_weight) out.class_sum[row] = float(classes[r]);
+    }
+  });
+}
+
+FilterReport report(const Problem& p, const StripStats& stats, const RowOutputs& rows, double eps,
+                    Workers& workers) {
+  // candidates 2^-10 .. 2^-15 for auto; a row drops at most kBudget of its mass on average, which
+  // after compensation costs about a bfloat16 rounding of the gradient; above kBreakEven of the
+  // strips, recomputing them costs more than the exact form
+  constexpr int kCandidates = 6;
+  constexpr double kBudget = 0.02, kBreakEven = 0.6;
+  const bool automatic = eps == kAutoEps;
+  const int candidates = automatic ? kCandidates : 1;
+  double threshold[kCandidates];
+  for (int i = 0; i < candidates; ++i) threshold[i] = automatic ? std::ldexp(1.0, -10 - i) : eps;
+
+  struct Tally {
+    double dropped[kCandidates] = {}, worst[kCandidates] = {};
+    int64_t strips[kCandidates] = {};
+  };
+  std::vector<Tally> tallies(spans(p.n));
+  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
+    const int64_t row0 = span * kRowSpan, count = std::min(kRowSpan, p.n - row0);
+    Tally& tally = tallies[span];
+    std::vector<double> mass(count * candidates);
+    for (int64_t t = 0; t < p.tiles; ++t)
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = row0 + r, at = t * p.n + row;
+        const double peak = std::exp(stats.max[at] - rows.lse[row]);
+        const bool target = p.position[row] >= 0 && p.position[row] / kTile == t;
+        const double miss = target ? -std::expm1(-double(rows.nll[row])) : 0;
+        for (int i = 0; i < candidates; ++i)
+          if (peak < threshold[i] && !(target && miss >= threshold[i])) {
+            mass[r * candidates + i] += peak * stats.sum[at];
+            ++tally.strips[i];
+          }
+      }
+    for (int64_t r = 0; r < count; ++r)
+      for (int i = 0; i < candidates; ++i) {
+        tally.dropped[i] += mass[r * candidates + i];
+        tally.worst[i] = std::max(tally.worst[i], mass[r * candidates + i]);
+      }
+  });
+
+  for (int i = 0; i < candidates; ++i) {
+    FilterReport result{.eps = threshold[i]};
+    int64_t strips = 0;
+    for (const Tally& tally : tallies) {
+      result.dropped_mean += tally.dropped[i];
+      result.dropped_max = std::max(result.dropped_max, tally.worst[i]);
+      strips += tally.strips[i];
+    }
+    if (p.n) {
+      result.dropped_mean /= double(p.n);
+      result.kept = 1 - double(strips) / (double(p.n) * double(p.tiles));
+    }
+    if (!automatic || (result.dropped_mean < kBudget && result.kept <= kBreakEven)) return result;
+    if (result.kept > kBreakEven) break;
+  }
+  return {};
+}
+
+void column_stats(const Problem& p, const float* lse, float eps, float* count, float* prob,
+                  Workers& workers) {
+  workers.run(p.tiles, [&](int64_t tile, Scratch& s) {
+    kernels().column_tile(p, lse, eps, count, prob, tile, s);
+  });
+}
+
+}  // namespace gemma_ext::cce

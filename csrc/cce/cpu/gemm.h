@@ -1,0 +1,175 @@
+// C[M, NR] = A[M, K] . B[K, NR] for blocks that live in cache; the only matrix product of this family.
+//
+// A: rows of kTile elements, row-major, zero-padded to whole K steps.   [M, kTile]
+// B: one slice of kSlice columns, K-major; bf16 stores pairs of k together. [K / kPair, kSlice, kPair]
+// C: float.
+// float storage multiplies in fp32. bf16 uses VDPBF16PS (exact products, fp32 sums), so its results
+// need no rounding of the logits; it exists only in the avx512bf16 build.
+#pragma once
+
+#include "../../common/dtype.h"
+#include "../../common/vec.h"
+#include "../params.h"
+
+namespace gemma_ext::GEMMA_EXT_ISA {
+
+// 14 x 2 accumulators + 2 of B + 1 broadcast = 31 of the 32 AVX-512 registers; 6 x 2 + 3 = 15 of 16.
+constexpr int kGroup = kLanes == 16 ? 14 : 6;
+constexpr int kSlice = 2 * kLanes;
+constexpr int kSlices = kTile / kSlice;
+constexpr int kBlockRows = 8 * kGroup;  // rows of A that share a pass over B: 112 x 256 x 4 B fits L2
+
+template <class T>
+constexpr int kPair = sizeof(T) == 2 ? 2 : 1;
+
+// Loading: any storage type, any strides, to the compute type T.
+
+GEMMA_EXT_INLINE void put(float* to, float x) { *to = x; }
+GEMMA_EXT_INLINE void put(bf16* to, float x) { to->bits = float_to_bf16(x); }
+
+template <class T>
+void load_row(const Matrix& m, int64_t row, int64_t col, int64_t n, T* dst) {
+  const int64_t at = row * m.row_stride + col * m.col_stride, step = m.col_stride;
+  if (m.dtype == DType::kFloat32) {
+    const float* src = static_cast<const float*>(m.data) + at;
+    if (sizeof(T) == 4 && step == 1)
+      memcpy(dst, src, n * 4);
+    else
+      for (int64_t i = 0; i < n; ++i) put(dst + i, src[i * step]);
+    return;
+  }
+  const uint16_t* src = static_cast<const uint16_t*>(m.data) + at;
+  if (m.dtype == DType::kBFloat16) {
+    if (sizeof(T) == 2 && step == 1)
+      memcpy(dst, src, n * 2);
+    else if (step == 1)
+      for (int64_t i = 0; i < n; ++i) put(dst + i, bf16_to_float(src[i]));
+    else
+      for (int64_t i = 0; i < n; ++i) put(dst + i, bf16_to_float(src[i * step]));
+  } else if (step == 1) {
+    for (int64_t i = 0; i < n; ++i) put(dst + i, half_to_float(src[i]));
+  } else {
+    for (int64_t i = 0; i < n; ++i) put(dst + i, half_to_float(src[i * step]));
+  }
+}
+
+// Packing B.
+
+// rows [R <= kSlice][words] of 32-bit words -> [words][kSlice]; missing rows are zero.
+GEMMA_EXT_INLINE void transpose_words(const uint32_t* src, int64_t stride, int rows, int64_t words,
+                                      uint32_t* dst) {
+  typedef uint32_t V4 __attribute__((vector_size(16), aligned(4), may_alias));
+  const auto at = [](const uint32_t* p) { return *reinterpret_cast<const V4*>(p); };
+  const auto to = [](uint32_t* p, V4 x) { *reinterpret_cast<V4*>(p) = x; };
+  const int rows4 = rows & ~3;
+  const int64_t words4 = words & ~int64_t{3};
+  for (int r = 0; r < rows4; r += 4) {
+    const uint32_t* s = src + r * stride;
+    for (int64_t k = 0; k < words4; k += 4) {
+      const V4 a = at(s + k), b = at(s + stride + k);
+      const V4 c = at(s + 2 * stride + k), d = at(s + 3 * stride + k);
+      const V4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+      const V4 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+      const V4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+      const V4 cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+      uint32_t* out = dst + k * kSlice + r;
+      to(out, __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5));
+      to(out + kSlice, __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
+      to(out + 2 * kSlice, __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
+      to(out + 3 * kSlice, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
+    }
+    for (int64_t k = words4; k < words; ++k)
+      for (int i = 0; i < 4; ++i) dst[k * kSlice + r + i] = s[i * stride + k];
+  }
+  for (int r = rows4; r < kSlice; ++r)
+    for (int64_t k = 0; k < words; ++k)
+      dst[k * kSlice + r] = r < rows ? src[r * stride + k] : 0;
+}
+
+// B[k][n] = src row k, columns n..n+kSlice (missing columns and the odd last k are zero).
+template <class T>
+GEMMA_EXT_INLINE void interleave_rows(const T* src, int64_t stride, int64_t k, T* dst) {
+  if constexpr (kPair<T> == 1) {
+    for (int64_t i = 0; i < k; ++i) memcpy(dst + i * kSlice, src + i * stride, kSlice * sizeof(T));
+  } else {
+    for (int64_t i = 0; i < k; i += 2) {
+      const uint16_t* even = reinterpret_cast<const uint16_t*>(src + i * stride);
+      uint32_t* out = reinterpret_cast<uint32_t*>(dst) + i / 2 * kSlice;
+      for (int half = 0; half < kSlice; half += kLanes) {
+        Vu x = __builtin_convertvector(*reinterpret_cast<const VhLoose*>(even + half), Vu);
+        if (i + 1 < k)
+          x |= __builtin_convertvector(*reinterpret_cast<const VhLoose*>(even + stride + half), Vu)
+               << 16;
+        *reinterpret_cast<VuLoose*>(out + half) = x;
+      }
+    }
+  }
+}
+
+// The micro-kernel.
+
+template <int M, class T>
+void micro(int64_t k, const T* a, const T* b, float* c, int64_t ldc, bool accumulate) {
+  Vf x[M], y[M];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    x[m] = accumulate ? load(c + m * ldc) : Vf{};
+    y[m] = accumulate ? load(c + m * ldc + kLanes) : Vf{};
+  }
+  if constexpr (kPair<T> == 1) {
+    for (int64_t i = 0; i < k; ++i, ++a, b += kSlice) {
+      const Vf b0 = load(b), b1 = load(b + kLanes);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const Vf s = set1(a[m * kTile]);
+        x[m] += s * b0;
+        y[m] += s * b1;
+      }
+    }
+  } else {
+#if defined(__AVX512BF16__)
+    for (int64_t i = 0; i < k; i += 2, a += 2, b += 2 * kSlice) {
+      const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b);
+      const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + kSlice);
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        int32_t pair;
+        memcpy(&pair, a + m * kTile, 4);
+        const __m512bh s = (__m512bh)_mm512_set1_epi32(pair);
+        x[m] = _mm512_dpbf16_ps(x[m], s, b0);
+        y[m] = _mm512_dpbf16_ps(y[m], s, b1);
+      }
+    }
+#endif
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    store(c + m * ldc, x[m]);
+    store(c + m * ldc + kLanes, y[m]);
+  }
+}
+
+template <class T, int M = kGroup>
+GEMMA_EXT_INLINE void micro_tail(int m, int64_t k, const T* a, const T* b, float* c, int64_t ldc,
+                                 bool accumulate) {
+  if constexpr (M > 0) {
+    if (m == M)
+      micro<M, T>(k, a, b, c, ldc, accumulate);
+    else
+      micro_tail<T, M - 1>(m, k, a, b, c, ldc, accumulate);
+  }
+}
+
+// C[rows, slices * kSlice] (+)= A[rows, k <= kTile] . B, B's slices b_stride elements apart.
+template <class T>
+void block_product(int64_t rows, int slices, int64_t k, const T* a, const T* b, int64_t b_stride,
+                   float* c, int64_t ldc, bool accumulate) {
+  for (int s = 0; s < slices; ++s)
+    for (int64_t r = 0; r < rows; r += kGroup) {
+      const int m = rows - r < kGroup ? int(rows - r) : kGroup;
+      micro_tail<T>(m, k, a + r * kTile, b + s * b_stride, c + r * ldc + s * kSlice, ldc,
+                    accumulate);
+    }
+}
+
+}  // namespace gemma_ext::GEMMA_EXT_ISA

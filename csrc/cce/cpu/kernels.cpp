@@ -1,0 +1,481 @@
+// Cut cross-entropy on the CPU, tile by tile: everything that runs inside a task.
+//   s[n, v] = softcap(scale e_n . c_v + bias_v) / T
+//   lse[n]  = log sum_v exp(s),   G = dloss/d(e.c),   dE = scale G C,   dC = scale G^T E
+// The logits of a tile live in one worker's L2 as strips of 256 columns, never as an N x V matrix.
+// Compiled once per instruction set; the namespace is the set's name.
+#include <stdlib.h>
+#include <string.h>
+
+#include "epilogue.h"
+#include "gemm.h"
+
+namespace gemma_ext::GEMMA_EXT_ISA {
+namespace {
+
+enum Part { kPacked, kRaw, kBlockA, kStrips, kTransposed, kBlockB, kSums, kSmall };
+
+template <class T>
+T* scratch(Scratch& s, Part part, int64_t count) {
+  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+  if (s.size[part] < bytes) {
+    free(s.part[part]);
+    s.part[part] = aligned_alloc(64, bytes);
+    if (!s.part[part]) abort();
+    s.size[part] = bytes;
+  }
+  return static_cast<T*>(s.part[part]);
+}
+
+GEMMA_EXT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+int64_t depth(int64_t d) {
+  return (d + kPair<T> - 1) / kPair<T> * kPair<T>;
+}
+
+struct Tile {
+  int64_t first;  // position of its first column
+  int valid;      // columns inside the vocabulary
+};
+
+GEMMA_EXT_INLINE Tile tile_at(const Problem& p, int64_t tile) {
+  const int64_t first = tile * kTile;
+  return {first, int(least(kTile, p.V - first))};
+}
+
+GEMMA_EXT_INLINE int64_t column_id(const Problem& p, int64_t position) {
+  return p.order ? p.order[position] : position;
+}
+
+void gather(const Problem& p, const Tile& tile, const float* from, float* to) {
+  for (int i = 0; i < kTile; ++i)
+    to[i] = from && i < tile.valid ? from[column_id(p, tile.first + i)] : 0.0f;
+}
+
+// C[tile]^T as slices ready for the micro-kernel: [kSlices][D / pair, kSlice, pair].
+template <class T>
+T* pack_tile(const Problem& p, const Tile& tile, Scratch& s) {
+  const int64_t d = depth<T>(p.D), words = d / kPair<T>;
+  T* packed = scratch<T>(s, kPacked, d * kTile);
+  T* raw = scratch<T>(s, kRaw, d * kSlice);
+  for (int slice = 0; slice < kSlices; ++slice) {
+    const int rows = int(least(kSlice, tile.valid - slice * kSlice));
+    for (int r = 0; r < rows; ++r) {
+      load_row<T>(p.c, column_id(p, tile.first + slice * kSlice + r), 0, p.D, raw + r * d);
+      if (d > p.D) put(raw + r * d + p.D, 0.0f);
+    }
+    transpose_words(reinterpret_cast<uint32_t*>(raw), words, rows > 0 ? rows : 0, words,
+                    reinterpret_cast<uint32_t*>(packed + slice * kSlice * d));
+  }
+  return packed;
+}
+
+// Raw products of `rows` (at most kBlockRows) rows with a packed tile -> [rows, kTile].
+template <class T, class RowAt>
+float* products(const Problem& p, const T* packed, int64_t rows, RowAt row_at, Scratch& s) {
+  T* a = scratch<T>(s, kBlockA, kBlockRows * kTile);
+  float* out = scratch<float>(s, kStrips, kBlockRows * kTile);
+  const int64_t d = depth<T>(p.D);
+  for (int64_t k = 0; k < p.D; k += kTile) {
+    const int64_t step = least(kTile, p.D - k);
+    for (int64_t r = 0; r < rows; ++r) {
+      load_row<T>(p.e, p.rows[row_at(r)], k, step, a + r * kTile);
+      if (step % kPair<T>) put(a + r * kTile + step, 0.0f);
+    }
+    block_product<T>(rows, kSlices, step, a, packed + k * kSlice, d * kSlice, out, kTile, k > 0);
+  }
+  return out;
+}
+
+int target_in(const Problem& p, const Tile& tile, int64_t row) {
+  const int64_t at = p.position[row] - tile.first;
+  return p.position[row] >= 0 && at >= 0 && at < kTile ? int(at) : -1;
+}
+
+int64_t strip_argmax(const Problem& p, const Tile& tile, const float* s, float top) {
+  int64_t best = -1;
+  for (int i = 0; i < tile.valid; ++i)
+    if (s[i] == top) {
+      const int64_t id = column_id(p, tile.first + i);
+      if (best < 0 || id < best) best = id;
+    }
+  return best;
+}
+
+void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t index, int64_t row,
+            const float* weights, const float* s) {
+  const int64_t at = index * p.n + row;
+  const StripSums sums = strip_sums(p.map, p.want_mean, s);
+  out.max[at] = sums.max;
+  out.sum[at] = sums.sum;
+  if (out.slope) out.slope[at] = sums.slope;
+  if (p.want_mean) out.weighted[at] = sums.weighted;
+  if (p.class_weight) {
+    float total = 0;
+    for (int i = 0; i < tile.valid; ++i) total += weights[i] * s[i];
+    out.class_sum[at] = total;
+  }
+  if (p.want_argmax) out.argmax[at] = strip_argmax(p, tile, s, sums.max);
+  const int target = target_in(p, tile, row);
+  if (target >= 0) out.target[row] = s[target];
+}
+
+template <class T>
+void forward_rows(const Problem& p, const StripStats& out, int64_t index, int64_t row0,
+                  int64_t row1, Scratch& s) {
+  const Tile tile = tile_at(p, index);
+  const T* packed = pack_tile<T>(p, tile, s);
+  float* bias = scratch<float>(s, kSmall, 2 * kTile);
+  float* weights = bias + kTile;
+  gather(p, tile, p.bias, bias);
+  gather(p, tile, p.class_weight, weights);
+  for (int64_t row = row0; row < row1; row += kBlockRows) {
+    const int64_t rows = least(kBlockRows, row1 - row);
+    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return row + r; }, s);
+    for (int64_t r = 0; r < rows; ++r) {
+      strip_logits(p.map, bias, tile.valid, strips + r * kTile);
+      record(p, out, tile, index, row + r, weights, strips + r * kTile);
+    }
+  }
+}
+
+// Column statistics of a sample of rows: how often p >= eps, and the sum of p.
+template <class T>
+void column_rows(const Problem& p, const float* lse, float eps, float* count, float* prob,
+                 int64_t index, Scratch& s) {
+  const Tile tile = tile_at(p, index);
+  const T* packed = pack_tile<T>(p, tile, s);
+  float* bias = scratch<float>(s, kSmall, 3 * kTile);
+  float *hits = bias + kTile, *mass = hits + kTile;
+  gather(p, tile, p.bias, bias);
+  memset(hits, 0, 2 * kTile * sizeof(float));
+  for (int64_t row = 0; row < p.n; row += kBlockRows) {
+    const int64_t rows = least(kBlockRows, p.n - row);
+    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return row + r; }, s);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* x = strips + r * kTile;
+      strip_logits(p.map, bias, tile.valid, x);
+      for (int i = 0; i < kTile; i += kLanes) {
+        const Vf q = exp(load(x + i) - lse[row + r]);
+        store(mass + i, load(mass + i) + q);
+        store(hits + i, load(hits + i) + (q >= eps ? set1(1.0f) : Vf{}));
+      }
+    }
+  }
+  for (int i = 0; i < tile.valid; ++i) {
+    count[column_id(p, tile.first + i)] = hits[i];
+    prob[column_id(p, tile.first + i)] = mass[i];
+  }
+}
+
+// strips [rows, kTile] -> transposed [block of kTile rows][kTile, kTile], rows first..first+rows.
+template <class T>
+void transpose_strips(const T* strips, int64_t first, int64_t rows, T* transposed) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t k = first + r;
+    T* to = transposed + k / kTile * kTile * kTile + k % kTile;
+    const T* from = strips + r * kTile;
+    for (int v = 0; v < kTile; ++v) to[v * kTile] = from[v];
+  }
+}
+
+// kColumns columns of `rows` rows of m as slices for the micro-kernel: [4][rows / pair, kSlice, pair].
+template <class T, class RowAt>
+T* pack_columns(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scratch& s) {
+  const int64_t width = least(kColumns, m.cols - column);
+  T* raw = scratch<T>(s, kRaw, kTile * kColumns);
+  T* packed = scratch<T>(s, kBlockB, kTile * kColumns);
+  for (int64_t r = 0; r < rows; ++r) {
+    T* to = raw + r * kColumns;
+    const int64_t row = row_at(r);
+    if (row >= 0) load_row<T>(m, row, column, width, to);
+    if (row < 0 || width < kColumns)
+      memset(to + (row < 0 ? 0 : width), 0, (kColumns - (row < 0 ? 0 : width)) * sizeof(T));
+  }
+  for (int slice = 0; slice < kColumns / kSlice; ++slice)
+    interleave_rows(raw + slice * kSlice, kColumns, rows, packed + slice * kSlice * kTile);
+  return packed;
+}
+
+// dC of one tile from the transposed gradient strips of its rows, plus the compensation.
+template <class T, class RowAt>
+void write_dc(const GradTask& task, int64_t index, const T* transposed, int64_t rows, RowAt row_at,
+              Scratch& s) {
+  const Problem& p = *task.problem;
+  const Tile tile = tile_at(p, index);
+  float* sums = scratch<float>(s, kSums, kTile * kColumns);
+  const float* profile = task.push ? task.profile + tile.first : nullptr;
+  for (int64_t column = 0; column < p.D; column += kColumns) {
+    const int64_t width = least(kColumns, p.D - column);
+    for (int64_t k = 0; k < rows; k += kTile) {
+      const int64_t step = least(kTile, rows - k);
+      const T* b = pack_columns<T>(p.e, column, step,
+                                   [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
+      block_product<T>(kTile, kColumns / kSlice, step, transposed + k * kTile, b, kSlice * kTile,
+                       sums, kColumns, k > 0);
+    }
+    if (rows == 0) memset(sums, 0, kTile * kColumns * sizeof(float));
+    for (int v = 0; v < tile.valid; ++v) {
+      float* x = sums + v * kColumns;
+      const int64_t at = column_id(p, tile.first + v) * p.D + column;
+      if (task.push) {
+        const float* push = task.push + index * padded(p.D) + column;
+        for (int64_t i = 0; i < width; ++i) x[i] += profile[v] * push[i];
+      }
+      if (task.dc_sum) {
+        float* to = task.dc_sum + at;
+        if (task.dc_accumulate)
+          for (int64_t i = 0; i < width; ++i) to[i] += x[i];
+        else
+          memcpy(to, x, width * sizeof(float));
+      } else {
+        store_row(static_cast<char*>(task.dc) + at * size_of(p.c.dtype), p.c.dtype, x, width);
+      }
+    }
+  }
+}
+
+void write_dbias(const GradTask& task, int64_t index, const float* sums) {
+  const Problem& p = *task.problem;
+  const Tile tile = tile_at(p, index);
+  for (int v = 0; v < tile.valid; ++v) {
+    float* to = task.dbias + column_id(p, tile.first + v);
+    const float pushed = task.profile ? task.profile[tile.first + v] * task.bias_push[index] : 0;
+    *to = (task.dc_accumulate ? *to : 0.0f) + sums[v] + pushed;
+  }
+}
+
+// Recompute the kept strips of a tile, turn them into gradients, finish the tile's dC and dbias.
+template <class T>
+void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
+  const Problem& p = *task.problem;
+  const RowCoefficients& coef = task.coef;
+  const Tile tile = tile_at(p, index);
+  const int32_t* list = task.list + task.begin[index];
+  const int64_t kept = task.begin[index + 1] - task.begin[index];
+  const bool want_dc = task.dc || task.dc_sum;
+  T* slots = static_cast<T*>(task.strips) + (task.begin[index] - task.slot0) * kTile;
+  float* bias = scratch<float>(s, kSmall, 3 * kTile);
+  float *weights = bias + kTile, *bias_sums = weights + kTile;
+  gather(p, tile, p.bias, bias);
+  gather(p, tile, p.class_weight, weights);
+  memset(bias_sums, 0, kTile * sizeof(float));
+  T* transposed =
+      want_dc ? scratch<T>(s, kTransposed, (kept + kTile) / kTile * kTile * kTile) : nullptr;
+  const T* packed = kept ? pack_tile<T>(p, tile, s) : nullptr;
+  for (int64_t first = 0; first < kept; first += kBlockRows) {
+    const int64_t rows = least(kBlockRows, kept - first);
+    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return list[first + r]; }, s);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = list[first + r];
+      float* g = strips + r * kTile;
+      strip_logits(p.map, bias, tile.valid, g);
+      strip_gradient(p.map, coef.lse[row], coef.a[row], coef.b[row], coef.q ? coef.q[row] : 0.0f,
+                     coef.mean ? coef.mean[row] : 0.0f,
+                     coef.class_coef ? coef.class_coef[row] : 0.0f, weights,
+                     target_in(p, tile, row), g);
+      T* slot = slots + (first + r) * kTile;
+      for (int i = 0; i < kTile; i += kLanes) {
+        const Vf x = load(g + i);
+        store(bias_sums + i, load(bias_sums + i) + x);
+        store(slot + i, x * p.map.scale);
+      }
+    }
+    if (want_dc) transpose_strips(slots + first * kTile, first, rows, transposed);
+  }
+  if (want_dc && kept % 2 && kPair<T> == 2) {  // the micro-kernel reads rows in pairs
+    T* to = transposed + kept / kTile * kTile * kTile + kept % kTile;
+    for (int v = 0; v < kTile; ++v) put(to + v * kTile, 0.0f);
+  }
+  if (want_dc) write_dc<T>(task, index, transposed, kept, [&](int64_t k) { return list[k]; }, s);
+  if (task.dbias) write_dbias(task, index, bias_sums);
+}
+
+// dE[kept rows, 128 columns] += G C for the tiles of one batch.
+template <class T>
+void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t column, Scratch& s) {
+  const Problem& p = *task.problem;
+  float* sums = scratch<float>(s, kSums, kBlockRows * kColumns);
+  const int64_t stride = padded(p.D);
+  for (int64_t index = tile0; index < tile1; ++index) {
+    const int64_t begin = task.begin[index], kept = task.begin[index + 1] - begin;
+    if (kept == 0) continue;
+    const Tile tile = tile_at(p, index);
+    const T* b = pack_columns<T>(
+        p.c, column, kTile,
+        [&](int64_t v) { return v < tile.valid ? column_id(p, tile.first + v) : -1; }, s);
+    const T* g = static_cast<const T*>(task.strips) + (begin - task.slot0) * kTile;
+    for (int64_t first = 0; first < kept; first += kBlockRows) {
+      const int64_t rows = least(kBlockRows, kept - first);
+      block_product<T>(rows, kColumns / kSlice, kTile, g + first * kTile, b, kSlice * kTile, sums,
+                       kColumns, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t row = task.list ? task.list[begin + first + r] : first + r;
+        float* to = task.de + row * stride + column;
+        for (int i = 0; i < kColumns; i += kLanes)
+          store(to + i, load(to + i) + load(sums + r * kColumns + i));
+      }
+    }
+  }
+}
+
+// First half of the three-product form: strips hold exp(s - max) ds/da before lse is known.
+template <class T>
+void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t index, Scratch& s) {
+  const Tile tile = tile_at(p, index);
+  const T* packed = pack_tile<T>(p, tile, s);
+  float* bias = scratch<float>(s, kSmall, kTile);
+  gather(p, tile, p.bias, bias);
+  for (int64_t row = 0; row < p.n; row += kBlockRows) {
+    const int64_t rows = least(kBlockRows, p.n - row);
+    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return row + r; }, s);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* x = strips + r * kTile;
+      strip_logits(p.map, bias, tile.valid, x);
+      record(p, out, tile, index, row + r, nullptr, x);
+      const float top = out.max[index * p.n + row + r], base = top == -kInfinity ? 0.0f : top;
+      T* slot = static_cast<T*>(all) + (index * p.n + row + r) * kTile;
+      for (int i = 0; i < kTile; i += kLanes) {
+        const Vf v = load(x + i), t = v * p.map.t_over_cap, e = exp(v - base);
+        store(slot + i, e > 0.0f || e != e ? e * (1.0f - t * t) * p.map.inv_t : Vf{});
+      }
+    }
+  }
+}
+
+// Second half: lse is known, so scale the strips to G in place, then dC and dbias of the tile.
+template <class T>
+void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t index, Scratch& s) {
+  const Problem& p = *task.problem;
+  const RowCoefficients& coef = task.coef;
+  const Tile tile = tile_at(p, index);
+  const bool want_dc = task.dc || task.dc_sum;
+  T* slots = static_cast<T*>(task.strips) + index * p.n * kTile;
+  T* transposed =
+      want_dc ? scratch<T>(s, kTransposed, (p.n + kTile) / kTile * kTile * kTile) : nullptr;
+  float* bias_sums = scratch<float>(s, kSmall, kTile);
+  memset(bias_sums, 0, kTile * sizeof(float));
+  const float inv_scale = 1.0f / p.map.scale;
+  for (int64_t row = 0; row < p.n; ++row) {
+    T* slot = slots + row * kTile;
+    const float top = stats.max[index * p.n + row], base = top == -kInfinity ? 0.0f : top;
+    const Vf factor = exp(set1(base - coef.lse[row])) * coef.a[row] * p.map.scale;
+    const int target = target_in(p, tile, row);
+    for (int i = 0; i < kTile; i += kLanes) store(slot + i, load(slot + i) * factor);
+    if (target >= 0) {
+      // p - 1 needs fp32: a rounded p near 1 would leave nothing of the difference
+      const float z = stats.target[row], t = z * p.map.t_over_cap;
+      const float prob = exp(set1(z - coef.lse[row]))[0];
+      put(slot + target, (coef.a[row] * prob - coef.b[row]) * (1.0f - t * t) * p.map.inv_t *
+                             p.map.scale);
+    }
+    if (task.dbias)
+      for (int i = 0; i < kTile; i += kLanes)
+        store(bias_sums + i, load(bias_sums + i) + load(slot + i) * inv_scale);
+  }
+  if (want_dc) {
+    transpose_strips(slots, 0, p.n, transposed);
+    if (p.n % 2 && kPair<T> == 2) {
+      T* to = transposed + p.n / kTile * kTile * kTile + p.n % kTile;
+      for (int v = 0; v < kTile; ++v) put(to + v * kTile, 0.0f);
+    }
+    write_dc<T>(task, index, transposed, p.n, [](int64_t k) { return k; }, s);
+  }
+  if (task.dbias) write_dbias(task, index, bias_sums);
+}
+
+// mean[tile] = sum_v profile_v c_v
+void tile_mean(const Problem& p, const float* profile, float* mean, int64_t index, Scratch& s) {
+  const Tile tile = tile_at(p, index);
+  float* row = scratch<float>(s, kRaw, p.D);
+  float* to = mean + index * padded(p.D);
+  memset(to, 0, padded(p.D) * sizeof(float));
+  for (int v = 0; v < tile.valid; ++v) {
+    load_row<float>(p.c, column_id(p, tile.first + v), 0, p.D, row);
+    const float w = profile[tile.first + v];
+    for (int64_t i = 0; i < p.D; ++i) to[i] += w * row[i];
+  }
+}
+
+// push[tiles, 128 columns] = mass [tiles, n] . E
+void push_columns(const Problem& p, const float* mass, float* push, int64_t column, Scratch& s) {
+  const int64_t stride = padded(p.D);
+  float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
+  for (int64_t k = 0; k < p.n; k += kTile) {
+    const int64_t step = least(kTile, p.n - k);
+    const float* b = pack_columns<float>(p.e, column, step,
+                                         [&](int64_t r) { return p.rows[k + r]; }, s);
+    for (int64_t tile = 0; tile < p.tiles; tile += kBlockRows) {
+      const int64_t rows = least(kBlockRows, p.tiles - tile);
+      for (int64_t r = 0; r < rows; ++r)
+        memcpy(a + r * kTile, mass + (tile + r) * p.n + k, step * sizeof(float));
+      block_product<float>(rows, kColumns / kSlice, step, a, b, kSlice * kTile,
+                           push + tile * stride + column, stride, k > 0);
+    }
+  }
+}
+
+// dE[n, 128 columns] = mass^T . mean [tiles, D]
+void pull_columns(const Problem& p, const float* mass, const float* mean, float* de,
+                  int64_t column, Scratch& s) {
+  const int64_t stride = padded(p.D);
+  const Matrix means{mean, DType::kFloat32, p.tiles, stride, stride, 1};
+  float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
+  for (int64_t k = 0; k < p.tiles; k += kTile) {
+    const int64_t step = least(kTile, p.tiles - k);
+    const float* b = pack_columns<float>(means, column, step, [&](int64_t r) { return k + r; }, s);
+    for (int64_t row = 0; row < p.n; row += kBlockRows) {
+      const int64_t rows = least(kBlockRows, p.n - row);
+      for (int64_t t = 0; t < step; ++t)
+        for (int64_t r = 0; r < rows; ++r) a[r * kTile + t] = mass[(k + t) * p.n + row + r];
+      block_product<float>(rows, kColumns / kSlice, step, a, b, kSlice * kTile,
+                           de + row * stride + column, stride, k > 0);
+    }
+  }
+}
+
+#if defined(__AVX512BF16__)
+#define GEMMA_EXT_COMPUTE(storage, call) \
+  ((storage) == DType::kBFloat16 ? (call<bf16>) : (call<float>))
+int64_t compute_size(DType storage) { return storage == DType::kBFloat16 ? 2 : 4; }
+#else
+#define GEMMA_EXT_COMPUTE(storage, call) (call<float>)
+int64_t compute_size(DType) { return 4; }
+#endif
+
+#define GEMMA_EXT_QUOTE(x) #x
+#define GEMMA_EXT_NAME(x) GEMMA_EXT_QUOTE(x)
+
+}  // namespace
+
+extern const Kernels kKernels;
+const Kernels kKernels = {
+    GEMMA_EXT_NAME(GEMMA_EXT_ISA),
+    kLanes,
+    compute_size,
+    [](const Problem& p, const StripStats& out, int64_t tile, int64_t row0, int64_t row1,
+       Scratch& s) {
+      GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile, row0, row1, s);
+    },
+    [](const Problem& p, const float* lse, float eps, float* count, float* prob, int64_t tile,
+       Scratch& s) {
+      GEMMA_EXT_COMPUTE(p.c.dtype, column_rows)(p, lse, eps, count, prob, tile, s);
+    },
+    [](const GradTask& t, int64_t tile, Scratch& s) {
+      GEMMA_EXT_COMPUTE(t.problem->c.dtype, grad_rows)(t, tile, s);
+    },
+    [](const GradTask& t, int64_t tile0, int64_t tile1, int64_t column, Scratch& s) {
+      GEMMA_EXT_COMPUTE(t.problem->c.dtype, grad_block)(t, tile0, tile1, column, s);
+    },
+    [](const Problem& p, const StripStats& out, void* strips, int64_t tile, Scratch& s) {
+      GEMMA_EXT_COMPUTE(p.c.dtype, fused_rows)(p, out, strips, tile, s);
+    },
+    [](const GradTask& t, const StripStats& stats, int64_t tile, Scratch& s) {
+      GEMMA_EXT_COMPUTE(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
+    },
+    tile_mean,
+    push_columns,
+    pull_columns,
+};
+
+}  // namespace gemma_ext::GEMMA_EXT_ISA
