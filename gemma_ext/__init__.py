@@ -17,7 +17,6 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
     "VocabState",
-    "VocabState",
     "__version__",
     "linear_cross_entropy",
     "linear_logprobs",

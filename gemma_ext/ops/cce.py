@@ -17,12 +17,15 @@ with a = label smoothing, w = class weights, z = z-loss weight, t = token weight
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemma_ext.ops import _cce_inputs as inputs
+from gemma_ext.ops import _cce_kernels
+from gemma_ext.ops.vocab_state import VocabState
 from gemma_ext.reference import cce as reference
 from gemma_ext.reference.cce import Rows
 
@@ -102,7 +105,7 @@ def cce_rows(
     class_weight: Tensor | None = None,
     filter_eps: float | str | None = "auto",
     impl: str = "auto",
-    state: object | None = None,
+    state: VocabState | None = None,
     want_entropy: bool = False,
     want_argmax: bool = False,
     missing_target: str = "error",
@@ -120,6 +123,8 @@ def cce_rows(
     """
     if missing_target not in ("error", "none"):
         raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
+    if state is not None and state.order.shape[0] != c.shape[0]:
+        raise ValueError(f"expected state for {c.shape[0]} ids, got {state.order.shape[0]}")
     options = {
         "softcap": softcap,
         "logit_scale": logit_scale,
@@ -132,11 +137,17 @@ def cce_rows(
     }
     if impl == "reference":
         return reference.rows(e, c, targets, bias, **options)
-    from gemma_ext.ops import _cce_kernels
-
     mode = "exact" if _is_exact(impl, filter_eps) or class_weight is not None else "filter"
-    return _cce_kernels.rows(
-        e, c, targets, bias, filter_eps=filter_eps, mode=mode, state=state, **options
+    return _call(
+        _cce_kernels.rows,
+        e,
+        c,
+        targets,
+        bias,
+        filter_eps=filter_eps,
+        mode=mode,
+        state=state,
+        **options,
     )
 
 
@@ -163,7 +174,7 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     return_argmax: bool = False,
     return_stats: bool = False,
-    state: object | None = None,
+    state: VocabState | None = None,
 ) -> Tensor | LinearCrossEntropyOutput:
     """Cross-entropy of softcap(logit_scale * e @ c.T + bias) / temperature against `targets`.
 
@@ -199,7 +210,7 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a label outside [0, V) is named with
-            its flat position.
+            the flat position of the hidden state that is scored against it.
 
     Example:
         >>> loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, shift=True)
@@ -236,10 +247,8 @@ def linear_cross_entropy(
         and _needs_grad(e, c, bias)
         and not _needs_grad(weight, token_weights, num_items_in_batch)
     ):
-        from gemma_ext.ops import _cce_kernels
-
-        loss, _, _ = _cce_kernels.fused_loss(
-            rows_e, c, flat, bias, class_coef, z_loss * coef, **head
+        loss, _, _ = _call(
+            _cce_kernels.fused_loss, rows_e, c, flat, bias, class_coef, z_loss * coef, **head
         )
         return loss
 
@@ -295,7 +304,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     filter_eps: float | str | None = "auto",
     impl: str = "auto",
-    state: object | None = None,
+    state: VocabState | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, for RL and scoring.
 
@@ -324,6 +333,19 @@ def linear_logprobs(
     )
     entropy = _per_token(r.lse - r.mean_logit, labels.shape, steps)
     return _per_token(-r.nll, labels.shape, steps), entropy
+
+
+def _call(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Call a function of `_cce_kernels`; the op's complaint about a label becomes a ValueError."""
+    if torch.compiler.is_compiling():
+        return call(*args, **options)
+    try:
+        return call(*args, **options)
+    except RuntimeError as error:
+        message = str(error).splitlines()[0]
+        if "expected targets" not in message:
+            raise
+        raise ValueError(message[message.index("expected targets") :]) from None
 
 
 def _is_exact(impl: str, filter_eps: float | str | None) -> bool:
