@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from cce_impls import IMPLS, Impl
 
 
 @pytest.fixture(params=IMPLS, ids=str)
 def impl(request: pytest.FixtureRequest) -> Impl:
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Thousands of tiny calls: waking a second thread costs more than all of them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

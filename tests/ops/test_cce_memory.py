@@ -1,0 +1,88 @@
+"""Peak resident memory of forward and backward in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+N, D, V = 8192, 64, 32768
+MIB = 1 << 20
+LOGITS = 4 * N * V
+
+SCRIPT = """
+import json, sys
+import torch
+import gemma_ext
+
+impl, eps, reduction, grad, n, d, v = json.loads(sys.argv[1])
+torch.set_num_threads(2)
+
+def hwm():
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("VmHWM"))
+
+def call(rows, vocab):
+    e = torch.randn(rows, d).requires_grad_(grad)
+    c = (torch.randn(vocab, d) / 2).requires_grad_(grad)
+    y = torch.randint(0, vocab, (rows,))
+    base = None
+    if rows == n:
+        with open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+        base = hwm()
+    loss = gemma_ext.linear_cross_entropy(
+        e, c, y, softcap=30.0, impl=impl, filter_eps=eps, reduction=reduction
+    )
+    if grad:
+        loss.sum().backward()
+    return base
+
+call(64, 512)
+base = call(n, v)
+print(hwm() - base)
+"""
+
+
+def peak(
+    impl: str, eps: float | str | None, reduction: str = "mean", grad: bool = True, n: int = N
+) -> int:
+    """Bytes beyond inputs that one call at its worst holds, gradients included."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([impl, eps, reduction, grad, n, D, V])],
+        env=os.environ | {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout)
+
+
+OUTPUTS = 4 * D * (N + V)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_filtered_step_holds_under_five_percent_of_the_logits(reduction):
+    extra = peak("cce", 2.0**-8, reduction) - OUTPUTS
+    assert extra < 0.05 * LOGITS, f"{extra / MIB:.0f} MiB beyond the gradients"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_exact_step_holds_no_logits(reduction):
+    extra = peak("exact", None, reduction) - OUTPUTS
+    assert extra < 0.2 * LOGITS, f"{extra / MIB:.0f} MiB beyond the gradients"
+
+
+def test_forward_alone_allocates_nothing_of_the_size_of_the_head():
+    extra = peak("auto", "auto", grad=False)
+    assert extra < 0.05 * LOGITS, f"{extra / MIB:.0f} MiB"
+
+
+def test_the_measurement_sees_logits():
+    """The reference does hold N x V floats; a probe that missed them would prove nothing."""
+    assert peak("reference", None, grad=False, n=1024) > 4 * 1024 * V
