@@ -33,8 +33,8 @@ def find_torch() -> tuple[Path, str]:
         spec = importlib.util.find_spec("torch")
         if spec is None or spec.origin is None:
             raise SystemExit(
-                "gemma_ext builds against an installed torch >= 2.10 and found none: install torch, "
-                "then run `pip install --no-build-isolation .`, or set GEMMA_EXT_TORCH_DIR to a "
+                "gemma_ext builds against an installed torch >= 2.10 and found none: install torch "
+                "and run `pip install --no-build-isolation .`, or set GEMMA_EXT_TORCH_DIR to a "
                 "torch package folder"
             )
         folder = Path(spec.origin).parent
@@ -49,7 +49,9 @@ def find_tool(module: str, attribute: str, name: str) -> str:
     try:
         folder = getattr(__import__(module), attribute)
     except ImportError:
-        raise SystemExit(f"the build needs the Python package {module}: pip install {module}") from None
+        raise SystemExit(
+            f"the build needs the Python package {module}: pip install {module}"
+        ) from None
     return str(Path(folder) / name)
 
 
@@ -57,7 +59,9 @@ def source_revision() -> str:
     """`git describe` of the checkout, or "unknown" outside one."""
     try:
         command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
-        return subprocess.check_output(command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL).strip()
+        return subprocess.check_output(
+            command, cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        ).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -79,7 +83,9 @@ def job_count() -> int:
     if "MAX_JOBS" in os.environ:
         return max(1, int(os.environ["MAX_JOBS"]))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return max(1, min(cores, int((free - 3) / 1.5)))
 
 

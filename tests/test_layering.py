@@ -47,7 +47,7 @@ def submodule_or_module(module: str, name: str) -> str:
 
 
 def layer(module: str) -> str:
-    return (module.split(".") + ["gemma_ext"])[1]
+    return [*module.split("."), "gemma_ext"][1]
 
 
 def package_files() -> list[Path]:

@@ -59,7 +59,7 @@ def test_missing_torch_is_one_sentence_with_the_remedy(root):
     done = run_setup(root, "-c", WITHOUT_TORCH)
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
-    assert "found none: install torch" in last
+    assert "found none: install torch and run" in last
     assert "--no-build-isolation" in last
     assert "Traceback" not in done.stderr
 
@@ -92,7 +92,9 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
     assert {"gemma_ext/_C.so", "gemma_ext/build_info.json", "gemma_ext/py.typed"} <= names
     assert any(name.startswith("gemma_ext/_host.") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    required = [r for r in metadata.splitlines() if r.startswith("Requires-Dist") and "extra" not in r]
+    required = [
+        r for r in metadata.splitlines() if r.startswith("Requires-Dist") and "extra" not in r
+    ]
     assert required == ["Requires-Dist: torch>=2.10", "Requires-Dist: numpy"]
 
 
