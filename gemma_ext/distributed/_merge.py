@@ -31,10 +31,9 @@ class RowStatistics(NamedTuple):
 
 def gather_ranks(local: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stack `local` of every rank in rank order: [...] -> [R, ...]."""
-    ranks = dist.get_world_size(group)
-    gathered = local.new_empty(ranks * local.numel())
-    dist.all_gather_into_tensor(gathered, local.contiguous().view(-1), group=group)
-    return gathered.view(ranks, *local.shape)
+    gathered = local.new_empty(dist.get_world_size(group), *local.shape)
+    dist.all_gather(list(gathered.unbind(0)), local.contiguous(), group=group)
+    return gathered
 
 
 def merge_shards(local: RowStatistics, group: dist.ProcessGroup) -> RowStatistics:
@@ -75,7 +74,10 @@ class _MergeShards(torch.autograd.Function):
         target_global = columns.pop(0).sum(0)
         mean_global = None
         if mean_logit is not None:
-            mean_global = (shares * columns.pop(0)).sum(0).to(lse.dtype)
+            # a shard masked by a bias of -inf has no mean logit, and no share of it
+            mean_all = torch.where(shares > 0, columns.pop(0), 0.0)
+            mean_global = (shares * mean_all).sum(0).to(lse.dtype)
+            mean_logit = torch.where(share > 0, mean_logit, 0.0)
         weighted_global = None
         if weighted_logit_sum is not None:
             weighted_global = columns.pop(0).sum(0).to(lse.dtype)

@@ -65,8 +65,8 @@ def vocab_parallel_linear_cross_entropy(
     """`gemma_ext.linear_cross_entropy` with the rows of the classifier spread over a group.
 
     Every rank passes the same `e`, `targets` and options, and its own rows of the classifier; every
-    rank gets the same loss, bit for bit. Communication: 8 to 16 bytes per token and rank forward, N
-    * D floats backward.
+    rank gets the same loss, bit for bit. Communication: 8 to 16 bytes per token and rank forward,
+    one [N, D] float32 sum backward.
 
     Args:
         e: [..., T, D] hidden states, the same on every rank (a `DTensor` must be `Replicate`).
@@ -86,8 +86,9 @@ def vocab_parallel_linear_cross_entropy(
         return_stats: what the gradient filter kept of this rank's columns.
         state: `VocabState` of this rank's columns.
 
-    The remaining arguments and the returned value are those of `gemma_ext.linear_cross_entropy`;
-    the gradient filter works inside each shard.
+    The remaining arguments and the returned value are those of `gemma_ext.linear_cross_entropy`.
+    The gradient filter weighs a strip against its own shard's probability, which is the stricter
+    measure: it keeps at least what one process would keep at the same `filter_eps`.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; ranks that disagree about tokens or
@@ -96,8 +97,7 @@ def vocab_parallel_linear_cross_entropy(
 
     Example:
         >>> head = distribute_tensor(lm_head.weight, mesh, [Shard(0)])
-        >>> loss = vocab_parallel_linear_cross_entropy(hidden, head, labels, softcap=30.0,
-        shift=True)
+        >>> loss = vocab_parallel_linear_cross_entropy(hidden, head, labels, softcap=30.0)
     """
     e, c, targets, bias, shard = _enter(
         e, c_local, targets, bias, group, vocab_start, vocab_size, validate, impl, filter_eps

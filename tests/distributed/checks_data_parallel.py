@@ -93,8 +93,13 @@ def assert_gradients(model: nn.Module, expected: dict[str, Tensor]) -> None:
 
 def check_ddp_rank_without_labels(rank, world):
     batches = [batch(r, ignored=1.0 if r == world - 1 else 0.3) for r in range(world)]
-    for options in ({}, {"z_loss": 0.1}, {"label_smoothing": 0.1}, {"softcap": 2.0}):
-        model = Head(impl="reference", **options)
+    for options in (
+        {"impl": "reference", "label_smoothing": 0.1},
+        {"impl": "exact", "z_loss": 0.1},
+        {"impl": "exact", "label_smoothing": 0.1},
+        {"impl": "auto", "softcap": 2.0},
+    ):
+        model = Head(**options)
         expected = mean_gradients(model, batches)
         wrapped = DistributedDataParallel(model)
         loss = wrapped(*batches[rank])
@@ -106,16 +111,17 @@ def check_ddp_rank_without_labels(rank, world):
 
 
 def check_ddp_no_rank_with_labels(rank, world):
-    wrapped = DistributedDataParallel(Head(impl="reference"))
-    wrapped(*batch(rank, ignored=1.0)).backward()
-    assert all(not parameter.grad.any() for parameter in wrapped.parameters())
+    for impl in ("reference", "exact", "auto"):
+        wrapped = DistributedDataParallel(Head(impl=impl))
+        wrapped(*batch(rank, ignored=1.0)).backward()
+        assert all(not parameter.grad.any() for parameter in wrapped.parameters())
 
 
 def check_ddp_global_mean(rank, world):
     # num_items_in_batch makes the mean over all ranks' tokens; DDP averages, hence the factor
     batches = [batch(r, ignored=0.2 * r) for r in range(world)]
     items = torch.tensor(sum(int((labels[:, 1:] != -100).sum()) for _, labels in batches))
-    model = Head(impl="reference")
+    model = Head(impl="exact")
     ids, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     expected = mean_gradients(model, [(ids, labels)])
     model.options["num_items_in_batch"] = items
@@ -128,7 +134,7 @@ def check_ddp_patched_gemma2_rank_without_labels(rank, world):
     batches = [batch(r, ignored=1.0 if r == 0 else 0.3) for r in range(world)]
     model = tiny_gemma2()
     expected = mean_gradients(model, batches)
-    wrapped = DistributedDataParallel(patch(model, impl="reference", state=False))
+    wrapped = DistributedDataParallel(patch(model))
     ids, labels = batches[rank]
     wrapped(ids, labels=labels).loss.backward()
     assert_gradients(wrapped, expected)
@@ -143,7 +149,7 @@ def check_fsdp2_patched_gemma2(rank, world):
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        patch(model, impl="reference", state=False)
+        patch(model)
         assert isinstance(model.lm_head.weight, DTensor)
         ids, labels = batches[rank]
         output = model(ids, labels=labels)
@@ -153,7 +159,7 @@ def check_fsdp2_patched_gemma2(rank, world):
 
 
 def check_fsdp2_head_outside_the_forward(rank, world):
-    model = Head(impl="reference")
+    model = Head(impl="exact")
     batches = [batch(r) for r in range(world)]
     expected = mean_gradients(model, batches)
     fully_shard(model.lm_head, mesh=init_device_mesh("cpu", (world,)))
@@ -164,10 +170,10 @@ def check_fsdp2_head_outside_the_forward(rank, world):
         gemma_ext.linear_cross_entropy(hidden, weight, labels, shift=1, impl="reference")
     with pytest.raises(ValueError, match="gather_head"):
         vocab_parallel_linear_cross_entropy(
-            hidden, weight, labels, bias=bias, shift=1, impl="reference"
+            hidden, weight, labels, bias=bias, shift=1, impl="exact"
         )
     loss = gemma_ext.linear_cross_entropy(
-        hidden, gather_head(weight), labels, bias=gather_head(bias), shift=1, impl="reference"
+        hidden, gather_head(weight), labels, bias=gather_head(bias), shift=1, impl="exact"
     )
     loss.backward()
     for layer in (model.embed, model.layer):  # these two are not wrapped by anything

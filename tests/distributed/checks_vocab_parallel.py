@@ -272,6 +272,81 @@ def check_deterministic_and_equal_on_every_rank(rank, world):
         assert_same_bits_on_every_rank(tensor)
 
 
+def check_shard_masked_by_its_bias(rank, world):
+    # padding of the vocabulary: one rank's columns all have probability 0
+    problem = Problem(dtype=torch.float32, bias=True, ignored=0.2, scale=0.5)
+    start = problem.bounds[-2]
+    problem.b[start:] = -torch.inf
+    problem.targets[problem.targets >= start] = 0
+    many = assert_equal_to_one_process(
+        problem, rtol=1e-5, atol=1e-5, impl="exact", return_entropy=True, return_argmax=True
+    )
+    assert torch.isfinite(many.de).all()
+
+
+def check_exact_kernels(rank, world):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        problem = Problem(
+            dtype=dtype, vocab=1500, width=48, shape=(65,), bias=True, poison=True, scale=1.0
+        )
+        assert_equal_to_one_process(
+            problem,
+            rtol=tolerance,
+            atol=tolerance,
+            impl="exact",
+            softcap=8.0,
+            label_smoothing=0.1,
+            z_loss=1e-3,
+            return_lse=True,
+            return_entropy=True,
+            return_argmax=True,
+        )
+
+
+def check_filtered_kernels(rank, world):
+    problem = Problem(
+        dtype=torch.float32, vocab=8192, width=16, shape=(96,), bias=True, scale=3.0, ignored=0.1
+    )
+    problem.c = problem.c[torch.argsort(problem.c[:, 0])]  # strips worth dropping
+    args = problem.e, problem.mine(problem.c), problem.mine(problem.b), problem.targets
+    one = solve(
+        gemma_ext.linear_cross_entropy,
+        problem.e,
+        problem.c,
+        problem.b,
+        problem.targets,
+        impl="exact",
+        return_entropy=True,
+    )
+    state = gemma_ext.VocabState(problem.bounds[rank + 1] - problem.bounds[rank])
+    for carried in (None, state, state):
+        many = solve(
+            vocab_parallel_linear_cross_entropy,
+            *args,
+            filter_eps=2.0**-12,
+            impl="cce",
+            return_entropy=True,
+            state=carried,
+        )
+        torch.testing.assert_close(many.outputs, one.outputs, rtol=1e-5, atol=1e-4)
+        for ours, theirs in (
+            (many.de, one.de),
+            (many.dc, problem.mine(one.dc)),
+            (many.db, problem.mine(one.db)),
+        ):
+            assert (ours - theirs).norm() <= 5e-3 * theirs.norm()
+            assert not torch.equal(ours, theirs)
+    output = vocab_parallel_linear_cross_entropy(
+        problem.e.requires_grad_(),
+        args[1],
+        problem.targets,
+        bias=args[2],
+        filter_eps=2.0**-12,
+        return_stats=True,
+    )
+    assert 0.0 < output.stats.kept_fraction < 0.9
+
+
 def check_shard_with_a_vanishing_share(rank, world):
     # the last rank's columns carry e^-60 of every softmax: its gradient must still be relative to
     # its own size, which rounding 1 + (e^-60 - 1) would turn into 0
