@@ -53,6 +53,7 @@ COLUMNS = {
     "extra_mb": ("less grads", ".0f"),
     "of_logits": ("of logits", ".1%"),
     **{f"x_{peer}": (f"x {peer}", ".2f") for peer in RATIOS},
+    "x_eager_cpu": ("x eager, cpu time", ".2f"),
     "kept": ("kept", ".3f"),
     "dropped": ("dropped", ".4f"),
     "de_error": ("dE err", ".1e"),
@@ -176,7 +177,7 @@ def blank_row(case: Case) -> dict[str, Any]:
     """Every column of the files, in order, empty."""
     row: dict[str, Any] = {name: getattr(case, name) for name in ("n", "d", "v", "dtype", "data")}
     row["threads"] = case.threads
-    row |= dict.fromkeys([*COLUMNS, "loss", "loss_error", "cpu", "rounds", "x_eager_cpu", "eps"])
+    row |= dict.fromkeys([*COLUMNS, "loss", "loss_error", "cpu", "rounds", "eps"])
     row |= dict.fromkeys(["dropped_max", "gemm_fp32", "gemm_bf16", "copy"])
     row |= {"note": "", "bars": ""}
     return row
