@@ -73,6 +73,18 @@ def check_problem(
     check_vector("bias", bias, c.shape[0], e.device)
 
 
+def to_autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the autocast dtype where autocast is on, as it would be for `F.linear`.
+
+    Differentiable: gradients come back in the dtypes of the arguments.
+    """
+    kind = e.device.type
+    if not torch.is_autocast_enabled(kind):
+        return e, c, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def check_filter_eps(filter_eps: object) -> None:
     """Raise unless `filter_eps` is "auto", None or a number in [0, 1)."""
     if filter_eps is None or filter_eps == "auto":

@@ -123,6 +123,7 @@ def cce_rows(
     """
     if missing_target not in ("error", "none"):
         raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
+    e, c, bias = inputs.to_autocast(e, c, bias)
     if state is not None and state.order.shape[0] != c.shape[0]:
         raise ValueError(f"expected state for {c.shape[0]} ids, got {state.order.shape[0]}")
     options = {
@@ -220,6 +221,7 @@ def linear_cross_entropy(
     inputs.check_vector("weight", weight, c.shape[0], e.device)
     inputs.check_loss(reduction, label_smoothing, token_weights, targets, num_items_in_batch)
 
+    e, c, bias = inputs.to_autocast(e, c, bias)
     steps = inputs.resolve_shift(shift, targets)
     labels = inputs.shift_left(targets, steps, ignore_index)
     shape, flat = labels.shape, labels.reshape(-1)
