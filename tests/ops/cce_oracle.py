@@ -67,8 +67,12 @@ def evaluate(
     weight: Tensor | None = None,
     token_weights: Tensor | None = None,
     num_items_in_batch: int | Tensor | None = None,
+    probe: Tensor | None = None,
 ) -> Result:
-    """The loss and every optional output, differentiable by autograd in the dtype of ``e``."""
+    """The loss and every optional output, differentiable by autograd in the dtype of ``e``.
+
+    ``probe`` [valid rows, V] is added to the uncapped logits: at zero, its gradient is dA.
+    """
     k = int(shift)
     if k:
         e, targets = e[..., : targets.shape[-1] - k, :], targets[..., k:]
@@ -80,7 +84,7 @@ def evaluate(
     s = scores(
         flat_e[rows],
         c,
-        bias,
+        bias if probe is None else probe if bias is None else bias + probe,
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
@@ -168,6 +172,24 @@ def expected(
     return out, gradients(loss.sum(), leaves)
 
 
+def gradient_sizes(p: Problem, **options: Any) -> dict[str, Tensor]:
+    """sum of |terms| of every gradient entry: what rounding errors are relative to.
+
+    Shapes as the gradients; shift must be 0.
+    """
+    rows = torch.nonzero(p.targets.reshape(-1) != options.get("ignore_index", IGNORE)).squeeze(1)
+    probe = torch.zeros(len(rows), p.c.shape[0], dtype=torch.float64, requires_grad=True)
+    leaves = {n: t.detach() for n, t in p.leaves(torch.float64).items()}
+    out = evaluate(targets=p.targets, probe=probe, **leaves, **options)
+    (da,) = torch.autograd.grad(out.loss.sum(), probe)
+    da, kappa = da.abs(), abs(options.get("logit_scale", 1.0))
+    e = leaves["e"].reshape(-1, p.e.shape[-1])
+    de = torch.zeros_like(e)
+    de[rows] = kappa * da @ leaves["c"].abs()
+    sizes = {"e": de.view(p.e.shape), "c": kappa * da.T @ e[rows].abs()}
+    return sizes | ({} if p.bias is None else {"bias": da.sum(0)})
+
+
 def gradients(scalar: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
     """d scalar / d leaf by name; zeros where the graph does not reach a leaf."""
     got = torch.autograd.grad(scalar, list(leaves.values()), allow_unused=True)
@@ -227,8 +249,13 @@ def check(
     want: tuple[Result, dict[str, Tensor]],
     *,
     scale: float = 1.0,
+    floor: float = 1e-8,
 ) -> None:
-    """Compare loss, gradients and whichever optional outputs ``got`` carries."""
+    """Compare loss, gradients and whichever optional outputs ``got`` carries.
+
+    ``scale`` widens the tolerances; ``floor`` is the absolute error of a gradient entry, for
+    gradients that cancel (p_y -> 1).
+    """
     out, grads = got
     truth, true_grads = want
     dtype = grads["e"].dtype
@@ -243,4 +270,5 @@ def check(
         assert_close(actual, true, rtol=tol, floor=scale * VALUE_FLOOR, what=name)
     assert grads.keys() == true_grads.keys()
     for name, grad in grads.items():
-        assert_close(grad, true_grads[name], rtol=scale * GRAD_TOL[grad.dtype], what=f"d{name}")
+        tol = scale * GRAD_TOL[grad.dtype]
+        assert_close(grad, true_grads[name], rtol=tol, floor=floor, what=f"d{name}")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gemma_ext import linear_cross_entropy
 
-V, D, LAYERS, HEADS, BATCH, T = 2048, 48, 4, 2, 8, 32
+V, D, LAYERS, HEADS, BATCH, T = 2048, 48, 4, 2, 8, 16
 STEPS, SEEDS, SOFTCAP, EPS = 300, (0, 1, 2), 30.0, 2.0**-9
 BLOCK = 128
 
