@@ -228,6 +228,7 @@ class DeferredLogits:
         weights once.
         """
         for _, weight in self.terms:
+            # again: it may have been resharded since the head ran
             _check_weight(weight, self.options.owner)
         lead = max(self.terms, key=lambda term: term[1].shape[1])[1]
         pairs = [_like(x, w, lead) for x, w in self.terms]
@@ -397,6 +398,7 @@ class _Deferring(TorchFunctionMode):
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         if weight.dim() != 2 or weight.shape[0] != self.vocab:
             return F.linear(input, weight, bias)
+        _check_weight(weight, self.options.owner)
         kind = weight.device.type
         dtype = weight.dtype
         if torch.is_autocast_enabled(kind):

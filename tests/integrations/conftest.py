@@ -1,9 +1,18 @@
 from __future__ import annotations
 
 import pytest
+from accelerate.state import AcceleratorState
 
 
 @pytest.fixture
 def impl() -> str:
     """The implementation under test: every logit's gradient, so that float32 results are equal."""
-    return "reference"
+    return "exact"
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps the precision of the first accelerator of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)

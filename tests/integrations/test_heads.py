@@ -1,0 +1,166 @@
+"""Heads other than a plain projection: adapters, frozen, replaced, quantised, of another dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import assert_same_training, batch, build, clone, gemma2, loss_and_gradients
+from torch import nn
+
+from gemma_ext.integrations._deferred_logits import LossOptions, defer_head
+from gemma_ext.integrations.transformers import patch, unpatch
+
+BACKBONE = ["q_proj", "v_proj"]
+
+
+def with_lora(model, **options):
+    """`model` under LoRA, with adapters that already do something."""
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM", **options)
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def assert_patched_equals_eager(model, impl, tolerance=1e-5):
+    expected = loss_and_gradients(clone(model), **batch())
+    assert patch(model, impl=impl) is model
+    assert model(**batch()).logits is None
+    got = loss_and_gradients(model, **batch())
+    assert_same_training(got, expected, tolerance)
+    unpatch(model)
+    assert model(**batch()).logits is not None
+    return got[1]
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_lora_on_the_backbone_leaves_the_head_frozen(tied, impl):
+    model = with_lora(gemma2(tie_word_embeddings=tied), target_modules=BACKBONE)
+    gradients = assert_patched_equals_eager(model, impl)
+    assert all("lora" in name for name in gradients)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Phi", "Cohere"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lora_on_the_head(name, dtype, impl):
+    model = gemma2(tie_word_embeddings=False) if name == "Gemma2" else build(name)
+    model = with_lora(model.to(dtype), target_modules=[*BACKBONE, "lm_head"])
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    gradients = assert_patched_equals_eager(model, impl, tolerance)
+    assert any("lm_head.lora_B" in name for name in gradients)
+
+
+def test_lora_on_the_head_with_dropout(impl):
+    model = with_lora(
+        gemma2(tie_word_embeddings=False), target_modules=["lm_head"], lora_dropout=0.3
+    ).train()
+    torch.manual_seed(5)
+    expected = loss_and_gradients(clone(model), **batch())
+    patch(model, impl=impl)
+    torch.manual_seed(5)
+    assert_same_training(loss_and_gradients(model, **batch()), expected)
+
+
+def test_two_adapters_on_the_head(impl):
+    model = with_lora(gemma2(tie_word_embeddings=False), target_modules=["lm_head"], lora_bias=True)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"]))
+    model.base_model.set_adapter(["default", "second"])
+    assert_patched_equals_eager(model, impl)
+
+
+def test_disabled_and_merged_adapters(impl):
+    model = with_lora(gemma2(tie_word_embeddings=False), target_modules=["lm_head"])
+    with torch.no_grad(), model.disable_adapter():
+        expected = model(**batch()).loss
+        torch.testing.assert_close(patch(model, impl=impl)(**batch()).loss, expected)
+    unpatch(model)
+    model.merge_adapter()
+    with torch.no_grad():
+        expected = model(**batch()).loss
+        torch.testing.assert_close(patch(model, impl=impl)(**batch()).loss, expected)
+
+
+def test_fully_trained_copy_of_the_head(impl):
+    model = gemma2(tie_word_embeddings=False)
+    model = with_lora(model, target_modules=BACKBONE, modules_to_save=["lm_head"])
+    gradients = assert_patched_equals_eager(model, impl)
+    assert any("lm_head.modules_to_save" in name for name in gradients)
+
+
+def test_dora_on_the_head_is_refused(impl):
+    model = gemma2(tie_word_embeddings=False)
+    model = patch(with_lora(model, target_modules=["lm_head"], use_dora=True), impl=impl)
+    with pytest.raises((AttributeError, NotImplementedError), match="which has no fused form"):
+        model(**batch())
+
+
+def test_dora_on_the_backbone(impl):
+    model = with_lora(gemma2(), target_modules=BACKBONE, use_dora=True)
+    assert_patched_equals_eager(model, impl)
+
+
+def test_head_without_gradient(impl):
+    model = gemma2(tie_word_embeddings=False)
+    model.lm_head.requires_grad_(False)
+    gradients = assert_patched_equals_eager(model, impl)
+    assert "lm_head.weight" not in gradients
+
+
+def test_hidden_states_of_another_dtype_are_cast(impl):
+    model = gemma2(tie_word_embeddings=False).bfloat16()
+    model.model.float()
+    expected = clone(model).float()(**batch()).loss
+    with pytest.raises(RuntimeError):
+        model(**batch())
+    loss = patch(model, impl=impl)(**batch()).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    assert model.lm_head.weight.grad.dtype == torch.bfloat16
+    assert model.model.embed_tokens.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_quantised_head_is_refused(impl):
+    model = patch(gemma2(tie_word_embeddings=False), impl=impl)
+    model.lm_head = torch.ao.nn.quantized.dynamic.Linear(32, 101, bias_=False)
+    with pytest.raises(TypeError, match="a quantised head has no fused loss"):
+        model(**batch())
+
+
+def test_head_that_is_no_linear_is_refused(impl):
+    class Matmul(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T
+
+    model = patch(gemma2(tie_word_embeddings=False), impl=impl)
+    model.lm_head = Matmul(32, 101, bias=False)
+    with pytest.raises(TypeError, match=r"to be a product by F\.linear, got Matmul"):
+        model(**batch())
+
+
+def test_integer_and_absent_weights_are_refused():
+    head = nn.Linear(4, 9, bias=False)
+    hidden, options = torch.randn(3, 4), LossOptions("Toy")
+    with defer_head(head, options):
+        head.weight = nn.Parameter(torch.zeros(9, 4, dtype=torch.int8), requires_grad=False)
+        with pytest.raises(TypeError, match=r"floating weight, got torch\.int8"):
+            head(hidden).head()
+        head.weight = nn.Parameter(torch.zeros(9, 4, device="meta"))
+        with pytest.raises(TypeError, match="partitioned or offloaded"):
+            head(hidden).head()
+        head.weight = nn.Parameter(torch.zeros(9, 4))
+        deferred = head(hidden)
+        head.weight.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match="was resharded"):
+            deferred.head()
+
+
+def test_model_without_a_head_is_refused(impl):
+    model = patch(gemma2(), impl=impl)
+    model.get_output_embeddings = lambda: None
+    with pytest.raises(TypeError, match="to have output embeddings, got None"):
+        model(**batch())
