@@ -91,7 +91,7 @@ def resolve_group(
     group: dist.ProcessGroup | None, head_group: dist.ProcessGroup | None
 ) -> dist.ProcessGroup:
     """The group asked for, else the head's own, else the default one."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         raise RuntimeError(
             "vocabulary-parallel losses need torch.distributed: call "
             "torch.distributed.init_process_group first, or use gemma_ext.linear_cross_entropy "

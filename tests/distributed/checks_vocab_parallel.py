@@ -347,6 +347,38 @@ def check_filtered_kernels(rank, world):
     assert 0.0 < output.stats.kept_fraction < 0.9
 
 
+@worlds(2)
+def check_compiled_in_one_graph(rank, world):
+    problem = Problem(dtype=torch.float32, vocab=600, shape=(30,), bias=True, scale=1.0)
+
+    def loss(e, c, targets, bias):
+        return vocab_parallel_linear_cross_entropy(
+            e,
+            c,
+            targets,
+            bias=bias,
+            impl="exact",
+            vocab_start=problem.bounds[rank],
+            vocab_size=problem.vocab,
+            validate=False,
+        )
+
+    args = problem.e, problem.mine(problem.c), problem.mine(problem.b), problem.targets
+    eager = solve(loss, *args)
+    compiled = solve(torch.compile(loss, fullgraph=True, backend="aot_eager"), *args)
+    torch.testing.assert_close(compiled.outputs, eager.outputs)
+    torch.testing.assert_close(compiled.de, eager.de)
+    torch.testing.assert_close(compiled.dc, eager.dc)
+
+
+@worlds(2)
+def check_autocast(rank, world):
+    problem = Problem(dtype=torch.float32, vocab=600, shape=(30,), scale=1.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        many = assert_equal_to_one_process(problem, rtol=2e-2, atol=2e-3, impl="exact")
+    assert many.de.dtype == many.dc.dtype == torch.float32
+
+
 def check_shard_with_a_vanishing_share(rank, world):
     # the last rank's columns carry e^-60 of every softmax: its gradient must still be relative to
     # its own size, which rounding 1 + (e^-60 - 1) would turn into 0
