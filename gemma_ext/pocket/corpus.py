@@ -41,7 +41,8 @@ def documents(max_bytes: int | None = None, root: Path | None = None) -> list[Do
     """The corpus, ordered by content hash.
 
     Args:
-        max_bytes: stop after the first files that together hold this many bytes; None takes all.
+        max_bytes: take training files until they hold this many bytes, and held-out files until
+            they hold a tenth of it; None takes all.
         root: folder to read; the running Python's standard library by default.
 
     Raises:
@@ -65,12 +66,13 @@ def documents(max_bytes: int | None = None, root: Path | None = None) -> list[Do
         raise ValueError(f"root: expected a folder with Python sources, got {root}, which has none")
 
     texts: list[Document] = []
-    total = 0
+    room = {"train": max_bytes, "heldout": max_bytes // 10} if max_bytes is not None else None
     for digest, name, source in sorted(found):
-        if max_bytes is not None and total >= max_bytes:
-            break
-        total += len(source)
         split = "heldout" if digest[-1] < _HELDOUT_PER_256 else "train"
+        if room is not None:
+            if room[split] <= 0:
+                continue
+            room[split] -= len(source)
         prose, code = split_docstrings(source)
         for kind, text in (("prose", prose), ("code", code)):
             if text.strip():

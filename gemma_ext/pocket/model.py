@@ -23,7 +23,7 @@ class PocketSize:
         intermediate_size: width of the GeGLU.
         context: tokens per training sequence.
         sliding_window: window of the even layers, below `context` so that it bites.
-        corpus_bytes: bytes of standard-library source used; None for all of it.
+        corpus_bytes: bytes of training source, a tenth of it held out on top; None for all.
         steps, batch: optimiser steps, and sequences in each.
         learning_rate: peak of a linear warm-up and cosine decay.
     """
@@ -54,7 +54,7 @@ SIZES = {
         intermediate_size=384,
         context=128,
         sliding_window=48,
-        corpus_bytes=1_300_000,
+        corpus_bytes=1_200_000,
         steps=180,
         batch=16,
         learning_rate=1e-2,
@@ -70,7 +70,7 @@ SIZES = {
         context=256,
         sliding_window=96,
         corpus_bytes=3_000_000,
-        steps=250,
+        steps=300,
         batch=8,
         learning_rate=1e-2,
     ),
