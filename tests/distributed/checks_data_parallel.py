@@ -40,8 +40,8 @@ class Head(nn.Module):
         )
 
 
-def tiny_gemma2() -> Gemma2ForCausalLM:
-    """Tied head, logits beyond the cap of 5."""
+def tiny_gemma2(tied: bool = True) -> Gemma2ForCausalLM:
+    """Logits beyond the cap of 5."""
     torch.manual_seed(0)
     config = Gemma2Config(
         vocab_size=VOCAB,
@@ -54,9 +54,10 @@ def tiny_gemma2() -> Gemma2ForCausalLM:
         final_logit_softcapping=5.0,
         sliding_window=8,
         attn_implementation="eager",
+        tie_word_embeddings=tied,
     )
     model = Gemma2ForCausalLM(config)
-    model.get_input_embeddings().weight.data.mul_(40.0)
+    model.get_output_embeddings().weight.data.mul_(40.0)
     return model.train()
 
 
@@ -141,14 +142,20 @@ def check_ddp_patched_gemma2_rank_without_labels(rank, world):
 
 
 def check_fsdp2_patched_gemma2(rank, world):
-    for ignored in (0.3, 1.0):
+    mesh = init_device_mesh("cpu", (world,))
+    for ignored, tied, head_unit, reshard_root in (
+        (0.3, True, False, None),
+        (1.0, True, False, True),
+        (0.3, False, True, None),
+    ):
         batches = [batch(r, ignored if r == 0 else 0.3) for r in range(world)]
-        model = tiny_gemma2()
+        model = tiny_gemma2(tied)
         expected = mean_gradients(model, batches)
-        mesh = init_device_mesh("cpu", (world,))
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        if head_unit:
+            fully_shard(model.lm_head, mesh=mesh, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, reshard_after_forward=reshard_root)
         patch(model)
         assert isinstance(model.lm_head.weight, DTensor)
         ids, labels = batches[rank]
@@ -156,6 +163,17 @@ def check_fsdp2_patched_gemma2(rank, world):
         assert output.logits is None
         output.loss.backward()
         assert_gradients(model, expected)
+
+
+def check_fsdp2_head_resharded_before_the_loss_is_refused(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    model = tiny_gemma2(tied=False)
+    fully_shard(model.lm_head, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    patch(model)
+    ids, labels = batch(rank)
+    with pytest.raises(RuntimeError, match="it was resharded; leave the head in the root"):
+        model(ids, labels=labels)
 
 
 def check_fsdp2_head_outside_the_forward(rank, world):
