@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -33,10 +34,13 @@ class Problem:
 
     def __post_init__(self) -> None:
         g = torch.Generator().manual_seed(self.seed)
-        normal = lambda *size: torch.randn(*size, generator=g, dtype=torch.float64)  # noqa: E731
-        self.e = (self.scale * normal(*self.shape, self.width)).to(self.dtype)
-        self.c = normal(self.vocab, self.width).to(self.dtype)
-        self.b = normal(self.vocab).to(self.dtype) if self.bias else None
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(*size, generator=g, dtype=torch.float64).to(self.dtype)
+
+        self.e = self.scale * normal(*self.shape, self.width)
+        self.c = normal(self.vocab, self.width)
+        self.b = normal(self.vocab) if self.bias else None
         self.targets = torch.randint(self.vocab, self.shape, generator=g)
         hidden = torch.rand(self.shape, generator=g) < self.ignored
         self.targets[hidden] = -100
@@ -92,9 +96,7 @@ def assert_equal_to_one_process(problem: Problem, rtol: float, atol: float, **op
         problem.targets,
         **options,
     )
-    close = lambda ours, theirs: torch.testing.assert_close(  # noqa: E731
-        ours, theirs, rtol=rtol, atol=atol
-    )
+    close = partial(torch.testing.assert_close, rtol=rtol, atol=atol)
     assert len(many.outputs) == len(one.outputs)
     for ours, theirs in zip(many.outputs, one.outputs, strict=True):
         close(ours, theirs)

@@ -4,6 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+import torch
+
+from gemma_ext.distributed import vocab_parallel_linear_cross_entropy, vocab_shard_range
 
 
 def _cases():
@@ -24,10 +27,6 @@ def test_on_ranks(assert_check, module, world, check):
 
 
 def test_needs_an_initialised_process_group():
-    import torch
-
-    from gemma_ext.distributed import vocab_parallel_linear_cross_entropy
-
     with pytest.raises(RuntimeError, match="init_process_group"):
         vocab_parallel_linear_cross_entropy(
             torch.zeros(1, 2), torch.zeros(3, 2), torch.tensor([0]), impl="reference"
@@ -35,10 +34,6 @@ def test_needs_an_initialised_process_group():
 
 
 def test_shards_follow_torch_chunking():
-    import torch
-
-    from gemma_ext.distributed import vocab_shard_range
-
     for vocab in (1, 2, 3, 7, 8, 9, 257):
         for world in (1, 2, 3, 4, 8):
             sizes = [chunk.numel() for chunk in torch.arange(vocab).chunk(world)]
