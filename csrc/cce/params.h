@@ -16,6 +16,10 @@ constexpr int kTile = 256;
 // Columns of D that one backward task owns; 4 slices of 32, and 2304 = 18 * 128.
 constexpr int kColumns = 128;
 
+// Tiles of one forward task: they share the loads of e, and 2 x 256 x 2304 x 2 B of packed C per
+// worker are still small beside what 5 % of any logits worth cutting would take.
+constexpr int64_t kForwardTiles = 2;
+
 struct Matrix {
   const void* data;
   DType dtype;
@@ -95,13 +99,14 @@ struct Kernels {
   // bytes of an element of the compute type for this storage type
   int64_t (*compute_size)(DType storage);
 
-  void (*forward_tile)(const Problem&, const StripStats&, int64_t tile, int64_t row0, int64_t row1,
-                       Scratch&);
+  void (*forward_tiles)(const Problem&, const StripStats&, int64_t tile0, int64_t tile1,
+                        int64_t row0, int64_t row1, Scratch&);
   void (*column_tile)(const Problem&, const float* lse, float eps, float* count, float* prob,
                       int64_t tile, Scratch&);
   void (*grad_tile)(const GradTask&, int64_t tile, Scratch&);
   void (*grad_columns)(const GradTask&, int64_t tile0, int64_t tile1, int64_t column, Scratch&);
-  void (*fused_tile)(const Problem&, const StripStats&, void* strips, int64_t tile, Scratch&);
+  void (*fused_tiles)(const Problem&, const StripStats&, void* strips, int64_t tile0,
+                      int64_t tile1, Scratch&);
   void (*fused_grad_tile)(const GradTask&, const StripStats&, int64_t tile, Scratch&);
   void (*tile_mean)(const Problem&, const float* profile, float* mean, int64_t tile, Scratch&);
   void (*push_columns)(const Problem&, const float* mass, float* push, int64_t column, Scratch&);

@@ -221,9 +221,7 @@ def _backward(ctx, d_nll, d_lse, d_mean, d_class, *_):
     )
 
 
-torch.library.register_autograd(
-    "gemma_ext::cce_forward", _backward, setup_context=_setup_forward
-)
+torch.library.register_autograd("gemma_ext::cce_forward", _backward, setup_context=_setup_forward)
 
 
 def _setup_fused(ctx, inputs, output):
@@ -239,11 +237,14 @@ def _fused_backward(ctx, d_loss, *_):
     needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     if d_loss is None:
         return (None,) * 13
+    # the usual upstream, 1, costs no pass over dC; a traced graph cannot look
+    if torch.compiler.is_compiling() or not bool(d_loss == 1):
+        de, dc, dbias = (g * d_loss.to(g.dtype) for g in (de, dc, dbias))
     return (
-        de * d_loss.to(de.dtype) if needs[0] else None,
-        dc * d_loss.to(dc.dtype) if needs[1] else None,
+        de if needs[0] else None,
+        dc if needs[1] else None,
         None,
-        (dbias * d_loss).to(ctx.bias_dtype) if needs[2] else None,
+        dbias.to(ctx.bias_dtype) if needs[2] else None,
         *[None] * 9,
     )
 

@@ -44,16 +44,15 @@ void forward(const Problem& p, StripStats stats, const RowOutputs& out, Workers&
   }
 
   // few tiles: split the rows too, at the price of packing a tile once per part
-  const int64_t wanted = 4 * workers.threads();
-  const int64_t parts =
-      std::clamp<int64_t>((wanted + p.tiles - 1) / std::max<int64_t>(p.tiles, 1), 1, spans(p.n));
-  const int64_t part = (p.n + parts - 1) / std::max<int64_t>(parts, 1);
-  workers.run(p.n ? p.tiles * parts : 0, [&](int64_t t, Scratch& s) {
-    const int64_t row = t % parts * part;
+  const int64_t groups = tile_groups(p), wanted = 4 * workers.threads();
+  const int64_t parts = std::clamp<int64_t>((wanted + groups - 1) / groups, 1, spans(p.n) + 1);
+  const int64_t part = (p.n + parts - 1) / parts;
+  workers.run(p.n ? groups * parts : 0, [&](int64_t t, Scratch& s) {
+    const int64_t row = t % parts * part, tile = t / parts * kForwardTiles;
     if (row < p.n)
-      kernels().forward_tile(p, stats, t / parts, row, std::min(p.n, row + part), s);
+      kernels().forward_tiles(p, stats, tile, std::min(p.tiles, tile + kForwardTiles), row,
+                              std::min(p.n, row + part), s);
   });
-
   combine(p, stats, out, workers);
 }
 

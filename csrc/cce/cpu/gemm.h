@@ -27,6 +27,12 @@ constexpr int kPair = sizeof(T) == 2 ? 2 : 1;
 GEMMA_EXT_INLINE void put(float* to, float x) { *to = x; }
 GEMMA_EXT_INLINE void put(bf16* to, float x) { to->bits = float_to_bf16(x); }
 
+// Rows of m can be read in place as T.
+template <class T>
+GEMMA_EXT_INLINE bool is_plain(const Matrix& m) {
+  return m.col_stride == 1 && m.dtype == (sizeof(T) == 4 ? DType::kFloat32 : DType::kBFloat16);
+}
+
 template <class T>
 void load_row(const Matrix& m, int64_t row, int64_t col, int64_t n, T* dst) {
   const int64_t at = row * m.row_stride + col * m.col_stride, step = m.col_stride;
@@ -55,54 +61,42 @@ void load_row(const Matrix& m, int64_t row, int64_t col, int64_t n, T* dst) {
 
 // Packing B.
 
-// rows [R <= kSlice][words] of 32-bit words -> [words][kSlice]; missing rows are zero.
-GEMMA_EXT_INLINE void transpose_words(const uint32_t* src, int64_t stride, int rows, int64_t words,
-                                      uint32_t* dst) {
+// Four rows of 32-bit words -> [words][kSlice] at one place of the slice.
+GEMMA_EXT_INLINE void transpose_words(const uint32_t* const row[4], int64_t words, uint32_t* to) {
   typedef uint32_t V4 __attribute__((vector_size(16), aligned(4), may_alias));
   const auto at = [](const uint32_t* p) { return *reinterpret_cast<const V4*>(p); };
-  const auto to = [](uint32_t* p, V4 x) { *reinterpret_cast<V4*>(p) = x; };
-  const int rows4 = rows & ~3;
+  const auto put4 = [](uint32_t* p, V4 x) { *reinterpret_cast<V4*>(p) = x; };
   const int64_t words4 = words & ~int64_t{3};
-  for (int r = 0; r < rows4; r += 4) {
-    const uint32_t* s = src + r * stride;
-    for (int64_t k = 0; k < words4; k += 4) {
-      const V4 a = at(s + k), b = at(s + stride + k);
-      const V4 c = at(s + 2 * stride + k), d = at(s + 3 * stride + k);
-      const V4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-      const V4 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const V4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-      const V4 cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      uint32_t* out = dst + k * kSlice + r;
-      to(out, __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5));
-      to(out + kSlice, __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
-      to(out + 2 * kSlice, __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
-      to(out + 3 * kSlice, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
-    }
-    for (int64_t k = words4; k < words; ++k)
-      for (int i = 0; i < 4; ++i) dst[k * kSlice + r + i] = s[i * stride + k];
+  for (int64_t k = 0; k < words4; k += 4, to += 4 * kSlice) {
+    const V4 a = at(row[0] + k), b = at(row[1] + k), c = at(row[2] + k), d = at(row[3] + k);
+    const V4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    const V4 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const V4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const V4 cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    put4(to, __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5));
+    put4(to + kSlice, __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
+    put4(to + 2 * kSlice, __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
+    put4(to + 3 * kSlice, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
   }
-  for (int r = rows4; r < kSlice; ++r)
-    for (int64_t k = 0; k < words; ++k)
-      dst[k * kSlice + r] = r < rows ? src[r * stride + k] : 0;
+  for (int64_t k = words4; k < words; ++k, to += kSlice)
+    for (int i = 0; i < 4; ++i) to[i] = row[i][k];
 }
 
-// B[k][n] = src row k, columns n..n+kSlice (missing columns and the odd last k are zero).
-template <class T>
-GEMMA_EXT_INLINE void interleave_rows(const T* src, int64_t stride, int64_t k, T* dst) {
-  if constexpr (kPair<T> == 1) {
-    for (int64_t i = 0; i < k; ++i) memcpy(dst + i * kSlice, src + i * stride, kSlice * sizeof(T));
-  } else {
-    for (int64_t i = 0; i < k; i += 2) {
-      const uint16_t* even = reinterpret_cast<const uint16_t*>(src + i * stride);
-      uint32_t* out = reinterpret_cast<uint32_t*>(dst) + i / 2 * kSlice;
-      for (int half = 0; half < kSlice; half += kLanes) {
-        Vu x = __builtin_convertvector(*reinterpret_cast<const VhLoose*>(even + half), Vu);
-        if (i + 1 < k)
-          x |= __builtin_convertvector(*reinterpret_cast<const VhLoose*>(even + stride + half), Vu)
-               << 16;
-        *reinterpret_cast<VuLoose*>(out + half) = x;
-      }
-    }
+// One K step of a slice from the rows that make it: a copy, or for bf16 two rows interleaved
+// (odd may be null: the K beyond the last is zero).
+GEMMA_EXT_INLINE void interleave(const float* row, const float*, float* to) {
+  store(to, load(row));
+  store(to + kLanes, load(row + kLanes));
+}
+
+GEMMA_EXT_INLINE void interleave(const bf16* even, const bf16* odd, bf16* to) {
+  const auto wide = [](const bf16* p) {
+    return __builtin_convertvector(*reinterpret_cast<const VhLoose*>(p), Vu);
+  };
+  for (int half = 0; half < kSlice; half += kLanes) {
+    Vu x = wide(even + half);
+    if (odd) x |= wide(odd + half) << 16;
+    *reinterpret_cast<VuLoose*>(to + 2 * half) = x;
   }
 }
 

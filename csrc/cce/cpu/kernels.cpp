@@ -54,27 +54,44 @@ void gather(const Problem& p, const Tile& tile, const float* from, float* to) {
 
 // C[tile]^T as slices ready for the micro-kernel: [kSlices][D / pair, kSlice, pair].
 template <class T>
-T* pack_tile(const Problem& p, const Tile& tile, Scratch& s) {
+void pack_tile(const Problem& p, const Tile& tile, T* packed, Scratch& s) {
   const int64_t d = depth<T>(p.D), words = d / kPair<T>;
-  T* packed = scratch<T>(s, kPacked, d * kTile);
-  T* raw = scratch<T>(s, kRaw, d * kSlice);
-  for (int slice = 0; slice < kSlices; ++slice) {
-    const int rows = int(least(kSlice, tile.valid - slice * kSlice));
-    for (int r = 0; r < rows; ++r) {
-      load_row<T>(p.c, column_id(p, tile.first + slice * kSlice + r), 0, p.D, raw + r * d);
-      if (d > p.D) put(raw + r * d + p.D, 0.0f);
+  T* raw = scratch<T>(s, kRaw, 4 * d);
+  const bool plain = is_plain<T>(p.c) && d == p.D;
+  for (int v = 0; v < kTile; v += 4) {
+    const uint32_t* row[4];
+    for (int i = 0; i < 4; ++i) {
+      const int64_t id = v + i < tile.valid ? column_id(p, tile.first + v + i) : -1;
+      if (id >= 0 && plain) {
+        row[i] = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.c.data) +
+                                                   id * p.c.row_stride);
+        continue;
+      }
+      T* to = raw + i * d;
+      memset(to, 0, d * sizeof(T));
+      if (id >= 0) load_row<T>(p.c, id, 0, p.D, to);
+      row[i] = reinterpret_cast<const uint32_t*>(to);
     }
-    transpose_words(reinterpret_cast<uint32_t*>(raw), words, rows > 0 ? rows : 0, words,
-                    reinterpret_cast<uint32_t*>(packed + slice * kSlice * d));
+    transpose_words(row, words,
+                    reinterpret_cast<uint32_t*>(packed + v / kSlice * kSlice * d) + v % kSlice);
   }
+}
+
+template <class T>
+T* pack_tiles(const Problem& p, int64_t tile0, int64_t tile1, Scratch& s) {
+  const int64_t size = depth<T>(p.D) * kTile;
+  T* packed = scratch<T>(s, kPacked, (tile1 - tile0) * size);
+  for (int64_t t = tile0; t < tile1; ++t)
+    pack_tile<T>(p, tile_at(p, t), packed + (t - tile0) * size, s);
   return packed;
 }
 
-// Raw products of `rows` (at most kBlockRows) rows with a packed tile -> [rows, kTile].
+// Raw products of at most kBlockRows rows with `tiles` packed tiles -> [rows, tiles, kTile].
 template <class T, class RowAt>
-float* products(const Problem& p, const T* packed, int64_t rows, RowAt row_at, Scratch& s) {
+float* products(const Problem& p, const T* packed, int64_t tiles, int64_t rows, RowAt row_at,
+                Scratch& s) {
   T* a = scratch<T>(s, kBlockA, kBlockRows * kTile);
-  float* out = scratch<float>(s, kStrips, kBlockRows * kTile);
+  float* out = scratch<float>(s, kStrips, kBlockRows * tiles * kTile);
   const int64_t d = depth<T>(p.D);
   for (int64_t k = 0; k < p.D; k += kTile) {
     const int64_t step = least(kTile, p.D - k);
@@ -82,7 +99,8 @@ float* products(const Problem& p, const T* packed, int64_t rows, RowAt row_at, S
       load_row<T>(p.e, p.rows[row_at(r)], k, step, a + r * kTile);
       if (step % kPair<T>) put(a + r * kTile + step, 0.0f);
     }
-    block_product<T>(rows, kSlices, step, a, packed + k * kSlice, d * kSlice, out, kTile, k > 0);
+    block_product<T>(rows, int(tiles) * kSlices, step, a, packed + k * kSlice, d * kSlice, out,
+                     tiles * kTile, k > 0);
   }
   return out;
 }
@@ -120,22 +138,29 @@ void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t i
   if (target >= 0) out.target[row] = s[target];
 }
 
+// The rows of several tiles share their loads of e.
 template <class T>
-void forward_rows(const Problem& p, const StripStats& out, int64_t index, int64_t row0,
-                  int64_t row1, Scratch& s) {
-  const Tile tile = tile_at(p, index);
-  const T* packed = pack_tile<T>(p, tile, s);
-  float* bias = scratch<float>(s, kSmall, 2 * kTile);
-  float* weights = bias + kTile;
-  gather(p, tile, p.bias, bias);
-  gather(p, tile, p.class_weight, weights);
+void forward_rows(const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1,
+                  int64_t row0, int64_t row1, Scratch& s) {
+  const int64_t tiles = tile1 - tile0;
+  const T* packed = pack_tiles<T>(p, tile0, tile1, s);
+  float* bias = scratch<float>(s, kSmall, 2 * tiles * kTile);
+  float* weights = bias + tiles * kTile;
+  for (int64_t t = 0; t < tiles; ++t) {
+    gather(p, tile_at(p, tile0 + t), p.bias, bias + t * kTile);
+    gather(p, tile_at(p, tile0 + t), p.class_weight, weights + t * kTile);
+  }
   for (int64_t row = row0; row < row1; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, row1 - row);
-    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return row + r; }, s);
-    for (int64_t r = 0; r < rows; ++r) {
-      strip_logits(p.map, bias, tile.valid, strips + r * kTile);
-      record(p, out, tile, index, row + r, weights, strips + r * kTile);
-    }
+    float* strips =
+        products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t t = 0; t < tiles; ++t) {
+        float* x = strips + (r * tiles + t) * kTile;
+        const Tile tile = tile_at(p, tile0 + t);
+        strip_logits(p.map, bias + t * kTile, tile.valid, x);
+        record(p, out, tile, tile0 + t, row + r, weights + t * kTile, x);
+      }
   }
 }
 
@@ -144,14 +169,14 @@ template <class T>
 void column_rows(const Problem& p, const float* lse, float eps, float* count, float* prob,
                  int64_t index, Scratch& s) {
   const Tile tile = tile_at(p, index);
-  const T* packed = pack_tile<T>(p, tile, s);
+  const T* packed = pack_tiles<T>(p, index, index + 1, s);
   float* bias = scratch<float>(s, kSmall, 3 * kTile);
   float *hits = bias + kTile, *mass = hits + kTile;
   gather(p, tile, p.bias, bias);
   memset(hits, 0, 2 * kTile * sizeof(float));
   for (int64_t row = 0; row < p.n; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, p.n - row);
-    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return row + r; }, s);
+    float* strips = products<T>(p, packed, 1, rows, [&](int64_t r) { return row + r; }, s);
     for (int64_t r = 0; r < rows; ++r) {
       float* x = strips + r * kTile;
       strip_logits(p.map, bias, tile.valid, x);
@@ -179,21 +204,27 @@ void transpose_strips(const T* strips, int64_t first, int64_t rows, T* transpose
   }
 }
 
-// kColumns columns of `rows` rows of m as slices for the micro-kernel: [4][rows / pair, kSlice, pair].
+// kColumns columns of `rows` rows of m as slices for the micro-kernel:
+// [kColumns / kSlice][rows / pair, kSlice, pair], slices kTile rows apart. Row -1 is zero.
 template <class T, class RowAt>
 T* pack_columns(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scratch& s) {
   const int64_t width = least(kColumns, m.cols - column);
-  T* raw = scratch<T>(s, kRaw, kTile * kColumns);
+  T* raw = scratch<T>(s, kRaw, 2 * kColumns);
   T* packed = scratch<T>(s, kBlockB, kTile * kColumns);
-  for (int64_t r = 0; r < rows; ++r) {
-    T* to = raw + r * kColumns;
-    const int64_t row = row_at(r);
-    if (row >= 0) load_row<T>(m, row, column, width, to);
-    if (row < 0 || width < kColumns)
-      memset(to + (row < 0 ? 0 : width), 0, (kColumns - (row < 0 ? 0 : width)) * sizeof(T));
+  const bool plain = is_plain<T>(m) && width == kColumns;
+  const auto row = [&](int64_t r, T* spare) -> const T* {
+    const int64_t id = row_at(r);
+    if (id >= 0 && plain) return static_cast<const T*>(m.data) + id * m.row_stride + column;
+    memset(spare, 0, kColumns * sizeof(T));
+    if (id >= 0) load_row<T>(m, id, column, width, spare);
+    return spare;
+  };
+  for (int64_t r = 0; r < rows; r += kPair<T>) {
+    const T* even = row(r, raw);
+    const T* odd = kPair<T> == 2 && r + 1 < rows ? row(r + 1, raw + kColumns) : nullptr;
+    for (int i = 0; i < kColumns; i += kSlice)
+      interleave(even + i, odd ? odd + i : nullptr, packed + i * kTile + r * kSlice);
   }
-  for (int slice = 0; slice < kColumns / kSlice; ++slice)
-    interleave_rows(raw + slice * kSlice, kColumns, rows, packed + slice * kSlice * kTile);
   return packed;
 }
 
@@ -262,10 +293,10 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
   memset(bias_sums, 0, kTile * sizeof(float));
   T* transposed =
       want_dc ? scratch<T>(s, kTransposed, (kept + kTile) / kTile * kTile * kTile) : nullptr;
-  const T* packed = kept ? pack_tile<T>(p, tile, s) : nullptr;
+  const T* packed = kept ? pack_tiles<T>(p, index, index + 1, s) : nullptr;
   for (int64_t first = 0; first < kept; first += kBlockRows) {
     const int64_t rows = least(kBlockRows, kept - first);
-    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return list[first + r]; }, s);
+    float* strips = products<T>(p, packed, 1, rows, [&](int64_t r) { return list[first + r]; }, s);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = list[first + r];
       float* g = strips + r * kTile;
@@ -321,25 +352,31 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
 
 // First half of the three-product form: strips hold exp(s - max) ds/da before lse is known.
 template <class T>
-void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t index, Scratch& s) {
-  const Tile tile = tile_at(p, index);
-  const T* packed = pack_tile<T>(p, tile, s);
-  float* bias = scratch<float>(s, kSmall, kTile);
-  gather(p, tile, p.bias, bias);
+void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile0, int64_t tile1,
+                Scratch& s) {
+  const int64_t tiles = tile1 - tile0;
+  const T* packed = pack_tiles<T>(p, tile0, tile1, s);
+  float* bias = scratch<float>(s, kSmall, tiles * kTile);
+  for (int64_t t = 0; t < tiles; ++t)
+    gather(p, tile_at(p, tile0 + t), p.bias, bias + t * kTile);
   for (int64_t row = 0; row < p.n; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, p.n - row);
-    float* strips = products<T>(p, packed, rows, [&](int64_t r) { return row + r; }, s);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* x = strips + r * kTile;
-      strip_logits(p.map, bias, tile.valid, x);
-      record(p, out, tile, index, row + r, nullptr, x);
-      const float top = out.max[index * p.n + row + r], base = top == -kInfinity ? 0.0f : top;
-      T* slot = static_cast<T*>(all) + (index * p.n + row + r) * kTile;
-      for (int i = 0; i < kTile; i += kLanes) {
-        const Vf v = load(x + i), t = v * p.map.t_over_cap, e = exp(v - base);
-        store(slot + i, e > 0.0f || e != e ? e * (1.0f - t * t) * p.map.inv_t : Vf{});
+    float* strips =
+        products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t t = 0; t < tiles; ++t) {
+        float* x = strips + (r * tiles + t) * kTile;
+        const Tile tile = tile_at(p, tile0 + t);
+        const int64_t at = (tile0 + t) * p.n + row + r;
+        strip_logits(p.map, bias + t * kTile, tile.valid, x);
+        record(p, out, tile, tile0 + t, row + r, nullptr, x);
+        const float base = out.max[at] == -kInfinity ? 0.0f : out.max[at];
+        T* slot = static_cast<T*>(all) + at * kTile;
+        for (int i = 0; i < kTile; i += kLanes) {
+          const Vf v = load(x + i), u = v * p.map.t_over_cap, e = exp(v - base);
+          store(slot + i, e > 0.0f || e != e ? e * (1.0f - u * u) * p.map.inv_t : Vf{});
+        }
       }
-    }
   }
 }
 
@@ -453,9 +490,9 @@ const Kernels kKernels = {
     GEMMA_EXT_NAME(GEMMA_EXT_ISA),
     kLanes,
     compute_size,
-    [](const Problem& p, const StripStats& out, int64_t tile, int64_t row0, int64_t row1,
-       Scratch& s) {
-      GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile, row0, row1, s);
+    [](const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1, int64_t row0,
+       int64_t row1, Scratch& s) {
+      GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile0, tile1, row0, row1, s);
     },
     [](const Problem& p, const float* lse, float eps, float* count, float* prob, int64_t tile,
        Scratch& s) {
@@ -467,8 +504,9 @@ const Kernels kKernels = {
     [](const GradTask& t, int64_t tile0, int64_t tile1, int64_t column, Scratch& s) {
       GEMMA_EXT_COMPUTE(t.problem->c.dtype, grad_block)(t, tile0, tile1, column, s);
     },
-    [](const Problem& p, const StripStats& out, void* strips, int64_t tile, Scratch& s) {
-      GEMMA_EXT_COMPUTE(p.c.dtype, fused_rows)(p, out, strips, tile, s);
+    [](const Problem& p, const StripStats& out, void* strips, int64_t tile0, int64_t tile1,
+       Scratch& s) {
+      GEMMA_EXT_COMPUTE(p.c.dtype, fused_rows)(p, out, strips, tile0, tile1, s);
     },
     [](const GradTask& t, const StripStats& stats, int64_t tile, Scratch& s) {
       GEMMA_EXT_COMPUTE(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
