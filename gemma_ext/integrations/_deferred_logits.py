@@ -1,6 +1,6 @@
 """Logits that are described, not computed.
 
-While a head runs under `defer_head`, its `F.linear` into the vocabulary returns a `DeferredLogits`:
+Under `gemma_ext.integrations._defer_head`, a head returns a `DeferredLogits` instead of a tensor:
 
     logits = scale * (sum_k x_k W_k^T + b)                      before a cap
     logits = cap * tanh(scale * (sum_k x_k W_k^T + b))          after one
@@ -13,16 +13,14 @@ raises `DeferredLogitsError` with its name, so a loss is either the model's own 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gemma_ext.ops.cce import linear_cross_entropy
@@ -229,8 +227,10 @@ class DeferredLogits:
         """
         for _, weight in self.terms:
             # again: it may have been resharded since the head ran
-            _check_weight(weight, self.options.owner)
-        lead = max(self.terms, key=lambda term: term[1].shape[1])[1]
+            check_weight(weight, self.options.owner)
+        lead = self.terms[0][1]
+        for _, weight in self.terms:
+            lead = weight if weight.shape[1] > lead.shape[1] else lead
         pairs = [_like(x, w, lead) for x, w in self.terms]
         scale = self.numerator / self.denominator
         if self.cap is not None:
@@ -328,7 +328,7 @@ def _like(hidden: Tensor, weight: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]
     return hidden.to(lead), weight.to(lead)
 
 
-def _check_weight(weight: Tensor, owner: str) -> None:
+def check_weight(weight: Tensor, owner: str) -> None:
     """Raise unless `weight` is a tensor whose values can be read now, in a floating dtype."""
     sharded = type(weight).__name__ == "DTensor"
     if not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not sharded):
@@ -376,86 +376,3 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.__radd__: _add,
     torch.div: DeferredLogits.__truediv__,
 }
-
-
-class _Deferring(TorchFunctionMode):
-    """Replaces `F.linear` into the vocabulary by its description."""
-
-    def __init__(self, vocab: int, options: LossOptions, on_loss: Callable[[], None]) -> None:
-        super().__init__()
-        self.vocab = vocab
-        self.options = options
-        self.on_loss = on_loss
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.linear:
-            return func(*args, **kwargs)
-        return self._linear(*args, **kwargs)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if weight.dim() != 2 or weight.shape[0] != self.vocab:
-            return F.linear(input, weight, bias)
-        _check_weight(weight, self.options.owner)
-        kind = weight.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        return DeferredLogits(((input, weight),), bias, dtype, self.options, self.on_loss)
-
-
-def vocab_size(head: nn.Module, owner: str) -> int:
-    """V of a head with a [V, D] weight; TypeError for any other head of the model `owner`."""
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise TypeError(
-            f"expected the head of {owner} to have a [V, D] weight, got {type(head).__name__}; "
-            f"a quantised head has no fused loss, keep it unquantised"
-        )
-    return weight.shape[0]
-
-
-@contextlib.contextmanager
-def defer_head(
-    head: nn.Module, options: LossOptions, on_loss: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Within the block, calls of `head` return `DeferredLogits`.
-
-    The head runs as it is, hooks and adapters included; only its products into the vocabulary are
-    deferred.
-
-    Args:
-        head: module whose `weight` is [V, D].
-        options: of the loss.
-        on_loss: called whenever a loss was computed from the deferred logits.
-
-    Raises:
-        TypeError: the head has no [V, D] weight, or did not use `F.linear` with it.
-    """
-    vocab = vocab_size(head, options.owner)
-    active: list[_Deferring] = []
-
-    def enter(module: nn.Module, args: Any) -> None:
-        mode = _Deferring(vocab, options, on_loss)
-        mode.__enter__()
-        active.append(mode)
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        active.pop().__exit__(None, None, None)
-        if output is not None and not isinstance(output, DeferredLogits):
-            raise TypeError(
-                f"expected the head of {options.owner} to be a product by F.linear, got "
-                f"{type(head).__name__}; a quantised head has no fused loss, keep it unquantised"
-            )
-
-    hooks = (
-        head.register_forward_pre_hook(enter),
-        head.register_forward_hook(leave, always_call=True),
-    )
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -24,12 +24,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from gemma_ext.integrations._deferred_logits import (
-    DeferredLogits,
-    LossOptions,
+from gemma_ext.integrations._defer_head import (
     defer_head,
+    prepare_head,
+    release_head,
     vocab_size,
 )
+from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.ops import _cce_inputs as inputs
 from gemma_ext.ops.vocab_state import VocabState
 
@@ -105,6 +106,7 @@ def patch(
         forward = _wrap(cls.forward, per_instance=owner is not cls)
         # a bound method, because copy.deepcopy of the model binds it to the copy
         owner.forward = forward if owner is cls else types.MethodType(forward, owner)
+        _on_head(owner, prepare_head)
     return model_or_class_or_name
 
 
@@ -120,6 +122,7 @@ def unpatch(model_or_class_or_name: Target) -> Target:
         else:
             owner.forward = present.original
         delattr(owner, _PATCH)
+        _on_head(owner, release_head)
     else:
         # somebody wrapped our forward, so it has to stay, but only passes calls through
         present.enabled = False
@@ -158,6 +161,12 @@ def output_head(model: nn.Module) -> nn.Module:
     if head is None:
         raise TypeError(f"expected {type(model).__name__} to have output embeddings, got None")
     return head
+
+
+def _on_head(owner: nn.Module | type, action: Callable[[nn.Module], None]) -> None:
+    head = None if isinstance(owner, type) else owner.get_output_embeddings()
+    if head is not None:
+        action(head)
 
 
 def _wrap(class_forward: Callable[..., Any], per_instance: bool) -> Callable[..., Any]:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gemma_ext.integrations._defer_head import defer_head, release_head
 from gemma_ext.integrations._deferred_logits import (
     DeferredLogits,
     DeferredLogitsError,
     LossOptions,
-    defer_head,
 )
 
 B, T, D, V = 2, 5, 7, 11
@@ -134,12 +134,26 @@ def test_only_the_head_is_deferred():
         assert isinstance(head(hidden), DeferredLogits)
         assert isinstance(other(hidden), torch.Tensor)
     assert isinstance(head(hidden), torch.Tensor)
+    with defer_head(head, OPTIONS):
+        assert isinstance(head(hidden), DeferredLogits)
+    assert len(head._forward_hooks) == len(head._forward_pre_hooks) == 1
+    release_head(head)
     assert not head._forward_hooks
     assert not head._forward_pre_hooks
+    assert not head._forward_hooks_always_called
 
 
 def test_an_error_inside_the_head_leaves_nothing_behind():
-    _, head = toy(False)
-    with pytest.raises(RuntimeError), defer_head(head, OPTIONS):
-        torch.matmul(head(torch.zeros(2, 3)).materialize(), torch.zeros(5, 5))
-    assert isinstance(head(torch.zeros(2, D)), torch.Tensor)
+    hidden, head = toy(False)
+
+    def fail(module, args):
+        raise KeyError("from another hook")
+
+    before = head.register_forward_pre_hook(fail)
+    with pytest.raises(KeyError), defer_head(head, OPTIONS):
+        head(hidden)
+    before.remove()
+    with pytest.raises(TypeError), defer_head(head, OPTIONS):
+        head(hidden, hidden)
+    assert isinstance(nn.Linear(D, V)(hidden), torch.Tensor)
+    assert isinstance(head(hidden), torch.Tensor)

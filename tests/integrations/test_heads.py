@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import assert_same_training, batch, build, clone, gemma2, loss_and_gradients
 from torch import nn
 
-from gemma_ext.integrations._deferred_logits import LossOptions, defer_head
+from gemma_ext.integrations._defer_head import defer_head
+from gemma_ext.integrations._deferred_logits import LossOptions
 from gemma_ext.integrations.transformers import patch, unpatch
 
 BACKBONE = ["q_proj", "v_proj"]

@@ -133,6 +133,21 @@ def test_autocast(pair):
         assert_same_training(loss_and_gradients(patched, **batch()), expected, tolerance=3e-2)
 
 
+def test_compiles_into_one_graph(impl):
+    model = gemma2(num_hidden_layers=1)
+    expected = loss_and_gradients(clone(model), **batch())
+    patched = patch(model, impl=impl)
+    torch._dynamo.reset()
+    compiled = torch.compile(patched, backend="aot_eager", fullgraph=True)
+    compiled(**batch())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        loss = compiled(**batch()).loss
+    patched.zero_grad()
+    loss.backward()
+    got = {name: p.grad for name, p in patched.named_parameters()}
+    assert_same_training((loss.detach(), got), expected)
+
+
 def test_own_loss_function_sees_the_logits(pair):
     eager, patched = pair
     weights = torch.rand(VOCAB) + 0.5
