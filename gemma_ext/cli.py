@@ -9,6 +9,7 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
+    "demo": "gemma_ext.demo.command:main",
     "info": "gemma_ext.info:main",
 }
 

@@ -31,3 +31,17 @@ def progress_bar(what: str, total: int, show: bool = True) -> Iterator[Callable[
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(what, total=total, note="")
         yield lambda done, note="": progress.update(task, completed=done, note=note)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Turns off the bars that transformers draws for every file it reads or writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -31,6 +31,7 @@ from gemma_ext.pocket.cache import (
 )
 from gemma_ext.pocket.corpus import corpus_digest, documents
 from gemma_ext.pocket.model import PocketSize, build_model, pocket_size
+from gemma_ext.pocket.progress import quiet_transformers
 from gemma_ext.pocket.tokenizer import encode, load_tokenizer, train_tokenizer
 from gemma_ext.pocket.training import perplexity, train
 
@@ -96,7 +97,7 @@ def load(size: str = "nano", *, show_progress: bool = True) -> Pocket:
     folder = _make(size, recipe, show_progress)
     report = verify_manifest(folder)["report"]
     text = _read_text(folder)
-    with _quiet_transformers():
+    with quiet_transformers():
         model = Gemma2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
     losses = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
     return Pocket(**vars(text), model=model.eval(), report={**report, **losses})
@@ -131,7 +132,7 @@ def _make(size: str, recipe: PocketSize, show_progress: bool) -> Path:
             checkpoint=partial / _CHECKPOINT,
             show_progress=show_progress,
         )
-        with _quiet_transformers():
+        with quiet_transformers():
             model.save_pretrained(partial)
         scored = text.heldout_ids[: _scored(text.heldout_ids, recipe.context)]
         report = {
@@ -191,19 +192,6 @@ def _folders(size: str, recipe: PocketSize) -> tuple[Path, Path]:
     name = f"{size}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     root = cache_dir() / "pocket"
     return root / name, root / f"{name}.partial"
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @contextmanager

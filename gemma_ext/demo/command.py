@@ -1,0 +1,126 @@
+"""`gemma-ext demo`."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from gemma_ext import _loader
+from gemma_ext._version import __version__
+from gemma_ext.bench.timing import total_memory
+from gemma_ext.demo.head import DTYPES, Head, measure_apart
+from gemma_ext.demo.page import write_page
+from gemma_ext.demo.stages import stage
+from gemma_ext.demo.training import LOSSES, Plan, train
+from gemma_ext.pocket.progress import progress_bar
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder of the page and the stages.")] = Path(
+        "out/demo"
+    ),
+    steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 120,
+    size: Annotated[str, typer.Option(help="Pocket size to train: nano or small.")] = "small",
+    tokens: Annotated[int, typer.Option(help="Tokens of the head that is measured.")] = 1024,
+    vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 256_000,
+    dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32, of that head.")] = "auto",
+    fresh: Annotated[bool, typer.Option(help="Forget what earlier runs finished.")] = False,
+) -> None:
+    """Train a pocket Gemma-2 with the eager loss and with ours, measure a 2B head, write a page."""
+    if dtype not in ("auto", *DTYPES):
+        raise typer.BadParameter(f"dtype: expected auto, bf16 or fp32, got {dtype}")
+    results = run(
+        out,
+        Plan(size=size, steps=steps),
+        Head(
+            tokens=tokens,
+            vocabulary=vocabulary,
+            dtype=_fast_dtype() if dtype == "auto" else dtype,
+            threads=torch.get_num_threads(),
+        ),
+        fresh=fresh,
+    )
+    for name, value in results["numbers"]:
+        print(f"{name:<34} {value}")
+    print(results["page"])
+
+
+def run(
+    out: Path, plan: Plan, head: Head, *, fresh: bool = False, show_progress: bool = True
+) -> dict[str, Any]:
+    """All stages, each unless it is already in `out`.
+
+    Returns:
+        page: path of the written page; numbers: the five (name, value) pairs that matter.
+    """
+    start = time.monotonic()
+    build = _loader.load().record
+    common = {
+        "version": __version__,
+        "commit": build["commit"],
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+    }
+    if fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    trainings, heads = {}, {}
+    for loss in LOSSES:
+        key = {**common, **asdict(plan), "loss": loss}
+        # named after the key, so that a training with other settings is not resumed
+        folder = out / f"training-{loss}-{_short(key)}"
+        make = functools.partial(train, plan, loss, folder, show_progress)
+        trainings[loss] = stage(out / f"training-{loss}.json", key, make)
+    with progress_bar("head of Gemma-2-2B's size", len(LOSSES), show_progress) as update:
+        for done, loss in enumerate(LOSSES):
+            update(done, loss)
+            key = {**common, **asdict(head), "loss": loss}
+            make = functools.partial(measure_apart, loss, head)
+            heads[loss] = stage(out / f"head-{loss}.json", key, make)
+        update(len(LOSSES), "")
+    machine = {
+        "processor": _processor(),
+        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used",
+        "memory": f"{total_memory() / 2**30:.0f} GiB",
+        "kernels": torch.ops.gemma_ext.cpu_isa(),
+        "torch": torch.__version__,
+        "gemma_ext": f"{__version__}, commit {build['commit']}",
+    }
+    return write_page(
+        out / "report.html",
+        trainings=trainings,
+        heads=heads,
+        plan=plan,
+        head=head,
+        machine=machine,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _fast_dtype() -> str:
+    """bf16 where the processor multiplies it, fp32 elsewhere."""
+    _loader.load()
+    return "bf16" if torch.ops.gemma_ext.cpu_isa() == "avx512bf16" else "fp32"
+
+
+def _short(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    return next(
+        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown"
+    )

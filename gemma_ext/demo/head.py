@@ -1,0 +1,128 @@
+"""Time and peak memory of one loss on a head of Gemma-2-2B's size, in a process of its own.
+
+    python -m gemma_ext.demo.head ours '{"tokens": 1024, "dtype": "bf16"}'
+
+prints one JSON line. Peak memory is the kernel's high-water mark of resident memory, reset after
+inputs and warm-up are in place, so nothing that another measurement left behind can hide in it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gemma_ext import VocabState, linear_cross_entropy
+from gemma_ext.bench.data import batch, classifier
+from gemma_ext.bench.timing import Mark, PeakMemory, measure
+
+LOSSES = ("eager", "ours")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DATA = "plaw-1.6"  # flat rows; ids ordered by frequency, as a BPE vocabulary's are
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head and how it is measured.
+
+    Attributes:
+        tokens: N. width: D. vocabulary: V. The defaults are Gemma-2-2B's.
+        softcap: of the logits.
+        dtype: "bf16" or "fp32", storage of hidden states and classifier.
+        threads: of torch.
+        rounds: measured steps; the fastest counts.
+    """
+
+    tokens: int = 1024
+    width: int = 2304
+    vocabulary: int = 256_000
+    softcap: float = 30.0
+    dtype: str = "bf16"
+    threads: int = 2
+    rounds: int = 2
+
+
+def eager_loss(e: Tensor, c: Tensor, targets: Tensor, softcap: float) -> Tensor:
+    """What transformers runs for Gemma 2: e [N, D], c [V, D]; several [N, V] matrices."""
+    logits = F.linear(e, c)
+    logits = torch.tanh(logits / softcap) * softcap
+    return F.cross_entropy(logits.float(), targets)
+
+
+def measure_apart(loss: str, head: Head) -> dict[str, Any]:
+    """`measure_here` in a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it said.
+    """
+    command = [sys.executable, "-m", "gemma_ext.demo.head", loss, json.dumps(asdict(head))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"head, {loss}: exit status {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_here(loss: str, head: Head) -> dict[str, Any]:
+    """One loss, forward and backward.
+
+    Returns:
+        seconds: fastest step; forward: its forward part; peak: bytes above the inputs; gradients:
+        bytes of dE and dC in that peak; logits: bytes of float32 [N, V]; loss; kept: fraction of
+        strips that the filtered backward recomputed, None for eager.
+    """
+    torch.set_num_threads(head.threads)
+    dtype = DTYPES[head.dtype]
+    c = classifier(head.vocabulary, head.width, unit=True, scale=1.0, seed=0)
+    (warm_e, warm_targets), (e, targets) = (
+        batch(c, DATA, head.tokens, softcap=head.softcap, seed=seed) for seed in (1, 2)
+    )
+    c, e, warm_e = (tensor.to(dtype).requires_grad_() for tensor in (c, e, warm_e))
+    state = VocabState(head.vocabulary)
+    seen: dict[str, float] = {}
+
+    def ours(e: Tensor, targets: Tensor) -> Tensor:
+        out = linear_cross_entropy(
+            e, c, targets, softcap=head.softcap, state=state, return_stats=True
+        )
+        seen["stats"] = out.stats
+        return out.loss
+
+    run: Callable[[Tensor, Tensor], Tensor] = ours
+    if loss == "eager":
+        run = lambda e, targets: eager_loss(e, c, targets, head.softcap)  # noqa: E731
+
+    def step(mark: Mark, e: Tensor, targets: Tensor) -> None:
+        e.grad = c.grad = None
+        value = run(e, targets)
+        mark()
+        value.backward()
+        seen["loss"] = float(value.detach())
+
+    # the state learns the vocabulary's order from a batch before, as it does in training
+    warm = head.tokens if loss == "ours" else min(64, head.tokens)
+    measure(lambda mark: step(mark, warm_e[:warm], warm_targets[:warm]))
+    c.grad = None
+    with PeakMemory() as memory:
+        runs = [measure(lambda mark: step(mark, e, targets)) for _ in range(head.rounds)]
+        peak = memory.peak()
+    best = min(runs, key=lambda r: r.total)
+    return {
+        "seconds": best.total,
+        "forward": best.forward,
+        "peak": peak,
+        "gradients": (e.numel() + c.numel()) * e.element_size(),
+        "logits": 4 * head.tokens * head.vocabulary,
+        "loss": seen["loss"],
+        "kept": seen["stats"].kept_fraction if loss == "ours" else None,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(sys.argv[1], Head(**json.loads(sys.argv[2])))))

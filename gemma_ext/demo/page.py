@@ -1,0 +1,201 @@
+"""The report page: five numbers, two figures, the machine; one self-contained HTML file."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from gemma_ext.demo.head import DATA, Head
+from gemma_ext.demo.training import Plan
+from gemma_ext.pocket.cache import write_text
+from gemma_ext.pocket.model import pocket_size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_TEMPLATE = "report.html.jinja"
+_GREY, _BLUE, _INK = "#9aa5b1", "#1a73e8", "#202833"
+_FIGURE_STYLE = {
+    "font.size": 10,
+    "font.family": "sans-serif",
+    "svg.fonttype": "none",
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.edgecolor": "#c5ccd3",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def write_page(
+    path: Path,
+    *,
+    trainings: dict[str, dict[str, Any]],
+    heads: dict[str, dict[str, Any]],
+    plan: Plan,
+    head: Head,
+    machine: dict[str, str],
+    seconds: float,
+) -> dict[str, Any]:
+    """Draws and writes the page.
+
+    Args:
+        trainings, heads: results of `training.train` and `head.measure_here`, by loss.
+        plan, head: what was run.
+        machine: rows of the machine table.
+        seconds: wall time of this run.
+
+    Returns:
+        page: the path; numbers: the five (name, value) pairs at its top.
+    """
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError:
+        raise ImportError("the report needs jinja2: pip install 'gemma_ext[demo]'") from None
+
+    numbers = five_numbers(trainings, heads)
+    environment = Environment(
+        loader=PackageLoader("gemma_ext.demo", ""), autoescape=True, undefined=StrictUndefined
+    )
+    recipe = pocket_size(plan.size)
+    html = environment.get_template(_TEMPLATE).render(
+        numbers=numbers,
+        curves=_curves(trainings),
+        bars=_bars(heads, head),
+        trainings=trainings,
+        heads=heads,
+        plan=asdict(plan),
+        recipe=asdict(recipe),
+        tokens=plan.steps * plan.batch * recipe.context,
+        head=asdict(head),
+        data=DATA,
+        machine=machine,
+        minutes=seconds / 60,
+        median=median,
+        size=_size,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, html)
+    return {"page": str(path), "numbers": numbers}
+
+
+def five_numbers(
+    trainings: dict[str, dict[str, Any]], heads: dict[str, dict[str, Any]]
+) -> list[tuple[str, str]]:
+    """What the page is about, as (name, value)."""
+    eager, ours = trainings["eager"], trainings["ours"]
+    gap = max(abs(a - b) for a, b in zip(eager["losses"], ours["losses"], strict=True))
+    step = [median(run["seconds"]) for run in (eager, ours)]
+    a, b = heads["eager"], heads["ours"]
+    extra = [_extra(run) for run in (a, b)]
+    return [
+        ("largest gap between the curves", f"{gap:.2g} nats"),
+        ("held-out perplexity", f"{eager['perplexity']:.1f} → {ours['perplexity']:.1f}"),
+        ("training step", f"{step[0]:.2f} → {step[1]:.2f} s ({step[0] / step[1]:.2f}x)"),
+        (
+            "2B head, forward and backward",
+            f"{a['seconds']:.1f} → {b['seconds']:.1f} s ({a['seconds'] / b['seconds']:.1f}x)",
+        ),
+        (
+            "2B head, memory beside gradients",
+            f"{_size(extra[0])} → {_size(extra[1])} ({100 * extra[1] / extra[0]:.1f} %)",
+        ),
+    ]
+
+
+def _extra(run: dict[str, Any]) -> int:
+    """Peak bytes that are neither inputs nor the gradients every loss returns."""
+    return max(run["peak"] - run["gradients"], 0)
+
+
+def _curves(trainings: dict[str, dict[str, Any]]) -> str:
+    figure, (top, bottom) = _axes(2, 1, (7.6, 4.6), height_ratios=[3, 1], sharex=True)
+    eager, ours = trainings["eager"]["losses"], trainings["ours"]["losses"]
+    steps = range(1, len(eager) + 1)
+    top.plot(steps, eager, color=_GREY, linewidth=5, solid_capstyle="round", label="eager")
+    top.plot(steps, ours, color=_BLUE, linewidth=1.4, label="gemma_ext")
+    top.set_ylabel("loss (nats per token)")
+    top.legend(frameon=False)
+    bottom.axhline(0, color=_GREY, linewidth=1)
+    bottom.plot(steps, [b - a for a, b in zip(eager, ours, strict=True)], color=_BLUE, linewidth=1)
+    bottom.set_ylabel("ours − eager")
+    bottom.set_xlabel("optimiser step")
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    figure.align_ylabels()
+    return _svg(figure, "Training loss of both runs and their difference, step by step")
+
+
+def _bars(heads: dict[str, dict[str, Any]], head: Head) -> str:
+    figure, (time, memory) = _axes(1, 2, (7.6, 2.5))
+    labels = ["eager", "gemma_ext"]
+    runs = [heads["eager"], heads["ours"]]
+    forward = [run["forward"] for run in runs]
+    backward = [run["seconds"] - run["forward"] for run in runs]
+    _stacked(time, labels, forward, backward, "{:.1f} s")
+    time.set_xlabel("seconds\nforward dark, backward light")
+    gib = 2**30
+    extra = [_extra(run) / gib for run in runs]
+    gradients = [run["gradients"] / gib for run in runs]
+    _stacked(memory, labels, extra, gradients, "{:.2f} GiB")
+    memory.set_xlabel("peak GiB\ngradients light, all else dark")
+    logits = runs[0]["logits"] / gib
+    memory.axvline(logits, color=_INK, linewidth=1, linestyle=":")
+    memory.annotate(
+        "fp32 logits once",
+        (logits, 1),
+        xycoords=("data", "axes fraction"),
+        ha="center",
+        va="bottom",
+        fontsize=8,
+    )
+    return _svg(
+        figure, f"Time and peak memory of the head, N = {head.tokens}, V = {head.vocabulary}"
+    )
+
+
+def _stacked(
+    axes: Axes, labels: list[str], first: list[float], second: list[float], form: str
+) -> None:
+    colors = [_GREY, _BLUE]
+    axes.barh(labels, first, color=colors, height=0.55)
+    axes.barh(labels, second, left=first, color=colors, alpha=0.4, height=0.55)
+    for row, total in enumerate(a + b for a, b in zip(first, second, strict=True)):
+        axes.annotate(
+            form.format(total), (total, row), xytext=(5, 0), textcoords="offset points", va="center"
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.22)
+    axes.set_xlim(left=0)
+
+
+def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("the report needs matplotlib: pip install 'gemma_ext[demo]'") from None
+    ratios = options.pop("height_ratios", None)
+    with matplotlib.rc_context(_FIGURE_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        return figure, figure.subplots(rows, columns, height_ratios=ratios, **options)
+
+
+def _svg(figure: Figure, description: str) -> str:
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_FIGURE_STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
