@@ -67,6 +67,25 @@ def test_second_backward_gives_the_same_gradients(impl, reduction):
         assert_close(c, 3 * want[name], rtol=2e-5, what=f"3 d{name}")
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_retained_graph_accumulates(impl, reduction):
+    """Leaf gradients must not share memory with what the graph keeps for its next backward."""
+    p = problem(29, 40, 600, ignored=0.2, seed=2)
+    leaves = p.leaves()
+    loss = impl.loss(
+        leaves["e"], leaves["c"], p.targets, bias=leaves["bias"], reduction=reduction
+    ).sum()
+    _, want = expected(p, reduction=reduction)
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    for name, leaf in leaves.items():
+        assert_close(leaf.grad, 3 * want[name], rtol=2e-5, what=f"3 d{name}")
+        leaf.grad.zero_()
+    loss.backward()
+    for name, leaf in leaves.items():
+        assert_close(leaf.grad, want[name], rtol=2e-5, what=f"d{name}")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("upstream", [0.37, -2.0, 1e4, 0.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -1,0 +1,158 @@
+"""torch's own checks of every registered op: schema, autograd registration, fakes, AOT dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cce_oracle import IGNORE, problem
+from torch.library import opcheck
+
+from gemma_ext.ops import _cce_kernels  # noqa: F401  registers autograd and fakes
+
+HEAD = (5.0, 1.2, 0.8, IGNORE)
+N, D, V = 11, 24, 300
+
+
+def inputs(dtype: torch.dtype, *, bias: bool, grad: bool):
+    p = problem(N, D, V, bias=bias, ignored=0.3, dtype=dtype, seed=1)
+    e, c = (t.requires_grad_(grad) for t in (p.e, p.c))
+    return e, c, p.targets, None if p.bias is None else p.bias.requires_grad_(grad)
+
+
+def weights(wanted: bool) -> torch.Tensor | None:
+    return torch.rand(V, generator=torch.Generator().manual_seed(2)) if wanted else None
+
+
+def forward_args(dtype, variant: str, grad: bool):
+    e, c, y, bias = inputs(dtype, bias=variant != "bare", grad=grad)
+    full = variant == "full"
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(3)) if full else None
+    prob = weights(full)
+    eps = {"bare": 0.0, "full": 2.0**-8, "auto": -1.0}[variant]
+    return (
+        *(e, c, y, bias, weights(full), order, prob),
+        *(*HEAD, False, eps, True, full, full),
+    )
+
+
+def backward_args(dtype, variant: str):
+    args = forward_args(dtype, variant, False)
+    nll, lse, mean, _, _, stats, summary = torch.ops.gemma_ext.cce_forward(*args)
+    full = variant == "full"
+    g = torch.Generator().manual_seed(4)
+    d_nll, d_lse, d_mean, d_class = (torch.randn(N, generator=g) for _ in range(4))
+    return (
+        *args[:7],
+        *(nll, lse, mean, stats, summary, d_nll, d_lse),
+        *((d_mean, d_class) if full else (None, None)),
+        *(*HEAD, False, True, True, args[3] is not None),
+    )
+
+
+def fused_args(dtype, variant: str, grad: bool):
+    e, c, y, bias = inputs(dtype, bias=variant != "bare", grad=grad)
+    coef = torch.rand(N, generator=torch.Generator().manual_seed(5))
+    return (e, c, y, bias, coef, 0.1 * coef, *HEAD, True, True, bias is not None)
+
+
+def column_args(dtype, variant: str):
+    e, c, y, bias = inputs(dtype, bias=variant != "bare", grad=False)
+    return (e, c, y, bias, torch.full((N,), 7.0), *HEAD, 2.0**-8, 4)
+
+
+def samples(name: str, dtype: torch.dtype, variant: str) -> list[tuple]:
+    """Argument tuples of one op, with and without gradients where it has a derivative."""
+    if name == "cce_forward":
+        return [forward_args(dtype, variant, grad) for grad in (False, True)]
+    if name == "cce_fused":
+        return [fused_args(dtype, variant, grad) for grad in (False, True)]
+    if name == "cce_backward":
+        return [backward_args(dtype, variant)]
+    return [column_args(dtype, variant)]
+
+
+OPS = ["cce_forward", "cce_backward", "cce_fused", "cce_column_stats"]
+
+
+def test_no_op_is_forgotten():
+    registered = {
+        name.removeprefix("gemma_ext::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("gemma_ext::cce_")
+    }
+    assert registered == set(OPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("variant", ["bare", "auto", "full"])
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name, variant, dtype):
+    op = getattr(torch.ops.gemma_ext, name).default
+    for args in samples(name, dtype, variant):
+        opcheck(op, args, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fake_shapes_follow_the_kernel(name):
+    """Also for no row at all, which opcheck's sample never is."""
+    op = getattr(torch.ops.gemma_ext, name).default
+    for variant in ("bare", "full"):
+        args = samples(name, torch.float32, variant)[0]
+        real = op(*args)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args))
+        for r, f in zip(real, fake, strict=True):
+            assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+BAD = {
+    "e not a matrix": ("e", lambda e, c, y, b: (e[0], c, y, b)),
+    "widths differ": ("c", lambda e, c, y, b: (e, c[:, 1:], y, b)),
+    "rows differ": ("targets", lambda e, c, y, b: (e, c, y[1:], b)),
+    "bias of another size": ("bias", lambda e, c, y, b: (e, c, y, b[1:])),
+    "dtypes differ": ("c", lambda e, c, y, b: (e, c.bfloat16(), y, b)),
+    "labels are floats": ("targets", lambda e, c, y, b: (e, c, y.float(), b)),
+    "doubles": ("e", lambda e, c, y, b: (e.double(), c.double(), y, b)),
+    "no vocabulary": ("c", lambda e, c, y, b: (e, c[:0], y, None)),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_raw_ops_refuse_what_does_not_fit(case):
+    """The ops are public too: a wrong shape is an error, not a read out of bounds."""
+    name, change = BAD[case]
+    e, c, y, bias = inputs(torch.float32, bias=True, grad=False)
+    bad = change(e, c, y, bias)
+    for tail in ((None, None, None, *HEAD, False, 0.0, True, False, False),):
+        with pytest.raises(RuntimeError, match=name):
+            torch.ops.gemma_ext.cce_forward(*bad, *tail)
+    coef = torch.ones(len(bad[2]))
+    with pytest.raises(RuntimeError, match=name):
+        torch.ops.gemma_ext.cce_fused(*bad, coef, coef, *HEAD, True, True, False)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        torch.zeros(V, dtype=torch.long),
+        torch.arange(V) - 1,
+        torch.arange(V).int(),
+        torch.arange(V + 1)[1:],
+        torch.arange(V - 1),
+    ],
+    ids=["repeats", "negative", "int32", "beyond", "short"],
+)
+def test_order_must_be_a_permutation(order):
+    e, c, y, bias = inputs(torch.float32, bias=True, grad=False)
+    with pytest.raises(RuntimeError, match="order"):
+        torch.ops.gemma_ext.cce_forward(
+            e, c, y, bias, None, order, None, *HEAD, False, 0.0, True, False, False
+        )
+
+
+def test_profile_of_another_size_is_refused():
+    args = list(backward_args(torch.float32, "auto"))
+    args[6] = torch.ones(V - 1)
+    args[11] = torch.tensor([1, 0, 0, 2.0**-8], dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="prob"):
+        torch.ops.gemma_ext.cce_backward(*args)
