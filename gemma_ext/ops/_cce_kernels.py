@@ -41,7 +41,7 @@ def rows(
     wants_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (e, c, bias)
     )
-    order, prob = (None, None) if state is None else (state.order, state.prob)
+    order, prob = (None, None) if state is None else (state.order.clone(), state.prob.clone())
     nll, lse, mean, class_sum, argmax, _, summary = _ops.cce_forward(
         e,
         c,
@@ -184,6 +184,7 @@ def _setup_forward(ctx, inputs, output):
         e, c, targets, bias, class_weight, order, prob, nll, lse, mean, stats, summary
     )
     ctx.head = tuple(options[:5])
+    ctx.want_mean = options[-2]
 
 
 def _backward(ctx, d_nll, d_lse, d_mean, d_class, *_):
@@ -207,8 +208,9 @@ def _backward(ctx, d_nll, d_lse, d_mean, d_class, *_):
         summary,
         zero if d_nll is None else d_nll,
         zero if d_lse is None else d_lse,
-        d_mean,
-        d_class,
+        # a traced graph passes zeros for the outputs that are empty
+        d_mean if ctx.want_mean else None,
+        d_class if class_weight is not None else None,
         *ctx.head,
         *needs,
     )
@@ -228,23 +230,33 @@ def _setup_fused(ctx, inputs, output):
     _, nll, lse, de, dc, dbias = output
     ctx.mark_non_differentiable(nll, lse, de, dc, dbias)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(de, dc, dbias)
-    ctx.bias_dtype = None if inputs[3] is None else inputs[3].dtype
+    ctx.save_for_backward(*inputs[:6])
+    ctx.options = tuple(inputs[6:])
+    ctx.grads = (de, dc, dbias)
 
 
 def _fused_backward(ctx, d_loss, *_):
-    de, dc, dbias = ctx.saved_tensors
-    needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3])
     if d_loss is None:
         return (None,) * 13
-    # the usual upstream, 1, costs no pass over dC; a traced graph cannot look
-    if torch.compiler.is_compiling() or not bool(d_loss == 1):
-        de, dc, dbias = (g * d_loss.to(g.dtype) for g in (de, dc, dbias))
+    if ctx.grads is None:
+        grads = _ops.cce_fused(*ctx.saved_tensors, *ctx.options)[3:]
+    else:
+        grads = ctx.grads
+    if torch.compiler.is_compiling():
+        grads = [g * d_loss for g in grads]
+    else:
+        # Handed over without a copy of dC, so only once: a second backward through a retained
+        # graph computes them again.
+        ctx.grads = None
+        if not bool(d_loss == 1):
+            grads = [g.mul_(d_loss) for g in grads]
+    de, dc, dbias = grads
+    need_e, need_c, need_bias = ctx.options[-3:]
     return (
-        de if needs[0] else None,
-        dc if needs[1] else None,
+        de if need_e else None,
+        dc if need_c else None,
         None,
-        dbias.to(ctx.bias_dtype) if needs[2] else None,
+        dbias.to(ctx.saved_tensors[3].dtype) if need_bias else None,
         *[None] * 9,
     )
 

@@ -28,6 +28,7 @@ class VocabState(nn.Module):
         order: [V] int64, vocabulary id at each visited position.
         count, prob: [V] float32 running means over rows: share of rows that need the column, and
             its probability.
+        steps: 0-d int64, calls seen.
     """
 
     def __init__(
@@ -42,12 +43,11 @@ class VocabState(nn.Module):
         if vocab_size < 1:
             raise ValueError(f"expected vocab_size to be positive, got {vocab_size}")
         self.refresh_every, self.decay, self.eps = refresh_every, decay, eps
-        self.calls = 0
         self.register_buffer("order", torch.arange(vocab_size))
         self.register_buffer("count", torch.zeros(vocab_size))
         self.register_buffer("prob", torch.zeros(vocab_size))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
-    @torch.no_grad()
     def observe(
         self,
         e: Tensor,
@@ -59,21 +59,64 @@ class VocabState(nn.Module):
     ) -> None:
         """Refresh from e [N, D] on every `refresh_every`-th call; the next call uses the result.
 
-        The buffers are replaced, never written into: a backward in flight keeps the order of its
-        own forward.
+        Writes into the buffers: a forward hands copies of them to its backward.
         """
-        due = self.calls % self.refresh_every == 0
-        self.calls += 1
-        if not due:
-            return
-        count, prob = torch.ops.gemma_ext.cce_column_stats(
-            e, c, targets, bias, lse.detach(), *head, self.eps, _SAMPLE_ROWS
+        bias = None if bias is None else bias.detach()
+        buffers = (self.order, self.count, self.prob, self.steps)
+        _observe(
+            *buffers,
+            e.detach(),
+            c.detach(),
+            targets,
+            bias,
+            lse.detach(),
+            *head,
+            self.eps,
+            self.refresh_every,
+            self.decay,
         )
-        total = prob.sum()
-        if not total > 0:
-            return
-        keep = self.decay if self.count.any() else 0.0
-        self.count = keep * self.count + (1 - keep) * count / total
-        self.prob = keep * self.prob + (1 - keep) * prob / total
-        # the count ties for all columns nobody needs: their probability orders those
-        self.order = torch.argsort(self.count + 1e-3 * self.prob, descending=True, stable=True)
+
+
+# An op of its own, so that a traced graph keeps the counting and the branches out of sight.
+@torch.library.custom_op(
+    "gemma_ext::vocab_state_observe", mutates_args=("order", "count", "prob", "steps")
+)
+def _observe(
+    order: Tensor,
+    count: Tensor,
+    prob: Tensor,
+    steps: Tensor,
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    softcap: float,
+    logit_scale: float,
+    temperature: float,
+    ignore_index: int,
+    eps: float,
+    refresh_every: int,
+    decay: float,
+) -> None:
+    due = int(steps) % refresh_every == 0
+    steps += 1
+    if not due:
+        return
+    head = (softcap, logit_scale, temperature, ignore_index)
+    hits, mass = torch.ops.gemma_ext.cce_column_stats(
+        e, c, targets, bias, lse, *head, eps, _SAMPLE_ROWS
+    )
+    total = mass.sum()
+    if not total > 0:
+        return
+    keep = decay if count.any() else 0.0
+    count.mul_(keep).add_((1 - keep) * hits / total)
+    prob.mul_(keep).add_((1 - keep) * mass / total)
+    # the count ties for all columns nobody needs: their probability orders those
+    order.copy_(torch.argsort(count + 1e-3 * prob, descending=True, stable=True))
+
+
+@_observe.register_fake
+def _(*_args) -> None:
+    return None

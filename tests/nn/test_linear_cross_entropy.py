@@ -105,7 +105,7 @@ def test_state_travels_with_the_state_dict():
     trained = LinearCrossEntropy(**options)
     train(trained)
     saved = copy.deepcopy(trained.state_dict())
-    assert set(saved) == {"state.order", "state.count", "state.prob"}
+    assert set(saved) == {"state.order", "state.count", "state.prob", "state.steps"}
     assert sorted(saved["state.order"].tolist()) == list(range(4096))
     assert not torch.equal(saved["state.order"], torch.arange(4096))
 
