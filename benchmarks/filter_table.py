@@ -57,11 +57,10 @@ def main() -> None:
     facts = report.machine()
     softcap = pocket.model.config.final_logit_softcapping
     c = pocket.model.get_output_embeddings().weight.detach().float()
-    text = pocket.train_ids[: 16 * options.tokens]
-    here = ExactRows(
-        *hidden_states(pocket, pocket.heldout_ids, options.tokens), c=c, softcap=softcap
+    batches = (
+        hidden_states(pocket, ids, options.tokens) for ids in (pocket.heldout_ids, pocket.train_ids)
     )
-    other = ExactRows(*hidden_states(pocket, text, options.tokens), c=c, softcap=softcap)
+    here, other = (ExactRows(e, c, targets, softcap) for e, targets in batches)
     model = (
         f"pocket {options.pocket}: V={c.shape[0]} D={c.shape[1]}, {len(here.targets)} held-out "
         f"tokens, entropy {here.entropy():.2f} nats, eps {EPS:.2e}"
