@@ -50,8 +50,9 @@ def test_matches_eager(name, impl):
 
 
 @pytest.mark.parametrize("name", ["Cohere", "Llama", "Phi"])
-def test_matches_eager_bf16(name, impl):
-    model = model_of(name).bfloat16()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_matches_eager_in_half_precision(name, dtype, impl):
+    model = model_of(name).to(dtype)
     expected = loss_and_gradients(clone(model), **batch())
     patch(model, impl=impl)
     assert_same_training(loss_and_gradients(model, **batch()), expected, tolerance=2e-2)

@@ -13,6 +13,7 @@ from gemma_ext.integrations._deferred_logits import (
     DeferredLogitsError,
     LossOptions,
 )
+from gemma_ext.integrations.trl import per_token
 
 B, T, D, V = 2, 5, 7, 11
 OPTIONS = LossOptions("Toy", impl="reference")
@@ -157,3 +158,28 @@ def test_an_error_inside_the_head_leaves_nothing_behind():
         head(hidden, hidden)
     assert isinstance(nn.Linear(D, V)(hidden), torch.Tensor)
     assert isinstance(head(hidden), torch.Tensor)
+
+
+def test_per_token_fields_of_trl():
+    hidden, head = toy(True)
+    temperature = 0.7
+    logits = torch.tanh(head(hidden) / 2.0) * 2.0 / temperature
+    labels = torch.arange(B * T).view(B, T) % V
+    labels[0, 0] = -100
+    keep = labels != -100
+    logp = logits.log_softmax(-1)
+    target = labels.clamp(min=0)[..., None]
+    expected = {
+        "log_probs": logp.gather(-1, target)[..., 0],
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "is_top1": logits.argmax(-1) == labels,
+        "log_sum_sq_probs": logp.exp().square().sum(-1).log(),
+        "mean_logits": logits.mean(-1),
+    }
+    with defer_head(head, OPTIONS):
+        deferred = torch.tanh(head(hidden) / 2.0) * 2.0 / temperature
+    fields = per_token(deferred, labels, tuple(expected))
+    assert fields.keys() == expected.keys()
+    for name, value in expected.items():
+        assert fields[name].shape == labels.shape
+        torch.testing.assert_close(fields[name], value.masked_fill(~keep, 0))

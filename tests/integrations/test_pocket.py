@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import assert_same_training, clone, loss_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from gemma_ext.integrations.transformers import patch
 from gemma_ext.pocket import SIZES, build_model
@@ -50,6 +52,32 @@ def test_loss_and_gradients(stretched, impl, dtype):
     for _ in range(2):
         got = loss_and_gradients(model, **sequences())
         assert_same_training(got, expected, tolerance=2e-5 if tight else 3e-2)
+
+
+class LargestOutput(TorchDispatchMode):
+    """Rows of the largest tensor over the vocabulary that any operator returned."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for value in tree_leaves(output):
+            if isinstance(value, torch.Tensor) and value.shape[-1:] == (SIZE.vocab_size,):
+                self.rows = max(self.rows, value.numel() // SIZE.vocab_size)
+        return output
+
+
+@pytest.mark.parametrize("impl", ["exact", "auto"])
+def test_no_operator_returns_the_logits(stretched, impl):
+    inputs = sequences()
+    with LargestOutput() as eager:
+        loss_and_gradients(clone(stretched), **inputs)
+    patched = patch(clone(stretched), impl=impl)
+    with LargestOutput() as ours:
+        loss_and_gradients(patched, **inputs)
+    assert eager.rows >= inputs["labels"].numel()
+    # vectors over the vocabulary remain
+    assert ours.rows <= 1
 
 
 def test_bf16_is_no_further_from_the_truth_than_eager(stretched):
