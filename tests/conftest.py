@@ -8,6 +8,7 @@ import torch
 
 import gemma_ext
 
+pytest_plugins = ["conftest_pocket"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]

@@ -46,7 +46,7 @@ def bigram_perplexity(train_ids: Tensor, heldout_ids: Tensor, vocab_size: int) -
 
     d_low = _discount(predecessors)
     continuation = (predecessors - d_low).clamp_min(0) / pairs.numel()
-    continuation += d_low * (predecessors > 0).sum() / pairs.numel() / vocab_size
+    continuation += d_low * int((predecessors > 0).sum()) / pairs.numel() / vocab_size
 
     previous, target = heldout_ids[:-1], heldout_ids[1:]
     key = previous * vocab_size + target
