@@ -159,7 +159,9 @@ RowTensors forward_cpu(const Tensor& e, const Tensor& c, const Tensor& targets,
   Tensor stats = new_empty(
       e, {want_stats ? planes : 0, want_stats ? p.tiles : 0, want_stats ? rows : 0},
       ScalarType::Float);
-  std::vector<float> own(want_stats ? 0 : planes * p.tiles * p.n);
+  const int64_t used = planes * p.tiles * p.n;  // ignored rows have no strips: the rest is zero
+  if (want_stats) std::fill(floats(stats) + used, floats(stats) + stats.numel(), 0.0f);
+  std::vector<float> own(want_stats ? 0 : used);
   const StripStats strips = stat_planes(want_stats ? floats(stats) : own.data(), p);
 
   std::vector<float> nll(p.n), lse(p.n), mean(p.n), class_sum(p.n);
