@@ -103,10 +103,9 @@ void prepare(const char* op, const Head& h, Prepared& out) {
 }
 
 Workers make_workers() {
-  return Workers(int(torch::stable::get_num_threads()),
-                 [](int64_t n, const Workers::Range& range) {
-                   torch::stable::parallel_for(0, n, 1, range);
-                 });
+  return Workers(int(torch::stable::get_num_threads()), [](int64_t n, const Workers::Range& range) {
+    torch::stable::parallel_for(0, n, 1, range);
+  });
 }
 
 template <class T>
@@ -145,10 +144,11 @@ using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Te
 RowTensors forward_cpu(const Tensor& e, const Tensor& c, const Tensor& targets,
                        const std::optional<Tensor>& bias, const std::optional<Tensor>& class_weight,
                        const std::optional<Tensor>& order, const std::optional<Tensor>& /*prob*/,
-                       double softcap, double logit_scale, double temperature,
-                       int64_t ignore_index, bool allow_missing, double filter_eps, bool want_stats, bool want_mean, bool want_argmax) {
-  const Head head{e, c, targets, bias, class_weight, order, softcap, logit_scale, temperature,
-                  ignore_index, allow_missing};
+                       double softcap, double logit_scale, double temperature, int64_t ignore_index,
+                       bool allow_missing, double filter_eps, bool want_stats, bool want_mean,
+                       bool want_argmax) {
+  const Head head{e,       c,           targets,     bias,         class_weight, order,
+                  softcap, logit_scale, temperature, ignore_index, allow_missing};
   Prepared prepared;
   prepare("cce_forward", head, prepared);
   Problem& p = prepared.problem;
@@ -156,9 +156,9 @@ RowTensors forward_cpu(const Tensor& e, const Tensor& c, const Tensor& targets,
   p.want_argmax = want_argmax;
 
   const int64_t rows = e.size(0), planes = kStatPlanes + want_mean;
-  Tensor stats = new_empty(
-      e, {want_stats ? planes : 0, want_stats ? p.tiles : 0, want_stats ? rows : 0},
-      ScalarType::Float);
+  Tensor stats =
+      new_empty(e, {want_stats ? planes : 0, want_stats ? p.tiles : 0, want_stats ? rows : 0},
+                ScalarType::Float);
   const int64_t used = planes * p.tiles * p.n;  // ignored rows have no strips: the rest is zero
   if (want_stats) std::fill(floats(stats) + used, floats(stats) + stats.numel(), 0.0f);
   std::vector<float> own(want_stats ? 0 : used);
@@ -201,21 +201,28 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
     double logit_scale, double temperature, int64_t ignore_index, bool allow_missing, bool need_e,
     bool need_c, bool need_bias) {
   const char* op = "cce_backward";
-  const Head head{e, c, targets, bias, class_weight, order, softcap, logit_scale, temperature,
-                  ignore_index, allow_missing};
+  const Head head{e,       c,           targets,     bias,         class_weight, order,
+                  softcap, logit_scale, temperature, ignore_index, allow_missing};
   Prepared prepared;
   prepare(op, head, prepared);
   Problem& p = prepared.problem;
   p.want_mean = mean.numel() > 0 && stats.size(0) > kStatPlanes;
   STD_TORCH_CHECK(stats.dim() == 3 && stats.is_contiguous() && stats.size(1) == p.tiles &&
                       stats.size(2) == p.e.rows && stats.scalar_type() == ScalarType::Float,
-                  op, ": expected stats of the same forward, [planes, ", p.tiles, ", ", p.e.rows, "]");
+                  op, ": expected stats of the same forward, [planes, ", p.tiles, ", ", p.e.rows,
+                  "]");
   STD_TORCH_CHECK(summary.numel() == 4 && summary.scalar_type() == ScalarType::Double, op,
                   ": expected summary to be [4] float64");
   STD_TORCH_CHECK(!d_mean || p.want_mean, op, ": expected a forward with want_mean for d_mean");
   STD_TORCH_CHECK(!d_class || class_weight, op, ": expected class_weight for d_class");
 
-  const std::vector<float> row_nll = compact(op, "nll", p, nll), row_lse = compact(op, "lse", p, lse);
+  std::vector<float> column_prob;
+  if (prob) {
+    check_vector(op, "prob", *prob, p.V);
+    column_prob = to_floats(op, "prob", *prob);
+  }
+  const std::vector<float> row_nll = compact(op, "nll", p, nll),
+                           row_lse = compact(op, "lse", p, lse);
   std::vector<float> row_mean, q, class_coef;
   std::vector<float> b = compact(op, "d_nll", p, d_nll), a = compact(op, "d_lse", p, d_lse);
   for (int64_t r = 0; r < p.n; ++r) a[r] += b[r];
@@ -230,12 +237,16 @@ std::tuple<Tensor, Tensor, Tensor> backward_cpu(
 
   const double eps = static_cast<const double*>(summary.data_ptr())[3];
   GradTensors grads(p, head, need_e, need_c, need_bias);
-  const Upstream up{row_lse.data(), row_nll.data(),
-                    d_mean ? row_mean.data() : nullptr, a.data(), b.data(),
-                    d_mean ? q.data() : nullptr, d_class ? class_coef.data() : nullptr};
+  const Upstream up{row_lse.data(),
+                    row_nll.data(),
+                    d_mean ? row_mean.data() : nullptr,
+                    a.data(),
+                    b.data(),
+                    d_mean ? q.data() : nullptr,
+                    d_class ? class_coef.data() : nullptr};
   Workers workers = make_workers();
   if (p.n)
-    backward(p, stat_planes(floats(stats), p), up, prob ? floats(*prob) : nullptr,
+    backward(p, stat_planes(floats(stats), p), up, prob ? column_prob.data() : nullptr,
              d_class ? 0 : eps, grads.out, workers);
   return {grads.de, grads.dc, grads.dbias};
 }
@@ -249,8 +260,8 @@ FusedTensors fused_cpu(const Tensor& e, const Tensor& c, const Tensor& targets,
                        bool need_bias) {
   const char* op = "cce_fused";
   const std::optional<Tensor> none;
-  const Head head{e, c, targets, bias, none, none, softcap, logit_scale, temperature,
-                  ignore_index, false};
+  const Head head{e,       c,           targets,     bias,         none, none,
+                  softcap, logit_scale, temperature, ignore_index, false};
   Prepared prepared;
   prepare(op, head, prepared);
   const Problem& p = prepared.problem;
@@ -274,8 +285,8 @@ std::tuple<Tensor, Tensor> column_stats_cpu(const Tensor& e, const Tensor& c, co
                                             int64_t ignore_index, double eps, int64_t max_rows) {
   const char* op = "cce_column_stats";
   const std::optional<Tensor> none;
-  const Head head{e, c, targets, bias, none, none, softcap, logit_scale, temperature,
-                  ignore_index, true};
+  const Head head{e,       c,           targets,     bias,         none, none,
+                  softcap, logit_scale, temperature, ignore_index, true};
   Prepared prepared;
   prepare(op, head, prepared);
   Problem& p = prepared.problem;

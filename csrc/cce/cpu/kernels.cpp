@@ -152,8 +152,7 @@ void forward_rows(const Problem& p, const StripStats& out, int64_t tile0, int64_
   }
   for (int64_t row = row0; row < row1; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, row1 - row);
-    float* strips =
-        products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
+    float* strips = products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t t = 0; t < tiles; ++t) {
         float* x = strips + (r * tiles + t) * kTile;
@@ -194,13 +193,22 @@ void column_rows(const Problem& p, const float* lse, float eps, float* count, fl
 }
 
 // strips [rows, kTile] -> transposed [block of kTile rows][kTile, kTile], rows first..first+rows.
+// A column's rows are adjacent there, so a few rows at a time fill whole words.
 template <class T>
 void transpose_strips(const T* strips, int64_t first, int64_t rows, T* transposed) {
-  for (int64_t r = 0; r < rows; ++r) {
+  constexpr int kRun = 8;
+  for (int64_t r = 0; r < rows;) {
     const int64_t k = first + r;
     T* to = transposed + k / kTile * kTile * kTile + k % kTile;
     const T* from = strips + r * kTile;
-    for (int v = 0; v < kTile; ++v) to[v * kTile] = from[v];
+    if (rows - r >= kRun && k % kRun == 0) {
+      for (int v = 0; v < kTile; ++v)
+        for (int i = 0; i < kRun; ++i) to[v * kTile + i] = from[i * kTile + v];
+      r += kRun;
+    } else {
+      for (int v = 0; v < kTile; ++v) to[v * kTile] = from[v];
+      ++r;
+    }
   }
 }
 
@@ -240,8 +248,8 @@ void write_dc(const GradTask& task, int64_t index, const T* transposed, int64_t 
     const int64_t width = least(kColumns, p.D - column);
     for (int64_t k = 0; k < rows; k += kTile) {
       const int64_t step = least(kTile, rows - k);
-      const T* b = pack_columns<T>(p.e, column, step,
-                                   [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
+      const T* b =
+          pack_columns<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
       block_product<T>(kTile, kColumns / kSlice, step, transposed + k * kTile, b, kSlice * kTile,
                        sums, kColumns, k > 0);
     }
@@ -338,11 +346,16 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
     const T* g = static_cast<const T*>(task.strips) + (begin - task.slot0) * kTile;
     for (int64_t first = 0; first < kept; first += kBlockRows) {
       const int64_t rows = least(kBlockRows, kept - first);
-      block_product<T>(rows, kColumns / kSlice, kTile, g + first * kTile, b, kSlice * kTile, sums,
-                       kColumns, false);
+      const T* a = g + first * kTile;
+      if (!task.list) {
+        block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile,
+                         task.de + first * stride + column, stride, true);
+        continue;
+      }
+      block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile, sums, kColumns,
+                       false);
       for (int64_t r = 0; r < rows; ++r) {
-        const int64_t row = task.list ? task.list[begin + first + r] : first + r;
-        float* to = task.de + row * stride + column;
+        float* to = task.de + task.list[begin + first + r] * stride + column;
         for (int i = 0; i < kColumns; i += kLanes)
           store(to + i, load(to + i) + load(sums + r * kColumns + i));
       }
@@ -357,12 +370,10 @@ void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile
   const int64_t tiles = tile1 - tile0;
   const T* packed = pack_tiles<T>(p, tile0, tile1, s);
   float* bias = scratch<float>(s, kSmall, tiles * kTile);
-  for (int64_t t = 0; t < tiles; ++t)
-    gather(p, tile_at(p, tile0 + t), p.bias, bias + t * kTile);
+  for (int64_t t = 0; t < tiles; ++t) gather(p, tile_at(p, tile0 + t), p.bias, bias + t * kTile);
   for (int64_t row = 0; row < p.n; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, p.n - row);
-    float* strips =
-        products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
+    float* strips = products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t t = 0; t < tiles; ++t) {
         float* x = strips + (r * tiles + t) * kTile;
@@ -403,8 +414,8 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
       // p - 1 needs fp32: a rounded p near 1 would leave nothing of the difference
       const float z = stats.target[row], t = z * p.map.t_over_cap;
       const float prob = exp(set1(z - coef.lse[row]))[0];
-      put(slot + target, (coef.a[row] * prob - coef.b[row]) * (1.0f - t * t) * p.map.inv_t *
-                             p.map.scale);
+      put(slot + target,
+          (coef.a[row] * prob - coef.b[row]) * (1.0f - t * t) * p.map.inv_t * p.map.scale);
     }
     if (task.dbias)
       for (int i = 0; i < kTile; i += kLanes)
@@ -440,8 +451,8 @@ void push_columns(const Problem& p, const float* mass, float* push, int64_t colu
   float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
   for (int64_t k = 0; k < p.n; k += kTile) {
     const int64_t step = least(kTile, p.n - k);
-    const float* b = pack_columns<float>(p.e, column, step,
-                                         [&](int64_t r) { return p.rows[k + r]; }, s);
+    const float* b =
+        pack_columns<float>(p.e, column, step, [&](int64_t r) { return p.rows[k + r]; }, s);
     for (int64_t tile = 0; tile < p.tiles; tile += kBlockRows) {
       const int64_t rows = least(kBlockRows, p.tiles - tile);
       for (int64_t r = 0; r < rows; ++r)
@@ -453,8 +464,8 @@ void push_columns(const Problem& p, const float* mass, float* push, int64_t colu
 }
 
 // dE[n, 128 columns] = mass^T . mean [tiles, D]
-void pull_columns(const Problem& p, const float* mass, const float* mean, float* de,
-                  int64_t column, Scratch& s) {
+void pull_columns(const Problem& p, const float* mass, const float* mean, float* de, int64_t column,
+                  Scratch& s) {
   const int64_t stride = padded(p.D);
   const Matrix means{mean, DType::kFloat32, p.tiles, stride, stride, 1};
   float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
@@ -505,9 +516,7 @@ const Kernels kKernels = {
       GEMMA_EXT_COMPUTE(t.problem->c.dtype, grad_block)(t, tile0, tile1, column, s);
     },
     [](const Problem& p, const StripStats& out, void* strips, int64_t tile0, int64_t tile1,
-       Scratch& s) {
-      GEMMA_EXT_COMPUTE(p.c.dtype, fused_rows)(p, out, strips, tile0, tile1, s);
-    },
+       Scratch& s) { GEMMA_EXT_COMPUTE(p.c.dtype, fused_rows)(p, out, strips, tile0, tile1, s); },
     [](const GradTask& t, const StripStats& stats, int64_t tile, Scratch& s) {
       GEMMA_EXT_COMPUTE(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
     },
