@@ -258,8 +258,13 @@ def _resolve(target: nn.Module | type | str) -> nn.Module | type:
 
 
 def _class_by_name(name: str) -> type:
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    try:
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ModuleNotFoundError:
+        raise ImportError(
+            "patching by name needs transformers: pip install 'gemma_ext[hf]'"
+        ) from None
 
     found = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name, name), None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

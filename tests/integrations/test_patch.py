@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 
 import pytest
 import torch
@@ -265,6 +266,12 @@ def test_the_state_stays_out_of_checkpoints(pair, tmp_path):
 def test_what_is_no_model_is_refused(target, error, message):
     with pytest.raises(error, match=message):
         patch(target)
+
+
+def test_a_name_without_transformers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'gemma_ext\[hf\]'"):
+        patch("gemma2")
 
 
 def test_wrong_label_is_named(pair):
