@@ -9,20 +9,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gemma_ext import linear_cross_entropy
+from gemma_ext import VocabState, linear_cross_entropy
 
 V, D, LAYERS, HEADS, BATCH, T = 2048, 48, 4, 2, 8, 16
-STEPS, SEEDS, SOFTCAP, EPS = 300, (0, 1, 2), 30.0, 2.0**-9
+STEPS, SEEDS, SOFTCAP = 300, (0, 1, 2), 30.0
+EPS, COARSE = 2.0**-9, 2.0**-4
 BLOCK = 128
 
 
 class Source:
-    """Zipf unigrams and, three times in four, one of eight preferred successors of the last id."""
+    """Zipf unigrams and, three times in four, one of eight preferred successors of the last id.
+
+    The language is one; ``seed`` chooses the text.
+    """
 
     def __init__(self, seed: int) -> None:
-        self.g = torch.Generator().manual_seed(seed)
         self.unigram = torch.arange(1, V + 1).double().pow(-1.1)
-        self.next = torch.multinomial(self.unigram, 8 * V, True, generator=self.g).view(V, 8)
+        language = torch.Generator().manual_seed(99)
+        self.next = torch.multinomial(self.unigram, 8 * V, True, generator=language).view(V, 8)
+        self.g = torch.Generator().manual_seed(seed)
 
     def batch(self) -> Tensor:
         """Ids, [BATCH, T + 1]."""
@@ -75,8 +80,9 @@ class PlainFilter(torch.autograd.Function):
     kept: ClassVar[list[float]] = []
 
     @staticmethod
-    def forward(ctx, e: Tensor, c: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx, e: Tensor, c: Tensor, y: Tensor, eps: float) -> Tensor:
         s = SOFTCAP * torch.tanh(e @ c.T / SOFTCAP)
+        ctx.eps = eps
         ctx.save_for_backward(e, c, y, s)
         return nn.functional.cross_entropy(s, y)
 
@@ -86,14 +92,22 @@ class PlainFilter(torch.autograd.Function):
         g = torch.softmax(s, 1)
         g[torch.arange(len(y)), y] -= 1
         blocks = g.view(-1, BLOCK, V // BLOCK, BLOCK)
-        keep = blocks.abs().amax((1, 3), keepdim=True) >= EPS
+        keep = blocks.abs().amax((1, 3), keepdim=True) >= ctx.eps
         PlainFilter.kept.append(keep.float().mean().item())
         g = (blocks * keep).view_as(g) * (1 - (s / SOFTCAP) ** 2) * (upstream / len(y))
-        return g @ c, g.T @ e, None
+        return g @ c, g.T @ e, None, None
 
 
 def eager(e: Tensor, c: Tensor, y: Tensor) -> Tensor:
     return nn.functional.cross_entropy(SOFTCAP * torch.tanh(e @ c.T / SOFTCAP), y)
+
+
+def plain(e: Tensor, c: Tensor, y: Tensor) -> Tensor:
+    return PlainFilter.apply(e, c, y, EPS)
+
+
+def coarse(e: Tensor, c: Tensor, y: Tensor) -> Tensor:
+    return PlainFilter.apply(e, c, y, COARSE)
 
 
 def exact(e: Tensor, c: Tensor, y: Tensor) -> Tensor:
@@ -101,14 +115,22 @@ def exact(e: Tensor, c: Tensor, y: Tensor) -> Tensor:
 
 
 class Compensated:
-    """The filtered op at EPS, remembering what it kept."""
+    """The filtered op at EPS with the state a trainer carries, remembering what it kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, refresh_every: int = 16) -> None:
+        self.state = VocabState(V, refresh_every=refresh_every)
         self.stats = []
 
     def __call__(self, e: Tensor, c: Tensor, y: Tensor) -> Tensor:
         out = linear_cross_entropy(
-            e, c, y, softcap=SOFTCAP, impl="cce", filter_eps=EPS, return_stats=True
+            e,
+            c,
+            y,
+            softcap=SOFTCAP,
+            impl="cce",
+            filter_eps=EPS,
+            return_stats=True,
+            state=self.state,
         )
         self.stats.append(out.stats)
         return out.loss
@@ -136,8 +158,7 @@ def train(loss_fn, seed: int) -> tuple[Model, Tensor]:
 
 
 def held_out(model: Model) -> float:
-    source = Source(0)
-    source.g.manual_seed(1234)
+    source = Source(1234)
     losses = []
     with torch.no_grad():
         for _ in range(16):
@@ -159,7 +180,7 @@ def runs():
             ("eager", eager),
             ("exact", exact),
             ("compensated", compensated),
-            ("plain", PlainFilter.apply),
+            ("plain", plain),
         ):
             table[name, seed] = train(fn, seed)
         table["kept", seed] = (compensated.kept, PlainFilter.kept)
@@ -188,31 +209,49 @@ def test_compensated_filter_is_nearer_to_exact_than_the_plain_one(runs):
     assert sum(ours) < 0.5 * sum(theirs)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", ["initial", "trained"])
-def test_rows_of_the_rarest_words(runs, steps):
-    """dC of words no row asks for: only push-down, all of it below eps."""
-    for seed in SEEDS:
-        torch.manual_seed(seed)
-        model = Model() if steps == "initial" else runs["eager", seed][0]
-        source = Source(seed + 100)
+def rare_rows(model: Model, seed: int) -> tuple[dict[str, Tensor], float, float]:
+    """Relative error of dC in words that no row asks for, and what the two filters kept.
+
+    In 128 rows a target falls into nearly every block of a small vocabulary, so at EPS the plain
+    filter would keep all; at COARSE it keeps least, and still more than the other.
+    """
+    source = Source(seed)
+    compensated = Compensated(refresh_every=1)
+    for _ in range(5):
         ids = source.batch()
         y = ids[:, 1:].reshape(-1)
         hidden = model(ids[:, :-1]).reshape(-1, D).detach()
-        rare = torch.ones(V, dtype=torch.bool)
-        rare[y] = False
-        rare[: V // 2] = False
-        grads = {}
-        for name, fn in (
-            ("eager", eager),
-            ("exact", exact),
-            ("compensated", Compensated()),
-            ("plain", PlainFilter.apply),
-        ):
-            c = model.embed.weight.detach().clone().requires_grad_()
-            fn(hidden, c, y).backward()
-            grads[name] = c.grad[rare].double()
-        size = grads["eager"].norm()
-        gap = {name: (grads[name] - grads["eager"]).norm() / size for name in grads}
-        assert gap["exact"] < 1e-4
-        assert gap["compensated"] < 0.5 * gap["plain"]
+        # Every batch but the last only feeds the state.
+        compensated(hidden, model.embed.weight, y)
+    rare = torch.ones(V, dtype=torch.bool)
+    rare[y] = False
+    rare[: V // 2] = False
+
+    def grad(fn) -> Tensor:
+        c = model.embed.weight.detach().clone().requires_grad_()
+        fn(hidden, c, y).backward()
+        return c.grad[rare].double()
+
+    want = grad(eager)
+    errors = {
+        name: (grad(fn) - want).norm() / want.norm()
+        for name, fn in (("exact", exact), ("compensated", compensated), ("plain", coarse))
+    }
+    return errors, compensated.kept[-1], PlainFilter.kept[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", ["initial", "trained"])
+def test_rows_of_the_rarest_words(runs, steps):
+    """Only push-down reaches them, all of it below eps."""
+    ours, theirs = [], []
+    for seed in SEEDS:
+        torch.manual_seed(seed)
+        model = Model() if steps == "initial" else runs["eager", seed][0]
+        for text in (100, 101):
+            errors, kept, plain_kept = rare_rows(model, text)
+            assert errors["exact"] < 1e-4
+            assert kept < 0.5 * plain_kept
+            ours.append(errors["compensated"])
+            theirs.append(errors["plain"])
+    assert sum(ours) < 0.5 * sum(theirs)
