@@ -13,10 +13,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ MEMORY_BAR = 0.05  # of the fp32 logits, filtered subjects
 LOSS_LIMIT = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 EXACT_FP32_LIMIT = 5e-5  # relative error of the gradients
 COARSE_LIMIT = 5e-2  # peers in 16 bits: wrong code is far above, rounding far below
+ORDER = (
+    "eager",
+    "compile",
+    "chunked",
+    "torch-lce",
+    "exact",
+    "cce",
+    "cce+state",
+    "auto",
+    "reference",
+)
 RATIOS = ("eager", "compile", "chunked", "torch-lce")
 KEY = ("n", "v", "d", "dtype", "data", "name")
 COLUMNS = {
@@ -74,6 +86,8 @@ class Effort:
 
 def main() -> None:
     options = parse_options()
+    # A terminated run unwinds: its stage is killed and its data folder removed.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     torch.set_num_threads(options.threads)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     import cce_stages  # the environment above has to be set before any stage starts
@@ -82,17 +96,17 @@ def main() -> None:
     unknown = set(options.impl) - set(known)
     if unknown:
         raise SystemExit(f"--impl: expected some of {', '.join(known)}, got {sorted(unknown)}")
-    chosen = [known[name] for name in options.impl or default_subjects(known)]
+    chosen = [known[name] for name in sorted(options.impl or default_subjects(known), key=place)]
     effort = Effort(options.seconds, options.rounds, options.check, options.warmup)
     facts = report.machine()
     print(report.header(facts), flush=True)
     for shape in options.shape:
         for kind in options.data:
-            rows = run_shape(shape, kind, options.dtype, chosen, effort, options.threads)
-            if options.csv:
-                report.append_csv(options.csv, rows)
-            if options.save:
-                save(rows, facts)
+            for rows in run_shape(shape, kind, options.dtype, chosen, effort, options.threads):
+                if options.csv:
+                    report.append_csv(options.csv, rows)
+                if options.save:
+                    save(rows, facts)
 
 
 def run_shape(
@@ -102,9 +116,8 @@ def run_shape(
     chosen: Sequence[Subject],
     effort: Effort,
     threads: int,
-) -> list[dict[str, Any]]:
-    """All subjects and dtypes on one shape and kind of data; prints a table per dtype."""
-    rows = []
+) -> Iterator[list[dict[str, Any]]]:
+    """All subjects on one shape and kind of data; prints a table and yields its rows per dtype."""
     uncapped = any(not subject.capped for subject in chosen)
     with tempfile.TemporaryDirectory(prefix="bench_cce_") as name:
         folder = Path(name)
@@ -113,8 +126,7 @@ def run_shape(
         yardstick = json.loads((folder / "yardstick.json").read_text())
         for dtype in dtypes:
             case = Case(*shape, dtype, kind, threads=threads)
-            rows += run_case(folder, case, chosen, yardstick, effort)
-    return rows
+            yield run_case(folder, case, chosen, yardstick, effort)
 
 
 def run_case(
@@ -306,12 +318,18 @@ def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> None:
     for row in merged:
         cases.setdefault(tuple(row[k] for k in KEY[:-1]), []).append(row)
     for (n, v, d, dtype, kind), lines in cases.items():
+        lines.sort(key=lambda row: place(row["name"]))
         parts.append(f"## N={n} D={d} V={v} {dtype} {kind}")
         parts.append(report.table(lines, COLUMNS))
         met = [f"- {row['name']}: {row['bars']}" for row in lines if row["bars"]]
         if met:
             parts.append("\n".join(met))
     (folder / "cce.md").write_text("\n\n".join(parts) + "\n")
+
+
+def place(name: str) -> int:
+    """Position of a subject in every table; peers that are not in ORDER come last."""
+    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def default_subjects(known: Mapping[str, Subject]) -> list[str]:
