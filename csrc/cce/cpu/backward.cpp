@@ -11,8 +11,9 @@
 namespace gemma_ext::cce {
 namespace {
 
-// Gradient strips of a batch of tiles: enough for the second product to run at full speed from L3.
-constexpr int64_t kBatchBytes = int64_t{16} << 20;
+// Gradient strips of a batch of tiles: they are written by the first product and read once per 128
+// columns by the second, so they should stay in L3.
+constexpr int64_t kBatchBytes = int64_t{4} << 20;
 // Rows of one step of the fused form when dC can take partial sums.
 constexpr int64_t kFusedRows = 512;
 
@@ -135,12 +136,6 @@ void backward(const Problem& p, const StripStats& stats, const Upstream& up, con
   if (out.de) de.resize(p.n * columns);
   if (!plan.mass.empty()) {
     profile = tile_profile(p, prob);
-    if (out.dc) {
-      push.resize(p.tiles * columns);
-      workers.run(p.n ? blocks : 0, [&](int64_t b, Scratch& s) {
-        kernels().push_columns(p, plan.mass.data(), push.data(), b * kColumns, s);
-      });
-    }
     if (out.de) {
       std::vector<float> mean(p.tiles * columns);
       workers.run(p.tiles, [&](int64_t t, Scratch& s) {
@@ -148,6 +143,12 @@ void backward(const Problem& p, const StripStats& stats, const Upstream& up, con
       });
       workers.run(blocks, [&](int64_t b, Scratch& s) {
         kernels().pull_columns(p, plan.mass.data(), mean.data(), de.data(), b * kColumns, s);
+      });
+    }
+    if (out.dc) {
+      push.resize(p.tiles * columns);
+      workers.run(p.n ? blocks : 0, [&](int64_t b, Scratch& s) {
+        kernels().push_columns(p, plan.mass.data(), push.data(), b * kColumns, s);
       });
     }
   }
