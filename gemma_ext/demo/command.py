@@ -22,6 +22,7 @@ from gemma_ext.demo.head import DTYPES, Head, measure_apart
 from gemma_ext.demo.page import write_page
 from gemma_ext.demo.stages import stage
 from gemma_ext.demo.training import LOSSES, Plan, train
+from gemma_ext.pocket.extras import require
 from gemma_ext.pocket.progress import progress_bar
 
 
@@ -63,6 +64,7 @@ def run(
     Returns:
         page: path of the written page; numbers: the five (name, value) pairs that matter.
     """
+    require("the demo", "demo", "transformers", "accelerate", "matplotlib", "jinja2")
     start = time.monotonic()
     build = _loader.load().record
     common = {

@@ -54,10 +54,7 @@ def write_page(
     Returns:
         page: the path; numbers: the five (name, value) pairs at its top.
     """
-    try:
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise ImportError("the report needs jinja2: pip install 'gemma_ext[demo]'") from None
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     numbers = five_numbers(trainings, heads)
     environment = Environment(
@@ -175,11 +172,9 @@ def _stacked(
 
 
 def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("the report needs matplotlib: pip install 'gemma_ext[demo]'") from None
+    import matplotlib
+    from matplotlib.figure import Figure
+
     ratios = options.pop("height_ratios", None)
     with matplotlib.rc_context(_FIGURE_STYLE):
         figure = Figure(figsize=size, layout="constrained")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from gemma_ext.pocket.extras import require
+
 
 @contextmanager
 def progress_bar(what: str, total: int, show: bool = True) -> Iterator[Callable[[int, str], None]]:
@@ -16,11 +18,10 @@ def progress_bar(what: str, total: int, show: bool = True) -> Iterator[Callable[
     if not show:
         yield lambda done, note="": None
         return
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-    except ImportError:
-        raise ImportError("the progress bar needs rich: pip install 'gemma_ext[demo]'") from None
+    require("the progress bar", "demo", "rich")
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

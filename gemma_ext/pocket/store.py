@@ -30,6 +30,7 @@ from gemma_ext.pocket.cache import (
     write_text,
 )
 from gemma_ext.pocket.corpus import corpus_digest, documents
+from gemma_ext.pocket.extras import require
 from gemma_ext.pocket.model import PocketSize, build_model, pocket_size
 from gemma_ext.pocket.progress import quiet_transformers
 from gemma_ext.pocket.tokenizer import encode, load_tokenizer, train_tokenizer
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM, PreTrainedTokenizerFast
 
 _FORMAT = 1  # of the folder; a change makes every cached pocket anew
+_PACKAGES = ("transformers", "tokenizers", "safetensors", "filelock")
 _TOKENS = "tokens.safetensors"
 _REPORT = "report.json"
 _CHECKPOINT = "training.safetensors"
@@ -91,6 +93,7 @@ def load(size: str = "nano", *, show_progress: bool = True) -> Pocket:
         >>> pocket.report["heldout_perplexity"] < pocket.report["bigram_perplexity"]
         True
     """
+    require("the pocket", "hf", *_PACKAGES)
     from transformers import Gemma2ForCausalLM
 
     recipe = pocket_size(size)
@@ -109,6 +112,7 @@ def load_text(size: str) -> Text:
     Raises:
         ValueError, ImportError: as `load`.
     """
+    require("the pocket", "hf", *_PACKAGES)
     recipe = pocket_size(size)
     folder, partial = _folders(size, recipe)
     with _locked(folder):

@@ -75,6 +75,14 @@ def test_the_folder_is_one_that_transformers_reads(tiny_size):
     assert report["heldout_perplexity"] == pocket.report["heldout_perplexity"]
 
 
+def test_a_missing_package_is_named_with_its_remedy(tiny_size, monkeypatch):
+    monkeypatch.setattr(store, "_PACKAGES", ("transformers", "no_such_package"))
+    remedy = r"the pocket needs no_such_package: pip install 'gemma_ext\[hf\]'"
+    for call in (load, load_text):
+        with pytest.raises(ImportError, match=remedy):
+            call(tiny_size)
+
+
 def test_nano_beats_the_bigram_model(pocket_nano):
     report = pocket_nano.report
     assert report["heldout_tokens"] > 20_000
