@@ -95,6 +95,15 @@ def test_first_offending_label_is_named(impl):
         impl.loss(p.e, p.c, p.targets)
 
 
+def test_bad_label_under_a_shift_is_named_where_the_caller_put_it(impl):
+    p = problem((2, 6), 24, 400, seed=5)
+    p.targets[:, 0] = -3  # no position predicts the first label of a sequence
+    impl.loss(p.e, p.c, p.targets, shift=1)
+    p.targets[1, 3] = 4242
+    with pytest.raises(ValueError, match=r"(?s)(?=.*4242)(?=.*\b9\b)"):
+        impl.loss(p.e, p.c, p.targets, shift=1)
+
+
 def test_default_ignore_label_is_an_error_once_another_is_chosen(impl):
     p = problem(6, 8, 40)
     p.targets[2] = IGNORE

@@ -134,12 +134,24 @@ def test_shift_never_crosses_a_sequence(impl):
     assert torch.allclose(whole[order], moved, rtol=1e-6)
 
 
-def test_shift_needs_a_sequence_dimension(impl):
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("shift", [4, 5, 9])
+def test_sequence_no_longer_than_the_shift_scores_nothing(impl, shift, reduction):
+    p = problem((3, 4), 8, 20)
+    loss, grads = run(impl.loss, p, shift=shift, reduction=reduction)
+    assert loss.shape == ((3, 0) if reduction == "none" else ())
+    assert loss.sum().item() == 0
+    assert all(torch.count_nonzero(g) == 0 for g in grads.values())
+
+
+def test_shift_that_means_nothing_is_refused(impl):
     p = problem(5, 8, 20)
     with pytest.raises(ValueError, match="shift"):
-        impl.loss(p.e, p.c, p.targets, shift=5)
-    with pytest.raises(ValueError, match="shift"):
         impl.loss(p.e, p.c, p.targets, shift=-1)
+    with pytest.raises(ValueError, match="shift"):
+        impl.loss(p.e[0], p.c, p.targets[0], shift=1)
+    with pytest.raises(TypeError, match="shift"):
+        impl.loss(p.e, p.c, p.targets, shift=1.0)
 
 
 def test_num_items_matches_gradient_accumulation(impl):
