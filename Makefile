@@ -35,8 +35,8 @@ format: install
 	git ls-files '*.cpp' '*.h' | xargs -r $(bin)/clang-format -i
 
 wheel: install
-	rm -rf dist build/wheel
-	$(bin)/python setup.py -q build --build-base build/wheel bdist_wheel --dist-dir dist
+	rm -rf dist build/lib.* build/bdist.*
+	$(bin)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 	@ls dist
 
 # Compiles what changed and puts the libraries into gemma_ext/; half a second when nothing did.
