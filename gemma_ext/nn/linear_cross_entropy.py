@@ -7,13 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gemma_ext.ops import _cce_inputs as inputs
 from gemma_ext.ops.cce import LinearCrossEntropyOutput, linear_cross_entropy
 from gemma_ext.ops.vocab_state import VocabState
 
 _PER_CALL = ("e", "c", "targets", "bias", "token_weights", "num_items_in_batch", "state")
-_OPTIONS = tuple(
-    name for name in inspect.signature(linear_cross_entropy).parameters if name not in _PER_CALL
-)
+_DEFAULTS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(linear_cross_entropy).parameters.items()
+    if name not in _PER_CALL
+}
 
 
 class LinearCrossEntropy(nn.Module):
@@ -25,6 +28,9 @@ class LinearCrossEntropy(nn.Module):
         vocab_size: V of that state; None takes it from the first call or the loaded state.
         options: keyword options of `linear_cross_entropy`, except the arguments of one call.
 
+    Raises:
+        TypeError, ValueError: an unknown option, or a value that no call could take.
+
     Example:
         >>> loss_fn = LinearCrossEntropy(softcap=30.0, shift=True, stateful=True)
         >>> loss = loss_fn(hidden, lm_head.weight, labels)
@@ -34,9 +40,10 @@ class LinearCrossEntropy(nn.Module):
         self, *, stateful: bool = False, vocab_size: int | None = None, **options: Any
     ) -> None:
         super().__init__()
-        unknown = sorted(set(options) - set(_OPTIONS))
+        unknown = sorted(set(options) - set(_DEFAULTS))
         if unknown:
-            raise TypeError(f"expected options among {', '.join(_OPTIONS)}, got {unknown[0]!r}")
+            raise TypeError(f"expected options among {', '.join(_DEFAULTS)}, got {unknown[0]!r}")
+        _check(**{**_DEFAULTS, **options})
         self.options = options
         self.stateful = stateful
         self.state: VocabState | None = None
@@ -76,3 +83,27 @@ class LinearCrossEntropy(nn.Module):
         if self.stateful and self.state is None and order is not None:
             self.state = VocabState(order.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check(
+    *,
+    impl: str,
+    filter_eps: float | str | None,
+    softcap: float | None,
+    temperature: float,
+    logit_scale: float,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    shift: int | bool,
+    weight: Tensor | None,
+    **_: Any,
+) -> None:
+    """Raise TypeError or ValueError for values that no call could take."""
+    inputs.check_impl(impl, filter_eps)
+    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
+    inputs.check_terms(reduction, label_smoothing, z_loss)
+    inputs.check_shift(shift)
+    if weight is not None:
+        inputs.check_tensor("weight", weight)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor
+
+from gemma_ext.ops.vocab_state import VocabState
 
 IMPLS = ("auto", "cce", "exact", "reference")
 REDUCTIONS = ("mean", "sum", "none")
 _KERNEL_DEVICES = ("cpu", "meta")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -17,8 +22,9 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"expected {name} to be a tensor, got {type(value).__name__}")
     if type(value).__name__ == "DTensor":
         raise TypeError(
-            f"expected {name} to be a plain tensor, got DTensor; use the loss of "
-            f"gemma_ext.distributed, or pass {name}.full_tensor()"
+            f"expected {name} to be a plain tensor, got DTensor; use gemma_ext.distributed: "
+            "vocab_parallel_linear_cross_entropy if all ranks hold the same tokens, "
+            "gather_head(c) if not"
         )
 
 
@@ -43,9 +49,7 @@ def check_problem(
         check_tensor(name, value)
         if value.device != e.device:
             raise ValueError(f"expected {name} on {e.device} like e, got {value.device}")
-    if impl not in IMPLS:
-        raise ValueError(f"expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
-    check_filter_eps(filter_eps)
+    check_impl(impl, filter_eps)
     if impl != "reference" and e.device.type not in _KERNEL_DEVICES:
         raise ValueError(
             f"expected e on {' or '.join(_KERNEL_DEVICES)} with impl={impl!r}, got {e.device}; "
@@ -58,7 +62,7 @@ def check_problem(
                 f"expected {name} to be float32, bfloat16 or float16 "
                 f"(float64 with impl='reference'), got {value.dtype}"
             )
-    if c.dtype != e.dtype and not torch.is_autocast_enabled(e.device.type):
+    if c.dtype != e.dtype and not _autocast_is_on(e.device.type):
         raise TypeError(f"expected c to be {e.dtype} like e, got {c.dtype}")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected targets to be int32 or int64, got {targets.dtype}")
@@ -79,10 +83,32 @@ def to_autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
     Differentiable: gradients come back in the dtypes of the arguments.
     """
     kind = e.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not _autocast_is_on(kind):
         return e, c, bias
     dtype = torch.get_autocast_dtype(kind)
     return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _autocast_is_on(device_type: str) -> bool:
+    # torch knows no autocast on meta and raises when asked
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def check_impl(impl: object, filter_eps: object) -> None:
+    """Raise ValueError or TypeError unless both are known."""
+    if impl not in IMPLS:
+        raise ValueError(f"expected impl to be one of {', '.join(IMPLS)}, got {impl!r}")
+    check_filter_eps(filter_eps)
+
+
+def check_state(state: object, vocab: int) -> None:
+    """Raise TypeError or ValueError unless `state` is None or a `VocabState` of `vocab` ids."""
+    if state is None:
+        return
+    if not isinstance(state, VocabState):
+        raise TypeError(f"expected state to be None or a VocabState, got {type(state).__name__}")
+    if state.order.shape[0] != vocab:
+        raise ValueError(f"expected state for {vocab} ids, got {state.order.shape[0]}")
 
 
 def check_filter_eps(filter_eps: object) -> None:
@@ -95,12 +121,43 @@ def check_filter_eps(filter_eps: object) -> None:
         raise ValueError(f"expected filter_eps in [0, 1), got {filter_eps}")
 
 
-def check_scalars(softcap: float | None, temperature: float) -> None:
-    """Raise ValueError unless the cap is None or positive and the temperature is positive."""
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"expected softcap to be None or positive, got {softcap}")
+def _check_number(name: str, value: object, what: str = "a number") -> None:
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise TypeError(f"expected {name} to be {what}, got {type(value).__name__}")
+
+
+def check_scalars(
+    softcap: float | None,
+    temperature: float,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+) -> None:
+    """Raise TypeError unless all are numbers, ValueError unless cap and temperature are positive.
+
+    A tensor is refused: its gradient would be lost.
+    """
+    if softcap is not None:
+        _check_number("softcap", softcap, "None or a number")
+        if not softcap > 0:
+            raise ValueError(f"expected softcap to be None or positive, got {softcap}")
+    _check_number("temperature", temperature)
     if not temperature > 0:
         raise ValueError(f"expected temperature to be positive, got {temperature}")
+    _check_number("logit_scale", logit_scale)
+    if not isinstance(ignore_index, (Integral, torch.SymInt)):
+        raise TypeError(f"expected ignore_index to be an int, got {type(ignore_index).__name__}")
+
+
+def check_terms(reduction: object, label_smoothing: float, z_loss: float = 0.0) -> None:
+    """Raise TypeError or ValueError unless the terms of the loss and its reduction are known."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(
+            f"expected reduction to be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
+        )
+    _check_number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
+    _check_number("z_loss", z_loss)
 
 
 def check_loss(
@@ -109,14 +166,10 @@ def check_loss(
     token_weights: Tensor | None,
     targets: Tensor,
     num_items_in_batch: object,
+    z_loss: float = 0.0,
 ) -> None:
     """Raise TypeError or ValueError unless the options of the loss fit each other."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(
-            f"expected reduction to be one of {', '.join(REDUCTIONS)}, got {reduction!r}"
-        )
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
+    check_terms(reduction, label_smoothing, z_loss)
     if token_weights is not None:
         check_tensor("token_weights", token_weights)
         if token_weights.shape != targets.shape:
@@ -124,21 +177,39 @@ def check_loss(
                 f"expected token_weights to be {list(targets.shape)}, "
                 f"got {list(token_weights.shape)}"
             )
-    if num_items_in_batch is not None and reduction != "mean":
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
         raise ValueError(f"expected reduction 'mean' with num_items_in_batch, got {reduction!r}")
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                "expected num_items_in_batch to hold one number, "
+                f"got {list(num_items_in_batch.shape)}"
+            )
+        return
+    _check_number("num_items_in_batch", num_items_in_batch, "a number or a tensor")
+    if num_items_in_batch < 0:
+        raise ValueError(f"expected num_items_in_batch to be 0 or more, got {num_items_in_batch}")
+
+
+def check_shift(shift: int | bool) -> int:
+    """`shift` as an int; True means 1."""
+    if not isinstance(shift, int):
+        raise TypeError(f"expected shift to be an int or bool, got {type(shift).__name__}")
+    if shift < 0:
+        raise ValueError(f"expected shift to be 0 or more, got {shift}")
+    return int(shift)
 
 
 def resolve_shift(shift: int | bool, targets: Tensor) -> int:
-    """Number of positions a label lies ahead of its hidden state; True means 1."""
-    if not isinstance(shift, int):
-        raise TypeError(f"expected shift to be an int or bool, got {type(shift).__name__}")
-    steps = int(shift)
-    if steps == 0:
-        return 0
-    if targets.dim() < 1:
+    """Number of positions a label lies ahead of its hidden state.
+
+    A sequence of no more than that many positions has none that is scored.
+    """
+    steps = check_shift(shift)
+    if steps and targets.dim() < 1:
         raise ValueError("expected targets to be [..., T] with shift, got a 0-d tensor")
-    if steps < 0 or steps >= targets.shape[-1]:
-        raise ValueError(f"expected shift in [0, {targets.shape[-1]}), got {steps}")
     return steps
 
 

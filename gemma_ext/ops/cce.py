@@ -7,12 +7,13 @@ each differentiable, so one pair of kernels serves every loss:
 
 with a = label smoothing, w = class weights, z = z-loss weight, t = token weights.
 
-| impl        | gradient                                        | logits          |
-|-------------|-------------------------------------------------|-----------------|
-| "auto"      | filtered where that is accurate and pays, else exact | never held  |
-| "cce"       | as "auto"; never the reference                  | never held      |
-| "exact"     | every logit                                     | never held      |
-| "reference" | every logit, plain torch                        | N x V, float32  |
+| impl        | gradient                                             | logits         |
+|-------------|------------------------------------------------------|----------------|
+| "auto"      | filtered where that is accurate and pays, else exact | never held     |
+| "cce"       | as "auto"; never the reference                       | never held     |
+| "exact"     | every logit, rounded to the dtype of e in 16 bits,   | never held     |
+|             | also on its way to a float32 bias                    |                |
+| "reference" | every logit, plain torch                             | N x V, float32 |
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ __all__ = [
 
 
 class FilterStats(NamedTuple):
-    """What the gradient filter kept: predicted by the forward, exact once the backward has run.
+    """What the gradient filter keeps of a backward that weighs all rows the same.
+
+    Computed by the forward, which knows no upstream gradients: token weights, class weights or a
+    loss per token that is weighed later keep other strips.
 
     Attributes:
         values: [4] float64, the four properties in order; None where nothing is ever filtered.
@@ -76,7 +80,7 @@ class LinearCrossEntropyOutput(NamedTuple):
     """What `linear_cross_entropy` returns when a `return_*` flag is set; None where not asked.
 
     Attributes:
-        loss: 0-d, or [..., T - shift] with reduction "none"; float32.
+        loss: 0-d, or [..., max(T - shift, 0)] with reduction "none"; float32.
         lse: [..., T - shift] differentiable log-sum-exp, 0 at ignored positions.
         entropy: [..., T - shift] differentiable entropy in nats, 0 at ignored positions.
         argmax: [..., T - shift] int64 most probable id, -1 at ignored positions.
@@ -109,6 +113,7 @@ def cce_rows(
     want_entropy: bool = False,
     want_argmax: bool = False,
     missing_target: str = "error",
+    label_offset: int = 0,
 ) -> Rows:
     """Differentiable per-row quantities of a head; the layer every loss here is built on.
 
@@ -117,15 +122,15 @@ def cce_rows(
         class_weight: [V]; asks for `weighted_logit_sum` and makes the backward exact.
         missing_target: "error", or "none" to accept labels outside [0, V) as rows without a target
             in this shard of the vocabulary (nll = lse).
+        label_offset: added to the flat position of a label that an error names.
 
     Returns:
         Rows of float32 [N] vectors, zero in ignored rows.
     """
     if missing_target not in ("error", "none"):
         raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
+    inputs.check_state(state, c.shape[0])
     e, c, bias = inputs.to_autocast(e, c, bias)
-    if state is not None and state.order.shape[0] != c.shape[0]:
-        raise ValueError(f"expected state for {c.shape[0]} ids, got {state.order.shape[0]}")
     options = {
         "softcap": softcap,
         "logit_scale": logit_scale,
@@ -137,10 +142,11 @@ def cce_rows(
         "missing_target": missing_target,
     }
     if impl == "reference":
-        return reference.rows(e, c, targets, bias, **options)
+        return _call(reference.rows, label_offset, e, c, targets, bias, **options)
     mode = "exact" if _is_exact(impl, filter_eps) or class_weight is not None else "filter"
     return _call(
         _cce_kernels.rows,
+        label_offset,
         e,
         c,
         targets,
@@ -179,6 +185,9 @@ def linear_cross_entropy(
 ) -> Tensor | LinearCrossEntropyOutput:
     """Cross-entropy of softcap(logit_scale * e @ c.T + bias) / temperature against `targets`.
 
+    Under autocast e, c and bias are computed in the autocast dtype, as `F.linear` does, so that
+    float32 e and c lose bits and c may differ from e in dtype; sums and the loss are float32.
+
     Memory beside the gradients of e and c: O(N * V / 256) for the statistics of the forward, a few
     panels of logits, never N x V (except impl="reference").
 
@@ -192,6 +201,7 @@ def linear_cross_entropy(
         reduction: "mean", "sum" or "none". "mean" divides by sum token_weights * weight[targets]
             over the positions not ignored (their count, without weights).
         shift: position t is scored against target t + shift of the same sequence; True means 1.
+            The first `shift` labels are not looked at; with T <= shift nothing is scored.
         return_lse, return_entropy, return_argmax, return_stats: return a
             `LinearCrossEntropyOutput` with these fields.
         filter_eps: gradient strips of 256 columns whose largest probability is below this are
@@ -202,7 +212,8 @@ def linear_cross_entropy(
             backward exact.
         z_loss: weight of lse^2.
         weight: [V] class weights. token_weights: [..., T], shifted like `targets`.
-        num_items_in_batch: with "mean", divides the sum instead (gradient accumulation).
+        num_items_in_batch: with "mean", divides the sum instead (gradient accumulation); 0 is
+            taken as 1.
         state: `VocabState` with a vocabulary order and profile carried between calls.
 
     Returns:
@@ -211,15 +222,19 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument that does not fit; a label outside [0, V) is named with
-            the flat position of the hidden state that is scored against it.
+            its flat position in `targets`. Compiled code raises the op's RuntimeError instead,
+            which counts positions after the shift.
 
     Example:
         >>> loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, shift=True)
     """
     inputs.check_problem(e, c, targets, bias, impl, filter_eps)
-    inputs.check_scalars(softcap, temperature)
+    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
     inputs.check_vector("weight", weight, c.shape[0], e.device)
-    inputs.check_loss(reduction, label_smoothing, token_weights, targets, num_items_in_batch)
+    inputs.check_loss(
+        reduction, label_smoothing, token_weights, targets, num_items_in_batch, z_loss
+    )
+    inputs.check_state(state, c.shape[0])
 
     e, c, bias = inputs.to_autocast(e, c, bias)
     steps = inputs.resolve_shift(shift, targets)
@@ -250,7 +265,7 @@ def linear_cross_entropy(
         and not _needs_grad(weight, token_weights, num_items_in_batch)
     ):
         loss, _, _ = _call(
-            _cce_kernels.fused_loss, rows_e, c, flat, bias, class_coef, z_loss * coef, **head
+            _cce_kernels.fused_loss, steps, rows_e, c, flat, bias, class_coef, z_loss * coef, **head
         )
         return loss
 
@@ -268,6 +283,7 @@ def linear_cross_entropy(
         state=state,
         want_entropy=return_entropy,
         want_argmax=return_argmax,
+        label_offset=steps,
         **head,
     )
     loss = class_coef * r.nll
@@ -316,7 +332,7 @@ def linear_logprobs(
         (logprobs, entropy), float32 [..., T - shift], both differentiable, 0 where ignored.
     """
     inputs.check_problem(e, c, targets, bias, impl, filter_eps)
-    inputs.check_scalars(softcap, temperature)
+    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
     steps = inputs.resolve_shift(shift, targets)
     labels = inputs.shift_left(targets, steps, ignore_index)
     r = cce_rows(
@@ -332,22 +348,25 @@ def linear_logprobs(
         impl=impl,
         state=state,
         want_entropy=True,
+        label_offset=steps,
     )
     entropy = _per_token(r.lse - r.mean_logit, labels.shape, steps)
     return _per_token(-r.nll, labels.shape, steps), entropy
 
 
-def _call(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Call a function of `_cce_kernels`; the op's complaint about a label becomes a ValueError."""
+def _call(call: Callable[..., Any], label_offset: int, *args: Any, **options: Any) -> Any:
+    """Call a kernel or its twin; the position of a refused label is `label_offset` further on."""
     if torch.compiler.is_compiling():
         return call(*args, **options)
     try:
         return call(*args, **options)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         message = str(error).splitlines()[0]
-        if "expected targets" not in message:
+        start = message.find("expected targets in ")
+        if start < 0:
             raise
-        raise ValueError(message[message.index("expected targets") :]) from None
+    label, _, position = message[start:].partition(" at flat position ")
+    raise ValueError(f"{label} at flat position {int(position) + label_offset}")
 
 
 def _is_exact(impl: str, filter_eps: float | str | None) -> bool:
@@ -363,7 +382,7 @@ def _needs_grad(*tensors: object) -> bool:
 def _per_token(values: Tensor, shape: torch.Size, steps: int) -> Tensor:
     """[N] values in the shape of the targets, without the `steps` positions lost to the shift."""
     values = values.reshape(shape)
-    return values[..., : shape[-1] - steps] if steps else values
+    return values[..., :-steps] if steps else values
 
 
 def _coefficients(

@@ -26,8 +26,8 @@ class Rows(NamedTuple):
         mean_logit: [N] sum_v p_nv s_nv, or None when the entropy was not asked for.
         weighted_logit_sum: [N] sum_v class_weight_v s_nv, or None without class weights.
         argmax: [N] int64 argmax_v s_nv (ties: lowest index), or None when not asked for.
-        stats: [4] float64 kept fraction of strips, mean and largest dropped mass, eps: predicted by
-            the forward, overwritten by the backward; None where nothing is ever filtered.
+        stats: [4] float64 kept fraction of strips, mean and largest dropped mass, eps, for rows of
+            equal upstream gradient; None where nothing is ever filtered.
     """
 
     nll: Tensor
@@ -49,7 +49,7 @@ def logits(
 ) -> Tensor:
     """Scaled, biased, capped and tempered logits s, [..., V], float64 if `e` is, else float32."""
     dtype = torch.float64 if e.dtype == torch.float64 else torch.float32
-    with torch.autocast(e.device.type, enabled=False):
+    with torch.autocast("cpu" if e.is_meta else e.device.type, enabled=False):
         a = logit_scale * (e.to(dtype) @ c.to(dtype).T)
         if bias is not None:
             a = a + bias.to(dtype)
@@ -60,6 +60,8 @@ def logits(
 
 def check_labels(targets: Tensor, vocab: int, ignore_index: int) -> None:
     """Raise ValueError naming the first label outside [0, vocab) that is not `ignore_index`."""
+    if targets.is_meta:
+        return
     flat = targets.reshape(-1)
     bad = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
     if bool(bad.any()):

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gemma_ext import linear_cross_entropy, linear_logprobs
+from gemma_ext import LinearCrossEntropy, linear_cross_entropy, linear_logprobs
 
+IMPLS = ("auto", "exact", "reference")
 E, C = torch.randn(6, 8), torch.randn(30, 8)
 T = torch.arange(6)
 
@@ -27,6 +28,12 @@ T = torch.arange(6)
         ),
         ({"filter_eps": True}, r"expected filter_eps to be 'auto', None or a float, got True"),
         ({"shift": 1.0}, r"expected shift to be an int or bool, got float"),
+        ({"softcap": "30"}, r"expected softcap to be None or a number, got str"),
+        ({"softcap": True}, r"expected softcap to be None or a number, got bool"),
+        ({"temperature": None}, r"expected temperature to be a number, got NoneType"),
+        ({"logit_scale": torch.tensor(2.0)}, r"expected logit_scale to be a number, got Tensor"),
+        ({"ignore_index": None}, r"expected ignore_index to be an int, got NoneType"),
+        ({"state": {}}, r"expected state to be None or a VocabState, got dict"),
     ],
 )
 def test_types(change, message):
@@ -53,8 +60,7 @@ def test_types(change, message):
             {"impl": "triton"},
             r"expected impl to be one of auto, cce, exact, reference, got 'triton'",
         ),
-        ({"shift": 6}, r"expected shift in \[0, 6\), got 6"),
-        ({"shift": -1}, r"expected shift in \[0, 6\), got -1"),
+        ({"shift": -1}, r"expected shift to be 0 or more, got -1"),
         ({"targets": T + 25}, r"expected targets in \[0, 30\).* got 30 at flat position 5"),
     ],
 )
@@ -76,11 +82,86 @@ def test_values(change, message):
             {"num_items_in_batch": 3, "reduction": "sum"},
             r"expected reduction 'mean' with num_items_in_batch, got 'sum'",
         ),
+        ({"num_items_in_batch": -1}, r"expected num_items_in_batch to be 0 or more, got -1"),
+        (
+            {"num_items_in_batch": torch.tensor([3, 4])},
+            r"expected num_items_in_batch to hold one number, got \[2\]",
+        ),
     ],
 )
 def test_loss_options(change, message):
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(E, C, T, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label_smoothing": None}, r"expected label_smoothing to be a number, got NoneType"),
+        ({"z_loss": "1e-4"}, r"expected z_loss to be a number, got str"),
+        (
+            {"num_items_in_batch": "3"},
+            r"expected num_items_in_batch to be a number or a tensor, got str",
+        ),
+        ({"weight": [1.0] * 30}, r"expected weight to be a tensor, got list"),
+    ],
+)
+def test_loss_option_types(change, message):
+    with pytest.raises(TypeError, match=message):
+        linear_cross_entropy(E, C, T, **change)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("shift", "position"), [(0, 7), (1, 7), (3, 9)])
+def test_bad_label_is_named_where_the_caller_put_it(impl, shift, position):
+    """Three sequences of five: the shift never crosses from one into the next."""
+    targets = torch.zeros(3, 5, dtype=torch.int64)
+    targets.view(-1)[position] = 30
+    e = torch.randn(3, 5, 8).requires_grad_()
+    message = rf"^expected targets in \[0, 30\) or ignore_index -100, got 30 at .* {position}$"
+    for function in (linear_cross_entropy, linear_logprobs):
+        with pytest.raises(ValueError, match=message):
+            function(e, C, targets, shift=shift, impl=impl)
+
+
+def test_label_before_the_first_scored_one_is_not_looked_at():
+    targets = torch.tensor([[31, 1, 2], [99, 4, 5]])
+    linear_cross_entropy(torch.randn(2, 3, 8), C, targets, shift=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(("length", "shift"), [(1, True), (2, 2), (2, 5), (0, 1)])
+def test_sequence_too_short_for_the_shift_has_no_loss(impl, reduction, length, shift):
+    e = torch.randn(2, length, 8, requires_grad=True)
+    c, bias = C.clone().requires_grad_(), torch.zeros(30, requires_grad=True)
+    targets = torch.ones(2, length, dtype=torch.int64)
+    out = linear_cross_entropy(
+        e, c, targets, bias=bias, shift=shift, impl=impl, reduction=reduction, return_lse=True
+    )
+    assert out.loss.shape == ((2, 0) if reduction == "none" else ())
+    assert out.lse.shape == (2, 0)
+    assert out.loss.sum() == 0
+    out.loss.sum().backward()
+    for leaf in (e, c, bias):
+        assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    logprobs, entropy = linear_logprobs(e, c, targets, shift=shift, impl=impl)
+    assert logprobs.shape == entropy.shape == (2, 0)
+
+
+def test_no_items_is_an_empty_batch():
+    targets = torch.full_like(T, -100)
+    for items in (0, torch.tensor(0), torch.tensor([0])):
+        assert linear_cross_entropy(E, C, targets, num_items_in_batch=items) == 0
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_meta_tensors_give_shapes(impl):
+    e, c, targets = (x.to("meta") for x in (E, C, T))
+    loss = linear_cross_entropy(e.requires_grad_(), c, targets, impl=impl, reduction="none")
+    assert loss.is_meta
+    assert loss.shape == (6,)
+    assert linear_cross_entropy(e, c, targets, impl=impl).shape == ()
 
 
 def test_float64_is_for_the_reference():
@@ -97,6 +178,23 @@ def test_device_without_a_kernel_is_refused_not_materialised():
     e, c, targets = (x.as_subclass(Elsewhere) for x in (E, C, T))
     with pytest.raises(ValueError, match=r"expected e on cpu .*got cuda:0; impl='reference'"):
         linear_cross_entropy(e, c, targets)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"impl": "nope"}, ValueError, "expected impl to be one of .* got 'nope'"),
+        ({"reduction": "avg"}, ValueError, "expected reduction to be one of .* got 'avg'"),
+        ({"softcap": "30"}, TypeError, "expected softcap to be None or a number, got str"),
+        ({"filter_eps": 2.0}, ValueError, r"expected filter_eps in \[0, 1\), got 2.0"),
+        ({"label_smoothing": 2}, ValueError, r"expected label_smoothing in \[0, 1\], got 2"),
+        ({"shift": -1}, ValueError, "expected shift to be 0 or more, got -1"),
+        ({"weight": [1.0]}, TypeError, "expected weight to be a tensor, got list"),
+    ],
+)
+def test_module_checks_its_options_when_built(options, error, message):
+    with pytest.raises(error, match=message):
+        LinearCrossEntropy(**options)
 
 
 @pytest.fixture
@@ -116,7 +214,10 @@ def test_distributed_tensor_is_refused_with_the_remedy(one_rank, name):
     arguments = {"e": E, "c": C, "targets": T, "bias": torch.zeros(30)}
     mesh = init_device_mesh("cpu", (1,))
     arguments[name] = distribute_tensor(arguments[name], mesh, [Shard(0)])
-    remedy = rf"expected {name} to be a plain tensor, got DTensor; .*gemma_ext.distributed"
+    remedy = (
+        rf"expected {name} to be a plain tensor, got DTensor; use gemma_ext.distributed: "
+        r"vocab_parallel_linear_cross_entropy .* same tokens, gather_head\(c\) if not"
+    )
     for function in (linear_cross_entropy, linear_logprobs):
         with pytest.raises(TypeError, match=remedy):
             function(**arguments)
