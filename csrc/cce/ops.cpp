@@ -3,7 +3,6 @@
 #include <cmath>
 
 #include "cce/cpu/plan.h"
-#include "common/memory.h"
 #include "common/torch/tensors.h"
 
 namespace gemma_ext::cce {
@@ -130,7 +129,6 @@ struct GradTensors {
       : de(new_empty(h.e, {need_e ? p.e.rows : 0, need_e ? p.D : 0})),
         dc(new_empty(h.c, {need_c ? p.V : 0, need_c ? p.D : 0})),
         dbias(float_vector(h.e, need_bias ? p.V : 0)) {
-    prefer_large_pages(dc.mutable_data_ptr(), dc.numel() * size_of(p.c.dtype));
     if (need_e && p.n < p.e.rows) torch::stable::zero_(de);
     if (need_c && p.n == 0) torch::stable::zero_(dc);
     if (need_e && p.n) out.de = de.mutable_data_ptr();

@@ -5,7 +5,6 @@
 #include <cmath>
 #include <memory>
 
-#include "../../common/memory.h"
 #include "plan.h"
 
 namespace gemma_ext::cce {
@@ -202,12 +201,10 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
   std::unique_ptr<float[]> dc_sum;
   if (out.dc && narrow && !at_once)
     dc_sum = std::make_unique_for_overwrite<float[]>(whole.V * whole.D);
-  prefer_large_pages(dc_sum.get(), dc_sum ? whole.V * whole.D * sizeof(float) : 0);
 
   const int64_t columns = padded(whole.D), tiles = whole.tiles;
-  const int64_t bytes = std::min(n, step) * tiles * strip_bytes;
-  const auto strips = std::make_unique_for_overwrite<char[]>(bytes);
-  prefer_large_pages(strips.get(), bytes);
+  const auto strips =
+      std::make_unique_for_overwrite<char[]>(std::min(n, step) * tiles * strip_bytes);
   std::vector<float> planes(2 * tiles * std::min(n, step)), a(step), target(step);
   std::vector<float> de(out.de ? std::min(n, step) * columns : 0);
   std::vector<int64_t> begin(tiles + 1);
