@@ -104,14 +104,16 @@ def vocab_parallel_linear_cross_entropy(
     )
     token_weights = local_replica("token_weights", token_weights)
     weight = local_replica("weight", weight)
-    inputs.check_scalars(softcap, temperature)
+    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
     inputs.check_vector("weight", weight, shard.vocab_size, e.device)
-    inputs.check_loss(reduction, label_smoothing, token_weights, targets, num_items_in_batch)
+    inputs.check_loss(
+        reduction, label_smoothing, token_weights, targets, num_items_in_batch, z_loss
+    )
 
     steps = inputs.resolve_shift(shift, targets)
     labels = inputs.shift_left(targets, steps, ignore_index)
     if validate:
-        check_labels(labels, shard.vocab_size, ignore_index)
+        check_labels(labels, shard.vocab_size, ignore_index, offset=steps)
     shape, flat = labels.shape, labels.reshape(-1)
     valid = flat != ignore_index
     coef, class_coef = _coefficients(e, flat, valid, weight, token_weights, steps)

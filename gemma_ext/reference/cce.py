@@ -58,8 +58,11 @@ def logits(
         return a / temperature
 
 
-def check_labels(targets: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise ValueError naming the first label outside [0, vocab) that is not `ignore_index`."""
+def check_labels(targets: Tensor, vocab: int, ignore_index: int, offset: int = 0) -> None:
+    """Raise ValueError naming the first label outside [0, vocab) that is not `ignore_index`.
+
+    Its flat position is counted from `offset`.
+    """
     if targets.is_meta:
         return
     flat = targets.reshape(-1)
@@ -68,7 +71,7 @@ def check_labels(targets: Tensor, vocab: int, ignore_index: int) -> None:
         position = int(bad.nonzero()[0])
         raise ValueError(
             f"expected targets in [0, {vocab}) or ignore_index {ignore_index}, "
-            f"got {int(flat[position])} at flat position {position}"
+            f"got {int(flat[position])} at flat position {position + offset}"
         )
 
 
