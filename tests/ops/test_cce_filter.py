@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cce_filter_oracle import TILE, Filtered, filtered, gap_eps, zipf_problem
-from cce_oracle import IGNORE, Problem, assert_close, gradients
+from cce_oracle import IGNORE, Problem, assert_close, expected, gradients, run, scores
 
 from gemma_ext import linear_cross_entropy
 from gemma_ext.reference import cce_filter as reference
@@ -186,26 +186,43 @@ def test_error_is_bounded_by_what_was_dropped(eps):
     assert (error <= (want.lost_gradient + want.lost_mass) * reach + 1e-5).all()
 
 
-def test_z_loss_of_a_confident_row_survives():
-    """p_y > 1 - 2^-12: |p - onehot| is below eps everywhere, 2 lambda lse p_y is not."""
+def confident_problem() -> Problem:
+    """p_y > 1 - 2^-12 in every row: |p - onehot| is below eps everywhere."""
     g = torch.Generator().manual_seed(8)
     c = torch.nn.functional.normalize(torch.randn(1500, 64, generator=g), dim=1)
-    e, y = 40.0 * c[:40], torch.arange(40)
-    s = e.double() @ c.double().T
-    assert torch.softmax(s, 1)[y, y].min() > 1 - 2**-12
-    p = Problem(e, c, y)
+    p = Problem(40.0 * c[:40], c, torch.arange(40))
+    prob = torch.softmax(scores(p.e.double(), p.c.double()), 1)
+    assert prob[p.targets, p.targets].min() > 1 - 2**-12
+    return p
 
-    def grads(impl: str, eps: float | None):
-        leaves = p.leaves()
-        loss = linear_cross_entropy(
-            leaves["e"], leaves["c"], y, z_loss=1e-2, impl=impl, filter_eps=eps
-        )
-        return gradients(loss, leaves)
 
-    got, want = grads("cce", 2.0**-12), grads("reference", None)
+def test_z_loss_of_a_confident_row_survives():
+    """2 lambda lse p_y is not small where p - onehot is."""
+    p = confident_problem()
+    _, got = run(linear_cross_entropy, p, z_loss=1e-2, impl="cce", filter_eps=2.0**-12)
+    _, want = expected(p, z_loss=1e-2)
     assert want["e"].norm() > 0.1
     for name in got:
-        assert_close(got[name], want[name].double(), rtol=1e-3, what=name)
+        assert_close(got[name], want[name], rtol=1e-3, what=name)
+
+
+def test_target_logit_of_a_confident_row_survives():
+    """nll - lse = -s_y: no coefficient of p is left to keep the target's strip by its size."""
+    p = confident_problem()
+    leaves = p.leaves()
+    out = linear_cross_entropy(
+        leaves["e"],
+        leaves["c"],
+        p.targets,
+        reduction="none",
+        impl="cce",
+        filter_eps=2.0**-12,
+        return_lse=True,
+    )
+    got = gradients((out.loss - out.lse).sum(), leaves)
+    assert_close(got["e"], -p.c[p.targets].double(), rtol=1e-5)
+    want = torch.zeros_like(p.c, dtype=torch.float64).index_add_(0, p.targets, -p.e.double())
+    assert_close(got["c"], want, rtol=1e-5)
 
 
 def test_a_loud_row_loses_no_more_than_the_others():
