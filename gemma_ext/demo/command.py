@@ -19,6 +19,7 @@ from gemma_ext import _loader
 from gemma_ext._version import __version__
 from gemma_ext.bench.timing import total_memory
 from gemma_ext.demo.head import DTYPES, Head, measure_apart
+from gemma_ext.demo.head import LOSSES as HEAD_LOSSES
 from gemma_ext.demo.page import write_page
 from gemma_ext.demo.stages import stage
 from gemma_ext.demo.training import LOSSES, Plan, train
@@ -32,7 +33,7 @@ def main(
     ),
     steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 120,
     size: Annotated[str, typer.Option(help="Pocket size to train: nano or small.")] = "small",
-    tokens: Annotated[int, typer.Option(help="Tokens of the head that is measured.")] = 1024,
+    tokens: Annotated[int, typer.Option(help="Tokens of the head that is measured.")] = 512,
     vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 256_000,
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32, of that head.")] = "auto",
     fresh: Annotated[bool, typer.Option(help="Forget what earlier runs finished.")] = False,
@@ -82,13 +83,13 @@ def run(
         folder = out / f"training-{loss}-{_short(key)}"
         make = functools.partial(train, plan, loss, folder, show_progress)
         trainings[loss] = stage(out / f"training-{loss}.json", key, make)
-    with progress_bar("head of Gemma-2-2B's size", len(LOSSES), show_progress) as update:
-        for done, loss in enumerate(LOSSES):
+    with progress_bar("head of Gemma-2-2B's size", len(HEAD_LOSSES), show_progress) as update:
+        for done, loss in enumerate(HEAD_LOSSES):
             update(done, loss)
             key = {**common, **asdict(head), "loss": loss}
             make = functools.partial(measure_apart, loss, head)
             heads[loss] = stage(out / f"head-{loss}.json", key, make)
-        update(len(LOSSES), "")
+        update(len(HEAD_LOSSES), "")
     machine = {
         "processor": _processor(),
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "report.html.jinja"
 _GREY, _BLUE, _INK = "#9aa5b1", "#1a73e8", "#202833"
+_NAMES = {"eager": "eager", "exact": "gemma_ext, exact", "ours": "gemma_ext"}
 _FIGURE_STYLE = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -71,6 +72,7 @@ def write_page(
         recipe=asdict(recipe),
         tokens=plan.steps * plan.batch * recipe.context,
         head=asdict(head),
+        names=_NAMES,
         data=DATA,
         machine=machine,
         minutes=seconds / 60,
@@ -129,9 +131,9 @@ def _curves(trainings: dict[str, dict[str, Any]]) -> str:
 
 
 def _bars(heads: dict[str, dict[str, Any]], head: Head) -> str:
-    figure, (time, memory) = _axes(1, 2, (7.6, 2.5))
-    labels = ["eager", "gemma_ext"]
-    runs = [heads["eager"], heads["ours"]]
+    figure, (time, memory) = _axes(1, 2, (7.6, 2.9), sharey=True)
+    labels = list(_NAMES.values())
+    runs = [heads[name] for name in _NAMES]
     forward = [run["forward"] for run in runs]
     backward = [run["seconds"] - run["forward"] for run in runs]
     _stacked(time, labels, forward, backward, "{:.1f} s")
@@ -142,6 +144,7 @@ def _bars(heads: dict[str, dict[str, Any]], head: Head) -> str:
     _stacked(memory, labels, extra, gradients, "{:.2f} GiB")
     memory.set_xlabel("peak GiB\ngradients light, all else dark")
     logits = runs[0]["logits"] / gib
+    time.invert_yaxis()
     memory.axvline(logits, color=_INK, linewidth=1, linestyle=":")
     memory.annotate(
         "fp32 logits once",
@@ -159,14 +162,13 @@ def _bars(heads: dict[str, dict[str, Any]], head: Head) -> str:
 def _stacked(
     axes: Axes, labels: list[str], first: list[float], second: list[float], form: str
 ) -> None:
-    colors = [_GREY, _BLUE]
+    colors = [_GREY, _BLUE, _BLUE]
     axes.barh(labels, first, color=colors, height=0.55)
     axes.barh(labels, second, left=first, color=colors, alpha=0.4, height=0.55)
     for row, total in enumerate(a + b for a, b in zip(first, second, strict=True)):
         axes.annotate(
             form.format(total), (total, row), xytext=(5, 0), textcoords="offset points", va="center"
         )
-    axes.invert_yaxis()
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
 
