@@ -310,12 +310,15 @@ def stage(
 def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> None:
     """Merge rows into results/<device>/cce.json and write the tables of all of them beside it."""
     folder = RESULTS / facts["device"]
-    stamped = [{**row, "commit": facts["commit"], "date": facts["date"]} for row in rows]
+    stamp = {name: facts[name] for name in ("commit", "date", "load")}
+    stamped = [{**row, **stamp} for row in rows]
     merged = report.merge_json(folder / "cce.json", stamped, KEY)
     parts = [
         "# Linear cross-entropy: forward and backward",
         "`python benchmarks/bench_cce.py --save`; columns are explained in `../README.md`.",
-        report.header(facts | {"commit": "per row in cce.json"}).replace("# ", "- "),
+        report.header(
+            facts | dict.fromkeys(("commit", "date", "load"), "per row in cce.json")
+        ).replace("# ", "- "),
     ]
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in merged:
