@@ -258,6 +258,8 @@ def linear_cross_entropy(
     if (
         impl != "reference"
         and _is_exact(impl, filter_eps)
+        # gradients stored before a loss scale is applied would underflow in float16
+        and e.dtype != torch.float16
         and reduction != "none"
         and not label_smoothing
         and not returns
