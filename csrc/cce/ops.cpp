@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Cut cross-entropy: schemas and the CPU binding.
 #include <algorithm>
 #include <cmath>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Plain structs shared by the cce kernels, the code that plans them and the op binding.
 #pragma once
 
@@ -30,19 +31,19 @@ struct Matrix {
 // a = scale * e.c + bias;  s = cap tanh(a / cap) / T  or  a / T;  ds/da = (1 - (sT/cap)^2) / T.
 struct LogitMap {
   float scale;
-  float inv_cap;      // 0: no cap
-  float cap_over_t;   // cap / T
-  float t_over_cap;   // T / cap, or 0 without a cap, so that ds/da needs no branch
+  float inv_cap;     // 0: no cap
+  float cap_over_t;  // cap / T
+  float t_over_cap;  // T / cap, or 0 without a cap, so that ds/da needs no branch
   float inv_t;
 };
 
 struct Problem {
-  Matrix e;                 // [*, D]; rows named by `rows`
-  Matrix c;                 // [V, D]
-  const float* bias;        // [V] or null
-  const int64_t* order;     // [V] vocabulary id at each position, or null for the identity
-  const int64_t* rows;      // [n] row of e of each valid token
-  const int64_t* position;  // [n] position of its label, -1 where it has none in this vocabulary
+  Matrix e;                   // [*, D]; rows named by `rows`
+  Matrix c;                   // [V, D]
+  const float* bias;          // [V] or null
+  const int64_t* order;       // [V] vocabulary id at each position, or null for the identity
+  const int64_t* rows;        // [n] row of e of each valid token
+  const int64_t* position;    // [n] position of its label, -1 where it has none in this vocabulary
   const float* class_weight;  // [V] or null: asks for the weighted logit sum
   int64_t n, V, D, tiles;
   LogitMap map;
@@ -51,13 +52,13 @@ struct Problem {
 
 // Per strip, tile-major: [tiles, n]. Sums are relative to the strip's own maximum.
 struct StripStats {
-  float* max;       // max s
-  float* sum;       // sum exp(s - max)
-  float* slope;     // sum exp(s - max) ds/da
-  float* weighted;  // sum exp(s - max) s, if want_mean
+  float* max;        // max s
+  float* sum;        // sum exp(s - max)
+  float* slope;      // sum exp(s - max) ds/da
+  float* weighted;   // sum exp(s - max) s, if want_mean
   float* class_sum;  // sum class_weight s, if class_weight
-  int64_t* argmax;  // vocabulary id of the maximum, lowest on ties, if want_argmax
-  float* target;    // [n] s at the label
+  int64_t* argmax;   // vocabulary id of the maximum, lowest on ties, if want_argmax
+  float* target;     // [n] s at the label
 };
 
 // G[n, v] = (p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da
@@ -73,18 +74,18 @@ struct RowCoefficients {
 struct GradTask {
   const Problem* problem;
   RowCoefficients coef;
-  const int32_t* list;       // rows of the kept strips, tile by tile, ascending; null: every row
-  const int64_t* begin;      // [tiles + 1] into list
-  int64_t slot0;             // list index of the first strip of this batch
-  void* strips;              // [batch strips, kTile] gradients in the compute type
-  const float* profile;      // [tiles * kTile] position's share of its tile; null: no compensation
-  const float* push;         // [tiles, padded D] compensation of dC before the share, or null
-  const float* bias_push;    // [tiles]
-  void* dc;                  // [V, D] contiguous in c.dtype, or null
-  float* dc_sum;             // [V, D] fp32 running sum over row chunks, or null
-  bool dc_accumulate;        // add to dc_sum (or to a float dc)
-  float* de;                 // [n, padded D] fp32, or null
-  float* dbias;              // [V] fp32, or null
+  const int32_t* list;     // rows of the kept strips, tile by tile, ascending; null: every row
+  const int64_t* begin;    // [tiles + 1] into list
+  int64_t slot0;           // list index of the first strip of this batch
+  void* strips;            // [batch strips, kTile] gradients in the compute type
+  const float* profile;    // [tiles * kTile] position's share of its tile; null: no compensation
+  const float* push;       // [tiles, padded D] compensation of dC before the share, or null
+  const float* bias_push;  // [tiles]
+  void* dc;                // [V, D] contiguous in c.dtype, or null
+  float* dc_sum;           // [V, D] fp32 running sum over row chunks, or null
+  bool dc_accumulate;      // add to dc_sum (or to a float dc)
+  float* de;               // [n, padded D] fp32, or null
+  float* dbias;            // [V] fp32, or null
 };
 
 // One worker's memory; grows to what its tasks need.
@@ -105,8 +106,8 @@ struct Kernels {
                       int64_t tile, Scratch&);
   void (*grad_tile)(const GradTask&, int64_t tile, Scratch&);
   void (*grad_columns)(const GradTask&, int64_t tile0, int64_t tile1, int64_t column, Scratch&);
-  void (*fused_tiles)(const Problem&, const StripStats&, void* strips, int64_t tile0,
-                      int64_t tile1, Scratch&);
+  void (*fused_tiles)(const Problem&, const StripStats&, void* strips, int64_t tile0, int64_t tile1,
+                      Scratch&);
   void (*fused_grad_tile)(const GradTask&, const StripStats&, int64_t tile, Scratch&);
   void (*tile_mean)(const Problem&, const float* profile, float* mean, int64_t tile, Scratch&);
   void (*push_columns)(const Problem&, const float* mass, float* push, int64_t column, Scratch&);

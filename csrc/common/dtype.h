@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Storage types and their scalar conversions, in forms that compilers vectorise.
 #pragma once
 

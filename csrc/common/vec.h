@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One float vector for every instruction set: its width follows the flags of the translation unit.
 //
 // Everything here lives in a namespace named after the instruction set (GEMMA_EXT_ISA), because the

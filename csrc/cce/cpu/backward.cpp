@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Backward on the CPU. Survival is decided from the forward's strip statistics before anything is
 // recomputed; what is dropped returns its probability mass through tile means:
 //   dE_n += sum_j W_nj mean_j(C),  dC_v += q_jv sum_n W_nj E_n,  W_nj = mass of G in strip (n, j)
@@ -237,15 +238,14 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
     task.begin = begin.data();
     task.strips = strips.get();
     task.dc = out.dc;
-    task.dc_sum = dc_sum ? dc_sum.get()
+    task.dc_sum = dc_sum               ? dc_sum.get()
                   : at_once || !out.dc ? nullptr
                                        : static_cast<float*>(out.dc);
     task.dc_accumulate = row > 0;
     task.dbias = out.dbias;
     if (out.dc || out.dbias || out.de)
-      workers.run(tiles, [&](int64_t t, Scratch& s) {
-        kernels().fused_grad_tile(task, stats, t, s);
-      });
+      workers.run(tiles,
+                  [&](int64_t t, Scratch& s) { kernels().fused_grad_tile(task, stats, t, s); });
     if (out.de) {
       std::fill(de.begin(), de.begin() + p.n * columns, 0.0f);
       task.de = de.data();
@@ -258,8 +258,8 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
   if (dc_sum)
     workers.run(spans(whole.V), [&](int64_t span, Scratch&) {
       for (int64_t v = span * kRowSpan; v < std::min(whole.V, (span + 1) * kRowSpan); ++v)
-        store_row(static_cast<char*>(out.dc) + v * whole.D * size_of(whole.c.dtype),
-                  whole.c.dtype, dc_sum.get() + v * whole.D, whole.D);
+        store_row(static_cast<char*>(out.dc) + v * whole.D * size_of(whole.c.dtype), whole.c.dtype,
+                  dc_sum.get() + v * whole.D, whole.D);
     });
   return loss;
 }

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The instruction sets this library was built for, and which of them this processor runs.
 #include <stdlib.h>
 #include <string.h>
@@ -24,9 +25,9 @@ extern const Kernels kKernels;
 namespace {
 
 const Kernels& choose() {
+#if defined(GEMMA_EXT_X86)
   const char* asked = getenv("GEMMA_EXT_CPU_ISA");
   const auto allowed = [&](const Kernels& k) { return !asked || strcmp(asked, k.isa) == 0; };
-#if defined(GEMMA_EXT_X86)
   const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (has512 && __builtin_cpu_supports("avx512bf16") && allowed(avx512bf16::kKernels))

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What happens to a strip of kTile raw products while it is in L1: logits, sums, gradients.
 #pragma once
 

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Forward on the CPU: tiles in parallel, then one fixed-order combination per row.
 #include <stdlib.h>
 
@@ -26,8 +27,13 @@ void Workers::run(int64_t tasks, const std::function<void(int64_t, Scratch&)>& t
 
 StripStats stat_planes(float* memory, const Problem& p) {
   const int64_t plane = p.tiles * p.n;
-  return {memory, memory + plane, memory + 2 * plane, p.want_mean ? memory + 3 * plane : nullptr,
-          nullptr, nullptr, nullptr};
+  return {memory,
+          memory + plane,
+          memory + 2 * plane,
+          p.want_mean ? memory + 3 * plane : nullptr,
+          nullptr,
+          nullptr,
+          nullptr};
 }
 
 void forward(const Problem& p, StripStats stats, const RowOutputs& out, Workers& workers) {

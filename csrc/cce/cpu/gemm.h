@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // C[M, NR] = A[M, K] . B[K, NR] for blocks that live in cache; the only matrix product of this family.
 //
 // A: rows of kTile elements, row-major, zero-padded to whole K steps.   [M, kTile]
@@ -17,7 +18,8 @@ namespace gemma_ext::GEMMA_EXT_ISA {
 constexpr int kGroup = kLanes == 16 ? 14 : 6;
 constexpr int kSlice = 2 * kLanes;
 constexpr int kSlices = kTile / kSlice;
-constexpr int kBlockRows = 8 * kGroup;  // rows of A that share a pass over B: 112 x 256 x 4 B fits L2
+constexpr int kBlockRows =
+    8 * kGroup;  // rows of A that share a pass over B: 112 x 256 x 4 B fits L2
 
 template <class T>
 constexpr int kPair = sizeof(T) == 2 ? 2 : 1;

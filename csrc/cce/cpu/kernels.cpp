@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Cut cross-entropy on the CPU, tile by tile: everything that runs inside a task.
 //   s[n, v] = softcap(scale e_n . c_v + bias_v) / T
 //   lse[n]  = log sum_v exp(s),   G = dloss/d(e.c),   dE = scale G C,   dC = scale G^T E
@@ -352,8 +353,7 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
                          task.de + first * stride + column, stride, true);
         continue;
       }
-      block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile, sums, kColumns,
-                       false);
+      block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile, sums, kColumns, false);
       for (int64_t r = 0; r < rows; ++r) {
         float* to = task.de + task.list[begin + first + r] * stride + column;
         for (int i = 0; i < kColumns; i += kLanes)

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // From tiles to whole tensors: the CPU forward, backward and fused step, without torch.
 #pragma once
 
@@ -44,7 +45,9 @@ constexpr double kAutoEps = -1;
 
 constexpr int64_t kRowSpan = 256;  // rows that one elementwise task owns
 inline int64_t spans(int64_t n) { return (n + kRowSpan - 1) / kRowSpan; }
-inline int64_t tile_groups(const Problem& p) { return (p.tiles + kForwardTiles - 1) / kForwardTiles; }
+inline int64_t tile_groups(const Problem& p) {
+  return (p.tiles + kForwardTiles - 1) / kForwardTiles;
+}
 
 // Rows of [tiles, n] statistics inside one allocation: max, sum, slope, weighted (if want_mean).
 constexpr int kStatPlanes = 3;

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Small views of stable tensors for the op bindings.
 #pragma once
 
