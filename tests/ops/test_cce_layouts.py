@@ -115,9 +115,13 @@ def test_rows_beyond_two_to_the_31_elements(impl, operand):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", KERNELS, ids=str, indirect=True)
+@pytest.mark.parametrize("impl", KERNELS[-1:], ids=str, indirect=True)
 def test_more_than_two_to_the_31_logits(impl):
-    """N * V > 2^31 at D = 2: sixteen distinct rows, each repeated, so the oracle stays small."""
+    """N * V > 2^31 at D = 2: sixteen distinct rows, each repeated, so the oracle stays small.
+
+    The exact form works on 512 rows at a time and never meets such an offset.
+    """
+    torch.set_num_threads(2)
     vocab, repeat = 1 << 15, 4100
     p = problem(16, 2, vocab, bias=False, seed=7)
     truth, want = expected(p, reduction="none")
@@ -135,14 +139,16 @@ def test_classifier_gradient_beyond_two_to_the_31_elements(impl):
     """Overlapping windows of one vector are a [V, D] head of 4 GiB that takes 2 MiB."""
     vocab, width = (1 << 20) + 3, 2048
     g = torch.Generator().manual_seed(8)
+    torch.set_num_threads(2)
     base = (torch.randn(vocab + width, generator=g) / 300).bfloat16()
     c = base.as_strided((vocab, width), (1, 1)).requires_grad_()
     e = torch.randn(2, width, generator=g).bfloat16().requires_grad_()
     y = torch.tensor([vocab - 1, 7])
     loss = impl.loss(e, c, y, reduction="sum")
     de, dc = torch.autograd.grad(loss, (e, c))
-    logits = torch.nn.functional.conv1d(base[None, None].float(), e.detach().float()[:, None])
-    logits = logits[0, :, :vocab].double()
+    # e . (window v of base) for all v at once is a correlation.
+    kernel = torch.fft.rfft(e.detach().double(), vocab + width).conj()
+    logits = torch.fft.irfft(torch.fft.rfft(base.double()) * kernel, vocab + width)[:, :vocab]
     lse = torch.logsumexp(logits, 1)
     assert_close(loss, (lse - logits[[0, 1], y]).sum(), rtol=1e-5)
     prob = torch.exp(logits - lse[:, None])

@@ -60,3 +60,14 @@ def test_loss_is_float32_whatever_the_inputs(impl):
         loss, grads = run(impl.loss, p)
         assert loss.dtype == torch.float32
         assert {g.dtype for g in grads.values()} == {dtype}
+
+
+# More rows than one step of the fused form (512) and more strips than one batch of the filtered
+# one (4 MiB); wide and narrow, so that 16-bit dC is written at once and through a running sum.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("d", "v"), [(17, 2000), (1030, 300)])
+@pytest.mark.parametrize("n", [512, 513, 1100])
+def test_several_steps(impl, n, d, v, dtype):
+    torch.set_num_threads(2)
+    p = problem(n, d, v, ignored=0.05, dtype=dtype, seed=4)
+    check(run(impl.loss, p, softcap=5.0), expected(p, softcap=5.0))
