@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -71,29 +72,39 @@ def peak(
 OUTPUTS = 4 * D * (N + V)
 
 
+def assert_under(limit: float, *args: Any, less: int = 0, **options: Any) -> None:
+    """Peak without ``less`` bytes is under the limit.
+
+    Pages of libraries that were evicted and come back count too: on a busy machine one reading may
+    be tens of MiB too high, so the lowest of three decides. None can be too low.
+    """
+    readings = []
+    while not readings or (min(readings) >= limit and len(readings) < 3):
+        readings.append(peak(*args, **options) - less)
+    assert min(readings) < limit, f"{[r // MIB for r in readings]} MiB, limit {limit / MIB:.0f}"
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_filtered_step_holds_under_five_percent_of_the_logits(reduction):
-    extra = peak("cce", 2.0**-8, reduction) - OUTPUTS
-    assert extra < 0.05 * LOGITS, f"{extra / MIB:.0f} MiB beyond the gradients"
+    """Beyond the gradients it returns."""
+    assert_under(0.05 * LOGITS, "cce", 2.0**-8, reduction, less=OUTPUTS)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_exact_step_holds_no_logits(reduction):
-    extra = peak("exact", None, reduction) - OUTPUTS
-    assert extra < 0.2 * LOGITS, f"{extra / MIB:.0f} MiB beyond the gradients"
+    assert_under(0.2 * LOGITS, "exact", None, reduction, less=OUTPUTS)
 
 
 @pytest.mark.parametrize("impl", ["cce", "exact"])
 def test_forward_alone_holds_neither_head_nor_logits(impl):
     """256 x 1024 x 32768: a copy of the head would take 128 MiB, the logits 32."""
-    extra = peak(impl, "auto", grad="", n=256, d=1024)
-    assert extra < 16 * MIB, f"{extra / MIB:.0f} MiB"
+    assert_under(16 * MIB, impl, "auto", grad="", n=256, d=1024)
 
 
 @pytest.mark.parametrize("impl", ["cce", "exact"])
 def test_frozen_head_has_no_gradient(impl):
-    extra = peak(impl, 2.0**-8, grad="e", n=256, d=1024)
-    assert extra < 64 * MIB, f"{extra / MIB:.0f} MiB"
+    """Which would take 128 MiB."""
+    assert_under(64 * MIB, impl, 2.0**-8, grad="e", n=256, d=1024)
 
 
 def test_the_measurement_sees_logits():
