@@ -80,7 +80,8 @@ def main() -> None:
         folder = RESULTS / facts["device"]
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"filter_{options.pocket}"
-        command = f"`python benchmarks/filter_table.py --pocket {options.pocket} --save`"
+        flags = f"--pocket {options.pocket} --tokens {options.tokens} --save"
+        command = f"`python benchmarks/filter_table.py {flags}`"
         title = f"# The gradient filter on the pocket model ({options.pocket})"
         (folder / f"{stem}.md").write_text(f"{title}\n\n{command}\n\n{text_out}")
         record = {"machine": facts, "model": model} | {t: rows for t, (rows, _) in tables.items()}
