@@ -104,8 +104,14 @@ GEMMA_EXT_INLINE void interleave(const bf16* even, const bf16* odd, bf16* to) {
 
 // The micro-kernel.
 
-template <int M, class T>
+// How A lies in memory: rows of kTile, or K-major rows of kTile with pairs of k together, which is
+// what a block of strips is when its rows become K.
+enum class Layout { kRows, kStrips };
+
+template <int M, class T, Layout L>
 void micro(int64_t k, const T* a, const T* b, float* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t kRow = L == Layout::kRows ? kTile : kPair<T>;
+  constexpr int64_t kStep = L == Layout::kRows ? kPair<T> : kTile * kPair<T>;
   Vf x[M], y[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -113,24 +119,24 @@ void micro(int64_t k, const T* a, const T* b, float* c, int64_t ldc, bool accumu
     y[m] = accumulate ? load(c + m * ldc + kLanes) : Vf{};
   }
   if constexpr (kPair<T> == 1) {
-    for (int64_t i = 0; i < k; ++i, ++a, b += kSlice) {
+    for (int64_t i = 0; i < k; ++i, a += kStep, b += kSlice) {
       const Vf b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
-        const Vf s = set1(a[m * kTile]);
+        const Vf s = set1(a[m * kRow]);
         x[m] += s * b0;
         y[m] += s * b1;
       }
     }
   } else {
 #if defined(__AVX512BF16__)
-    for (int64_t i = 0; i < k; i += 2, a += 2, b += 2 * kSlice) {
+    for (int64_t i = 0; i < k; i += 2, a += kStep, b += 2 * kSlice) {
       const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b);
       const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + kSlice);
 #pragma GCC unroll 16
       for (int m = 0; m < M; ++m) {
         int32_t pair;
-        memcpy(&pair, a + m * kTile, 4);
+        memcpy(&pair, a + m * kRow, 4);
         const __m512bh s = (__m512bh)_mm512_set1_epi32(pair);
         x[m] = _mm512_dpbf16_ps(x[m], s, b0);
         y[m] = _mm512_dpbf16_ps(y[m], s, b1);
@@ -145,26 +151,27 @@ void micro(int64_t k, const T* a, const T* b, float* c, int64_t ldc, bool accumu
   }
 }
 
-template <class T, int M = kGroup>
+template <class T, Layout L, int M = kGroup>
 GEMMA_EXT_INLINE void micro_tail(int m, int64_t k, const T* a, const T* b, float* c, int64_t ldc,
                                  bool accumulate) {
   if constexpr (M > 0) {
     if (m == M)
-      micro<M, T>(k, a, b, c, ldc, accumulate);
+      micro<M, T, L>(k, a, b, c, ldc, accumulate);
     else
-      micro_tail<T, M - 1>(m, k, a, b, c, ldc, accumulate);
+      micro_tail<T, L, M - 1>(m, k, a, b, c, ldc, accumulate);
   }
 }
 
 // C[rows, slices * kSlice] (+)= A[rows, k <= kTile] . B, B's slices b_stride elements apart.
-template <class T>
+template <class T, Layout L = Layout::kRows>
 void block_product(int64_t rows, int slices, int64_t k, const T* a, const T* b, int64_t b_stride,
                    float* c, int64_t ldc, bool accumulate) {
+  constexpr int64_t kRow = L == Layout::kRows ? kTile : kPair<T>;
   for (int s = 0; s < slices; ++s)
     for (int64_t r = 0; r < rows; r += kGroup) {
       const int m = rows - r < kGroup ? int(rows - r) : kGroup;
-      micro_tail<T>(m, k, a + r * kTile, b + s * b_stride, c + r * ldc + s * kSlice, ldc,
-                    accumulate);
+      micro_tail<T, L>(m, k, a + r * kRow, b + s * b_stride, c + r * ldc + s * kSlice, ldc,
+                       accumulate);
     }
 }
 

@@ -13,7 +13,7 @@
 namespace gemma_ext::GEMMA_EXT_ISA {
 namespace {
 
-enum Part { kPacked, kRaw, kBlockA, kStrips, kTransposed, kBlockB, kSums, kSmall };
+enum Part { kPacked, kRaw, kBlockA, kStrips, kPairs, kBlockB, kSums, kSmall };
 
 template <class T>
 T* scratch(Scratch& s, Part part, int64_t count) {
@@ -193,24 +193,18 @@ void column_rows(const Problem& p, const float* lse, float eps, float* count, fl
   }
 }
 
-// strips [rows, kTile] -> transposed [block of kTile rows][kTile, kTile], rows first..first+rows.
-// A column's rows are adjacent there, so a few rows at a time fill whole words.
-template <class T>
-void transpose_strips(const T* strips, int64_t first, int64_t rows, T* transposed) {
-  constexpr int kRun = 8;
-  for (int64_t r = 0; r < rows;) {
-    const int64_t k = first + r;
-    T* to = transposed + k / kTile * kTile * kTile + k % kTile;
-    const T* from = strips + r * kTile;
-    if (rows - r >= kRun && k % kRun == 0) {
-      for (int v = 0; v < kTile; ++v)
-        for (int i = 0; i < kRun; ++i) to[v * kTile + i] = from[i * kTile + v];
-      r += kRun;
-    } else {
-      for (int v = 0; v < kTile; ++v) to[v * kTile] = from[v];
-      ++r;
+// Strips [rows, kTile] as the A of a product over their rows: themselves, or for bf16 with pairs of
+// rows together.
+GEMMA_EXT_INLINE const float* pair_strips(const float* strips, int64_t, Scratch&) { return strips; }
+
+GEMMA_EXT_INLINE const bf16* pair_strips(const bf16* strips, int64_t rows, Scratch& s) {
+  bf16* pairs = scratch<bf16>(s, kPairs, (rows + 1) / 2 * 2 * kTile);
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int i = 0; i < kTile; i += kSlice) {
+      const bf16* even = strips + r * kTile + i;
+      interleave(even, r + 1 < rows ? even + kTile : nullptr, pairs + r * kTile + 2 * i);
     }
-  }
+  return pairs;
 }
 
 // kColumns columns of `rows` rows of m as slices for the micro-kernel:
@@ -237,12 +231,13 @@ T* pack_columns(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scr
   return packed;
 }
 
-// dC of one tile from the transposed gradient strips of its rows, plus the compensation.
+// dC of one tile from the gradient strips [rows, kTile] of its rows, plus the compensation.
 template <class T, class RowAt>
-void write_dc(const GradTask& task, int64_t index, const T* transposed, int64_t rows, RowAt row_at,
+void write_dc(const GradTask& task, int64_t index, const T* strips, int64_t rows, RowAt row_at,
               Scratch& s) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
+  const T* a = pair_strips(strips, rows, s);
   float* sums = scratch<float>(s, kSums, kTile * kColumns);
   const float* profile = task.push ? task.profile + tile.first : nullptr;
   for (int64_t column = 0; column < p.D; column += kColumns) {
@@ -251,8 +246,8 @@ void write_dc(const GradTask& task, int64_t index, const T* transposed, int64_t 
       const int64_t step = least(kTile, rows - k);
       const T* b =
           pack_columns<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
-      block_product<T>(kTile, kColumns / kSlice, step, transposed + k * kTile, b, kSlice * kTile,
-                       sums, kColumns, k > 0);
+      block_product<T, Layout::kStrips>(kTile, kColumns / kSlice, step, a + k * kTile, b,
+                                        kSlice * kTile, sums, kColumns, k > 0);
     }
     if (rows == 0) memset(sums, 0, kTile * kColumns * sizeof(float));
     for (int v = 0; v < tile.valid; ++v) {
@@ -300,8 +295,6 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
   gather(p, tile, p.bias, bias);
   gather(p, tile, p.class_weight, weights);
   memset(bias_sums, 0, kTile * sizeof(float));
-  T* transposed =
-      want_dc ? scratch<T>(s, kTransposed, (kept + kTile) / kTile * kTile * kTile) : nullptr;
   const T* packed = kept ? pack_tiles<T>(p, index, index + 1, s) : nullptr;
   for (int64_t first = 0; first < kept; first += kBlockRows) {
     const int64_t rows = least(kBlockRows, kept - first);
@@ -321,13 +314,8 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
         store(slot + i, x * p.map.scale);
       }
     }
-    if (want_dc) transpose_strips(slots + first * kTile, first, rows, transposed);
   }
-  if (want_dc && kept % 2 && kPair<T> == 2) {  // the micro-kernel reads rows in pairs
-    T* to = transposed + kept / kTile * kTile * kTile + kept % kTile;
-    for (int v = 0; v < kTile; ++v) put(to + v * kTile, 0.0f);
-  }
-  if (want_dc) write_dc<T>(task, index, transposed, kept, [&](int64_t k) { return list[k]; }, s);
+  if (want_dc) write_dc<T>(task, index, slots, kept, [&](int64_t k) { return list[k]; }, s);
   if (task.dbias) write_dbias(task, index, bias_sums);
 }
 
@@ -399,8 +387,6 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
   const Tile tile = tile_at(p, index);
   const bool want_dc = task.dc || task.dc_sum;
   T* slots = static_cast<T*>(task.strips) + index * p.n * kTile;
-  T* transposed =
-      want_dc ? scratch<T>(s, kTransposed, (p.n + kTile) / kTile * kTile * kTile) : nullptr;
   float* bias_sums = scratch<float>(s, kSmall, kTile);
   memset(bias_sums, 0, kTile * sizeof(float));
   const float inv_scale = 1.0f / p.map.scale;
@@ -421,14 +407,7 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
       for (int i = 0; i < kTile; i += kLanes)
         store(bias_sums + i, load(bias_sums + i) + load(slot + i) * inv_scale);
   }
-  if (want_dc) {
-    transpose_strips(slots, 0, p.n, transposed);
-    if (p.n % 2 && kPair<T> == 2) {
-      T* to = transposed + p.n / kTile * kTile * kTile + p.n % kTile;
-      for (int v = 0; v < kTile; ++v) put(to + v * kTile, 0.0f);
-    }
-    write_dc<T>(task, index, transposed, p.n, [](int64_t k) { return k; }, s);
-  }
+  if (want_dc) write_dc<T>(task, index, slots, p.n, [](int64_t k) { return k; }, s);
   if (task.dbias) write_dbias(task, index, bias_sums);
 }
 
