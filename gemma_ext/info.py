@@ -64,7 +64,10 @@ def operators() -> list[str]:
 
 def _path_of(name: str) -> str:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
-        return "no tensor arguments" if _takes_no_tensor(name) else "no kernel"
+        if _takes_no_tensor(name):
+            return "no tensor arguments"
+        composed = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeExplicitAutograd")
+        return "made of the others" if composed else "no kernel"
     parts = [f"CPU: {_isa_in_use()} kernel"]
     has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
     parts.append("CUDA: kernel" if has_cuda else "CUDA: none")
