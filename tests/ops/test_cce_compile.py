@@ -8,12 +8,10 @@ from cce_impls import KERNELS
 from cce_oracle import IGNORE, Problem, assert_close, check, expected, problem, run
 
 OPTIONS = {
-    "mean": {},
     "capped": {"softcap": 5.0, "logit_scale": 1.2, "temperature": 0.8},
     "none": {"reduction": "none", "softcap": 5.0},
     "shift": {"shift": 1, "reduction": "sum"},
-    "z_loss": {"z_loss": 0.1},
-    "smoothing": {"label_smoothing": 0.1},
+    "smoothing": {"label_smoothing": 0.1, "z_loss": 0.1},
 }
 
 

@@ -40,7 +40,7 @@ def test_ten_runs_are_equal(impl, dtype):
 
 @pytest.mark.parametrize("impl", MODES, ids=IDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("n", [7, 150, 1100])
+@pytest.mark.parametrize("n", [7, 600])
 def test_thread_count_does_not_matter(impl, dtype, n):
     p = zipf_problem(n, 136, 2300, ignored=0.2, dtype=dtype, seed=2)
     torch.set_num_threads(1)

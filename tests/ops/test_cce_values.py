@@ -66,7 +66,7 @@ def test_loss_is_float32_whatever_the_inputs(impl):
 # one (4 MiB); wide and narrow, so that 16-bit dC is written at once and through a running sum.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("d", "v"), [(17, 2000), (1030, 300)])
-@pytest.mark.parametrize("n", [512, 513, 1100])
+@pytest.mark.parametrize("n", [513, 1100])
 def test_several_steps(impl, n, d, v, dtype):
     torch.set_num_threads(2)
     p = problem(n, d, v, ignored=0.05, dtype=dtype, seed=4)
