@@ -28,7 +28,7 @@ from gemma_ext.reference.cce import logits
 
 TILE = 256
 AUTO_EPS = tuple(2.0**-k for k in range(10, 16))
-AUTO_MASS = 0.02
+AUTO_ERROR = 2.0**-9
 AUTO_KEPT = 0.6
 
 
@@ -146,15 +146,24 @@ def filtered_gradients(
     )
 
 
-def auto_eps(kept_and_mass: dict[float, tuple[float, float]]) -> float | None:
-    """eps chosen from {eps: (kept fraction, mean dropped mass)}; None means exact.
+def auto_eps(s: Tensor, targets: Tensor, order: Tensor | None = None) -> float | None:
+    """eps that filter_eps="auto" takes for logits s [N, V] and targets [N]; None means exact.
 
-    The largest candidate whose dropped mass is below 0.02, unless it keeps more than 0.6.
+    The largest candidate whose predicted gradient error sqrt(sum peak * mass over dropped strips /
+    (sum (1 - p_target)^2 + sum peak^2)) is at most 2^-9, unless it keeps more than 0.6.
     """
-    for eps in sorted(kept_and_mass, reverse=True):
-        kept, mass = kept_and_mass[eps]
-        if mass < AUTO_MASS:
-            return None if kept > AUTO_KEPT else eps
+    probs = torch.softmax(s, dim=1)
+    ids = torch.arange(s.shape[1]) if order is None else order
+    blocks = ids.split(TILE)
+    peak = torch.stack([probs[:, b].amax(1) for b in blocks], 1)
+    mass = torch.stack([probs[:, b].sum(1) for b in blocks], 1)
+    here = torch.stack([(targets[:, None] == b).any(1) for b in blocks], 1)
+    miss = 1 - probs.gather(1, targets[:, None])
+    energy = torch.where(here, miss**2, peak**2).sum()
+    for eps in AUTO_EPS:
+        dropped = (peak < eps) & ~(here & (miss >= eps))
+        if (peak * mass)[dropped].sum() <= AUTO_ERROR**2 * energy:
+            return None if (~dropped).double().mean() > AUTO_KEPT else eps
     return None
 
 

@@ -123,7 +123,17 @@ def test_masked_columns_stay_finite():
 
 
 def test_auto_eps():
-    table = {2.0**-10: (0.1, 0.05), 2.0**-11: (0.2, 0.019), 2.0**-12: (0.3, 0.001)}
-    assert auto_eps(table) == 2.0**-11
-    assert auto_eps({2.0**-10: (0.7, 0.01)}) is None
-    assert auto_eps({2.0**-10: (0.1, 0.03)}) is None
+    def row(tail: float, count: int, tiles: int) -> torch.Tensor:
+        """0.3 in one strip, `tail` in `count` others, the rest on the label 0."""
+        p = torch.full((1, tiles * 256), 1e-12, dtype=torch.float64)
+        p[0, 256] = 0.3
+        p[0, 512::256][:count] = tail
+        p[0, 0] = 0.7 - count * tail
+        return p.log()
+
+    # energy about 2 * 0.3^2, noise count * tail^2: 46 strips of 2^-13 reach an error of 2^-9
+    label = torch.zeros(1, dtype=torch.long)
+    assert auto_eps(row(1.01 * 2.0**-13, 40, 200), label) == 2.0**-10
+    assert auto_eps(row(1.01 * 2.0**-13, 60, 200), label) == 2.0**-13
+    assert auto_eps(row(1.01 * 2.0**-13, 60, 70), label) is None
+    assert auto_eps(row(2.0**-16, 3500, 3600), label) is None
