@@ -136,4 +136,4 @@ def test_auto_eps():
     assert auto_eps(row(1.01 * 2.0**-13, 40, 200), label) == 2.0**-10
     assert auto_eps(row(1.01 * 2.0**-13, 60, 200), label) == 2.0**-13
     assert auto_eps(row(1.01 * 2.0**-13, 60, 70), label) is None
-    assert auto_eps(row(2.0**-16, 3500, 3600), label) is None
+    assert auto_eps(row(2.0**-16, 4500, 4600), label) is None
