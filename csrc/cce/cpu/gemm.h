@@ -104,14 +104,15 @@ GEMMA_EXT_INLINE void interleave(const bf16* even, const bf16* odd, bf16* to) {
 
 // The micro-kernel.
 
-// How A lies in memory: rows of kTile, or K-major rows of kTile with pairs of k together, which is
-// what a block of strips is when its rows become K.
-enum class Layout { kRows, kStrips };
+// How A lies in memory: rows of kTile, or groups of kGroup rows with K outermost, each K step (pair,
+// for bf16) of a group adjacent: strips whose rows become K are packed so, because a step of a
+// kilobyte would put a whole K-block into four sets of the L1.
+enum class Layout { kRows, kGroups };
 
 template <int M, class T, Layout L>
 void micro(int64_t k, const T* a, const T* b, float* c, int64_t ldc, bool accumulate) {
   constexpr int64_t kRow = L == Layout::kRows ? kTile : kPair<T>;
-  constexpr int64_t kStep = L == Layout::kRows ? kPair<T> : kTile * kPair<T>;
+  constexpr int64_t kStep = L == Layout::kRows ? kPair<T> : kGroup * kPair<T>;
   Vf x[M], y[M];
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
@@ -166,11 +167,10 @@ GEMMA_EXT_INLINE void micro_tail(int m, int64_t k, const T* a, const T* b, float
 template <class T, Layout L = Layout::kRows>
 void block_product(int64_t rows, int slices, int64_t k, const T* a, const T* b, int64_t b_stride,
                    float* c, int64_t ldc, bool accumulate) {
-  constexpr int64_t kRow = L == Layout::kRows ? kTile : kPair<T>;
   for (int s = 0; s < slices; ++s)
     for (int64_t r = 0; r < rows; r += kGroup) {
       const int m = rows - r < kGroup ? int(rows - r) : kGroup;
-      micro_tail<T, L>(m, k, a + r * kRow, b + s * b_stride, c + r * ldc + s * kSlice, ldc,
+      micro_tail<T, L>(m, k, a + r * kTile, b + s * b_stride, c + r * ldc + s * kSlice, ldc,
                        accumulate);
     }
 }

@@ -13,7 +13,7 @@
 namespace gemma_ext::GEMMA_EXT_ISA {
 namespace {
 
-enum Part { kPacked, kRaw, kBlockA, kStrips, kPairs, kBlockB, kSums, kSmall };
+enum Part { kPacked, kRaw, kBlockA, kStrips, kPackedA, kBlockB, kSums, kSmall };
 
 template <class T>
 T* scratch(Scratch& s, Part part, int64_t count) {
@@ -193,18 +193,24 @@ void column_rows(const Problem& p, const float* lse, float eps, float* count, fl
   }
 }
 
-// Strips [rows, kTile] as the A of a product over their rows: themselves, or for bf16 with pairs of
-// rows together.
-GEMMA_EXT_INLINE const float* pair_strips(const float* strips, int64_t, Scratch&) { return strips; }
+constexpr int kTileGroups = (kTile + kGroup - 1) / kGroup;
+constexpr int64_t kPackedStrips = int64_t{kTileGroups} * kGroup * kTile;  // of one K-block
 
-GEMMA_EXT_INLINE const bf16* pair_strips(const bf16* strips, int64_t rows, Scratch& s) {
-  bf16* pairs = scratch<bf16>(s, kPairs, (rows + 1) / 2 * 2 * kTile);
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int i = 0; i < kTile; i += kSlice) {
-      const bf16* even = strips + r * kTile + i;
-      interleave(even, r + 1 < rows ? even + kTile : nullptr, pairs + r * kTile + 2 * i);
-    }
-  return pairs;
+// Strips [rows, kTile] as the A of a product over their rows: [K-block][group of columns][row].
+template <class T>
+const T* pack_strips(const T* strips, int64_t rows, Scratch& s) {
+  constexpr int kWords = kTileGroups * kGroup;
+  T* packed = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kPackedStrips);
+  alignas(64) T line[kWords * kPair<T>] = {};
+  for (int64_t r = 0; r < rows; r += kPair<T>) {
+    const T* even = strips + r * kTile;
+    for (int i = 0; i < kTile; i += kSlice)
+      interleave(even + i, r + 1 < rows ? even + kTile + i : nullptr, line + kPair<T> * i);
+    T* to = packed + r / kTile * kPackedStrips + r % kTile * kGroup;
+    for (int g = 0; g < kTileGroups; ++g)
+      memcpy(to + g * kGroup * kTile, line + g * kGroup * kPair<T>, kGroup * kPair<T> * sizeof(T));
+  }
+  return packed;
 }
 
 // kColumns columns of `rows` rows of m as slices for the micro-kernel:
@@ -237,7 +243,7 @@ void write_dc(const GradTask& task, int64_t index, const T* strips, int64_t rows
               Scratch& s) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
-  const T* a = pair_strips(strips, rows, s);
+  const T* a = pack_strips(strips, rows, s);
   float* sums = scratch<float>(s, kSums, kTile * kColumns);
   const float* profile = task.push ? task.profile + tile.first : nullptr;
   for (int64_t column = 0; column < p.D; column += kColumns) {
@@ -246,8 +252,9 @@ void write_dc(const GradTask& task, int64_t index, const T* strips, int64_t rows
       const int64_t step = least(kTile, rows - k);
       const T* b =
           pack_columns<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
-      block_product<T, Layout::kStrips>(kTile, kColumns / kSlice, step, a + k * kTile, b,
-                                        kSlice * kTile, sums, kColumns, k > 0);
+      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step,
+                                        a + k / kTile * kPackedStrips, b, kSlice * kTile, sums,
+                                        kColumns, k > 0);
     }
     if (rows == 0) memset(sums, 0, kTile * kColumns * sizeof(float));
     for (int v = 0; v < tile.valid; ++v) {
