@@ -84,7 +84,7 @@ struct GradTask {
   void* dc;                // [V, D] contiguous in c.dtype, or null
   float* dc_sum;           // [V, D] fp32 running sum over row chunks, or null
   bool dc_accumulate;      // add to dc_sum (or to a float dc)
-  float* de;               // [n, padded D] fp32, or null
+  float* de;               // [padded D / kColumns][n, kColumns] fp32, or null
   float* dbias;            // [V] fp32, or null
 };
 

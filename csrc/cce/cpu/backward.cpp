@@ -118,11 +118,14 @@ std::vector<float> tile_profile(const Problem& p, const float* prob) {
   return out;
 }
 
+// de [column blocks][n, kColumns] -> rows of the result.
 void store_de(const Problem& p, const float* de, const Gradients& out, Workers& workers) {
+  const int64_t size = size_of(p.e.dtype);
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
     for (int64_t r = span * kRowSpan; r < std::min(p.n, (span + 1) * kRowSpan); ++r)
-      store_row(static_cast<char*>(out.de) + p.rows[r] * p.D * size_of(p.e.dtype), p.e.dtype,
-                de + r * padded(p.D), p.D);
+      for (int64_t column = 0; column < p.D; column += kColumns)
+        store_row(static_cast<char*>(out.de) + (p.rows[r] * p.D + column) * size, p.e.dtype,
+                  de + column * p.n + r * kColumns, std::min<int64_t>(kColumns, p.D - column));
   });
 }
 

@@ -331,7 +331,7 @@ template <class T>
 void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t column, Scratch& s) {
   const Problem& p = *task.problem;
   float* sums = scratch<float>(s, kSums, kBlockRows * kColumns);
-  const int64_t stride = padded(p.D);
+  float* de = task.de + column * p.n;
   for (int64_t index = tile0; index < tile1; ++index) {
     const int64_t begin = task.begin[index], kept = task.begin[index + 1] - begin;
     if (kept == 0) continue;
@@ -345,12 +345,12 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
       const T* a = g + first * kTile;
       if (!task.list) {
         block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile,
-                         task.de + first * stride + column, stride, true);
+                         de + first * kColumns, kColumns, true);
         continue;
       }
       block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile, sums, kColumns, false);
       for (int64_t r = 0; r < rows; ++r) {
-        float* to = task.de + task.list[begin + first + r] * stride + column;
+        float* to = de + task.list[begin + first + r] * kColumns;
         for (int i = 0; i < kColumns; i += kLanes)
           store(to + i, load(to + i) + load(sums + r * kColumns + i));
       }
@@ -449,7 +449,7 @@ void push_columns(const Problem& p, const float* mass, float* push, int64_t colu
   }
 }
 
-// dE[n, 128 columns] = mass^T . mean [tiles, D]
+// dE[128 columns][n] = mass^T . mean [tiles, D]
 void pull_columns(const Problem& p, const float* mass, const float* mean, float* de, int64_t column,
                   Scratch& s) {
   const int64_t stride = padded(p.D);
@@ -463,7 +463,7 @@ void pull_columns(const Problem& p, const float* mass, const float* mean, float*
       for (int64_t t = 0; t < step; ++t)
         for (int64_t r = 0; r < rows; ++r) a[r * kTile + t] = mass[(k + t) * p.n + row + r];
       block_product<float>(rows, kColumns / kSlice, step, a, b, kSlice * kTile,
-                           de + row * stride + column, stride, k > 0);
+                           de + column * p.n + row * kColumns, kColumns, k > 0);
     }
   }
 }
