@@ -262,13 +262,15 @@ def linear_cross_entropy(
         and e.dtype != torch.float16
         and reduction != "none"
         and not label_smoothing
-        and not returns
+        and not (return_lse or return_entropy or return_argmax)
         and _needs_grad(e, c, bias)
         and not _needs_grad(weight, token_weights, num_items_in_batch)
     ):
         loss, _, _ = _call(
             _cce_kernels.fused_loss, steps, rows_e, c, flat, bias, class_coef, z_loss * coef, **head
         )
+        if return_stats:
+            return LinearCrossEntropyOutput(loss=loss, stats=FilterStats(None))
         return loss
 
     smoothing = None
