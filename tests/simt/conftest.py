@@ -1,0 +1,27 @@
+"""The checker's tests and the device code are compiled once per session."""
+
+import shutil
+
+import pytest
+from toolchain import build_checker, nvcc
+
+
+@pytest.fixture(scope="session")
+def checker(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build_checker(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    out, done = tmp_path_factory.mktemp("nvcc"), {}
+
+    def compile_once(kernels: str, arch: str):
+        if kernels not in done:
+            done[kernels] = nvcc(kernels, arch, out)
+        return done[kernels]
+
+    return compile_once

@@ -1,0 +1,50 @@
+"""How the kernels of this folder are compiled: by g++ for the checker, by nvcc for the device."""
+
+import importlib.util
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+INCLUDES = [f"-I{CSRC}", f"-I{HERE}"]
+# -ftrivial-auto-var-init: registers start as 0xfefefefe, -1.7e38 in fp32 and in bf16
+HOST_FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ftrivial-auto-var-init=pattern",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+]
+
+
+def build_checker(out: Path) -> Path:
+    """One translation unit: the backend, most of the work under sanitizers, is compiled once."""
+    whole, binary = out / "simt_tests.cpp", out / "simt_tests"
+    sources = sorted(path.name for path in HERE.glob("*.cpp"))
+    whole.write_text("".join(f'#include "{name}"\n' for name in sources))
+    subprocess.run(["g++", *HOST_FLAGS, *INCLUDES, whole, "-o", binary], check=True)
+    return binary
+
+
+def nvcc(kernels: str, arch: str, out: Path) -> tuple[Path, str]:
+    """The object file and the PTX of kernels/<kernels>.h."""
+    source, compiled = out / f"{kernels}.cu", out / f"{kernels}.o"
+    source.write_text(f'#include "kernels/{kernels}.h"\n')
+    command = ["nvcc", "-std=c++20", "-Werror=all-warnings", "--keep", f"--keep-dir={out}"]
+    command += [*INCLUDES, f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    made = subprocess.run([*command, "-c", source, "-o", compiled], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return compiled, (out / f"{kernels}.ptx").read_text()
+
+
+def find_cuobjdump() -> str | None:
+    found = shutil.which("cuobjdump")
+    spec = importlib.util.find_spec("nvidia")  # where the package nvidia-cuda-cuobjdump puts it
+    for folder in spec.submodule_search_locations if spec and not found else []:
+        found = next((str(p) for p in Path(folder).glob("*/bin/cuobjdump")), None)
+    return found
