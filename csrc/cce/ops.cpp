@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cut cross-entropy: schemas and the CPU binding.
+#include <stdlib.h>
+
 #include <algorithm>
 #include <cmath>
 
@@ -54,7 +56,15 @@ void read_labels(const char* op, const Head& h, Prepared& out) {
   }
 }
 
+const Kernels& checked_kernels() {
+  const Kernels* chosen = chosen_kernels();
+  STD_TORCH_CHECK(chosen, "expected GEMMA_EXT_CPU_ISA to be baseline, avx2, avx512 or avx512bf16, ",
+                  "and one that this processor runs, got ", getenv("GEMMA_EXT_CPU_ISA"));
+  return *chosen;
+}
+
 void prepare(const char* op, const Head& h, Prepared& out) {
+  checked_kernels();
   Problem& p = out.problem;
   p.e = matrix(op, "e", h.e);
   p.c = matrix(op, "c", h.c);
@@ -302,7 +312,7 @@ std::tuple<Tensor, Tensor> column_stats_cpu(const Tensor& e, const Tensor& c, co
   return {count, mass};
 }
 
-std::string cpu_isa() { return kernels().isa; }
+std::string cpu_isa() { return checked_kernels().isa; }
 
 }  // namespace
 

@@ -77,14 +77,13 @@ struct GradTask {
   const int32_t* list;     // rows of the kept strips, tile by tile, ascending; null: every row
   const int64_t* begin;    // [tiles + 1] into list
   int64_t slot0;           // list index of the first strip of this batch
-  void* strips;            // [batch strips, kTile] gradients in the compute type
+  void* strips;            // [batch strips, kTile] gradients in the strip type
   const float* profile;    // [tiles * kTile] position's share of its tile; null: no compensation
-  const float* push;       // [tiles, padded D] compensation of dC before the share, or null
+  const float* push;       // [tiles of a group, padded D] of dC before the share, or null
   const float* bias_push;  // [tiles]
   void* dc;                // [V, D] contiguous in c.dtype, or null
   float* dc_sum;           // [V, D] fp32 running sum over row chunks, or null
   bool dc_accumulate;      // add to dc_sum (or to a float dc)
-  float* de;               // [padded D / kColumns][n, kColumns] fp32, or null
   float* dbias;            // [V] fp32, or null
 };
 
@@ -96,28 +95,38 @@ struct Scratch {
 
 struct Kernels {
   const char* isa;
-  int lanes;
-  // bytes of an element of the compute type for this storage type
-  int64_t (*compute_size)(DType storage);
-
   void (*forward_tiles)(const Problem&, const StripStats&, int64_t tile0, int64_t tile1,
                         int64_t row0, int64_t row1, Scratch&);
   void (*column_tile)(const Problem&, const float* lse, float eps, float* count, float* prob,
                       int64_t tile, Scratch&);
   void (*grad_tile)(const GradTask&, int64_t tile, Scratch&);
-  void (*grad_columns)(const GradTask&, int64_t tile0, int64_t tile1, int64_t column, Scratch&);
+  // de [n, kColumns] += G C of the tiles
+  void (*grad_columns)(const GradTask&, int64_t tile0, int64_t tile1, int64_t column, float* de,
+                       Scratch&);
   void (*fused_tiles)(const Problem&, const StripStats&, void* strips, int64_t tile0, int64_t tile1,
                       Scratch&);
   void (*fused_grad_tile)(const GradTask&, const StripStats&, int64_t tile, Scratch&);
+
+  // Compensation by groups of kTile tiles, the first of them tile0; mean and push are
+  // [tiles of the group, padded D].
   void (*tile_mean)(const Problem&, const float* profile, float* mean, int64_t tile, Scratch&);
-  void (*push_columns)(const Problem&, const float* mass, float* push, int64_t column, Scratch&);
-  void (*pull_columns)(const Problem&, const float* mass, const float* mean, float* de,
+  void (*push_columns)(const Problem&, const float* mass, float* push, int64_t tile0,
                        int64_t column, Scratch&);
+  // de [n, kColumns] += mass^T mean
+  void (*pull_columns)(const Problem&, const float* mass, const float* mean, float* de,
+                       int64_t tile0, int64_t column, Scratch&);
 };
+
+// Gradient strips are kept in bfloat16 where the inputs are: one more rounding of 2^-9, half the
+// memory.
+constexpr DType strip_type(DType storage) {
+  return storage == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
+}
 
 constexpr int64_t padded(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns; }
 
-// The fastest build this processor runs; GEMMA_EXT_CPU_ISA names a slower one.
-const Kernels& kernels();
+// The build that GEMMA_EXT_CPU_ISA names, or the fastest one for this processor; null if it names
+// none that runs here.
+const Kernels* chosen_kernels();
 
 }  // namespace gemma_ext

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 HERE = Path(__file__).resolve().parent
 NEEDS = {
@@ -18,6 +17,10 @@ NEEDS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
 }
+
+
+def is_intel() -> bool:
+    return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
 
 
 def runnable() -> list[str]:
@@ -61,22 +64,35 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 """
 
 
-def start(isa: str | None) -> str:
+def run_script(script: str, isa: str | None) -> subprocess.CompletedProcess:
     env = {k: v for k, v in os.environ.items() if k != "GEMMA_EXT_CPU_ISA"}
     env |= {"OMP_NUM_THREADS": "1"} | ({} if isa is None else {"GEMMA_EXT_CPU_ISA": isa})
     env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE)])
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, timeout=250
+    return subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=250
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 @pytest.mark.parametrize("isa", runnable())
 def test_build_matches_float64(isa):
-    assert start(isa) == isa
+    done = run_script(SCRIPT, isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
 
 
 def test_the_fastest_one_is_chosen():
-    if "GEMMA_EXT_CPU_ISA" not in os.environ:
-        assert torch.ops.gemma_ext.cpu_isa() == runnable()[-1]
+    fast = [isa for isa in runnable() if isa != "avx512bf16" or not is_intel()]
+    done = run_script("import torch, gemma_ext; print(torch.ops.gemma_ext.cpu_isa())", None)
+    assert done.stdout.strip() == fast[-1]
+
+
+def test_an_unknown_build_is_refused():
+    script = (
+        "import torch, gemma_ext\n"
+        "e, c = torch.randn(2, 8), torch.randn(5, 8)\n"
+        "gemma_ext.linear_cross_entropy(e, c, torch.tensor([1, 2]))"
+    )
+    done = run_script(script, "sse9")
+    assert done.returncode == 1
+    assert "expected GEMMA_EXT_CPU_ISA to be baseline, avx2, avx512 or avx512bf16" in done.stderr
+    assert "got sse9" in done.stderr

@@ -13,9 +13,10 @@ namespace {
 
 // Gradient strips of a batch of tiles: they are written by the first product and read once per 128
 // columns by the second, so they should stay in L3.
-constexpr int64_t kBatchBytes = int64_t{4} << 20;
-// Rows of one step of the fused form when dC can take partial sums.
-constexpr int64_t kFusedRows = 512;
+constexpr int64_t kBatchBytes = int64_t{2} << 20;
+// Rows of one step of the fused form when dC can take partial sums: their strips take half of what
+// dC takes in fp32, and every step reads and writes that dC once.
+int64_t fused_rows(int64_t d) { return std::max<int64_t>(512, d / 2 / kRowSpan * kRowSpan); }
 
 struct Plan {
   std::vector<int64_t> begin;
@@ -118,15 +119,12 @@ std::vector<float> tile_profile(const Problem& p, const float* prob) {
   return out;
 }
 
-// de [column blocks][n, kColumns] -> rows of the result.
-void store_de(const Problem& p, const float* de, const Gradients& out, Workers& workers) {
-  const int64_t size = size_of(p.e.dtype);
-  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
-    for (int64_t r = span * kRowSpan; r < std::min(p.n, (span + 1) * kRowSpan); ++r)
-      for (int64_t column = 0; column < p.D; column += kColumns)
-        store_row(static_cast<char*>(out.de) + (p.rows[r] * p.D + column) * size, p.e.dtype,
-                  de + column * p.n + r * kColumns, std::min<int64_t>(kColumns, p.D - column));
-  });
+// de [n, kColumns] -> kColumns columns of the result.
+void store_columns(const Problem& p, const float* de, int64_t column, const Gradients& out) {
+  const int64_t size = size_of(p.e.dtype), width = std::min<int64_t>(kColumns, p.D - column);
+  for (int64_t r = 0; r < p.n; ++r)
+    store_row(static_cast<char*>(out.de) + (p.rows[r] * p.D + column) * size, p.e.dtype,
+              de + r * kColumns, width);
 }
 
 }  // namespace
@@ -135,82 +133,96 @@ void backward(const Problem& p, const StripStats& stats, const Upstream& up, con
               double eps, const Gradients& out, Workers& workers) {
   const Plan plan = plan_strips(p, stats, up, eps, workers);
   const int64_t columns = padded(p.D), blocks = columns / kColumns;
-  std::vector<float> profile, push, de;
-  if (out.de) de.resize(p.n * columns);
-  if (!plan.mass.empty()) {
-    profile = tile_profile(p, prob);
-    if (out.de) {
-      std::vector<float> mean(p.tiles * columns);
-      workers.run(p.tiles, [&](int64_t t, Scratch& s) {
-        kernels().tile_mean(p, profile.data(), mean.data(), t, s);
-      });
-      workers.run(blocks, [&](int64_t b, Scratch& s) {
-        kernels().pull_columns(p, plan.mass.data(), mean.data(), de.data(), b * kColumns, s);
-      });
-    }
-    if (out.dc) {
-      push.resize(p.tiles * columns);
-      workers.run(p.n ? blocks : 0, [&](int64_t b, Scratch& s) {
-        kernels().push_columns(p, plan.mass.data(), push.data(), b * kColumns, s);
-      });
-    }
-  }
+  const bool compensated = !plan.mass.empty();
+  const std::vector<float> profile = compensated ? tile_profile(p, prob) : std::vector<float>();
+  // of the kTile tiles at hand: what they push into dC, then their means
+  std::vector<float> group(compensated ? std::min<int64_t>(p.tiles, kTile) * columns : 0);
 
   GradTask task{};
   task.problem = &p;
   task.coef = {up.lse, up.mean, up.a, up.b, up.q, up.class_coef};
   task.list = plan.list.data();
   task.begin = plan.begin.data();
-  task.profile = profile.empty() ? nullptr : profile.data();
-  task.push = push.empty() ? nullptr : push.data();
+  task.profile = compensated ? profile.data() : nullptr;
+  task.push = compensated && out.dc ? group.data() : nullptr;
   task.bias_push = plan.bias_push.data();
   task.dc = out.dc;
-  task.de = out.de ? de.data() : nullptr;
   task.dbias = out.dbias;
 
-  const int64_t strip_bytes = kTile * kernels().compute_size(p.c.dtype);
+  // Few strips wait for the last tile, and dE is summed a column block at a time; otherwise all of
+  // dE is summed in fp32, a batch of tiles at a time.
+  const int64_t strip_bytes = kTile * size_of(strip_type(p.c.dtype));
+  const int64_t all_bytes = plan.begin[p.tiles] * strip_bytes;
+  const bool at_once = p.tiles <= kTile && all_bytes <= p.n * columns * int64_t{sizeof(float)};
+  const int64_t batch_bytes = at_once ? all_bytes : kBatchBytes;
+  std::vector<float> de(out.de && !at_once ? p.n * columns : 0);
   size_t capacity = 0;
   std::unique_ptr<char[]> strips;
-  for (int64_t tile0 = 0, tile1; tile0 < p.tiles; tile0 = tile1) {
-    for (tile1 = tile0 + 1; tile1 < p.tiles; ++tile1)
-      if ((plan.begin[tile1 + 1] - plan.begin[tile0]) * strip_bytes > kBatchBytes &&
-          tile1 - tile0 >= 2 * workers.threads())
-        break;
-    task.slot0 = plan.begin[tile0];
-    const size_t bytes = (plan.begin[tile1] - plan.begin[tile0]) * strip_bytes;
-    if (capacity < bytes) {
-      strips = std::make_unique_for_overwrite<char[]>(bytes);
-      capacity = bytes;
-    }
-    task.strips = strips.get();
-    workers.run(tile1 - tile0,
-                [&](int64_t t, Scratch& s) { kernels().grad_tile(task, tile0 + t, s); });
-    if (out.de)
+  for (int64_t group0 = 0; group0 < p.tiles; group0 += kTile) {
+    const int64_t group1 = std::min(p.tiles, group0 + kTile);
+    if (compensated && out.dc)
       workers.run(blocks, [&](int64_t b, Scratch& s) {
-        kernels().grad_columns(task, tile0, tile1, b * kColumns, s);
+        kernels().push_columns(p, plan.mass.data(), group.data(), group0, b * kColumns, s);
       });
+    for (int64_t tile0 = group0, tile1; tile0 < group1; tile0 = tile1) {
+      for (tile1 = tile0 + 1; tile1 < group1; ++tile1)
+        if ((plan.begin[tile1 + 1] - plan.begin[tile0]) * strip_bytes > batch_bytes &&
+            tile1 - tile0 >= 2 * workers.threads())
+          break;
+      task.slot0 = plan.begin[tile0];
+      const size_t bytes = (plan.begin[tile1] - plan.begin[tile0]) * strip_bytes;
+      if (capacity < bytes) {
+        strips = std::make_unique_for_overwrite<char[]>(bytes);
+        capacity = bytes;
+      }
+      task.strips = strips.get();
+      workers.run(tile1 - tile0,
+                  [&](int64_t t, Scratch& s) { kernels().grad_tile(task, tile0 + t, s); });
+      if (out.de && !at_once)
+        workers.run(blocks, [&](int64_t b, Scratch& s) {
+          kernels().grad_columns(task, tile0, tile1, b * kColumns, &de[b * kColumns * p.n], s);
+        });
+    }
+    if (compensated && out.de) {
+      workers.run(group1 - group0, [&](int64_t t, Scratch& s) {
+        kernels().tile_mean(p, profile.data(), group.data(), group0 + t, s);
+      });
+      if (!at_once)
+        workers.run(blocks, [&](int64_t b, Scratch& s) {
+          kernels().pull_columns(p, plan.mass.data(), group.data(), &de[b * kColumns * p.n], group0,
+                                 b * kColumns, s);
+        });
+    }
   }
-  if (out.de) store_de(p, de.data(), out, workers);
+  if (out.de)
+    workers.run(blocks, [&](int64_t b, Scratch& s) {
+      const int64_t column = b * kColumns;
+      if (!at_once) return store_columns(p, &de[column * p.n], column, out);
+      std::vector<float> sums(p.n * kColumns);
+      if (compensated)
+        kernels().pull_columns(p, plan.mass.data(), group.data(), sums.data(), 0, column, s);
+      kernels().grad_columns(task, 0, p.tiles, column, sums.data(), s);
+      store_columns(p, sums.data(), column, out);
+    });
 }
 
 double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef,
              const RowOutputs& rows, const Gradients& out, Workers& workers) {
-  const int64_t n = whole.n, strip_bytes = kTile * kernels().compute_size(whole.c.dtype);
+  const int64_t n = whole.n, strip_bytes = kTile * size_of(strip_type(whole.c.dtype));
   const bool narrow = whole.c.dtype != DType::kFloat32;
   // 16-bit dC wants all rows at once; more rows than that and partial sums in fp32 cost less
   const bool at_once =
-      n <= kFusedRows ||
+      n <= fused_rows(whole.D) ||
       (narrow && (!out.dc || n * whole.tiles * strip_bytes <= whole.V * whole.D * 4));
-  const int64_t step = at_once ? std::max<int64_t>(n, 1) : kFusedRows;
+  const int64_t step = at_once ? std::max<int64_t>(n, 1) : fused_rows(whole.D);
   std::unique_ptr<float[]> dc_sum;
   if (out.dc && narrow && !at_once)
     dc_sum = std::make_unique_for_overwrite<float[]>(whole.V * whole.D);
 
-  const int64_t columns = padded(whole.D), tiles = whole.tiles;
+  const int64_t tiles = whole.tiles;
   const auto strips =
       std::make_unique_for_overwrite<char[]>(std::min(n, step) * tiles * strip_bytes);
   std::vector<float> planes(2 * tiles * std::min(n, step)), a(step), target(step);
-  std::vector<float> de(out.de ? std::min(n, step) * columns : 0);
   std::vector<int64_t> begin(tiles + 1);
   double loss = 0;
   for (int64_t row = 0; row < n; row += step) {
@@ -249,14 +261,12 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
     if (out.dc || out.dbias || out.de)
       workers.run(tiles,
                   [&](int64_t t, Scratch& s) { kernels().fused_grad_tile(task, stats, t, s); });
-    if (out.de) {
-      std::fill(de.begin(), de.begin() + p.n * columns, 0.0f);
-      task.de = de.data();
-      workers.run(columns / kColumns, [&](int64_t block, Scratch& s) {
-        kernels().grad_columns(task, 0, tiles, block * kColumns, s);
+    if (out.de)
+      workers.run(padded(p.D) / kColumns, [&](int64_t block, Scratch& s) {
+        std::vector<float> sums(p.n * kColumns);
+        kernels().grad_columns(task, 0, tiles, block * kColumns, sums.data(), s);
+        store_columns(p, sums.data(), block * kColumns, out);
       });
-      store_de(p, de.data(), out, workers);
-    }
   }
   if (dc_sum)
     workers.run(spans(whole.V), [&](int64_t span, Scratch&) {

@@ -4,8 +4,8 @@
 // A: rows of kTile elements, row-major, zero-padded to whole K steps.   [M, kTile]
 // B: one slice of kSlice columns, K-major; bf16 stores pairs of k together. [K / kPair, kSlice, kPair]
 // C: float.
-// float storage multiplies in fp32. bf16 uses VDPBF16PS (exact products, fp32 sums), so its results
-// need no rounding of the logits; it exists only in the avx512bf16 build.
+// float multiplies in fp32. bf16 uses VDPBF16PS (exact products, fp32 sums), so its results need no
+// rounding of the logits; it exists only in the avx512bf16 build, the others widen while packing.
 #pragma once
 
 #include "../../common/dtype.h"
@@ -63,30 +63,65 @@ void load_row(const Matrix& m, int64_t row, int64_t col, int64_t n, T* dst) {
 
 // Packing B.
 
-// Four rows of 32-bit words -> [words][kSlice] at one place of the slice.
-GEMMA_EXT_INLINE void transpose_words(const uint32_t* const row[4], int64_t words, uint32_t* to) {
-  typedef uint32_t V4 __attribute__((vector_size(16), aligned(4), may_alias));
-  const auto at = [](const uint32_t* p) { return *reinterpret_cast<const V4*>(p); };
-  const auto put4 = [](uint32_t* p, V4 x) { *reinterpret_cast<V4*>(p) = x; };
-  const int64_t words4 = words & ~int64_t{3};
-  for (int64_t k = 0; k < words4; k += 4, to += 4 * kSlice) {
-    const V4 a = at(row[0] + k), b = at(row[1] + k), c = at(row[2] + k), d = at(row[3] + k);
-    const V4 ab0 = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-    const V4 ab1 = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const V4 cd0 = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    const V4 cd1 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    put4(to, __builtin_shufflevector(ab0, cd0, 0, 1, 4, 5));
-    put4(to + kSlice, __builtin_shufflevector(ab0, cd0, 2, 3, 6, 7));
-    put4(to + 2 * kSlice, __builtin_shufflevector(ab1, cd1, 0, 1, 4, 5));
-    put4(to + 3 * kSlice, __builtin_shufflevector(ab1, cd1, 2, 3, 6, 7));
+GEMMA_EXT_INLINE Vu words_at(const uint32_t* p) { return *reinterpret_cast<const VuLoose*>(p); }
+GEMMA_EXT_INLINE Vu words_at(const bf16* p) { return (Vu)load(p); }  // widened
+GEMMA_EXT_INLINE uint32_t word_at(const uint32_t* p) { return *p; }
+GEMMA_EXT_INLINE uint32_t word_at(const bf16* p) { return uint32_t{p->bits} << 16; }
+
+template <int... J>
+struct Lanes {};
+template <int N, int... J>
+struct CountLanes : CountLanes<N - 1, N - 1, J...> {};
+template <int... J>
+struct CountLanes<0, J...> {
+  using Type = Lanes<J...>;
+};
+
+// One step of a butterfly transposition: exchanges the off-diagonal blocks of S x S.
+template <int S, int... J>
+GEMMA_EXT_INLINE void exchange(Vu* r, Lanes<J...>) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & S)) {
+      const Vu a = r[i], b = r[i + S];
+      r[i] = __builtin_shufflevector(a, b, (J & S ? kLanes + J - S : J)...);
+      r[i + S] = __builtin_shufflevector(a, b, (J & S ? kLanes + J : J + S)...);
+    }
+}
+
+template <int S>
+GEMMA_EXT_INLINE void transpose(Vu* r) {
+  if constexpr (S < kLanes) {
+    exchange<S>(r, CountLanes<kLanes>::Type());
+    transpose<2 * S>(r);
   }
-  for (int64_t k = words4; k < words; ++k, to += kSlice)
-    for (int i = 0; i < 4; ++i) to[i] = row[i][k];
+}
+
+// kLanes rows of 32-bit words -> [words][kSlice] at one place of the slice.
+template <class Source>
+void transpose_words(const void* const row[kLanes], int64_t words, uint32_t* to) {
+  const auto at = [&](int i, int64_t k) { return static_cast<const Source*>(row[i]) + k; };
+  const int64_t whole = words / kLanes * kLanes;
+  for (int64_t k = 0; k < whole; k += kLanes, to += kLanes * kSlice) {
+    Vu r[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) r[i] = words_at(at(i, k));
+    transpose<1>(r);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) *reinterpret_cast<VuLoose*>(to + i * kSlice) = r[i];
+  }
+  for (int64_t k = whole; k < words; ++k, to += kSlice)
+    for (int i = 0; i < kLanes; ++i) to[i] = word_at(at(i, k));
 }
 
 // One K step of a slice from the rows that make it: a copy, or for bf16 two rows interleaved
 // (odd may be null: the K beyond the last is zero).
 GEMMA_EXT_INLINE void interleave(const float* row, const float*, float* to) {
+  store(to, load(row));
+  store(to + kLanes, load(row + kLanes));
+}
+
+GEMMA_EXT_INLINE void interleave(const bf16* row, const bf16*, float* to) {
   store(to, load(row));
   store(to + kLanes, load(row + kLanes));
 }
@@ -163,13 +198,19 @@ GEMMA_EXT_INLINE void micro_tail(int m, int64_t k, const T* a, const T* b, float
   }
 }
 
-// C[rows, slices * kSlice] (+)= A[rows, k <= kTile] . B, B's slices b_stride elements apart.
+// C[rows, slices * kSlice] (+)= A[rows, k <= kTile] . B, B's slices b_stride elements apart. The rows
+// at `next`, as many as those of A, are on their way to L2 meanwhile.
 template <class T, Layout L = Layout::kRows>
 void block_product(int64_t rows, int slices, int64_t k, const T* a, const T* b, int64_t b_stride,
-                   float* c, int64_t ldc, bool accumulate) {
+                   float* c, int64_t ldc, bool accumulate, const T* next = nullptr) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  const char* ahead = reinterpret_cast<const char*>(next);
+  const int64_t share = kGroup * kTile / kLine / slices + 1;
   for (int s = 0; s < slices; ++s)
     for (int64_t r = 0; r < rows; r += kGroup) {
       const int m = rows - r < kGroup ? int(rows - r) : kGroup;
+      if (next)
+        for (int64_t i = 0; i < share; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
       micro_tail<T, L>(m, k, a + r * kTile, b + s * b_stride, c + r * ldc + s * kSlice, ldc,
                        accumulate);
     }

@@ -53,28 +53,32 @@ void gather(const Problem& p, const Tile& tile, const float* from, float* to) {
     to[i] = from && i < tile.valid ? from[column_id(p, tile.first + i)] : 0.0f;
 }
 
-// C[tile]^T as slices ready for the micro-kernel: [kSlices][D / pair, kSlice, pair].
+// C[tile]^T as slices ready for the micro-kernel: [kSlices][D / pair, kSlice, pair]. Rows are read in
+// place where they hold words of T or, for a float T, bfloat16 to be widened on the way.
 template <class T>
 void pack_tile(const Problem& p, const Tile& tile, T* packed, Scratch& s) {
   const int64_t d = depth<T>(p.D), words = d / kPair<T>;
-  T* raw = scratch<T>(s, kRaw, 4 * d);
-  const bool plain = is_plain<T>(p.c) && d == p.D;
-  for (int v = 0; v < kTile; v += 4) {
-    const uint32_t* row[4];
-    for (int i = 0; i < 4; ++i) {
+  const bool widen = sizeof(T) == 4 && p.c.dtype == DType::kBFloat16 && p.c.col_stride == 1;
+  const bool plain = widen || (is_plain<T>(p.c) && d == p.D);
+  T* raw = scratch<T>(s, kRaw, kLanes * d);
+  for (int v = 0; v < kTile; v += kLanes) {
+    const void* row[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
       const int64_t id = v + i < tile.valid ? column_id(p, tile.first + v + i) : -1;
       if (id >= 0 && plain) {
-        row[i] = reinterpret_cast<const uint32_t*>(static_cast<const T*>(p.c.data) +
-                                                   id * p.c.row_stride);
+        row[i] = static_cast<const char*>(p.c.data) + id * p.c.row_stride * size_of(p.c.dtype);
         continue;
       }
       T* to = raw + i * d;
       memset(to, 0, d * sizeof(T));
       if (id >= 0) load_row<T>(p.c, id, 0, p.D, to);
-      row[i] = reinterpret_cast<const uint32_t*>(to);
+      row[i] = to;
     }
-    transpose_words(row, words,
-                    reinterpret_cast<uint32_t*>(packed + v / kSlice * kSlice * d) + v % kSlice);
+    uint32_t* to = reinterpret_cast<uint32_t*>(packed + v / kSlice * kSlice * d) + v % kSlice;
+    if (widen)
+      transpose_words<bf16>(row, words, to);
+    else
+      transpose_words<uint32_t>(row, words, to);
   }
 }
 
@@ -197,13 +201,13 @@ constexpr int kTileGroups = (kTile + kGroup - 1) / kGroup;
 constexpr int64_t kPackedStrips = int64_t{kTileGroups} * kGroup * kTile;  // of one K-block
 
 // Strips [rows, kTile] as the A of a product over their rows: [K-block][group of columns][row].
-template <class T>
-const T* pack_strips(const T* strips, int64_t rows, Scratch& s) {
+template <class T, class S>
+const T* pack_strips(const S* strips, int64_t rows, Scratch& s) {
   constexpr int kWords = kTileGroups * kGroup;
   T* packed = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kPackedStrips);
   alignas(64) T line[kWords * kPair<T>] = {};
   for (int64_t r = 0; r < rows; r += kPair<T>) {
-    const T* even = strips + r * kTile;
+    const S* even = strips + r * kTile;
     for (int i = 0; i < kTile; i += kSlice)
       interleave(even + i, r + 1 < rows ? even + kTile + i : nullptr, line + kPair<T> * i);
     T* to = packed + r / kTile * kPackedStrips + r % kTile * kGroup;
@@ -211,6 +215,18 @@ const T* pack_strips(const T* strips, int64_t rows, Scratch& s) {
       memcpy(to + g * kGroup * kTile, line + g * kGroup * kPair<T>, kGroup * kPair<T> * sizeof(T));
   }
   return packed;
+}
+
+// At most kBlockRows strips as the A of a product over their columns.
+template <class T, class S>
+const T* widen_strips(const S* strips, int64_t rows, Scratch& s) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    return strips;
+  } else {
+    T* wide = scratch<T>(s, kBlockA, kBlockRows * kTile);
+    for (int64_t i = 0; i < rows * kTile; i += kLanes) store(wide + i, load(strips + i));
+    return wide;
+  }
 }
 
 // kColumns columns of `rows` rows of m as slices for the micro-kernel:
@@ -238,12 +254,12 @@ T* pack_columns(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scr
 }
 
 // dC of one tile from the gradient strips [rows, kTile] of its rows, plus the compensation.
-template <class T, class RowAt>
-void write_dc(const GradTask& task, int64_t index, const T* strips, int64_t rows, RowAt row_at,
+template <class T, class S, class RowAt>
+void write_dc(const GradTask& task, int64_t index, const S* strips, int64_t rows, RowAt row_at,
               Scratch& s) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
-  const T* a = pack_strips(strips, rows, s);
+  const T* a = pack_strips<T>(strips, rows, s);
   float* sums = scratch<float>(s, kSums, kTile * kColumns);
   const float* profile = task.push ? task.profile + tile.first : nullptr;
   for (int64_t column = 0; column < p.D; column += kColumns) {
@@ -261,7 +277,7 @@ void write_dc(const GradTask& task, int64_t index, const T* strips, int64_t rows
       float* x = sums + v * kColumns;
       const int64_t at = column_id(p, tile.first + v) * p.D + column;
       if (task.push) {
-        const float* push = task.push + index * padded(p.D) + column;
+        const float* push = task.push + index % kTile * padded(p.D) + column;
         for (int64_t i = 0; i < width; ++i) x[i] += profile[v] * push[i];
       }
       if (task.dc_sum) {
@@ -288,7 +304,7 @@ void write_dbias(const GradTask& task, int64_t index, const float* sums) {
 }
 
 // Recompute the kept strips of a tile, turn them into gradients, finish the tile's dC and dbias.
-template <class T>
+template <class T, class S>
 void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
   const Problem& p = *task.problem;
   const RowCoefficients& coef = task.coef;
@@ -296,7 +312,7 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
   const int32_t* list = task.list + task.begin[index];
   const int64_t kept = task.begin[index + 1] - task.begin[index];
   const bool want_dc = task.dc || task.dc_sum;
-  T* slots = static_cast<T*>(task.strips) + (task.begin[index] - task.slot0) * kTile;
+  S* slots = static_cast<S*>(task.strips) + (task.begin[index] - task.slot0) * kTile;
   float* bias = scratch<float>(s, kSmall, 3 * kTile);
   float *weights = bias + kTile, *bias_sums = weights + kTile;
   gather(p, tile, p.bias, bias);
@@ -314,7 +330,7 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
                      coef.mean ? coef.mean[row] : 0.0f,
                      coef.class_coef ? coef.class_coef[row] : 0.0f, weights,
                      target_in(p, tile, row), g);
-      T* slot = slots + (first + r) * kTile;
+      S* slot = slots + (first + r) * kTile;
       for (int i = 0; i < kTile; i += kLanes) {
         const Vf x = load(g + i);
         store(bias_sums + i, load(bias_sums + i) + x);
@@ -327,11 +343,11 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
 }
 
 // dE[kept rows, 128 columns] += G C for the tiles of one batch.
-template <class T>
-void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t column, Scratch& s) {
+template <class T, class S>
+void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t column, float* de,
+                Scratch& s) {
   const Problem& p = *task.problem;
   float* sums = scratch<float>(s, kSums, kBlockRows * kColumns);
-  float* de = task.de + column * p.n;
   // with every row kept, 512 x 128 x 4 B of sums stay in L2 while the tiles pass
   const int64_t span = task.list ? p.n : 512;
   for (int64_t row0 = 0; row0 < p.n; row0 += span)
@@ -343,13 +359,14 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
       const T* b = pack_columns<T>(
           p.c, column, kTile,
           [&](int64_t v) { return v < tile.valid ? column_id(p, tile.first + v) : -1; }, s);
-      const T* g = static_cast<const T*>(task.strips) + (begin - task.slot0) * kTile;
+      const S* g = static_cast<const S*>(task.strips) + (begin - task.slot0) * kTile;
       for (int64_t first = row0; first < last; first += kBlockRows) {
         const int64_t rows = least(kBlockRows, last - first);
-        const T* a = g + first * kTile;
+        const T* a = widen_strips<T>(g + first * kTile, rows, s);
         if (!task.list) {
+          const T* next = sizeof(T) == sizeof(S) ? a + rows * kTile : nullptr;
           block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile,
-                           de + first * kColumns, kColumns, true);
+                           de + first * kColumns, kColumns, true, next);
           continue;
         }
         block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile, sums, kColumns,
@@ -364,7 +381,7 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
 }
 
 // First half of the three-product form: strips hold exp(s - max) ds/da before lse is known.
-template <class T>
+template <class T, class S>
 void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile0, int64_t tile1,
                 Scratch& s) {
   const int64_t tiles = tile1 - tile0;
@@ -382,7 +399,7 @@ void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile
         strip_logits(p.map, bias + t * kTile, tile.valid, x);
         record(p, out, tile, tile0 + t, row + r, nullptr, x);
         const float base = out.max[at] == -kInfinity ? 0.0f : out.max[at];
-        T* slot = static_cast<T*>(all) + at * kTile;
+        S* slot = static_cast<S*>(all) + at * kTile;
         for (int i = 0; i < kTile; i += kLanes) {
           const Vf v = load(x + i), u = v * p.map.t_over_cap, e = exp(v - base);
           store(slot + i, e > 0.0f || e != e ? e * (1.0f - u * u) * p.map.inv_t : Vf{});
@@ -392,18 +409,18 @@ void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile
 }
 
 // Second half: lse is known, so scale the strips to G in place, then dC and dbias of the tile.
-template <class T>
+template <class T, class S>
 void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t index, Scratch& s) {
   const Problem& p = *task.problem;
   const RowCoefficients& coef = task.coef;
   const Tile tile = tile_at(p, index);
   const bool want_dc = task.dc || task.dc_sum;
-  T* slots = static_cast<T*>(task.strips) + index * p.n * kTile;
+  S* slots = static_cast<S*>(task.strips) + index * p.n * kTile;
   float* bias_sums = scratch<float>(s, kSmall, kTile);
   memset(bias_sums, 0, kTile * sizeof(float));
   const float inv_scale = 1.0f / p.map.scale;
   for (int64_t row = 0; row < p.n; ++row) {
-    T* slot = slots + row * kTile;
+    S* slot = slots + row * kTile;
     const float top = stats.max[index * p.n + row], base = top == -kInfinity ? 0.0f : top;
     const Vf factor = exp(set1(base - coef.lse[row])) * coef.a[row] * p.map.scale;
     const int target = target_in(p, tile, row);
@@ -427,7 +444,7 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
 void tile_mean(const Problem& p, const float* profile, float* mean, int64_t index, Scratch& s) {
   const Tile tile = tile_at(p, index);
   float* row = scratch<float>(s, kRaw, p.D);
-  float* to = mean + index * padded(p.D);
+  float* to = mean + index % kTile * padded(p.D);
   memset(to, 0, padded(p.D) * sizeof(float));
   for (int v = 0; v < tile.valid; ++v) {
     load_row<float>(p.c, column_id(p, tile.first + v), 0, p.D, row);
@@ -436,51 +453,51 @@ void tile_mean(const Problem& p, const float* profile, float* mean, int64_t inde
   }
 }
 
-// push[tiles, 128 columns] = mass [tiles, n] . E
-void push_columns(const Problem& p, const float* mass, float* push, int64_t column, Scratch& s) {
-  const int64_t stride = padded(p.D);
+// push[tiles of the group, 128 columns] = mass [tiles, n] . E
+void push_columns(const Problem& p, const float* mass, float* push, int64_t tile0, int64_t column,
+                  Scratch& s) {
+  const int64_t stride = padded(p.D), tiles = least(kTile, p.tiles - tile0);
   float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
   for (int64_t k = 0; k < p.n; k += kTile) {
     const int64_t step = least(kTile, p.n - k);
     const float* b =
         pack_columns<float>(p.e, column, step, [&](int64_t r) { return p.rows[k + r]; }, s);
-    for (int64_t tile = 0; tile < p.tiles; tile += kBlockRows) {
-      const int64_t rows = least(kBlockRows, p.tiles - tile);
+    for (int64_t tile = 0; tile < tiles; tile += kBlockRows) {
+      const int64_t rows = least(kBlockRows, tiles - tile);
       for (int64_t r = 0; r < rows; ++r)
-        memcpy(a + r * kTile, mass + (tile + r) * p.n + k, step * sizeof(float));
+        memcpy(a + r * kTile, mass + (tile0 + tile + r) * p.n + k, step * sizeof(float));
       block_product<float>(rows, kColumns / kSlice, step, a, b, kSlice * kTile,
                            push + tile * stride + column, stride, k > 0);
     }
   }
 }
 
-// dE[128 columns][n] = mass^T . mean [tiles, D]
-void pull_columns(const Problem& p, const float* mass, const float* mean, float* de, int64_t column,
-                  Scratch& s) {
-  const int64_t stride = padded(p.D);
-  const Matrix means{mean, DType::kFloat32, p.tiles, stride, stride, 1};
+// dE[n, 128 columns] += mass^T . mean [tiles of the group, D]
+void pull_columns(const Problem& p, const float* mass, const float* mean, float* de, int64_t tile0,
+                  int64_t column, Scratch& s) {
+  const int64_t stride = padded(p.D), tiles = least(kTile, p.tiles - tile0);
+  const Matrix means{mean, DType::kFloat32, tiles, stride, stride, 1};
   float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
-  for (int64_t k = 0; k < p.tiles; k += kTile) {
-    const int64_t step = least(kTile, p.tiles - k);
-    const float* b = pack_columns<float>(means, column, step, [&](int64_t r) { return k + r; }, s);
-    for (int64_t row = 0; row < p.n; row += kBlockRows) {
-      const int64_t rows = least(kBlockRows, p.n - row);
-      for (int64_t t = 0; t < step; ++t)
-        for (int64_t r = 0; r < rows; ++r) a[r * kTile + t] = mass[(k + t) * p.n + row + r];
-      block_product<float>(rows, kColumns / kSlice, step, a, b, kSlice * kTile,
-                           de + column * p.n + row * kColumns, kColumns, k > 0);
-    }
+  const float* b = pack_columns<float>(means, column, tiles, [](int64_t r) { return r; }, s);
+  for (int64_t row = 0; row < p.n; row += kBlockRows) {
+    const int64_t rows = least(kBlockRows, p.n - row);
+    for (int64_t t = 0; t < tiles; ++t)
+      for (int64_t r = 0; r < rows; ++r) a[r * kTile + t] = mass[(tile0 + t) * p.n + row + r];
+    block_product<float>(rows, kColumns / kSlice, tiles, a, b, kSlice * kTile, de + row * kColumns,
+                         kColumns, true);
   }
 }
 
+// What bfloat16 is multiplied in; strips are kept as strip_type says.
 #if defined(__AVX512BF16__)
-#define GEMMA_EXT_COMPUTE(storage, call) \
-  ((storage) == DType::kBFloat16 ? (call<bf16>) : (call<float>))
-int64_t compute_size(DType storage) { return storage == DType::kBFloat16 ? 2 : 4; }
+using Narrow = bf16;
 #else
-#define GEMMA_EXT_COMPUTE(storage, call) (call<float>)
-int64_t compute_size(DType) { return 4; }
+using Narrow = float;
 #endif
+#define GEMMA_EXT_COMPUTE(storage, call) \
+  ((storage) == DType::kBFloat16 ? (call<Narrow>) : (call<float>))
+#define GEMMA_EXT_STRIPS(storage, call) \
+  ((storage) == DType::kBFloat16 ? (call<Narrow, bf16>) : (call<float, float>))
 
 #define GEMMA_EXT_QUOTE(x) #x
 #define GEMMA_EXT_NAME(x) GEMMA_EXT_QUOTE(x)
@@ -490,8 +507,6 @@ int64_t compute_size(DType) { return 4; }
 extern const Kernels kKernels;
 const Kernels kKernels = {
     GEMMA_EXT_NAME(GEMMA_EXT_ISA),
-    kLanes,
-    compute_size,
     [](const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1, int64_t row0,
        int64_t row1, Scratch& s) {
       GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile0, tile1, row0, row1, s);
@@ -501,15 +516,15 @@ const Kernels kKernels = {
       GEMMA_EXT_COMPUTE(p.c.dtype, column_rows)(p, lse, eps, count, prob, tile, s);
     },
     [](const GradTask& t, int64_t tile, Scratch& s) {
-      GEMMA_EXT_COMPUTE(t.problem->c.dtype, grad_rows)(t, tile, s);
+      GEMMA_EXT_STRIPS(t.problem->c.dtype, grad_rows)(t, tile, s);
     },
-    [](const GradTask& t, int64_t tile0, int64_t tile1, int64_t column, Scratch& s) {
-      GEMMA_EXT_COMPUTE(t.problem->c.dtype, grad_block)(t, tile0, tile1, column, s);
+    [](const GradTask& t, int64_t tile0, int64_t tile1, int64_t column, float* de, Scratch& s) {
+      GEMMA_EXT_STRIPS(t.problem->c.dtype, grad_block)(t, tile0, tile1, column, de, s);
     },
     [](const Problem& p, const StripStats& out, void* strips, int64_t tile0, int64_t tile1,
-       Scratch& s) { GEMMA_EXT_COMPUTE(p.c.dtype, fused_rows)(p, out, strips, tile0, tile1, s); },
+       Scratch& s) { GEMMA_EXT_STRIPS(p.c.dtype, fused_rows)(p, out, strips, tile0, tile1, s); },
     [](const GradTask& t, const StripStats& stats, int64_t tile, Scratch& s) {
-      GEMMA_EXT_COMPUTE(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
+      GEMMA_EXT_STRIPS(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
     },
     tile_mean,
     push_columns,

@@ -9,6 +9,8 @@
 
 namespace gemma_ext::cce {
 
+inline const Kernels& kernels() { return *chosen_kernels(); }
+
 // Deals tasks to torch's threads, one Scratch per thread. Every task writes memory of its own, so
 // results do not depend on who ran it.
 class Workers {
