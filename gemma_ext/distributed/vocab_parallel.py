@@ -22,12 +22,11 @@ from gemma_ext.distributed._shards import (
     vocab_shard_range,
 )
 from gemma_ext.ops import _cce_inputs as inputs
-from gemma_ext.ops.cce import (
-    FilterStats,
+from gemma_ext.ops._cce_losses import (
     LinearCrossEntropyOutput,
-    _coefficients,
-    _per_token,
-    _reciprocal,
+    assemble,
+    smoothing_weights,
+    weigh_tokens,
 )
 from gemma_ext.reference.cce import check_labels
 
@@ -110,25 +109,23 @@ def vocab_parallel_linear_cross_entropy(
         reduction, label_smoothing, token_weights, targets, num_items_in_batch, z_loss
     )
 
-    steps = inputs.resolve_shift(shift, targets)
-    labels = inputs.shift_left(targets, steps, ignore_index)
+    tokens = weigh_tokens(
+        e,
+        targets,
+        shift=shift,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        weight=weight,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+    )
     if validate:
-        check_labels(labels, shard.vocab_size, ignore_index, offset=steps)
-    shape, flat = labels.shape, labels.reshape(-1)
-    valid = flat != ignore_index
-    coef, class_coef = _coefficients(e, flat, valid, weight, token_weights, steps)
-    if reduction == "mean":
-        items = class_coef.sum() if num_items_in_batch is None else num_items_in_batch
-        scale = _reciprocal(items, coef)
-        coef, class_coef = coef * scale, class_coef * scale
-
-    smoothing = None
-    if label_smoothing:
-        smoothing = coef.new_ones(shard.vocab_size) if weight is None else weight.to(coef.dtype)
-    r = vocab_parallel_rows(
+        check_labels(tokens.labels, shard.vocab_size, ignore_index, offset=tokens.steps)
+    smoothing = smoothing_weights(tokens, shard.vocab_size, weight, label_smoothing)
+    rows = vocab_parallel_rows(
         e.reshape(-1, e.shape[-1]),
         c,
-        flat,
+        tokens.labels,
         bias,
         shard,
         class_weight=None if smoothing is None else smoothing[shard.start : shard.stop],
@@ -143,27 +140,17 @@ def vocab_parallel_linear_cross_entropy(
         filter_eps=filter_eps,
         state=state,
     )
-    loss = class_coef * r.nll
-    if smoothing is not None:
-        spread = smoothing.sum() * r.lse - r.weighted_logit_sum
-        loss = (1 - label_smoothing) * loss
-        loss = loss + label_smoothing / shard.vocab_size * coef * spread
-    if z_loss:
-        loss = loss + z_loss * coef * r.lse**2
-    loss = _per_token(loss, shape, steps) if reduction == "none" else loss.sum()
-    if not (return_lse or return_entropy or return_argmax or return_stats):
-        return loss
-    argmax = accuracy = None
-    if return_argmax:
-        argmax = _per_token(r.argmax, shape, steps)
-        accuracy = ((r.argmax == flat) & valid).sum() / valid.sum().clamp(min=1)
-    return LinearCrossEntropyOutput(
-        loss=loss,
-        lse=_per_token(r.lse, shape, steps) if return_lse else None,
-        entropy=_per_token(r.lse - r.mean_logit, shape, steps) if return_entropy else None,
-        argmax=argmax,
-        accuracy=accuracy,
-        stats=FilterStats(r.stats) if return_stats else None,
+    return assemble(
+        tokens,
+        rows,
+        smoothing,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        return_lse=return_lse,
+        return_entropy=return_entropy,
+        return_argmax=return_argmax,
+        return_stats=return_stats,
     )
 
 

@@ -58,7 +58,7 @@ def rows(
         want_argmax,
     )
     if state is not None and wants_grad and eps:
-        state.observe(e, c, targets, bias, lse, head)
+        state.observe(e, c, targets, bias, lse, summary[3], head)
     return Rows(
         nll=nll,
         lse=lse,

@@ -19,13 +19,20 @@ with a = label smoothing, w = class weights, z = z-loss weight, t = token weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemma_ext.ops import _cce_inputs as inputs
 from gemma_ext.ops import _cce_kernels
+from gemma_ext.ops._cce_losses import (
+    FilterStats,
+    LinearCrossEntropyOutput,
+    assemble,
+    smoothing_weights,
+    weigh_tokens,
+)
 from gemma_ext.ops.vocab_state import VocabState
 from gemma_ext.reference import cce as reference
 from gemma_ext.reference.cce import Rows
@@ -38,62 +45,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_logprobs",
 ]
-
-
-class FilterStats(NamedTuple):
-    """What the gradient filter keeps of a backward that weighs all rows the same.
-
-    Computed by the forward, which knows no upstream gradients: token weights, class weights or a
-    loss per token that is weighed later keep other strips.
-
-    Attributes:
-        values: [4] float64, the four properties in order; None where nothing is ever filtered.
-    """
-
-    values: Tensor | None
-
-    def _at(self, index: int, unfiltered: float) -> float:
-        return unfiltered if self.values is None else float(self.values[index])
-
-    @property
-    def kept_fraction(self) -> float:
-        """Strips (one row, 256 columns) that are computed, over all strips of valid rows."""
-        return self._at(0, 1.0)
-
-    @property
-    def dropped_mass(self) -> float:
-        """Probability in dropped strips, mean over valid rows; returned through tile means."""
-        return self._at(1, 0.0)
-
-    @property
-    def dropped_mass_max(self) -> float:
-        """Probability in dropped strips of the row that drops most."""
-        return self._at(2, 0.0)
-
-    @property
-    def eps(self) -> float:
-        """Threshold in use, 0 when the backward is exact."""
-        return self._at(3, 0.0)
-
-
-class LinearCrossEntropyOutput(NamedTuple):
-    """What `linear_cross_entropy` returns when a `return_*` flag is set; None where not asked.
-
-    Attributes:
-        loss: 0-d, or [..., max(T - shift, 0)] with reduction "none"; float32.
-        lse: [..., T - shift] differentiable log-sum-exp, 0 at ignored positions.
-        entropy: [..., T - shift] differentiable entropy in nats, 0 at ignored positions.
-        argmax: [..., T - shift] int64 most probable id, -1 at ignored positions.
-        accuracy: 0-d fraction of the positions not ignored whose argmax is the target.
-        stats: what the gradient filter kept.
-    """
-
-    loss: Tensor
-    lse: Tensor | None = None
-    entropy: Tensor | None = None
-    argmax: Tensor | None = None
-    accuracy: Tensor | None = None
-    stats: FilterStats | None = None
 
 
 def cce_rows(
@@ -237,16 +188,16 @@ def linear_cross_entropy(
     inputs.check_state(state, c.shape[0])
 
     e, c, bias = inputs.to_autocast(e, c, bias)
-    steps = inputs.resolve_shift(shift, targets)
-    labels = inputs.shift_left(targets, steps, ignore_index)
-    shape, flat = labels.shape, labels.reshape(-1)
-    valid = flat != ignore_index
-    coef, class_coef = _coefficients(e, flat, valid, weight, token_weights, steps)
-    if reduction == "mean":
-        items = class_coef.sum() if num_items_in_batch is None else num_items_in_batch
-        scale = _reciprocal(items, coef)
-        coef, class_coef = coef * scale, class_coef * scale
-
+    tokens = weigh_tokens(
+        e,
+        targets,
+        shift=shift,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        weight=weight,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+    )
     head = {
         "softcap": softcap,
         "logit_scale": logit_scale,
@@ -254,10 +205,8 @@ def linear_cross_entropy(
         "ignore_index": ignore_index,
     }
     rows_e = e.reshape(-1, e.shape[-1])
-    returns = return_lse or return_entropy or return_argmax or return_stats
     if (
         impl != "reference"
-        and _is_exact(impl, filter_eps)
         # gradients stored before a loss scale is applied would underflow in float16
         and e.dtype != torch.float16
         and reduction != "none"
@@ -265,21 +214,28 @@ def linear_cross_entropy(
         and not (return_lse or return_entropy or return_argmax)
         and _needs_grad(e, c, bias)
         and not _needs_grad(weight, token_weights, num_items_in_batch)
+        and (_is_exact(impl, filter_eps) or _may_skip(state, filter_eps))
     ):
         loss, _, _ = _call(
-            _cce_kernels.fused_loss, steps, rows_e, c, flat, bias, class_coef, z_loss * coef, **head
+            _cce_kernels.fused_loss,
+            tokens.steps,
+            rows_e,
+            c,
+            tokens.labels,
+            bias,
+            tokens.class_coef,
+            z_loss * tokens.coef,
+            **head,
         )
         if return_stats:
             return LinearCrossEntropyOutput(loss=loss, stats=FilterStats(None))
         return loss
 
-    smoothing = None
-    if label_smoothing:
-        smoothing = coef.new_ones(c.shape[0]) if weight is None else weight.to(coef.dtype)
-    r = cce_rows(
+    smoothing = smoothing_weights(tokens, c.shape[0], weight, label_smoothing)
+    rows = cce_rows(
         rows_e,
         c,
-        flat,
+        tokens.labels,
         bias,
         class_weight=smoothing,
         filter_eps=filter_eps,
@@ -287,29 +243,20 @@ def linear_cross_entropy(
         state=state,
         want_entropy=return_entropy,
         want_argmax=return_argmax,
-        label_offset=steps,
+        label_offset=tokens.steps,
         **head,
     )
-    loss = class_coef * r.nll
-    if smoothing is not None:
-        spread = smoothing.sum() * r.lse - r.weighted_logit_sum
-        loss = (1 - label_smoothing) * loss + label_smoothing / c.shape[0] * coef * spread
-    if z_loss:
-        loss = loss + z_loss * coef * r.lse**2
-    loss = _per_token(loss, shape, steps) if reduction == "none" else loss.sum()
-    if not returns:
-        return loss
-    argmax = accuracy = None
-    if return_argmax:
-        argmax = _per_token(r.argmax, shape, steps)
-        accuracy = ((r.argmax == flat) & valid).sum() / valid.sum().clamp(min=1)
-    return LinearCrossEntropyOutput(
-        loss=loss,
-        lse=_per_token(r.lse, shape, steps) if return_lse else None,
-        entropy=_per_token(r.lse - r.mean_logit, shape, steps) if return_entropy else None,
-        argmax=argmax,
-        accuracy=accuracy,
-        stats=FilterStats(r.stats) if return_stats else None,
+    return assemble(
+        tokens,
+        rows,
+        smoothing,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        reduction=reduction,
+        return_lse=return_lse,
+        return_entropy=return_entropy,
+        return_argmax=return_argmax,
+        return_stats=return_stats,
     )
 
 
@@ -337,12 +284,20 @@ def linear_logprobs(
     """
     inputs.check_problem(e, c, targets, bias, impl, filter_eps)
     inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
-    steps = inputs.resolve_shift(shift, targets)
-    labels = inputs.shift_left(targets, steps, ignore_index)
-    r = cce_rows(
+    tokens = weigh_tokens(
+        e,
+        targets,
+        shift=shift,
+        ignore_index=ignore_index,
+        reduction="none",
+        weight=None,
+        token_weights=None,
+        num_items_in_batch=None,
+    )
+    rows = cce_rows(
         e.reshape(-1, e.shape[-1]),
         c,
-        labels.reshape(-1),
+        tokens.labels,
         bias,
         softcap=softcap,
         logit_scale=logit_scale,
@@ -352,10 +307,10 @@ def linear_logprobs(
         impl=impl,
         state=state,
         want_entropy=True,
-        label_offset=steps,
+        label_offset=tokens.steps,
     )
-    entropy = _per_token(r.lse - r.mean_logit, labels.shape, steps)
-    return _per_token(-r.nll, labels.shape, steps), entropy
+    entropy = tokens.unflatten(rows.lse - rows.mean_logit)
+    return tokens.unflatten(-rows.nll), entropy
 
 
 def _call(call: Callable[..., Any], label_offset: int, *args: Any, **options: Any) -> Any:
@@ -377,41 +332,13 @@ def _is_exact(impl: str, filter_eps: float | str | None) -> bool:
     return impl == "exact" or not filter_eps
 
 
+def _may_skip(state: VocabState | None, filter_eps: float | str | None) -> bool:
+    # a traced graph takes the same path in every call
+    compiling = torch.compiler.is_compiling()
+    return state is not None and filter_eps == "auto" and not compiling and state.skip()
+
+
 def _needs_grad(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in tensors
     )
-
-
-def _per_token(values: Tensor, shape: torch.Size, steps: int) -> Tensor:
-    """[N] values in the shape of the targets, without the `steps` positions lost to the shift."""
-    values = values.reshape(shape)
-    return values[..., :-steps] if steps else values
-
-
-def _coefficients(
-    e: Tensor,
-    labels: Tensor,
-    valid: Tensor,
-    weight: Tensor | None,
-    token_weights: Tensor | None,
-    steps: int,
-) -> tuple[Tensor, Tensor]:
-    """[N] token weights t_n and t_n * weight[label_n], both 0 in ignored rows."""
-    coef = valid.to(torch.float64 if e.dtype == torch.float64 else torch.float32)
-    if token_weights is not None:
-        shifted = inputs.shift_left(token_weights, steps, 0).reshape(-1).to(coef.dtype)
-        coef = torch.where(valid, shifted, torch.zeros_like(shifted))
-    if weight is None:
-        return coef, coef
-    # clamped: a label out of range is reported by the op itself
-    index = labels.clamp(0, weight.shape[0] - 1).long()
-    return coef, coef * weight.to(coef.dtype)[index]
-
-
-def _reciprocal(items: int | Tensor, like: Tensor) -> float | Tensor:
-    """1 / items, and 1 for no items at all, so that an empty batch has loss 0."""
-    if not isinstance(items, Tensor):
-        return 1.0 / (items or 1)
-    items = items.to(like.device, like.dtype).reshape(())
-    return 1.0 / torch.where(items == 0, torch.ones_like(items), items)

@@ -29,6 +29,8 @@ class VocabState(nn.Module):
         count, prob: [V] float32 running means over rows: share of rows that need the column, and
             its probability.
         steps: 0-d int64, calls seen.
+        flat: 0-d bool, whether "auto" found too little to drop when it last looked; until the next
+            refresh its calls go straight to the exact form, three matrix products instead of four.
     """
 
     def __init__(
@@ -47,6 +49,14 @@ class VocabState(nn.Module):
         self.register_buffer("count", torch.zeros(vocab_size))
         self.register_buffer("prob", torch.zeros(vocab_size))
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("flat", torch.zeros((), dtype=torch.bool))
+
+    def skip(self) -> bool:
+        """Whether this call may go straight to the exact form; it then counts as seen."""
+        if not self.flat or int(self.steps) % self.refresh_every == 0:
+            return False
+        self.steps += 1
+        return True
 
     def observe(
         self,
@@ -55,14 +65,16 @@ class VocabState(nn.Module):
         targets: Tensor,
         bias: Tensor | None,
         lse: Tensor,
+        eps: Tensor,
         head: tuple[float, float, float, int],
     ) -> None:
         """Refresh from e [N, D] on every `refresh_every`-th call; the next call uses the result.
 
-        Writes into the buffers: a forward hands copies of them to its backward.
+        Writes into the buffers: a forward hands copies of them to its backward. `eps` is the
+        threshold that the filter took, 0-d, 0 where it gave way to the exact form.
         """
         bias = None if bias is None else bias.detach()
-        buffers = (self.order, self.count, self.prob, self.steps)
+        buffers = (self.order, self.count, self.prob, self.steps, self.flat)
         _observe(
             *buffers,
             e.detach(),
@@ -70,6 +82,7 @@ class VocabState(nn.Module):
             targets,
             bias,
             lse.detach(),
+            eps,
             *head,
             self.eps,
             self.refresh_every,
@@ -79,18 +92,20 @@ class VocabState(nn.Module):
 
 # An op of its own, so that a traced graph keeps the counting and the branches out of sight.
 @torch.library.custom_op(
-    "gemma_ext::vocab_state_observe", mutates_args=("order", "count", "prob", "steps")
+    "gemma_ext::vocab_state_observe", mutates_args=("order", "count", "prob", "steps", "flat")
 )
 def _observe(
     order: Tensor,
     count: Tensor,
     prob: Tensor,
     steps: Tensor,
+    flat: Tensor,
     e: Tensor,
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None,
     lse: Tensor,
+    chosen_eps: Tensor,
     softcap: float,
     logit_scale: float,
     temperature: float,
@@ -101,6 +116,7 @@ def _observe(
 ) -> None:
     due = int(steps) % refresh_every == 0
     steps += 1
+    flat.copy_(chosen_eps == 0)
     if not due:
         return
     head = (softcap, logit_scale, temperature, ignore_index)

@@ -105,7 +105,8 @@ def test_state_travels_with_the_state_dict():
     trained = LinearCrossEntropy(**options)
     train(trained)
     saved = copy.deepcopy(trained.state_dict())
-    assert set(saved) == {"state.order", "state.count", "state.prob", "state.steps"}
+    names = ("order", "count", "prob", "steps", "flat")
+    assert set(saved) == {f"state.{name}" for name in names}
     assert sorted(saved["state.order"].tolist()) == list(range(4096))
     assert not torch.equal(saved["state.order"], torch.arange(4096))
 

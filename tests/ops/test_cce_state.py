@@ -8,6 +8,7 @@ from cce_filter_oracle import filtered, gap_eps, zipf_problem
 from cce_oracle import IGNORE, assert_close, expected, gradients, run, scores
 
 from gemma_ext import VocabState, linear_cross_entropy
+from gemma_ext.ops import _cce_kernels
 
 V = 2300
 
@@ -125,3 +126,31 @@ def test_learned_order_groups_the_columns_in_use():
         errors.append((got["c"].double() - exact["c"]).norm() / exact["c"].norm())
     assert kept[1] < 0.5 * kept[0]
     assert errors[1] < 0.05
+
+
+def test_flat_rows_go_straight_to_the_exact_form_between_refreshes(monkeypatch):
+    fused = []
+
+    def counted(*args, **options):
+        fused.append(len(fused))
+        return whole(*args, **options)
+
+    whole = _cce_kernels.fused_loss
+    monkeypatch.setattr(_cce_kernels, "fused_loss", counted)
+    flat = zipf_problem(40, 24, 600, spread=0.1, alpha=0.1, seed=5)  # every p is above 2^-10
+    sharp = zipf_problem(40, 24, 600, spread=1.0, alpha=4.0, seed=6)
+    state = VocabState(600, refresh_every=4)
+    _, exact = expected(flat)
+    calls = []
+    for _ in range(6):
+        _, got = run(linear_cross_entropy, flat, state=state)
+        calls.append(len(fused))
+        for name in got:
+            assert_close(got[name], exact[name], rtol=2e-5, what=name)
+    assert calls == [0, 1, 2, 3, 3, 4]
+    for _ in range(6):
+        run(linear_cross_entropy, sharp, state=state)
+        calls.append(len(fused))
+    assert calls[6:] == [5, 6, 6, 6, 6, 6]  # from the next refresh on the filter pays
+    assert int(state.steps) == 12
+    assert not state.flat
