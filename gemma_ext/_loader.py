@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,10 +82,28 @@ def _load_library(path: Path) -> None:
             f"the op library is missing: expected {path}; build it with `make build`, or install "
             "with `pip install --no-build-isolation .`"
         )
+    if not _is_whole(path):
+        raise ImportError(f"{path} is truncated: build or install it again")
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(_link_failure(path, error)) from error
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an ELF file reaches to its section table, which comes last: mapping one that does not
+    kills the process. Other formats are left to the linker."""
+    with path.open("rb") as f:
+        header = f.read(64)
+    if len(header) < 64:
+        return False
+    if header[:5] != b"\x7fELF\x02":
+        return True
+    (offset,), (entry, count) = (
+        struct.unpack_from("<Q", header, 40),  # e_shoff
+        struct.unpack_from("<HH", header, 58),  # e_shentsize, e_shnum
+    )
+    return path.stat().st_size >= offset + entry * count
 
 
 def _link_failure(path: Path, error: OSError) -> str:

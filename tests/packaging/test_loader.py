@@ -87,6 +87,14 @@ def test_file_that_is_no_library_keeps_the_linkers_text(python, tmp_path):
     assert "invalid ELF header" in done.stdout
 
 
+def test_truncated_library_is_named_before_it_is_mapped(python, root, tmp_path):
+    whole = (root / "gemma_ext" / "_C.so").read_bytes()
+    (tmp_path / "_C.so").write_bytes(whole[: len(whole) // 2])
+    done = python(IMPORT_AND_REPORT, GEMMA_EXT_LIB_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "_C.so is truncated: build or install it again" in done.stdout
+
+
 def test_old_torch_is_named(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1")
     with pytest.raises(ImportError, match=r"needs torch >= 2\.10, got 2\.9\.1"):
