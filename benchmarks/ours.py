@@ -56,7 +56,7 @@ def _make(impl: str, *, stateful: bool = False) -> Callable[[Case, Warm], Step]:
 SUBJECTS = [
     Subject("cce", _make("cce"), ours=True, bar="filtered"),
     Subject("cce+state", _make("cce", stateful=True), ours=True, bar="filtered"),
-    Subject("exact", _make("exact"), ours=True, bar="exact"),
+    Subject("exact", _make("exact"), ours=True, fused=True, bar="exact"),
     Subject("auto", _make("auto"), ours=True),
     Subject("reference", _make("reference"), ours=True),
 ]

@@ -23,4 +23,4 @@ def make(case: Case, warm: Warm) -> Plain:
     return Plain(lambda e, c, targets: F.linear_cross_entropy(e, c, targets, options=options))
 
 
-SUBJECTS = [Subject("torch-lce", make, refuse=refuse, capped=False)]
+SUBJECTS = [Subject("torch-lce", make, refuse=refuse, capped=False, fused=True)]

@@ -101,6 +101,7 @@ class Subject:
         refuse: a sentence when the case cannot run here, else None.
         capped: False when the implementation has no softcap and is run without it.
         ours: True for gemma_ext.
+        fused: True when the forward already makes the gradients.
         settle: True when the first full-size call must not count (it compiles).
         bar: name of the speed bar that applies, "filtered", "exact" or None.
     """
@@ -110,5 +111,6 @@ class Subject:
     refuse: Callable[[Case], str | None] = no_objection
     capped: bool = True
     ours: bool = False
+    fused: bool = False
     settle: bool = False
     bar: str | None = None

@@ -110,9 +110,9 @@ def run(
 
 
 def _fast_dtype() -> str:
-    """bf16 where the processor multiplies it, fp32 elsewhere."""
+    """bf16 where torch has kernels for it, fp32 elsewhere."""
     _loader.load()
-    return "bf16" if torch.ops.gemma_ext.cpu_isa() == "avx512bf16" else "fp32"
+    return "bf16" if torch.ops.gemma_ext.cpu_isa().startswith("avx512") else "fp32"
 
 
 def _short(key: dict[str, Any]) -> str:
