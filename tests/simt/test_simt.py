@@ -20,6 +20,11 @@ DEVICE_CODE = {
         ["mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4", "cp.async.cg.shared"],
         ["HMMA.16816", "LDSM", "LDGSTS"],
     ),
+    "tile": (
+        "80",
+        ["mma.sync.aligned.m16n8k16", "ldmatrix.sync.aligned.m8n8.x4.trans", "cp.async.cg.shared"],
+        ["HMMA.16816.F32.BF16", "HMMA.16816.F32 ", "LDSM.16.MT88.4", "LDGSTS"],
+    ),
     "async": (
         "90a",
         [

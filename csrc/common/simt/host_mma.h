@@ -68,7 +68,7 @@ void store_matrices(const char* op, void* row, const uint32_t (&r)[kCount], cons
 
 inline void land(const Copy& copy) {
   uint8_t line[16] = {};
-  memcpy(line, copy.from, copy.bytes);
+  if (copy.bytes > 0) memcpy(line, copy.from, copy.bytes);  // an empty source may be null
   memcpy(copy.to, line, 16);
 }
 

@@ -25,6 +25,7 @@
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 #else
 #define KERNEL inline
 #define KERNEL_BOUNDS(threads, blocks) inline
@@ -32,6 +33,7 @@
 #define HOST_DEVICE inline
 #define GRID_CONSTANT
 #define UNROLL
+#define NO_UNROLL
 #endif
 
 namespace gemma_ext::simt {
