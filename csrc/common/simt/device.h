@@ -35,6 +35,8 @@ Status launch_cluster(void (*kernel)(Params), int grid, int block, int cluster, 
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+inline const char* status_text(Status status) { return cudaGetErrorString(status); }
+
 template <class Params>
 Status launch(void (*kernel)(Params), int grid, int block, int shared_bytes, Stream stream,
               const std::type_identity_t<Params>& params) {
@@ -88,6 +90,7 @@ DEVICE T shfl_down(T x, int delta, unsigned mask = kFullMask) {
 DEVICE unsigned ballot(bool predicate, unsigned mask = kFullMask) {
   return __ballot_sync(mask, predicate);
 }
+DEVICE int popcount(unsigned x) { return __popc(x); }
 DEVICE bool any(bool predicate, unsigned mask = kFullMask) { return __any_sync(mask, predicate); }
 DEVICE bool all(bool predicate, unsigned mask = kFullMask) { return __all_sync(mask, predicate); }
 

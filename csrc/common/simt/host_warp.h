@@ -159,6 +159,8 @@ Status launch_cluster(void (*kernel)(Params), int grid, int block, int cluster, 
   return 0;
 }
 
+inline const char* status_text(Status) { return "no error"; }
+
 template <class Params>
 Status launch(void (*kernel)(Params), int grid, int block, int shared_bytes, Stream stream,
               const std::type_identity_t<Params>& params) {
@@ -256,6 +258,7 @@ inline unsigned ballot(bool predicate, unsigned mask = kFullMask, Where where = 
   for (int l = 0; l < 32; ++l) result |= static_cast<unsigned>(votes.all[l]) << l;
   return result & mask;
 }
+inline int popcount(unsigned x) { return __builtin_popcount(x); }
 inline bool any(bool predicate, unsigned mask = kFullMask, Where where = Where::current()) {
   return ballot(predicate, mask, where) != 0;
 }
