@@ -125,9 +125,10 @@ inline void store_tile(const char* op, const Tile& tile, const void* from, bool 
                        const Where& where) {
   const size_t offset = tile_offset(tile, from, op, where);
   Fiber& me = self();
-  const std::shared_ptr<BulkGroup> group = me.open_bulk;
-  ++group->reads;
-  ++group->writes;
+  const size_t group = me.bulk_commits;
+  if (me.bulk_groups.size() == group) me.bulk_groups.emplace_back();
+  ++me.bulk_groups[group].reads;
+  ++me.bulk_groups[group].writes;
   machine->later([=, &me] {
     auto elements = std::make_shared<std::vector<std::pair<uint8_t*, uint64_t>>>();
     tile.visit(offset, [&](size_t at, uint8_t* global) {
@@ -135,7 +136,7 @@ inline void store_tile(const char* op, const Tile& tile, const void* from, bool 
       memcpy(&bits, me.block->shared + at, tile.map.element_bytes);
       if (global != nullptr) elements->push_back({global, bits});
     });
-    --group->reads;
+    --me.bulk_groups[group].reads;
     machine->wake(&me.bulk_groups);
     machine->later([=, &me] {
       for (const auto& [global, bits] : *elements) {
@@ -145,7 +146,7 @@ inline void store_tile(const char* op, const Tile& tile, const void* from, bool 
           memcpy(global, &bits, tile.map.element_bytes);
         }
       }
-      --group->writes;
+      --me.bulk_groups[group].writes;
       machine->wake(&me.bulk_groups);
     });
   });
@@ -153,9 +154,8 @@ inline void store_tile(const char* op, const Tile& tile, const void* from, bool 
 
 inline void wait_bulk(const char* op, size_t pending, int BulkGroup::* what, const Where& where) {
   Fiber& me = self();
-  const size_t done = me.bulk_groups.size() - std::min(pending, me.bulk_groups.size());
-  for (size_t i = 0; i < done; ++i) {
-    while (*me.bulk_groups[i].*what > 0) machine->wait(&me.bulk_groups, op, where);
+  for (size_t i = 0; i + pending < me.bulk_commits; ++i) {
+    while (me.bulk_groups[i].*what > 0) machine->wait(&me.bulk_groups, op, where);
   }
 }
 
@@ -275,8 +275,7 @@ inline void tma_reduce_add(const TensorMap& map, const void* from, int x, int y,
 
 inline void bulk_commit() {
   host::Fiber& me = host::self();
-  me.bulk_groups.push_back(me.open_bulk);
-  me.open_bulk = std::make_shared<host::BulkGroup>();
+  me.bulk_groups.resize(++me.bulk_commits);  // a group may be empty
 }
 // Returns when at most kPending of the caller's committed groups have not written yet, or, for
 // bulk_wait_read, have not read shared memory yet.

@@ -6,7 +6,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cstring>
@@ -22,6 +21,8 @@
 #include <type_traits>
 #include <utility>
 #include <vector>
+
+#include "host_switch.h"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -64,9 +65,9 @@ inline std::string place(const Where& where) {
 }
 
 inline void poison(void* p, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) {
-    static_cast<uint8_t*>(p)[i] = reinterpret_cast<const uint8_t*>(&kPoison)[i % 4];
-  }
+  uint8_t* to = static_cast<uint8_t*>(p);
+  for (; bytes >= 4; bytes -= 4, to += 4) memcpy(to, &kPoison, 4);
+  memcpy(to, &kPoison, bytes);
 }
 
 class Random {
@@ -84,13 +85,20 @@ class Random {
   uint64_t state_;
 };
 
+// visit(lane) for each bit of the mask
+template <class Visit>
+void for_lanes(unsigned mask, Visit visit) {
+  for (; mask != 0; mask &= mask - 1) visit(__builtin_ctz(mask));
+}
+
 struct Block;
 struct Warp;
 
 struct Copy {
   void* to;
   const void* from;
-  int bytes;  // the rest up to 16 is zero
+  int bytes;     // the rest up to 16 is zero
+  size_t group;  // its place among the commits
 };
 
 // Bulk stores of one commit group that still have to read shared memory or to write.
@@ -100,7 +108,7 @@ struct BulkGroup {
 };
 
 struct Fiber {
-  ucontext_t context;
+  Context context;
   void* stack = nullptr;
   void* fake_stack = nullptr;
   Block* block = nullptr;
@@ -111,21 +119,22 @@ struct Fiber {
   const void* channel = nullptr;  // what it waits for; null when runnable
   const char* op = "";
   Where where;
-  std::vector<Copy> open_copies;
-  std::deque<std::vector<Copy>> copy_groups;
-  std::shared_ptr<BulkGroup> open_bulk = std::make_shared<BulkGroup>();
-  std::deque<std::shared_ptr<BulkGroup>> bulk_groups;
+  std::vector<Copy> copies;  // under way, in order
+  size_t copy_commits = 0;
+  std::vector<BulkGroup> bulk_groups;  // by commit; the last one may still be open
+  size_t bulk_commits = 0;
 
   int lane() const { return thread % 32; }
 };
 
-struct Posted {
-  bool here = false;
+// Lanes of a warp on their way through the same operation at the same place.
+struct Meeting {
   const char* op = "";
   unsigned mask = 0;
   bool live_only = false;
   Where where;
-  void* io = nullptr;
+  unsigned here = 0;  // the lanes that have come
+  void* io[32];
 };
 
 // One wgmma of one warp: its 16 rows of the product.
@@ -144,15 +153,16 @@ struct Wgmma {
 
 struct Warp {
   Fiber* lanes[32];
-  Posted posted[32];
+  Meeting meetings[32];  // by the lane that came first
+  unsigned open = 0;     // the meetings that are not over
+  unsigned waiting = 0;  // the lanes in one of them
+  unsigned exited = 0;
   std::deque<std::shared_ptr<Wgmma>> wgmmas;       // in flight, in order
   std::map<float*, std::vector<float>> in_flight;  // accumulators, poisoned where they belong
   uint64_t wgmma_group = 0;
   bool wgmma_fenced = false;
 
-  bool alive() const {
-    return std::any_of(lanes, lanes + 32, [](const Fiber* f) { return !f->exited; });
-  }
+  bool alive() const { return ~exited != 0; }
 };
 
 // A barrier that counts warps: all live ones of its scope, or a number given by the arrivals.
@@ -336,7 +346,7 @@ class Machine {
     void* fake = nullptr;
     __sanitizer_start_switch_fiber(&fake, f.stack, kStackBytes);
 #endif
-    swapcontext(&scheduler_, &f.context);
+    switch_to(scheduler_, f.context);
 #if defined(SIMT_ASAN)
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 #endif
@@ -349,7 +359,7 @@ class Machine {
     __sanitizer_start_switch_fiber(f.exited ? nullptr : &f.fake_stack, scheduler_stack_,
                                    scheduler_stack_bytes_);
 #endif
-    swapcontext(&f.context, &scheduler_);
+    switch_to(f.context, scheduler_);
 #if defined(SIMT_ASAN)
     __sanitizer_finish_switch_fiber(f.fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
 #endif
@@ -365,7 +375,7 @@ class Machine {
   std::vector<std::function<void()>> agents_;
   int live_ = 0;
   std::exception_ptr error_;
-  ucontext_t scheduler_;
+  Context scheduler_;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
 };
@@ -418,7 +428,14 @@ inline void Machine::make_blocks(int first_block, size_t shared_bytes) {
 }
 
 inline void Machine::free_blocks() {
-  for (Fiber& f : fibers_) spare_stacks.push_back(f.stack);
+  for (Fiber& f : fibers_) {
+#if defined(SIMT_ASAN)
+    // of a thread that has left only the frames of its entry remain
+    const size_t used = f.exited ? size_t{4096} : kStackBytes;
+    __asan_unpoison_memory_region(static_cast<uint8_t*>(f.stack) + kStackBytes - used, used);
+#endif
+    spare_stacks.push_back(f.stack);
+  }
   for (Block& b : blocks) {
 #if defined(SIMT_ASAN)
     __asan_unpoison_memory_region(b.shared, b.shared_bytes);
@@ -440,14 +457,7 @@ inline void Machine::start(Fiber& f) {
   }
   f.stack = spare_stacks.back();
   spare_stacks.pop_back();
-#if defined(SIMT_ASAN)
-  __asan_unpoison_memory_region(f.stack, kStackBytes);
-#endif
-  getcontext(&f.context);
-  f.context.uc_stack.ss_sp = f.stack;
-  f.context.uc_stack.ss_size = kStackBytes;
-  f.context.uc_link = nullptr;
-  makecontext(&f.context, &Machine::entry, 0);
+  prepare(f.context, f.stack, kStackBytes, &Machine::entry);
   runnable_.push_back(&f);
 }
 
@@ -470,21 +480,23 @@ inline void Machine::entry() {
 inline void Machine::leave() {
   Fiber& f = *self;
   Warp& w = *f.warp;
-  for (int lane = 0; lane < 32; ++lane) {
-    const Posted& p = w.posted[lane];
-    if (!p.here || !(p.mask >> f.lane() & 1)) continue;
-    if (!p.live_only) {
-      fail(p.op, p.where,
-           text("lane ", lane, " waits for lane ", f.lane(), ", which has left the kernel"));
+  for_lanes(w.open, [&](int first) {
+    const Meeting& m = w.meetings[first];
+    if (!(m.mask >> f.lane() & 1)) return;
+    if (!m.live_only) {
+      fail(m.op, m.where,
+           text("lane ", first, " waits for lane ", f.lane(), ", which has left the kernel"));
     }
-    wake(*w.lanes[lane]);  // looks again whether all lanes that are left have come
-  }
-  const auto reads = [](const std::shared_ptr<BulkGroup>& group) { return group->reads > 0; };
-  if (reads(f.open_bulk) || std::any_of(f.bulk_groups.begin(), f.bulk_groups.end(), reads)) {
+    // these look again whether all lanes that are left have come
+    for_lanes(m.here, [&](int lane) { wake(*w.lanes[lane]); });
+  });
+  const auto reads = [](const BulkGroup& group) { return group.reads > 0; };
+  if (std::any_of(f.bulk_groups.begin(), f.bulk_groups.end(), reads)) {
     fail("exit", {}, "a bulk store of the thread still reads shared memory");
   }
   if (!w.wgmmas.empty()) fail("exit", {}, "a wgmma of the warp is in flight");
   f.exited = true;
+  w.exited |= 1u << f.lane();
   if (w.alive()) return;
   for (Barrier& b : f.block->barriers) release_if_complete(b);
   release_if_complete(cluster_barrier);

@@ -26,21 +26,20 @@ void check_row(const void* row, const char* op, const Where& where) {
 template <bool kTrans, int kCount>
 void load_matrices(const char* op, uint32_t (&r)[kCount], const void* row, const Where& where) {
   check_row<kCount>(row, op, where);
-  Exchange<const uint16_t*> rows{static_cast<const uint16_t*>(row), {}};
   struct Io {
-    Exchange<const uint16_t*>* rows;
+    const uint16_t* row;
     uint32_t* r;
-  } io{&rows, r};
-  meet(op, kFullMask, false, where, &io, [](Warp& warp) {
+  } io{static_cast<const uint16_t*>(row), r};
+  meet(op, kFullMask, false, where, &io, [](const Meeting& meeting) {
     for (int l = 0; l < 32; ++l) {
       for (int m = 0; m < kCount; ++m) {
         uint16_t pair[2];
         for (int i = 0; i < 2; ++i) {
           const int a = l / 4, b = 2 * (l % 4) + i;
           const int row = kTrans ? b : a, column = kTrans ? a : b;
-          pair[i] = io_of<Io>(warp, 8 * m + row).rows->mine[column];
+          pair[i] = io_of<Io>(meeting, 8 * m + row).row[column];
         }
-        io_of<Io>(warp, l).r[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+        io_of<Io>(meeting, l).r[m] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
       }
     }
   });
@@ -53,13 +52,13 @@ void store_matrices(const char* op, void* row, const uint32_t (&r)[kCount], cons
     uint16_t* row;
     const uint32_t* r;
   } io{static_cast<uint16_t*>(row), r};
-  meet(op, kFullMask, false, where, &io, [](Warp& warp) {
+  meet(op, kFullMask, false, where, &io, [](const Meeting& meeting) {
     for (int l = 0; l < 32; ++l) {
       for (int m = 0; m < kCount; ++m) {
         for (int i = 0; i < 2; ++i) {
           const int a = l / 4, b = 2 * (l % 4) + i;
           const int row = kTrans ? b : a, column = kTrans ? a : b;
-          io_of<Io>(warp, 8 * m + row).row[column] = half_of(io_of<Io>(warp, l).r[m], i);
+          io_of<Io>(meeting, 8 * m + row).row[column] = half_of(io_of<Io>(meeting, l).r[m], i);
         }
       }
     }
@@ -99,10 +98,10 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     const uint32_t* a;
     const uint32_t* b;
   } io{d, a, b};
-  host::meet("mma_m16n8k16", kFullMask, false, where, &io, [](host::Warp& warp) {
+  host::meet("mma_m16n8k16", kFullMask, false, where, &io, [](const host::Meeting& meeting) {
     float a[16][16], b[16][8];
     for (int l = 0; l < 32; ++l) {
-      const Io& lane = host::io_of<Io>(warp, l);
+      const Io& lane = host::io_of<Io>(meeting, l);
       for (int i = 0; i < 8; ++i) {
         const int row = l / 4 + 8 * ((i / 2) % 2), k = 2 * (l % 4) + i % 2 + 8 * (i / 4);
         a[row][k] = host::element<T>(lane.a[i / 2], i % 2);
@@ -114,9 +113,9 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     for (int l = 0; l < 32; ++l) {
       for (int i = 0; i < 4; ++i) {
         const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-        double sum = host::io_of<Io>(warp, l).d[i];
+        double sum = host::io_of<Io>(meeting, l).d[i];
         for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-        host::io_of<Io>(warp, l).d[i] = static_cast<float>(sum);
+        host::io_of<Io>(meeting, l).d[i] = static_cast<float>(sum);
       }
     }
   });
@@ -130,26 +129,24 @@ inline void cp_async(void* to, const void* from, int bytes = 16, Where where = W
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) {
     host::fail("cp_async", where, "the global address is not a multiple of 16");
   }
-  const host::Copy copy{to, from, bytes};
+  host::Fiber& me = host::self();
+  const host::Copy copy{to, from, bytes, me.copy_commits};
   if (host::machine->copy_at_issue()) return host::land(copy);
   host::poison(to, 16);
-  host::self().open_copies.push_back(copy);
+  me.copies.push_back(copy);
 }
 
-inline void cp_async_commit() {
-  host::Fiber& me = host::self();
-  me.copy_groups.push_back(std::move(me.open_copies));
-  me.open_copies.clear();
-}
+inline void cp_async_commit() { ++host::self().copy_commits; }
 
 // Returns when at most kPending of the caller's committed groups are under way.
 template <int kPending>
 void cp_async_wait() {
   host::Fiber& me = host::self();
-  while (me.copy_groups.size() > kPending) {
-    for (const host::Copy& copy : me.copy_groups.front()) host::land(copy);
-    me.copy_groups.pop_front();
+  auto next = me.copies.begin();
+  for (; next != me.copies.end() && next->group + kPending < me.copy_commits; ++next) {
+    host::land(*next);
   }
+  me.copies.erase(me.copies.begin(), next);
 }
 
 }  // namespace gemma_ext::simt

@@ -16,78 +16,78 @@ using Status = int;
 
 namespace host {
 
-// Lanes named by `mask` meet in the same operation at the same place; the last to come runs
-// `collective` for all of them, with each lane's `io` in warp.posted.
-template <class Collective>
-void meet(const char* op, unsigned mask, bool live_only, const Where& where, void* io,
-          Collective collective) {
+inline bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+
+// The lane comes to an operation and waits for the others. Returns the meeting to the lane that
+// shall act for all, null to the others once that is done.
+inline Meeting* join(const char* op, unsigned mask, bool live_only, const Where& where, void* io) {
   Fiber& me = self();
   Warp& warp = *me.warp;
   const int lane = me.lane();
   if (!(mask >> lane & 1)) fail(op, where, text("lane ", lane, " is not in its own mask"));
-  for (int l = 0; l < 32; ++l) {
-    const Posted& p = warp.posted[l];
-    if (mask >> l & 1 && warp.lanes[l]->exited && !live_only) {
+  if (!live_only) {
+    for_lanes(mask & warp.exited, [&](int l) {
       fail(op, where, text("the mask names lane ", l, ", which has left the kernel"));
-    }
-    const bool waits_for_me = p.here && (p.mask >> lane & 1), for_it = p.here && (mask >> l & 1);
-    const bool same_place = strcmp(p.op, op) == 0 && p.where.line() == where.line() &&
-                            p.where.column() == where.column() &&
-                            strcmp(p.where.file_name(), where.file_name()) == 0;
+    });
+  }
+  Meeting* mine = nullptr;
+  for_lanes(warp.open, [&](int l) {
+    Meeting& m = warp.meetings[l];
+    const bool waits_for_me = m.mask >> lane & 1, for_it = (m.here & mask) != 0;
+    if (!waits_for_me && !for_it) return;
+    const bool same_place = m.where.line() == where.line() && m.where.column() == where.column() &&
+                            same(m.op, op) && same(m.where.file_name(), where.file_name());
     if (waits_for_me && for_it && !same_place) {
-      fail(op, where, text("divergent warp: lane ", l, " is in ", p.op, " at ", place(p.where)));
+      fail(op, where, text("divergent warp: lane ", l, " is in ", m.op, " at ", place(m.where)));
     }
-    if ((waits_for_me || for_it) && same_place && p.mask != mask) {
+    if (same_place && m.mask != mask) {
       fail(op, where,
-           text("divergent warp: lane ", l, " names another mask, ", std::hex, p.mask,
+           text("divergent warp: lane ", l, " names another mask, ", std::hex, m.mask,
                 " instead of ", mask));
     }
+    if (same_place) mine = &m;
+  });
+  const unsigned bit = 1u << lane;
+  if (mine == nullptr) {
+    mine = &warp.meetings[lane];
+    mine->op = op;
+    mine->mask = mask;
+    mine->live_only = live_only;
+    mine->where = where;
+    mine->here = 0;
+    warp.open |= bit;
   }
-  Posted& mine = warp.posted[lane];
-  mine = {true, op, mask, live_only, where, io};
-  while (mine.here) {
-    bool complete = true;
-    for (int l = 0; l < 32; ++l) {
-      if (mask >> l & 1) complete &= warp.posted[l].here || warp.lanes[l]->exited;
-    }
-    if (!complete) {
-      machine->wait(&warp, op, where);
-      continue;
-    }
-    collective(warp);
-    for (int l = 0; l < 32; ++l) {
-      if (!(mask >> l & 1) || !warp.posted[l].here) continue;
-      warp.posted[l].here = false;
-      if (warp.lanes[l]->channel == &warp) machine->wake(*warp.lanes[l]);
-    }
+  mine->here |= bit;
+  mine->io[lane] = io;
+  warp.waiting |= bit;
+  while (warp.waiting & bit) {
+    if ((mask & ~(mine->here | warp.exited)) == 0) return mine;
+    machine->wait(&warp, op, where);
   }
+  return nullptr;
+}
+
+inline void end(Meeting& m) {
+  Warp& warp = *self().warp;
+  warp.open &= ~(1u << (&m - warp.meetings));
+  warp.waiting &= ~m.here;
+  for_lanes(m.here, [&](int l) { machine->wake(*warp.lanes[l]); });
+}
+
+// Lanes named by `mask` meet in the same operation at the same place; the last to come runs
+// `collective` for all of them, with the lanes that are here and each one's `io` in the meeting.
+template <class Collective>
+void meet(const char* op, unsigned mask, bool live_only, const Where& where, void* io,
+          Collective collective) {
+  Meeting* m = join(op, mask, live_only, where, io);
+  if (m == nullptr) return;
+  collective(*m);
+  end(*m);
 }
 
 template <class Io>
-Io& io_of(Warp& warp, int lane) {
-  return *static_cast<Io*>(warp.posted[lane].io);
-}
-
-// All lanes of the warp give a value and see all values; for operations that the PTX ISA marks
-// .aligned, and for shuffles and votes with a mask.
-template <class Value>
-struct Exchange {
-  Value mine;
-  Value all[32];
-};
-
-template <class Value>
-void exchange(const char* op, unsigned mask, const Where& where, Exchange<Value>& x) {
-  meet(op, mask, false, where, &x, [mask](Warp& warp) {
-    for (int to = 0; to < 32; ++to) {
-      if (!(mask >> to & 1)) continue;
-      for (int from = 0; from < 32; ++from) {
-        if (mask >> from & 1) {
-          io_of<Exchange<Value>>(warp, to).all[from] = io_of<Exchange<Value>>(warp, from).mine;
-        }
-      }
-    }
-  });
+Io& io_of(const Meeting& m, int lane) {
+  return *static_cast<Io*>(m.io[lane]);
 }
 
 // Counts whole warps, as the .aligned barriers do: the lanes of a warp must come together.
@@ -95,10 +95,8 @@ void exchange(const char* op, unsigned mask, const Where& where, Exchange<Value>
 inline void warp_barrier(const char* op, Barrier& barrier, int warps, bool waits,
                          const Where& where) {
   uint64_t phase = 0;
-  meet(op, kFullMask, true, where, &phase, [&](Warp& warp) {
-    for (int l = 0; l < 32; ++l) {
-      if (warp.posted[l].here) io_of<uint64_t>(warp, l) = barrier.phase;
-    }
+  meet(op, kFullMask, true, where, &phase, [&](const Meeting& m) {
+    for_lanes(m.here, [&](int l) { io_of<uint64_t>(m, l) = barrier.phase; });
     machine->arrive(barrier, warps, op, where);
   });
   while (waits && barrier.phase == phase) machine->wait(&barrier, op, where);
@@ -189,7 +187,7 @@ inline void barrier_arrive(int id, int threads, Where where = Where::current()) 
   host::named_barrier("barrier_arrive", id, threads, false, where);
 }
 inline void sync_warp(unsigned mask = kFullMask, Where where = Where::current()) {
-  host::meet("sync_warp", mask, false, where, nullptr, [](host::Warp&) {});
+  host::meet("sync_warp", mask, false, where, nullptr, [](const host::Meeting&) {});
 }
 inline void fence_block() {}
 
@@ -198,25 +196,31 @@ namespace host {
 template <class T>
 T shuffle(const char* op, unsigned mask, T x, int from, const Where& where) {
   static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);
-  Exchange<T> values{x, {}};
-  exchange(op, mask, where, values);
   if (!(mask >> from & 1)) fail(op, where, text("reads lane ", from, ", which is not in the mask"));
-  return values.all[from];
+  struct Io {
+    T x;
+    int from;
+    T result;
+  } io{x, from, {}};
+  meet(op, mask, false, where, &io, [](const Meeting& m) {
+    for_lanes(m.mask, [&](int l) {
+      Io& lane = io_of<Io>(m, l);
+      lane.result = io_of<Io>(m, lane.from).x;
+    });
+  });
+  return io.result;
 }
 
 template <class T, class Op>
 T reduce(const char* op, unsigned mask, T x, const Where& where, Op combine) {
   static_assert(sizeof(T) == 4 && std::is_integral_v<T>, "redux.sync is for 32-bit integers");
-  Exchange<T> values{x, {}};
-  exchange(op, mask, where, values);
-  bool first = true;
-  T result{};
-  for (int l = 0; l < 32; ++l) {
-    if (!(mask >> l & 1)) continue;
-    result = first ? values.all[l] : combine(result, values.all[l]);
-    first = false;
-  }
-  return result;
+  meet(op, mask, false, where, &x, [&](const Meeting& m) {
+    const int first = __builtin_ctz(m.mask);
+    T result = io_of<T>(m, first);
+    for_lanes(m.mask & (m.mask - 1), [&](int l) { result = combine(result, io_of<T>(m, l)); });
+    for_lanes(m.mask, [&](int l) { io_of<T>(m, l) = result; });
+  });
+  return x;
 }
 
 template <class T, class Op>
@@ -252,11 +256,13 @@ T shfl_down(T x, int delta, unsigned mask = kFullMask, Where where = Where::curr
 }
 
 inline unsigned ballot(bool predicate, unsigned mask = kFullMask, Where where = Where::current()) {
-  host::Exchange<int> votes{predicate, {}};
-  host::exchange("ballot", mask, where, votes);
-  unsigned result = 0;
-  for (int l = 0; l < 32; ++l) result |= static_cast<unsigned>(votes.all[l]) << l;
-  return result & mask;
+  unsigned votes = predicate;
+  host::meet("ballot", mask, false, where, &votes, [](const host::Meeting& m) {
+    unsigned result = 0;
+    host::for_lanes(m.mask, [&](int l) { result |= host::io_of<unsigned>(m, l) << l; });
+    host::for_lanes(m.mask, [&](int l) { host::io_of<unsigned>(m, l) = result; });
+  });
+  return votes;
 }
 inline int popcount(unsigned x) { return __builtin_popcount(x); }
 inline bool any(bool predicate, unsigned mask = kFullMask, Where where = Where::current()) {
@@ -282,7 +288,7 @@ T reduce_max(T x, unsigned mask = kFullMask, Where where = Where::current()) {
 
 // The leader is some lane of the full warp, the same at every call: the seed picks it.
 inline bool elect_one(Where where = Where::current()) {
-  host::meet("elect_one", kFullMask, false, where, nullptr, [](host::Warp&) {});
+  host::meet("elect_one", kFullMask, false, where, nullptr, [](const host::Meeting&) {});
   return lane_idx() == host::machine->elected_lane;
 }
 

@@ -84,14 +84,15 @@ inline void issue(const Wgmma& wgmma, float* d, const Where& where) {
     float* d;
   } io{wgmma, d};
   if (machine->block_threads % 128 != 0) fail("wgmma", where, "the block is not whole warpgroups");
-  meet("wgmma", kFullMask, false, where, &io, [&](Warp& warp) {
+  meet("wgmma", kFullMask, false, where, &io, [&](const Meeting& m) {
+    Warp& warp = *self().warp;
     if (!warp.wgmma_fenced) {
       fail("wgmma", where, "no wgmma_fence since the start or the last wgmma_wait");
     }
     const auto op = std::make_shared<Wgmma>(wgmma);
     op->group = warp.wgmma_group;
     for (int l = 0; l < 32; ++l) {
-      const Io& lane = io_of<Io>(warp, l);
+      const Io& lane = io_of<Io>(m, l);
       if (lane.wgmma.a != op->a || lane.wgmma.b != op->b ||
           lane.wgmma.accumulate != op->accumulate) {
         fail("wgmma", where, text("lane ", l, " gives other operands"));
@@ -122,18 +123,19 @@ inline uint64_t wgmma_descriptor(const void* p, int leading_bytes, int stride_by
 
 inline void wgmma_fence(Where where = Where::current()) {
   host::meet("wgmma_fence", kFullMask, false, where, nullptr,
-             [](host::Warp& warp) { warp.wgmma_fenced = true; });
+             [](const host::Meeting&) { host::self().warp->wgmma_fenced = true; });
 }
 
 inline void wgmma_commit(Where where = Where::current()) {
   host::meet("wgmma_commit", kFullMask, false, where, nullptr,
-             [](host::Warp& warp) { ++warp.wgmma_group; });
+             [](const host::Meeting&) { ++host::self().warp->wgmma_group; });
 }
 
 // Returns when at most kPending committed groups of the warp are in flight.
 template <int kPending>
 void wgmma_wait(Where where = Where::current()) {
-  host::meet("wgmma_wait", kFullMask, false, where, nullptr, [](host::Warp& warp) {
+  host::meet("wgmma_wait", kFullMask, false, where, nullptr, [](const host::Meeting&) {
+    host::Warp& warp = *host::self().warp;
     const uint64_t groups = warp.wgmma_group;
     host::retire(warp, groups > kPending ? groups - kPending : 0);
     warp.wgmma_fenced = false;
