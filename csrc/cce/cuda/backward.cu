@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward as a chain of launches, and the fused step: a forward, then the backward with every strip
+// kept. That one computes the logits twice; strips of all of them would not fit the workspace.
+#include "gradients.cuh"
+
+namespace gemma_ext::cce::cuda {
+namespace {
+
+struct BackwardMemory {
+  Plan plan;
+  void *strips, *mean;
+  float *profile, *push, *de_sum;
+
+  BackwardMemory(Arena& memory, const Head& h, const Gradients& out, bool filtered,
+                 int64_t strip_bytes)
+      : plan(memory, h, strip_bytes) {
+    const int64_t size = size_of(h.dtype), tiles = plan.tiles;
+    strips = memory.take<char>(plan.capacity * kTile * size);
+    mean = memory.take<char>(filtered && out.de ? tiles * h.D * size : 0);
+    profile = memory.take<float>(filtered ? tiles * kTile : 0);
+    push = memory.take<float>(filtered && out.dc ? tiles * h.D : 0);
+    de_sum = memory.take<float>(out.de ? h.N * h.D : 0);
+  }
+};
+
+void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
+                         const float* lse2_coef) {
+  const Head& h = b.head;
+  const Plan& plan = m.plan;
+  const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
+  const int64_t row_blocks = ceil_div(h.N, kBlockRows);
+  const bool filtered = b.summary != nullptr;
+  gather_rows(launches, h, plan.rows);
+  by_dtype(h.dtype, [&](auto type) {
+    using T = decltype(type);
+    constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
+    const PlanParams planning{h, plan, b.up, lse2_coef, b.stats, b.summary};
+    launches.add(coefficients_kernel, ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
+    launches.add(unit_kernel, 1, kPlanThreads, kPlanThreads * 12, planning);
+    launches.add(keep_kernel<T>, tiles * ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
+    launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
+    launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);
+
+    GradientParams p{h,       plan,     b.summary, b.prob, m.strips, m.profile, m.mean,
+                     m.push,  m.de_sum, b.out,     static_cast<int>(column_blocks), 0};
+    if (filtered) launches.add(profile_kernel, tiles, kTile, kTile * 4, p);
+    if (filtered && b.out.dc) {
+      launches.add(push_kernel<T>, ceil_div(tiles, mma::kSide) * column_blocks, mma::kThreads,
+                   kTileShared, p);
+    }
+    if (filtered && b.out.de) launches.add(tile_mean_kernel<T>, tiles, kPlanThreads, 0, p);
+    for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+      p.chunk = chunk;
+      launches.add(list_kernel, tiles, kPlanThreads, 0, {plan, chunk});
+      const int64_t halves = 2 * tiles * row_blocks;
+      launches.add(strip_gradient_kernel<T>, halves < kStripBlocks ? halves : kStripBlocks,
+                   mma::kThreads, kStripSharedBytes<T>, {h, plan, m.strips, chunk});
+      if (b.out.dc) {
+        launches.add(dc_kernel<T>, 2 * tiles * column_blocks, mma::kThreads, kTileShared, p);
+      }
+      if (b.out.dbias) launches.add(dbias_kernel<T>, tiles, kTile, 0, p);
+      if (b.out.de) {
+        launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kDeSharedBytes<T>, p);
+      }
+    }
+    if (b.out.de) {
+      launches.add(clear_de_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0, p);
+      launches.add(finish_de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
+    }
+  });
+}
+
+struct LossParams {
+  Rows rows;
+  const float *nll, *lse, *nll_coef, *lse2_coef;
+  float* loss;
+};
+
+// One block.
+KERNEL void loss_kernel(LossParams p) {
+  double* s_sum = simt::shared<double>();
+  const int t = simt::thread_idx();
+  double sum = 0;
+  for (int r = t; r < *p.rows.count; r += kPlanThreads) {
+    const int row = p.rows.row[r];
+    const double lse = p.lse[row];
+    sum += static_cast<double>(p.nll_coef[row]) * p.nll[row] + p.lse2_coef[row] * lse * lse;
+  }
+  s_sum[t] = sum;
+  simt::sync_block();
+  if (t != 0) return;
+  for (int i = 1; i < kPlanThreads; ++i) sum += s_sum[i];
+  *p.loss = static_cast<float>(sum);
+}
+
+Forward forward_of(const Fused& f) {
+  Forward r{};
+  r.head = f.head;
+  r.out.nll = f.nll;
+  r.out.lse = f.lse;
+  return r;
+}
+
+struct FusedMemory {
+  BackwardMemory backward;
+  double* summary;
+  void* forward;  // ends before the backward begins
+
+  FusedMemory(Arena& memory, const Fused& f)
+      : backward(memory, f.head, f.out, false, f.strip_bytes),
+        summary(memory.take<double>(4)),
+        forward(memory.take<char>(forward_workspace(forward_of(f)))) {}
+};
+
+}  // namespace
+
+int64_t backward_workspace(const Backward& b) {
+  Arena arena(nullptr);
+  BackwardMemory memory(arena, b.head, b.out, b.summary != nullptr, b.strip_bytes);
+  return arena.bytes();
+}
+
+Status backward(const Backward& b, Stream stream) {
+  Arena arena(b.workspace);
+  const BackwardMemory memory(arena, b.head, b.out, b.summary != nullptr, b.strip_bytes);
+  Launches launches(stream);
+  add_backward(launches, memory, b, nullptr);
+  return launches.status();
+}
+
+int64_t fused_workspace(const Fused& f) {
+  Arena arena(nullptr);
+  FusedMemory memory(arena, f);
+  return arena.bytes();
+}
+
+Status fused(const Fused& f, Stream stream) {
+  Arena arena(f.workspace);
+  const FusedMemory m(arena, f);
+  Forward rows = forward_of(f);
+  rows.summary = m.summary;
+  rows.workspace = m.forward;
+  const Status status = forward(rows, stream);
+  if (status != Status{}) return status;
+
+  Launches launches(stream);
+  Backward b{};
+  b.head = f.head;
+  b.up.nll = f.nll;
+  b.up.lse = f.lse;
+  b.up.d_nll = f.nll_coef;
+  b.out = f.out;
+  if (f.out.de || f.out.dc || f.out.dbias) {
+    add_backward(launches, m.backward, b, f.lse2_coef);
+  } else {
+    gather_rows(launches, f.head, m.backward.plan.rows);
+  }
+  launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
+               {m.backward.plan.rows, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
+  return launches.status();
+}
+
+}  // namespace gemma_ext::cce::cuda

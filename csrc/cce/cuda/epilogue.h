@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a tile of products e.c to logits, while they are in registers.
+#pragma once
+
+#include "../params.h"
+#include "common/tile_mma.h"
+
+namespace gemma_ext::cce::cuda {
+
+constexpr float kInfinity = __builtin_huge_valf();
+constexpr float kLog2E = 1.44269504f;
+
+DEVICE float exp_of(float x) { return simt::exp2_approx(x * kLog2E); }
+
+// Odd minimax polynomial on [-1, 1] by Remez exchange: |error| <= 1e-7 in fp32.
+DEVICE float tanh_small(float u) {
+  const float t = u * u;
+  float p = 0.000963772298f;
+  p = p * t - 0.00595128071f;
+  p = p * t + 0.0199732836f;
+  p = p * t - 0.0532658361f;
+  p = p * t + 0.133195832f;
+  p = p * t - 0.333321303f;
+  p = p * t + 0.999999702f;
+  return u * p;
+}
+DEVICE float tanh_any(float u) {
+  return 1.0f - 2.0f * simt::rcp_approx(1.0f + simt::exp2_approx(2.0f * kLog2E * u));
+}
+
+// ds/da at the logit s.
+DEVICE float slope_at(const LogitMap& map, float s) {
+  const float t = s * map.t_over_cap;
+  return (1.0f - t * t) * map.inv_t;
+}
+
+// s in place of e.c; -inf where the column is outside the vocabulary (s_column < 0).
+template <class T>
+DEVICE void logits(mma::Tile<T>& tile, const LogitMap& map, const float* s_bias,
+                   const int* s_column, bool whole) {
+  float largest = 0.0f;
+  const float unit = map.inv_cap > 0.0f ? map.inv_cap : map.inv_t;
+  tile.each([&](int, int column, float& x) {
+    x = (x * map.scale + s_bias[column]) * unit;
+    largest = fmaxf(largest, fabsf(x));
+  });
+  if (map.inv_cap > 0.0f) {
+    if (simt::any(largest > 1.0f)) {
+      tile.each([&](int, int, float& x) { x = tanh_any(x) * map.cap_over_t; });
+    } else {
+      tile.each([&](int, int, float& x) { x = tanh_small(x) * map.cap_over_t; });
+    }
+  }
+  if (!whole) {
+    tile.each([&](int, int column, float& x) {
+      if (s_column[column] < 0) x = -kInfinity;
+    });
+  }
+}
+
+template <class T>
+DEVICE float widen(T x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return simt::to_float(x);
+  }
+}
+template <class T>
+DEVICE T narrow(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return simt::from_float<T>(x);
+  }
+}
+
+// Two neighbours at an even index of a row of whole 16-byte words.
+template <class T>
+DEVICE void store_pair(T* to, float x, float y) {
+  if constexpr (std::is_same_v<T, float>) {
+    to[0] = x;
+    to[1] = y;
+  } else {
+    *reinterpret_cast<uint32_t*>(to) = simt::pack<T>(x, y);
+  }
+}
+
+}  // namespace gemma_ext::cce::cuda

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+// Forward of one strip block: 128 rows against a tile of 256 columns, as two products of 128 x 128.
+//   s = softcap(scale e.c + bias) / T;   per row: max s, sum exp(s - max), sum exp(s - max) ds/da, ...
+// The logits never leave the registers.
+#pragma once
+
+#include "head.cuh"
+
+namespace gemma_ext::cce::cuda {
+
+// [tiles, N] each, compact rows; null where not wanted.
+struct StripPlanes {
+  float *max, *sum, *slope, *weighted, *class_sum;
+  int* argmax;
+};
+
+struct StripParams {
+  Head head;
+  Rows rows;
+  StripPlanes out;
+  float* target;  // [N] s at the label
+  int tiles, row_blocks;
+};
+
+struct StripSums {
+  float max, sum, slope, weighted, class_sum;
+  int argmax;
+};
+
+DEVICE int lesser(int a, int b) { return a < b ? a : b; }
+
+DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
+  StripSums r;
+  r.max = fmaxf(a.max, b.max);
+  const float base = r.max == -kInfinity ? 0.0f : r.max;
+  const float fa = exp_of(a.max - base), fb = exp_of(b.max - base);
+  r.sum = a.sum * fa + b.sum * fb;
+  r.slope = a.slope * fa + b.slope * fb;
+  r.weighted = a.weighted * fa + b.weighted * fb;
+  r.class_sum = a.class_sum + b.class_sum;
+  r.argmax = a.max > b.max   ? a.argmax
+             : b.max > a.max ? b.argmax
+                             : lesser(a.argmax, b.argmax);
+  return r;
+}
+
+// Sums over the warp's 32 columns of one row; all four lanes of the row get them. A NaN logit may hide
+// from the maximum, never from the sum.
+template <class T>
+DEVICE StripSums row_sums(const mma::Tile<T>& tile, int block, int half, const StripParams& p,
+                          const SharedHead<T>& s) {
+  const auto at = [&](int i) { return tile.acc[block][i / 2][half * 2 + i % 2]; };
+  const auto column = [&](int i) { return mma::Tile<T>::column_of(i / 2, i % 2); };
+  const auto quad_sum = [](float x) {
+    x += simt::shfl_xor(x, 1);
+    return x + simt::shfl_xor(x, 2);
+  };
+  StripSums r{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  UNROLL
+  for (int i = 0; i < 8; ++i) r.max = fmaxf(r.max, at(i));
+  r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
+  r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
+  const float base = r.max == -kInfinity ? 0.0f : r.max;
+  UNROLL
+  for (int i = 0; i < 8; ++i) {
+    const float x = at(i), e = exp_of(x - base);
+    r.sum += e;
+    if (e > 0.0f) {
+      r.slope += e * slope_at(p.head.map, x);
+      if (p.out.weighted) r.weighted += e * x;
+    }
+  }
+  r.sum = quad_sum(r.sum);
+  r.slope = quad_sum(r.slope);
+  if (p.out.weighted) r.weighted = quad_sum(r.weighted);
+  if (p.out.class_sum) {
+    UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (s.column[column(i)] >= 0) r.class_sum += s.weight[column(i)] * at(i);
+    }
+    r.class_sum = quad_sum(r.class_sum);
+  }
+  if (p.out.argmax) {
+    UNROLL
+    for (int i = 0; i < 8; ++i) {
+      const int id = s.column[column(i)];
+      if (id >= 0 && at(i) == r.max) r.argmax = lesser(r.argmax, id);
+    }
+    r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 1));
+    r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
+  }
+  return r;
+}
+
+// The lane that holds the logit of a row's label writes it.
+template <class T>
+DEVICE void write_targets(const mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
+                          float* target) {
+  const int warp_column = simt::warp_idx() % 4 * 32;
+  bool here = false;
+  UNROLL
+  for (int r = 0; r < 8; ++r) {
+    const int64_t at = s.position[mma::Tile<T>::row_of(r / 2, r % 2)] - first_column - warp_column;
+    here |= at >= 0 && at < 32;
+  }
+  if (!simt::any(here)) return;
+  UNROLL
+  for (int r = 0; r < 8; ++r) {
+    const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+    UNROLL
+    for (int i = 0; i < 8; ++i) {
+      if (s.position[row] == first_column + mma::Tile<T>::column_of(i / 2, i % 2)) {
+        target[row] = tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2];
+      }
+    }
+  }
+}
+
+// Blocks walk the vocabulary inside groups of 16 row blocks (2048 rows of e, 9 MB at D 2304 in bf16), which
+// stay in L2 while c passes once per group.
+constexpr int kRasterRows = 16;
+
+struct Raster {
+  int row_block, tile;
+};
+DEVICE Raster raster(int block, int row_blocks, int tiles) {
+  const int group = block / (kRasterRows * tiles), in_group = block - group * kRasterRows * tiles;
+  const int width = lesser(kRasterRows, row_blocks - group * kRasterRows);
+  return {group * kRasterRows + in_group % width, in_group / width};
+}
+
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void strip_stats_kernel(StripParams p) {
+  const Raster at = raster(simt::block_idx(), p.row_blocks, p.tiles);
+  const int64_t first_row = int64_t{at.row_block} * kBlockRows;
+  const int count = *p.rows.count, t = simt::thread_idx();
+  if (first_row >= count) return;
+  const SharedHead<T> s;
+  StripSums* s_parts = simt::shared<StripSums>();  // [128, 4] while the stages are free
+  name_rows(s, p.rows, nullptr, first_row, count);
+  StripSums sums{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  mma::Tile<T> tile;
+  NO_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t first_column = int64_t{at.tile} * kTile + half * kHalf;
+    name_columns(s, p.head, first_column);
+    simt::sync_block();
+    head_logits(tile, s, p.head, first_column);
+    write_targets(tile, s, first_column, p.target + first_row);
+    UNROLL
+    for (int r = 0; r < 8; ++r) {
+      const StripSums part = row_sums(tile, r / 2, r % 2, p, s);
+      const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+      if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
+    }
+    simt::sync_block();
+    if (t < kBlockRows) {
+      for (int i = 0; i < 4; ++i) sums = merge(sums, s_parts[t * 4 + i]);
+    }
+    simt::sync_block();  // before the stages and the columns are written again
+  }
+  if (t >= kBlockRows || first_row + t >= count) return;
+  const int64_t to = at.tile * p.head.N + first_row + t;
+  p.out.max[to] = sums.max;
+  p.out.sum[to] = sums.sum;
+  p.out.slope[to] = sums.slope;
+  if (p.out.weighted) p.out.weighted[to] = sums.weighted;
+  if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
+  if (p.out.argmax) p.out.argmax[to] = sums.argmax;
+}
+
+}  // namespace gemma_ext::cce::cuda

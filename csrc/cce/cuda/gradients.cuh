@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+// From gradient strips to gradients, each written by one block in one order:
+//   dC_v = sum_n G_nv e_n + q_v sum_n W_nj e_n,   dE_n = sum_v G_nv c_v + sum_j W_nj mean_j
+// with W the masses of dropped strips, q the profile of a tile, mean_j = sum_v q_v c_v.
+#pragma once
+
+#include "strips.cuh"
+
+namespace gemma_ext::cce::cuda {
+
+struct GradientParams {
+  Head head;
+  Plan plan;
+  const double* summary;
+  const float* prob;  // [V] or null
+  void* strips;
+  float* profile;  // [tiles, kTile]
+  void* mean;      // [tiles, D] in the head's dtype, rows of whole 16-byte words
+  float* push;     // [tiles, D]
+  float* de_sum;   // [N, D], compact rows
+  Gradients out;
+  int column_blocks;  // of 128 columns of D
+  int chunk;
+};
+
+DEVICE int column_id(const Head& h, int64_t position) {
+  return static_cast<int>(h.order ? h.order[position] : position);
+}
+
+// A block per tile; its share of each column, uniform without a profile.
+KERNEL void profile_kernel(GradientParams p) {
+  if (eps_of(p.summary) == 0) return;
+  float* s_weight = simt::shared<float>();
+  const int t = simt::thread_idx();
+  const int64_t first = int64_t{simt::block_idx()} * kTile;
+  const int valid = static_cast<int>(p.head.V - first < kTile ? p.head.V - first : kTile);
+  s_weight[t] = p.prob && t < valid ? p.prob[column_id(p.head, first + t)] : 0.0f;
+  simt::sync_block();
+  double total = 0;
+  for (int i = 0; i < kTile; ++i) total += s_weight[i];
+  const float uniform = 1.0f / static_cast<float>(valid);
+  p.profile[first + t] =
+      t >= valid ? 0.0f : total > 0 ? static_cast<float>(s_weight[t] / total) : uniform;
+}
+
+// A block per tile.
+template <class T>
+KERNEL void tile_mean_kernel(GradientParams p) {
+  if (eps_of(p.summary) == 0) return;
+  const int64_t tile = simt::block_idx(), first = tile * kTile;
+  const int valid = static_cast<int>(p.head.V - first < kTile ? p.head.V - first : kTile);
+  T* mean = static_cast<T*>(p.mean) + tile * p.head.D;
+  for (int64_t d = 2 * simt::thread_idx(); d < p.head.D; d += 2 * kPlanThreads) {
+    float x = 0.0f, y = 0.0f;
+    for (int v = 0; v < valid; ++v) {
+      const T* c = static_cast<const T*>(p.head.c) +
+                   int64_t{column_id(p.head, first + v)} * p.head.c_stride;
+      const float share = p.profile[first + v];
+      x += share * widen(c[d]);
+      y += share * widen(c[d + 1]);
+    }
+    store_pair(mean + d, x, y);
+  }
+}
+
+// push[tile, d] = sum_n mass[tile, n] e[n, d]; a block per 128 tiles and 128 columns.
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void push_kernel(GradientParams p) {
+  if (eps_of(p.summary) == 0) return;
+  const Plan& plan = p.plan;
+  const int64_t tile0 = simt::block_idx() / p.column_blocks * mma::kSide;
+  const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide;
+  const int64_t D = p.head.D, stride = plan.mass_stride;
+  const int count = *plan.rows.count;
+  const T *mass = static_cast<const T*>(plan.mass), *e = static_cast<const T*>(p.head.e);
+  mma::Tile<T> tile;
+  tile.clear();
+  tile.template multiply<simt::Major::kK, simt::Major::kMn>(
+      count,
+      [&](int line, int k) {
+        return tile0 + line < plan.tiles && k < stride ? mass + (tile0 + line) * stride + k
+                                                       : nullptr;
+      },
+      [&](int at, int k) {
+        return k < count && d0 + at < D ? e + int64_t{plan.rows.row[k]} * p.head.e_stride + d0 + at : nullptr;
+      },
+      simt::shared<T>());
+  tile.each([&](int row, int column, float x) {
+    if (tile0 + row < plan.tiles && d0 + column < D) {
+      p.push[(tile0 + row) * D + d0 + column] = x;
+    }
+  });
+}
+
+// A block per half tile of the chunk and 128 columns of D.
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void dc_kernel(GradientParams p) {
+  const Plan& plan = p.plan;
+  const int half = simt::block_idx() / p.column_blocks % 2;
+  const int64_t index = plan.chunk_tile[p.chunk] + simt::block_idx() / p.column_blocks / 2;
+  if (index >= plan.chunk_tile[p.chunk + 1]) return;
+  const int64_t first_column = index * kTile + half * kHalf;
+  const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = p.head.D;
+  const int64_t begin = plan.begin[index];
+  const int count = plan.count[index];
+  const T* strips = static_cast<const T*>(p.strips) + begin * kTile + half * kHalf;
+  const T* e = static_cast<const T*>(p.head.e);
+  const int* list_row = plan.list_row + begin;
+  mma::Tile<T> tile;
+  tile.clear();
+  tile.template multiply<simt::Major::kMn, simt::Major::kMn>(
+      count,
+      [&](int at, int k) { return k < count ? strips + int64_t{k} * kTile + at : nullptr; },
+      [&](int at, int k) {
+        return k < count && d0 + at < D ? e + int64_t{list_row[k]} * p.head.e_stride + d0 + at : nullptr;
+      },
+      simt::shared<T>());
+  const bool pushed = eps_of(p.summary) != 0;
+  const float unit = plan.unit[0];
+  UNROLL
+  for (int r = 0; r < 8; ++r) {
+    const int64_t position = first_column + mma::Tile<T>::row_of(r / 2, r % 2);
+    if (position >= p.head.V) continue;
+    T* to = static_cast<T*>(p.out.dc) + int64_t{column_id(p.head, position)} * D;
+    const float share = pushed ? p.profile[position] : 0.0f;
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int64_t d = d0 + mma::Tile<T>::column_of(j, 0);
+      if (d >= D) continue;
+      float x = tile.acc[r / 2][j][r % 2 * 2], y = tile.acc[r / 2][j][r % 2 * 2 + 1];
+      if (pushed) {
+        x += share * p.push[index * D + d];
+        y += share * p.push[index * D + d + 1];
+      }
+      store_pair(to + d, x * unit, y * unit);
+    }
+  }
+}
+
+// A block per tile of the chunk, a thread per column.
+template <class T>
+KERNEL void dbias_kernel(GradientParams p) {
+  const Plan& plan = p.plan;
+  const int64_t index = plan.chunk_tile[p.chunk] + simt::block_idx();
+  if (index >= plan.chunk_tile[p.chunk + 1]) return;
+  const int64_t position = index * kTile + simt::thread_idx();
+  if (position >= p.head.V) return;
+  const T* strip =
+      static_cast<const T*>(p.strips) + int64_t{plan.begin[index]} * kTile + simt::thread_idx();
+  float sum = 0.0f;
+  for (int k = 0; k < plan.count[index]; ++k) sum += widen(strip[int64_t{k} * kTile]);
+  if (eps_of(p.summary) != 0) sum += p.profile[position] * plan.bias_push[index];
+  p.out.dbias[column_id(p.head, position)] = sum * plan.unit[0] / p.head.map.scale;
+}
+
+// Tiles with a kept strip in a block of 128 rows, as many as are looked at in one product.
+struct KeptTiles {
+  int tile[kPlanThreads];
+  uint32_t keep[kPlanThreads][4];
+  int slot[kPlanThreads][4];  // before the first kept row of each word
+  int counts[mma::kThreads / simt::kWarpSize];
+};
+
+template <class T>
+constexpr int kDeSharedBytes = mma::Tile<T>::kSharedBytes + sizeof(KeptTiles);
+
+// de_sum += G C over the tiles of the chunk; a block per 128 rows and 128 columns of D.
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void de_kernel(GradientParams p) {
+  static_assert(kPlanThreads == mma::kThreads);
+  const Plan& plan = p.plan;
+  KeptTiles& s = *simt::shared<KeptTiles>(mma::Tile<T>::kSharedBytes);
+  const int64_t first_row = int64_t{simt::block_idx() / p.column_blocks} * kBlockRows;
+  const int d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = static_cast<int>(p.head.D);
+  const int chunk_tile = plan.chunk_tile[p.chunk];
+  const int chunk_tiles = plan.chunk_tile[p.chunk + 1] - chunk_tile, words = plan.words;
+  const int word0 = static_cast<int>(first_row / kWordRows);
+  if (first_row >= *plan.rows.count) return;
+  if (p.chunk > 0 && chunk_tiles == 0) return;
+  const T *strips = static_cast<const T*>(p.strips), *c = static_cast<const T*>(p.head.c);
+  mma::Tile<T> tile;
+  tile.clear();
+  NO_UNROLL
+  for (int first = 0; first < chunk_tiles; first += kPlanThreads) {
+    const int64_t mine = plan.chunk_tile[p.chunk] + first + simt::thread_idx();
+    const bool inside = first + simt::thread_idx() < chunk_tiles;
+    uint32_t keep[4] = {};
+    UNROLL
+    for (int w = 0; w < 4; ++w) {
+      if (inside && word0 + w < words) keep[w] = plan.keep[mine * words + word0 + w];
+    }
+    int kept = 0;
+    const bool any = (keep[0] | keep[1] | keep[2] | keep[3]) != 0;
+    const int at = block_rank<mma::kThreads>(any, s.counts, kept);
+    if (any) {
+      s.tile[at] = static_cast<int>(mine);
+      UNROLL
+      for (int w = 0; w < 4; ++w) {
+        s.keep[at][w] = keep[w];
+        s.slot[at][w] =
+            word0 + w < words ? plan.begin[mine] + plan.before[mine * words + word0 + w] - 1 : 0;
+      }
+    }
+    simt::sync_block();
+    tile.template multiply<simt::Major::kK, simt::Major::kMn>(
+        kept * kTile,
+        [&](int line, int k) {
+          // the row's own bit becomes the sign, rows after it fall out
+          const uint32_t bits = s.keep[k / kTile][line / kWordRows] << (31 - line % kWordRows);
+          const int slot = s.slot[k / kTile][line / kWordRows] + simt::popcount(bits);
+          return bits >> 31 ? strips + int64_t{slot} * kTile + k % kTile : nullptr;
+        },
+        [&](int at_d, int k) {
+          const int position = s.tile[k / kTile] * kTile + k % kTile;
+          if (position >= p.head.V || d0 + at_d >= D) return static_cast<const T*>(nullptr);
+          return c + int64_t{column_id(p.head, position)} * p.head.c_stride + d0 + at_d;
+        },
+        simt::shared<T>());
+  }
+  tile.each([&](int row, int column, float x) {
+    if (first_row + row >= *plan.rows.count || d0 + column >= D) return;
+    float& sum = p.de_sum[(first_row + row) * p.head.D + d0 + column];
+    sum = p.chunk == 0 ? x : sum + x;
+  });
+}
+
+// Zero where no row is valid.
+template <class T>
+KERNEL void clear_de_kernel(GradientParams p) {
+  const int64_t i = 2 * (int64_t{simt::block_idx()} * kPlanThreads + simt::thread_idx());
+  if (i < p.head.N * p.head.D) store_pair(static_cast<T*>(p.out.de) + i, 0.0f, 0.0f);
+}
+
+// dE = de_sum + mass^T mean, rounded once, to the rows it belongs to.
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void finish_de_kernel(GradientParams p) {
+  const Plan& plan = p.plan;
+  const int64_t first_row = int64_t{simt::block_idx() / p.column_blocks} * kBlockRows;
+  const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = p.head.D;
+  const int count = *plan.rows.count;
+  if (first_row >= count) return;
+  const T *mass = static_cast<const T*>(plan.mass), *mean = static_cast<const T*>(p.mean);
+  mma::Tile<T> tile;
+  tile.clear();
+  if (eps_of(p.summary) != 0) {
+    tile.template multiply<simt::Major::kMn, simt::Major::kMn>(
+        plan.tiles,
+        [&](int at, int k) {
+          return k < plan.tiles && first_row + at < plan.mass_stride
+                     ? mass + k * plan.mass_stride + first_row + at
+                     : nullptr;
+        },
+        [&](int at, int k) {
+          return k < plan.tiles && d0 + at < D ? mean + k * D + d0 + at : nullptr;
+        },
+        simt::shared<T>());
+  }
+  const float unit = plan.unit[0];
+  UNROLL
+  for (int r = 0; r < 8; ++r) {
+    const int64_t row = first_row + mma::Tile<T>::row_of(r / 2, r % 2);
+    if (row >= count) continue;
+    T* to = static_cast<T*>(p.out.de) + plan.rows.row[row] * D;
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int64_t d = d0 + mma::Tile<T>::column_of(j, 0);
+      if (d >= D) continue;
+      const float* sum = p.de_sum + row * D + d;
+      store_pair(to + d, (tile.acc[r / 2][j][r % 2 * 2] + sum[0]) * unit,
+                 (tile.acc[r / 2][j][r % 2 * 2 + 1] + sum[1]) * unit);
+    }
+  }
+}
+
+}  // namespace gemma_ext::cce::cuda

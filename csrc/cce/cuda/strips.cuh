@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradient strips: the kept logits of a chunk once more, turned into G in registers, in the head's dtype.
+//   G[n, v] = (p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da,  p = exp(s - lse)
+#pragma once
+
+#include "plan.cuh"
+
+namespace gemma_ext::cce::cuda {
+
+struct ChunkParams {
+  Head head;
+  Plan plan;
+  void* strips;  // [capacity, kTile], scale G / unit
+  int chunk;
+};
+
+// The tile of a task of the chunk: the last whose first task is not beyond it and that has any.
+DEVICE int tile_of_task(const Plan& plan, int chunk, int task) {
+  int low = plan.chunk_tile[chunk], high = plan.chunk_tile[chunk + 1] - 1;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (plan.task[middle] <= task) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+constexpr int kStripBlocks = 2048;  // a few waves of any card; each takes every 2048th half task
+
+template <class T>
+constexpr int kStripSharedBytes = kHeadSharedBytes<T> + kBlockRows * sizeof(Coefficients);
+
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void strip_gradient_kernel(ChunkParams p) {
+  const Plan& plan = p.plan;
+  const LogitMap& map = p.head.map;
+  const SharedHead<T> s;
+  Coefficients* s_row = simt::shared<Coefficients>(kHeadSharedBytes<T>);
+  const int halves = 2 * plan.chunk_tasks[p.chunk];
+  mma::Tile<T> tile;
+  NO_UNROLL
+  for (int unit = simt::block_idx(); unit < halves; unit += simt::grid_dim()) {
+    const int index = tile_of_task(plan, p.chunk, unit / 2), begin = plan.begin[index];
+    const int first = (unit / 2 - plan.task[index]) * kBlockRows, count = plan.count[index];
+    const int64_t first_column = int64_t{index} * kTile + unit % 2 * kHalf;
+    const int t = simt::thread_idx();
+    name_rows(s, plan.rows, plan.list + begin, first, count);
+    name_columns(s, p.head, first_column);
+    if (t < kBlockRows && first + t < count) s_row[t] = plan.row[plan.list[begin + first + t]];
+    simt::sync_block();
+    head_logits(tile, s, p.head, first_column);
+    const float unscale = map.scale / plan.unit[0];
+    T* strips = static_cast<T*>(p.strips) + int64_t{begin + first} * kTile + unit % 2 * kHalf;
+    UNROLL
+    for (int r = 0; r < 8; ++r) {
+      const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+      if (first + row >= count) continue;
+      const Coefficients c = s_row[row];
+      UNROLL
+      for (int i = 0; i < 8; ++i) {
+        const int column = mma::Tile<T>::column_of(i / 2, i % 2);
+        float& x = tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2];
+        const float prob = exp_of(x - c.lse);
+        float g = prob * c.a;
+        if (c.q != 0.0f) g += prob * (x - c.mean) * c.q;
+        if (c.class_coef != 0.0f) g += s.weight[column] * c.class_coef;
+        if (s.position[row] == first_column + column) g -= c.b;
+        x = x == -kInfinity ? 0.0f : g * slope_at(map, x) * unscale;
+      }
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        store_pair(strips + row * kTile + mma::Tile<T>::column_of(j, 0),
+                   tile.acc[r / 2][j][r % 2 * 2], tile.acc[r / 2][j][r % 2 * 2 + 1]);
+      }
+    }
+    simt::sync_block();  // before the names are written again
+  }
+}
+
+}  // namespace gemma_ext::cce::cuda

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small heads with known answers in float64, for the cut cross-entropy kernels of the device.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <random>
+
+#include "cce/cuda/launch.h"
+#include "check.h"
+
+namespace cce_test {
+
+namespace cuda = gemma_ext::cce::cuda;
+using gemma_ext::DType;
+using gemma_ext::kTile;
+
+constexpr int64_t kIgnore = -100;
+
+template <class T>
+double value_of(T x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    return simt::to_float(x);
+  }
+}
+template <class T>
+T rounded(double x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return static_cast<float>(x);
+  } else {
+    return simt::from_float<T>(static_cast<float>(x));
+  }
+}
+template <class T>
+constexpr DType kType = std::is_same_v<T, float>        ? DType::kFloat32
+                        : std::is_same_v<T, simt::bf16> ? DType::kBFloat16
+                                                        : DType::kFloat16;
+
+// ||x - y|| / ||y||; NaN anywhere is infinite.
+template <class X>
+double error(const std::vector<X>& x, const std::vector<double>& y) {
+  double difference = 0, size = 0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    const double d = value_of(x[i]) - y[i];
+    if (std::isnan(d)) return std::numeric_limits<double>::infinity();
+    difference += d * d;
+    size += y[i] * y[i];
+  }
+  return difference == 0 ? 0 : std::sqrt(difference / size);
+}
+
+struct Options {
+  int64_t N = 150, V = 600, D = 40;
+  double softcap = 5, temperature = 1.25, scale = 0.75;  // of the logits
+  double spread = 3;                                     // of the logits before the cap
+  bool bias = true, order = false, class_weight = false, missing = false;
+  int ignored = 5;  // every fifth row; 1: all, 0: none
+};
+
+// Ignored rows of e hold NaN: nothing may come of them.
+template <class T>
+struct Data {
+  Options o;
+  std::vector<T> e, c;
+  std::vector<int64_t> targets, order;
+  std::vector<float> bias, class_weight, prob;
+  std::vector<std::vector<double>> s;  // [N][V] logits, empty in ignored rows
+
+  explicit Data(const Options& options, int seed = 1) : o(options) {
+    std::mt19937 random(seed);
+    std::normal_distribution<double> normal;
+    const auto fill = [&](auto& to, int64_t n, double size) {
+      using X = std::decay_t<decltype(to[0])>;
+      to.resize(n);
+      for (auto& x : to) x = rounded<X>(size * normal(random));
+    };
+    fill(e, o.N * o.D, o.spread / std::sqrt(double(o.D)));
+    fill(c, o.V * o.D, 1.0);
+    if (o.bias) fill(bias, o.V, 0.5);
+    if (o.class_weight) fill(class_weight, o.V, 1.0);
+    for (int64_t v = 0; v < o.V; ++v) prob.push_back(float(1 + random() % 7));
+    if (o.order) {
+      for (int64_t v = 0; v < o.V; ++v) order.push_back(v);
+      std::shuffle(order.begin(), order.end(), random);
+    }
+    for (int64_t n = 0; n < o.N; ++n) {
+      int64_t label = random() % o.V;
+      if (n == 0) label = o.V - 1;
+      if (o.missing && n % 7 == 3) label = o.V + 3;
+      if (o.ignored && n % o.ignored == 0) label = kIgnore;
+      targets.push_back(label);
+      if (label != kIgnore) continue;
+      for (int64_t d = 0; d < o.D; ++d) e[n * o.D + d] = rounded<T>(NAN);
+    }
+    s.resize(o.N);
+    for (int64_t n = 0; n < o.N; ++n) {
+      if (targets[n] == kIgnore) continue;
+      for (int64_t v = 0; v < o.V; ++v) {
+        double a = 0;
+        for (int64_t d = 0; d < o.D; ++d) a += value_of(e[n * o.D + d]) * value_of(c[v * o.D + d]);
+        a = a * o.scale + (o.bias ? bias[v] : 0.0);
+        s[n].push_back((o.softcap > 0 ? o.softcap * std::tanh(a / o.softcap) : a) / o.temperature);
+      }
+    }
+  }
+
+  bool valid(int64_t n) const { return targets[n] != kIgnore; }
+  bool has_label(int64_t n) const { return targets[n] >= 0 && targets[n] < o.V; }
+  int64_t tiles() const { return cuda::tiles_of(o.V); }
+  int64_t id(int64_t position) const { return o.order ? order[position] : position; }
+  double slope(double x) const {
+    const double t = o.softcap > 0 ? x * o.temperature / o.softcap : 0;
+    return (1 - t * t) / o.temperature;
+  }
+  double lse(int64_t n) const {
+    double top = -INFINITY, sum = 0;
+    for (double x : s[n]) top = std::max(top, x);
+    for (double x : s[n]) sum += std::exp(x - top);
+    return top + std::log(sum);
+  }
+  double mean(int64_t n) const {
+    double sum = 0;
+    for (double x : s[n]) sum += std::exp(x - lse_of[n]) * x;
+    return sum;
+  }
+  std::vector<double> lse_of;  // filled by remember()
+  void remember() {
+    for (int64_t n = 0; n < o.N; ++n) lse_of.push_back(valid(n) ? lse(n) : 0);
+  }
+
+  cuda::Head head() const {
+    cuda::Head h{};
+    h.e = e.data();
+    h.c = c.data();
+    h.e_stride = h.c_stride = static_cast<int>(o.D);
+    h.dtype = kType<T>;
+    h.targets = targets.data();
+    h.target_stride = 1;
+    h.wide_targets = true;
+    h.bias = o.bias ? bias.data() : nullptr;
+    h.class_weight = o.class_weight ? class_weight.data() : nullptr;
+    h.order = o.order ? order.data() : nullptr;
+    h.N = o.N;
+    h.V = o.V;
+    h.D = o.D;
+    h.map.scale = float(o.scale);
+    h.map.inv_t = float(1 / o.temperature);
+    if (o.softcap > 0) {
+      h.map.inv_cap = float(1 / o.softcap);
+      h.map.cap_over_t = float(o.softcap / o.temperature);
+      h.map.t_over_cap = float(o.temperature / o.softcap);
+    }
+    h.ignore_index = kIgnore;
+    h.allow_missing = o.missing;
+    return h;
+  }
+};
+
+// Exactly as long as the kernels ask for, and nonsense before they run.
+struct Workspace {
+  std::vector<uint8_t> bytes;
+  explicit Workspace(int64_t n) : bytes(n, 0xff) {}
+  void* data() { return bytes.data(); }
+};
+
+// The results of a forward, poisoned before it.
+template <class T>
+struct ForwardRun {
+  std::vector<float> nll, lse, mean, class_sum, stats;
+  std::vector<int64_t> argmax;
+  std::vector<double> summary;
+
+  ForwardRun(const Data<T>& d, double eps, bool want_stats = true, bool want_mean = true)
+      : nll(d.o.N, NAN),
+        lse(d.o.N, NAN),
+        mean(want_mean ? d.o.N : 0, NAN),
+        class_sum(d.o.class_weight ? d.o.N : 0, NAN),
+        stats(want_stats ? (want_mean ? 4 : 3) * d.tiles() * d.o.N : 0, NAN),
+        argmax(d.o.N, -7),
+        summary(4, NAN) {
+    cuda::Forward f{};
+    f.head = d.head();
+    f.out = {nll.data(), lse.data(), want_mean ? mean.data() : nullptr,
+             d.o.class_weight ? class_sum.data() : nullptr, argmax.data()};
+    f.stats = want_stats ? stats.data() : nullptr;
+    f.summary = summary.data();
+    f.eps = eps;
+    Workspace workspace(cuda::forward_workspace(f));
+    f.workspace = workspace.data();
+    EXPECT(cuda::forward(f, nullptr) == cuda::Status{});
+  }
+};
+
+}  // namespace cce_test
