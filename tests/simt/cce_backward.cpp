@@ -185,7 +185,7 @@ void fused_matches(const Options& options, bool gradients, double tolerance) {
 
 Options peaked() {
   Options o;
-  o.spread = 25;
+  o.spread = 12;
   o.softcap = 80;
   o.order = o.missing = true;
   return o;
@@ -193,9 +193,9 @@ Options peaked() {
 
 }  // namespace
 
-CASE(cce_backward_bf16) { gradients_match<simt::bf16>(peaked(), {0x1p-8}); }
+CASE(cce_backward_bf16) { gradients_match<simt::bf16>(peaked(), {0x1p-2}); }
 CASE(cce_backward_bf16_in_chunks_with_profile_and_entropy) {
-  Request q{0x1p-8};
+  Request q{0x1p-2};
   q.entropy = q.profile = true;
   q.strip_bytes = 1;  // a tile at a time
   gradients_match<simt::bf16>(peaked(), q);
@@ -209,7 +209,7 @@ CASE(cce_backward_bf16_exact_with_everything) {
   gradients_match<simt::bf16>(o, q);
 }
 CASE(cce_backward_f16) {
-  Request q{0x1p-8};
+  Request q{0x1p-2};
   q.tolerance = 2e-3;
   gradients_match<simt::f16>(peaked(), q);
 }
@@ -217,7 +217,7 @@ CASE(cce_backward_float) {
   Options o = peaked();
   o.D = 140;  // two blocks of columns
   o.N = 40;
-  Request q{0x1p-8};
+  Request q{0x1p-2};
   q.profile = true;
   q.tolerance = 1e-4;
   gradients_match<float>(o, q);
