@@ -94,9 +94,10 @@ CASE(gemm) {
 CASE(gemm_without_wait) {
   EXPECT(failures(9, [] { return gemm_matches(gemm_without_wait_kernel); }) > 0);
 }
+// A third of all schedules find one of these two: half of the two strict kinds, few uniform ones.
 CASE(gemm_without_barrier) {
-  EXPECT(failures(9, [] { return gemm_matches(gemm_without_barrier_kernel); }) > 0);
+  EXPECT(failures(18, [] { return gemm_matches(gemm_without_barrier_kernel); }) > 0);
 }
 CASE(gemm_with_early_reuse) {
-  EXPECT(failures(9, [] { return gemm_matches(gemm_with_early_reuse_kernel); }) > 0);
+  EXPECT(failures(18, [] { return gemm_matches(gemm_with_early_reuse_kernel); }) > 0);
 }

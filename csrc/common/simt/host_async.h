@@ -38,8 +38,7 @@ inline void end_phase_if_complete(const Mbarrier* bar, MbarrierState& state) {
 
 inline void arrive(const Mbarrier* bar, int bytes, const char* op, const Where& where) {
   MbarrierState& state = mbarrier(bar, op, where);
-  if (state.pending == 0)
-    fail(op, where, text("more than the ", state.count, " arrivals of a phase"));
+  if (state.pending == 0) fail(op, where, "more than the ", state.count, " arrivals of a phase");
   state.bytes += bytes;
   --state.pending;
   end_phase_if_complete(bar, state);
@@ -51,7 +50,7 @@ template <class T>
 T* mapped(T* p, int rank, const char* op, const Where& where) {
   const size_t offset = shared_offset(p, sizeof(T), 1, op, where);
   if (rank < 0 || rank >= machine->cluster) {
-    fail(op, where, text("rank ", rank, " in a cluster of ", machine->cluster));
+    fail(op, where, "rank ", rank, " in a cluster of ", machine->cluster);
   }
   return reinterpret_cast<T*>(machine->blocks[rank].shared + offset);
 }
@@ -223,8 +222,7 @@ inline void mbarrier_arrive_remote(Mbarrier* bar, int rank, Where where = Where:
   Mbarrier* remote = host::mapped(bar, rank, "mbarrier_arrive_remote", where);
   const host::Block& block = host::machine->blocks[rank];
   if (block.live_warps() == 0) {
-    host::fail("mbarrier_arrive_remote", where,
-               host::text("block ", block.index, " has left the kernel"));
+    host::fail("mbarrier_arrive_remote", where, "block ", block.index, " has left the kernel");
   }
   host::arrive(remote, 0, "mbarrier_arrive_remote", where);
 }

@@ -223,8 +223,8 @@ class Machine {
 
   void yield() {
     self->priority = random.next();
-    runnable_.push_back(self);
-    to_scheduler();
+    set_runnable(*self);
+    give_way();
   }
 
   // A chance for others to run where the hardware could let them.
@@ -236,7 +236,7 @@ class Machine {
     self->channel = channel;
     self->op = op;
     self->where = where;
-    to_scheduler();
+    give_way();
   }
 
   void wake(const void* channel) {
@@ -248,7 +248,7 @@ class Machine {
   void wake(Fiber& f) {
     if (f.channel == nullptr) return;
     f.channel = nullptr;
-    runnable_.push_back(&f);
+    set_runnable(f);
   }
 
   void later(std::function<void()> agent) { agents_.push_back(std::move(agent)); }
@@ -328,16 +328,22 @@ class Machine {
   // Uniform choice, or strict random priorities per warp or per thread: these let one party run as
   // far ahead of the others as the barriers allow.
   Fiber& next_fiber() {
-    size_t best = random.below(static_cast<int>(runnable_.size()));
-    if (fiber_mode_ != 0) {
-      for (size_t i = 0; i < runnable_.size(); ++i) {
-        if (runnable_[i]->priority > runnable_[best]->priority) best = i;
-      }
+    uint64_t *begin = runnable_.data(), *end = begin + runnable_.size();
+    if (fiber_mode_ == 0) {
+      std::swap(begin[random.below(static_cast<int>(end - begin))], end[-1]);
+    } else {
+      std::pop_heap(begin, end);
     }
-    Fiber* f = runnable_[best];
-    runnable_[best] = runnable_.back();
+    Fiber& f = fibers_[runnable_.back() & kIndex];
     runnable_.pop_back();
-    return *f;
+    return f;
+  }
+
+  void set_runnable(Fiber& f) {
+    const uint64_t low = kIndex << 16 | kIndex, index = &f - fibers_.data();
+    runnable_.push_back((f.priority & ~low) | (random.next() & low & ~kIndex) | index);
+    uint64_t* begin = runnable_.data();
+    if (fiber_mode_ != 0) std::push_heap(begin, begin + runnable_.size());
   }
 
   void resume(Fiber& f) {
@@ -353,15 +359,21 @@ class Machine {
     self = nullptr;
   }
 
-  void to_scheduler() {
+  // Gives way to another thread, or to the scheduler where that has more to do than to choose one.
+  void give_way() {
     Fiber& f = *self;
+    const bool direct = !error_ && agents_.empty() && !runnable_.empty();
+    Fiber* next = direct ? &next_fiber() : nullptr;
+    if (next == &f) return;
+    self = next;
 #if defined(SIMT_ASAN)
-    __sanitizer_start_switch_fiber(f.exited ? nullptr : &f.fake_stack, scheduler_stack_,
-                                   scheduler_stack_bytes_);
+    __sanitizer_start_switch_fiber(f.exited ? nullptr : &f.fake_stack,
+                                   next ? next->stack : scheduler_stack_,
+                                   next ? kStackBytes : scheduler_stack_bytes_);
 #endif
-    switch_to(f.context, scheduler_);
+    switch_to(f.context, next ? next->context : scheduler_);
 #if defined(SIMT_ASAN)
-    __sanitizer_finish_switch_fiber(f.fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+    __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 #endif
   }
 
@@ -371,7 +383,9 @@ class Machine {
   const uint64_t fiber_mode_;
   const uint64_t agent_mode_;  // 0: at once, 1: only when every thread waits, 2: at random
   std::vector<Fiber> fibers_;
-  std::vector<Fiber*> runnable_;
+  // Of each: its priority, chance among equals, its index. A heap unless the choice is uniform.
+  static constexpr uint64_t kIndex = 0xffff;
+  std::vector<uint64_t> runnable_;
   std::vector<std::function<void()>> agents_;
   int live_ = 0;
   std::exception_ptr error_;
@@ -390,9 +404,12 @@ inline Fiber& self() {
   return *machine->self;
 }
 
-[[noreturn]] inline void fail(const char* op, const Where& where, const std::string& message) {
+// Not inlined, its parts by value: the address sanitizer makes callers pay for what lies in memory.
+template <class... Parts>
+[[noreturn]] __attribute__((noinline)) void fail(const char* op, const Where& where,
+                                                 Parts... parts) {
   throw std::runtime_error(text(op, " at ", place(where), ", block ", self().block->index,
-                                " thread ", self().thread, ": ", message));
+                                " thread ", self().thread, ": ", parts...));
 }
 
 inline void Machine::make_blocks(int first_block, size_t shared_bytes) {
@@ -458,13 +475,19 @@ inline void Machine::start(Fiber& f) {
   f.stack = spare_stacks.back();
   spare_stacks.pop_back();
   prepare(f.context, f.stack, kStackBytes, &Machine::entry);
-  runnable_.push_back(&f);
+  set_runnable(f);
 }
 
 inline void Machine::entry() {
   Machine& m = *machine;
 #if defined(SIMT_ASAN)
-  __sanitizer_finish_switch_fiber(nullptr, &m.scheduler_stack_, &m.scheduler_stack_bytes_);
+  const void* from = nullptr;
+  size_t bytes = 0;
+  __sanitizer_finish_switch_fiber(nullptr, &from, &bytes);
+  if (m.scheduler_stack_ == nullptr) {  // it starts the first thread itself
+    m.scheduler_stack_ = from;
+    m.scheduler_stack_bytes_ = bytes;
+  }
 #endif
   try {
     (*m.body_)();
@@ -474,7 +497,7 @@ inline void Machine::entry() {
   }
   m.self->exited = true;
   --m.live_;
-  m.to_scheduler();
+  m.give_way();
 }
 
 inline void Machine::leave() {
@@ -484,8 +507,8 @@ inline void Machine::leave() {
     const Meeting& m = w.meetings[first];
     if (!(m.mask >> f.lane() & 1)) return;
     if (!m.live_only) {
-      fail(m.op, m.where,
-           text("lane ", first, " waits for lane ", f.lane(), ", which has left the kernel"));
+      fail(m.op, m.where, "lane ", first, " waits for lane ", f.lane(),
+           ", which has left the kernel");
     }
     // these look again whether all lanes that are left have come
     for_lanes(m.here, [&](int lane) { wake(*w.lanes[lane]); });

@@ -15,6 +15,16 @@ float element(uint32_t pair, int i) {
   return to_float(T{half_of(pair, i)});
 }
 
+// Eight columns; d[m] += sum_k a[m][k] * b[k], in float64 and in the order of k.
+using Columns = double __attribute__((vector_size(64)));
+__attribute__((no_sanitize("address", "undefined"))) inline void multiply(const double (&a)[16][16],
+                                                                          const Columns (&b)[16],
+                                                                          Columns (&d)[16]) {
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) d[m] += a[m][k] * b[k];
+  }
+}
+
 template <int kCount>
 void check_row(const void* row, const char* op, const Where& where) {
   // lanes beyond 8 * kCount give addresses that the instruction ignores
@@ -99,7 +109,8 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
     const uint32_t* b;
   } io{d, a, b};
   host::meet("mma_m16n8k16", kFullMask, false, where, &io, [](const host::Meeting& meeting) {
-    float a[16][16], b[16][8];
+    double a[16][16];
+    host::Columns b[16], c[16];
     for (int l = 0; l < 32; ++l) {
       const Io& lane = host::io_of<Io>(meeting, l);
       for (int i = 0; i < 8; ++i) {
@@ -110,14 +121,15 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
         b[2 * (l % 4) + i % 2 + 8 * (i / 2)][l / 4] = host::element<T>(lane.b[i / 2], i % 2);
       }
     }
-    for (int l = 0; l < 32; ++l) {
-      for (int i = 0; i < 4; ++i) {
-        const int row = l / 4 + 8 * (i / 2), column = 2 * (l % 4) + i % 2;
-        double sum = host::io_of<Io>(meeting, l).d[i];
-        for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-        host::io_of<Io>(meeting, l).d[i] = static_cast<float>(sum);
+    const auto each = [&](auto visit) {
+      for (int l = 0; l < 32; ++l) {
+        float* d = host::io_of<Io>(meeting, l).d;
+        for (int i = 0; i < 4; ++i) visit(d[i], c[l / 4 + 8 * (i / 2)], 2 * (l % 4) + i % 2);
       }
-    }
+    };
+    each([](float x, host::Columns& row, int column) { row[column] = x; });
+    host::multiply(a, b, c);
+    each([](float& x, host::Columns& row, int column) { x = static_cast<float>(row[column]); });
   });
 }
 

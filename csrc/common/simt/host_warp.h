@@ -24,29 +24,27 @@ inline Meeting* join(const char* op, unsigned mask, bool live_only, const Where&
   Fiber& me = self();
   Warp& warp = *me.warp;
   const int lane = me.lane();
-  if (!(mask >> lane & 1)) fail(op, where, text("lane ", lane, " is not in its own mask"));
-  if (!live_only) {
-    for_lanes(mask & warp.exited, [&](int l) {
-      fail(op, where, text("the mask names lane ", l, ", which has left the kernel"));
-    });
+  if (!(mask >> lane & 1)) fail(op, where, "lane ", lane, " is not in its own mask");
+  if (const unsigned left = live_only ? 0 : mask & warp.exited; left != 0) {
+    fail(op, where, "the mask names lane ", __builtin_ctz(left), ", which has left the kernel");
   }
   Meeting* mine = nullptr;
-  for_lanes(warp.open, [&](int l) {
+  for (unsigned open = warp.open; open != 0; open &= open - 1) {
+    const int l = __builtin_ctz(open);
     Meeting& m = warp.meetings[l];
     const bool waits_for_me = m.mask >> lane & 1, for_it = (m.here & mask) != 0;
-    if (!waits_for_me && !for_it) return;
+    if (!waits_for_me && !for_it) continue;
     const bool same_place = m.where.line() == where.line() && m.where.column() == where.column() &&
                             same(m.op, op) && same(m.where.file_name(), where.file_name());
     if (waits_for_me && for_it && !same_place) {
-      fail(op, where, text("divergent warp: lane ", l, " is in ", m.op, " at ", place(m.where)));
+      fail(op, where, "divergent warp: lane ", l, " is in ", m.op, " at ", place(m.where));
     }
     if (same_place && m.mask != mask) {
-      fail(op, where,
-           text("divergent warp: lane ", l, " names another mask, ", std::hex, m.mask,
-                " instead of ", mask));
+      fail(op, where, "divergent warp: lane ", l, " names another mask, ", std::hex, m.mask,
+           " instead of ", mask);
     }
     if (same_place) mine = &m;
-  });
+  }
   const unsigned bit = 1u << lane;
   if (mine == nullptr) {
     mine = &warp.meetings[lane];
@@ -71,7 +69,9 @@ inline void end(Meeting& m) {
   Warp& warp = *self().warp;
   warp.open &= ~(1u << (&m - warp.meetings));
   warp.waiting &= ~m.here;
-  for_lanes(m.here, [&](int l) { machine->wake(*warp.lanes[l]); });
+  for (unsigned here = m.here; here != 0; here &= here - 1) {
+    machine->wake(*warp.lanes[__builtin_ctz(here)]);
+  }
 }
 
 // Lanes named by `mask` meet in the same operation at the same place; the last to come runs
@@ -103,9 +103,9 @@ inline void warp_barrier(const char* op, Barrier& barrier, int warps, bool waits
 }
 
 inline void named_barrier(const char* op, int id, int threads, bool waits, const Where& where) {
-  if (id < 0 || id >= kBarriers) fail(op, where, text("barrier ", id, " is not in 0..15"));
+  if (id < 0 || id >= kBarriers) fail(op, where, "barrier ", id, " is not in 0..15");
   if (threads <= 0 || threads % 32 != 0) {
-    fail(op, where, text("thread count ", threads, " is not a multiple of 32"));
+    fail(op, where, "thread count ", threads, " is not a multiple of 32");
   }
   warp_barrier(op, self().block->barriers[id], threads / 32, waits, where);
 }
@@ -117,12 +117,11 @@ inline size_t shared_offset(const void* p, size_t bytes, size_t alignment, const
   const uintptr_t offset =
       reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(block.shared);
   if (offset > block.shared_bytes || bytes > block.shared_bytes - offset) {
-    fail(
-        op, where,
-        text("the address is outside the block's ", block.shared_bytes, " bytes of shared memory"));
+    fail(op, where, "the address is outside the block's ", block.shared_bytes,
+         " bytes of shared memory");
   }
   if (offset % alignment != 0) {
-    fail(op, where, text("shared address ", offset, " is not a multiple of ", alignment));
+    fail(op, where, "shared address ", offset, " is not a multiple of ", alignment);
   }
   return offset;
 }
@@ -196,7 +195,7 @@ namespace host {
 template <class T>
 T shuffle(const char* op, unsigned mask, T x, int from, const Where& where) {
   static_assert(sizeof(T) == 4 && std::is_trivially_copyable_v<T>);
-  if (!(mask >> from & 1)) fail(op, where, text("reads lane ", from, ", which is not in the mask"));
+  if (!(mask >> from & 1)) fail(op, where, "reads lane ", from, ", which is not in the mask");
   struct Io {
     T x;
     int from;

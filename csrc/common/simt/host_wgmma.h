@@ -95,7 +95,7 @@ inline void issue(const Wgmma& wgmma, float* d, const Where& where) {
       const Io& lane = io_of<Io>(m, l);
       if (lane.wgmma.a != op->a || lane.wgmma.b != op->b ||
           lane.wgmma.accumulate != op->accumulate) {
-        fail("wgmma", where, text("lane ", l, " gives other operands"));
+        fail("wgmma", where, "lane ", l, " gives other operands");
       }
       op->d[l] = lane.d;
       if (warp.in_flight.count(lane.d)) continue;
