@@ -8,9 +8,13 @@ VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+# ON or AUTO adds the CUDA kernels; `pip install .` alone builds them where it finds nvcc.
+GEMMA_EXT_CUDA ?= OFF
+export GEMMA_EXT_CUDA
 
 bin := $(VENV)/bin
 torch_stamp := $(VENV)/.installed-$(subst =,-,$(TORCH))
+cpp_files := '*.cpp' '*.h' '*.cu' '*.cuh'
 dev_stamp := $(VENV)/.installed-dev
 
 .PHONY: demo test bench lint format wheel build install abi-audit abi-matrix clean
@@ -27,12 +31,12 @@ bench: build
 lint: install
 	$(bin)/ruff check .
 	$(bin)/ruff format --check .
-	git ls-files '*.cpp' '*.h' | xargs -r $(bin)/clang-format --dry-run -Werror
+	git ls-files $(cpp_files) | xargs -r $(bin)/clang-format --dry-run -Werror
 
 format: install
 	$(bin)/ruff check --fix .
 	$(bin)/ruff format .
-	git ls-files '*.cpp' '*.h' | xargs -r $(bin)/clang-format -i
+	git ls-files $(cpp_files) | xargs -r $(bin)/clang-format -i
 
 wheel: install
 	rm -rf dist build/lib.* build/bdist.*
@@ -46,7 +50,7 @@ build: install
 install: $(dev_stamp)
 
 abi-audit: build
-	$(bin)/torch-abi-audit --check torch gemma_ext/_C.so
+	$(bin)/torch-abi-audit --check torch gemma_ext/_C*.so
 
 abi-matrix: wheel
 	.ci/abi-matrix

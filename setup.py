@@ -1,12 +1,14 @@
 """Build driver: CMake and ninja compile, setuptools packages.
 
 Environment: GEMMA_EXT_TORCH_DIR (torch package folder), GEMMA_EXT_BUILD_DIR (persistent build
-folder), GEMMA_EXT_HOST=AUTO|ON|OFF (the pybind11 module), GEMMA_EXT_VERBOSE=1, MAX_JOBS, CXX.
+folder), GEMMA_EXT_HOST=AUTO|ON|OFF (the pybind11 module), GEMMA_EXT_CUDA=AUTO|ON|OFF (the CUDA
+kernels) and GEMMA_EXT_CUDA_ARCHS, GEMMA_EXT_VERBOSE=1, MAX_JOBS, CXX, CUDACXX, CUDA_HOME.
 """
 
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import os
 import re
@@ -22,6 +24,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HOST_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+OLDEST_NVCC = (12, 9)  # the first that knows the targets 100f and 120f
 
 
 def find_torch() -> tuple[Path, str]:
@@ -66,16 +69,70 @@ def source_revision() -> str:
         return "unknown"
 
 
+def option(name: str) -> str:
+    """AUTO, ON or OFF from the environment."""
+    choice = os.environ.get(name, "AUTO").upper()
+    if choice not in ("AUTO", "ON", "OFF"):
+        raise SystemExit(f"{name}: expected AUTO, ON or OFF, got {choice}")
+    return choice
+
+
 def wants_host() -> bool:
     """Whether _host is built: GEMMA_EXT_HOST, or by default whether Python's headers are here."""
-    choice = os.environ.get("GEMMA_EXT_HOST", "AUTO").upper()
-    if choice not in ("AUTO", "ON", "OFF"):
-        raise SystemExit(f"GEMMA_EXT_HOST: expected AUTO, ON or OFF, got {choice}")
+    choice = option("GEMMA_EXT_HOST")
     found = (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
     found = found and importlib.util.find_spec("pybind11") is not None
     if choice == "ON" and not found:
         raise SystemExit("GEMMA_EXT_HOST=ON needs Python's headers and the package pybind11")
     return choice != "OFF" and found
+
+
+def nvcc_version(nvcc: str) -> tuple[int, int] | None:
+    """Version of a CUDA compiler, None if it does not run."""
+    try:
+        text = subprocess.check_output([nvcc, "--version"], text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    match = re.search(r"release (\d+)\.(\d+)", text)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def find_nvcc() -> tuple[str | None, str]:
+    """A CUDA compiler that is new enough, or None and what is wrong."""
+    toolkit = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(f"{toolkit}/bin/nvcc")
+    if nvcc is None:
+        return None, "found no nvcc through CUDACXX, PATH and CUDA_HOME"
+    version = nvcc_version(nvcc)
+    if version is None:
+        return None, f"{nvcc} does not run"
+    if version < OLDEST_NVCC:
+        oldest, found = (".".join(map(str, v)) for v in (OLDEST_NVCC, version))
+        return None, f"{nvcc} is {found}, older than {oldest}"
+    return nvcc, ""
+
+
+@functools.cache
+def cuda_compiler() -> tuple[str | None, str]:
+    """The nvcc that builds _C_cuda, or None and why it is left out."""
+    choice = option("GEMMA_EXT_CUDA")
+    if choice == "OFF":
+        return None, ""
+    nvcc, problem = find_nvcc()
+    if nvcc is None and choice == "ON":
+        raise SystemExit(
+            f"GEMMA_EXT_CUDA=ON needs a CUDA compiler, but {problem}: install the CUDA toolkit "
+            "or set GEMMA_EXT_CUDA=OFF"
+        )
+    if nvcc and not any(ROOT.glob("csrc/*/cuda_ops.cpp")):
+        return None, "these sources have no CUDA kernels"
+    return nvcc, problem
+
+
+def library_names() -> list[str]:
+    """What is built: `_C`, and the other two where they are wanted."""
+    cuda = ["_C_cuda"] if cuda_compiler()[0] else []
+    return ["_C", *cuda, *(["_host"] if wants_host() else [])]
 
 
 def job_count() -> int:
@@ -111,8 +168,11 @@ class CMakeBuild(build_ext):
         torch_dir, torch_version = find_torch()
         cmake = find_tool("cmake", "CMAKE_BIN_DIR", "cmake")
         ninja = find_tool("ninja", "BIN_DIR", "ninja")
-        tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-        build = Path(os.environ.get("GEMMA_EXT_BUILD_DIR", ROOT / "build" / f"{tag}-cpu"))
+        nvcc, left_out = cuda_compiler()
+        if left_out:
+            print(f"gemma_ext: built without CUDA kernels: {left_out}", file=sys.stderr)
+        tag = f"cp{sys.version_info.major}{sys.version_info.minor}-{'cuda' if nvcc else 'cpu'}"
+        build = Path(os.environ.get("GEMMA_EXT_BUILD_DIR", ROOT / "build" / tag))
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
@@ -122,6 +182,7 @@ class CMakeBuild(build_ext):
             f"-DGEMMA_EXT_VERSION={self.distribution.get_version()}",
             f"-DGEMMA_EXT_COMMIT={source_revision()}",
             f"-DGEMMA_EXT_HOST={'ON' if wants_host() else 'OFF'}",
+            f"-DGEMMA_EXT_CUDA={'ON' if nvcc else 'OFF'}",
         ]  # fmt: skip
         if wants_host():
             import pybind11
@@ -130,9 +191,16 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             ]
+        if nvcc:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            archs = os.environ.get("GEMMA_EXT_CUDA_ARCHS")
+            # without a list, one that an earlier build left in the cache must not stay
+            configure.append(
+                f"-DGEMMA_EXT_CUDA_ARCHS={archs}" if archs else "-UGEMMA_EXT_CUDA_ARCHS"
+            )
         quiet = subprocess.DEVNULL if not os.environ.get("GEMMA_EXT_VERBOSE") else None
-        targets = ["_C", "_host"] if wants_host() else ["_C"]
-        command = [cmake, "--build", str(build), "-j", str(job_count()), "--target", *targets]
+        command = [cmake, "--build", str(build), "-j", str(job_count())]
+        command += ["--target", *library_names()]
         if os.environ.get("GEMMA_EXT_VERBOSE"):
             command.append("--verbose")
         # ninja keeps no lock of its own, and two builds in one folder corrupt it
@@ -145,6 +213,8 @@ class CMakeBuild(build_ext):
         inplace = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT / "gemma_ext" if inplace else Path(self.build_lib) / "gemma_ext"
         install_file(build / "build_info.json", package / "build_info.json")
+        if not nvcc:  # one of an earlier build does not belong to this _C.so
+            (package / "_C_cuda.so").unlink(missing_ok=True)
         for extension in self.extensions:
             name = Path(self.get_ext_filename(extension.name)).name
             install_file(build / name, package / name)
@@ -158,8 +228,8 @@ class Wheel(bdist_wheel):
         return (python, abi, platform) if wants_host() else ("py3", "none", platform)
 
 
-names = ["_C", "_host"] if wants_host() else ["_C"]
-setup(
-    ext_modules=[Extension(f"gemma_ext.{name}", sources=[]) for name in names],
-    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension(f"gemma_ext.{name}", sources=[]) for name in library_names()],
+        cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    )
