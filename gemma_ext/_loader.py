@@ -1,9 +1,12 @@
 """Load the op library `_C.so` once, and say exactly what is wrong when that fails.
 
+The CUDA kernels, `_C_cuda.so` beside it, are optional: why they are not there is kept, not raised.
+
 A process that loads two copies of the library registers every schema twice, which torch answers
 with an abort. So the loader looks for the marker op `gemma_ext::build_info` before it loads.
 
-`GEMMA_EXT_LIB_DIR` names another folder to take the library from.
+`GEMMA_EXT_LIB_DIR` names another folder to take the libraries from; `GEMMA_EXT_DISABLE_CUDA=1`
+leaves out the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -21,16 +24,20 @@ MINIMUM_TORCH = (2, 10)
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """The loaded op library.
+    """The loaded libraries.
 
     Attributes:
-        path: file that was loaded.
-        record: what the build wrote into it: version, commit, compiler, flags, isas, processor,
-            torch_seen, torch_target.
+        path: the op library.
+        record: what the build wrote into it: version, commit, compiler, flags, isas, cuda_compiler,
+            cuda_archs, processor, torch_seen, torch_target.
+        cuda_path: the library of the CUDA kernels, if it is loaded.
+        cuda_error: why it is not.
     """
 
     path: Path
     record: dict = field(default_factory=dict)
+    cuda_path: Path | None = None
+    cuda_error: str | None = None
 
 
 _status: LibraryStatus | None = None
@@ -43,7 +50,7 @@ def library_path() -> Path:
 
 
 def load() -> LibraryStatus:
-    """Make the operators available; a repeated call changes nothing.
+    """Make the operators available, with CUDA kernels if they load; a repeat changes nothing.
 
     Raises:
         ImportError: torch is too old, the library is missing or does not link (with the linker's
@@ -57,8 +64,22 @@ def load() -> LibraryStatus:
         _refuse_other_copy(path)
     else:
         _load_library(path)
-    _status = LibraryStatus(path, json.loads(torch.ops.gemma_ext.build_info()))
+    cuda_path = path.with_name("_C_cuda.so")
+    cuda_error = _load_cuda_library(cuda_path)
+    record = json.loads(torch.ops.gemma_ext.build_info())
+    _status = LibraryStatus(path, record, None if cuda_error else cuda_path, cuda_error)
     return _status
+
+
+def cuda_refusal(op: str) -> str | None:
+    """Why `op` takes no CUDA tensors, with the remedy; None if it has a CUDA kernel."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"gemma_ext::{op}", "CUDA"):
+        return None
+    reason = load().cuda_error or f"{load().cuda_path} has none for this op"
+    return (
+        f"gemma_ext::{op} has no CUDA kernel here ({reason}); build with GEMMA_EXT_CUDA=ON, "
+        "or use impl='reference'"
+    )
 
 
 def _refuse_other_copy(path: Path) -> None:
@@ -88,6 +109,23 @@ def _load_library(path: Path) -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(_link_failure(path, error)) from error
+
+
+def _load_cuda_library(path: Path) -> str | None:
+    """Load the CUDA kernels; returns what prevents it."""
+    if path in {Path(p).resolve() for p in torch.ops.loaded_libraries}:
+        return None
+    if os.environ.get("GEMMA_EXT_DISABLE_CUDA", "0") not in ("", "0"):
+        return "disabled by GEMMA_EXT_DISABLE_CUDA"
+    if not path.is_file():
+        return f"not built: there is no {path}"
+    try:
+        if not _is_whole(path):
+            return f"{path} is truncated: build or install it again"
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return _link_failure(path, error)
+    return None
 
 
 def _is_whole(path: Path) -> bool:

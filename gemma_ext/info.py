@@ -17,7 +17,6 @@ from gemma_ext import _loader
 from gemma_ext._version import __version__
 
 OPTIONAL = ("numpy", "transformers", "tokenizers", "safetensors", "accelerate", "peft", "trl")
-NO_CUDA_LIBRARY = "this version has no CUDA kernels; CUDA tensors are refused"
 
 
 def main() -> None:
@@ -51,7 +50,7 @@ def report() -> dict[str, dict[str, str]]:
             "threads": str(torch.get_num_threads()),
         },
         "host module": {"_host": _host_state()},
-        "cuda": {"torch": _torch_cuda(), "gemma_ext": NO_CUDA_LIBRARY},
+        "cuda": _cuda(status),
         "operators": {name: _path_of(name) for name in operators()},
     }
 
@@ -95,12 +94,31 @@ def _host_state() -> str:
     return str(Path(_host.__file__))
 
 
+def _cuda(status: _loader.LibraryStatus) -> dict[str, str]:
+    if status.cuda_path is None:
+        return {
+            "torch": _torch_cuda(),
+            "kernels": f"none: {status.cuda_error}",
+        }
+    size = status.cuda_path.stat().st_size / 1024
+    archs = ", ".join(status.record["cuda_archs"])
+    usable = torch.version.cuda is not None and torch.cuda.is_available()
+    return {
+        "torch": _torch_cuda(),
+        "file": f"{status.cuda_path}, {size:.0f} KiB",
+        "compiler": f"{status.record['cuda_compiler']}, for {archs}",
+        "kernels": "loaded" if usable else "loaded, nothing here to run them on",
+    }
+
+
 def _torch_cuda() -> str:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return f"CUDA {torch.version.cuda}, no device visible"
-    return f"CUDA {torch.version.cuda}, {torch.cuda.get_device_name(0)}"
+    major, minor = torch.cuda.get_device_capability(0)
+    name = torch.cuda.get_device_name(0)
+    return f"CUDA {torch.version.cuda}, {name}, compute capability {major}.{minor}"
 
 
 def _version_of(name: str) -> str:

@@ -7,11 +7,13 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from gemma_ext import _loader
 from gemma_ext.ops.vocab_state import VocabState
 
 IMPLS = ("auto", "cce", "exact", "reference")
 REDUCTIONS = ("mean", "sum", "none")
-_KERNEL_DEVICES = ("cpu", "meta")
+_KERNEL_DEVICES = ("cpu", "meta", "cuda")
+_CUDA_REFUSAL = _loader.cuda_refusal("cce_forward")  # looked up once: a compiler traces the checks
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
@@ -55,6 +57,8 @@ def check_problem(
             f"expected e on {' or '.join(_KERNEL_DEVICES)} with impl={impl!r}, got {e.device}; "
             "impl='reference' runs anywhere and holds the logits"
         )
+    if impl != "reference" and e.device.type == "cuda" and _CUDA_REFUSAL:
+        raise NotImplementedError(f"{_CUDA_REFUSAL}, which holds the logits")
     allowed = _KERNEL_DTYPES + ((torch.float64,) if impl == "reference" else ())
     for name, value in (("e", e), ("c", c)):
         if value.dtype not in allowed:

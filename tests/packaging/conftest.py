@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+HAS_CUDA_LIBRARY = (ROOT / "gemma_ext" / "_C_cuda.so").is_file()
+# builds that tests start are of the kind that is here
+os.environ["GEMMA_EXT_CUDA"] = "ON" if HAS_CUDA_LIBRARY else "OFF"
 
 
 @pytest.fixture
@@ -19,8 +22,9 @@ def root() -> Path:
 @pytest.fixture
 def build_dir() -> Path:
     """The persistent build folder that `make build` filled."""
-    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    folder = Path(os.environ.get("GEMMA_EXT_BUILD_DIR", ROOT / "build" / f"{tag}-cpu"))
+    kind = "cuda" if HAS_CUDA_LIBRARY else "cpu"
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}-{kind}"
+    folder = Path(os.environ.get("GEMMA_EXT_BUILD_DIR", ROOT / "build" / tag))
     assert (folder / "build.ninja").is_file(), f"expected a build in {folder}: run `make build`"
     return folder
 

@@ -90,12 +90,24 @@ def test_wheel_holds_the_package_and_nothing_else(root, tmp_path):
     }
     assert sources <= names
     assert {"gemma_ext/_C.so", "gemma_ext/build_info.json", "gemma_ext/py.typed"} <= names
+    assert ("gemma_ext/_C_cuda.so" in names) == (root / "gemma_ext" / "_C_cuda.so").is_file()
     assert any(name.startswith("gemma_ext/_host.") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     required = [
         r for r in metadata.splitlines() if r.startswith("Requires-Dist") and "extra" not in r
     ]
     assert required == ["Requires-Dist: torch>=2.10", "Requires-Dist: numpy"]
+
+
+def test_build_without_cuda_removes_the_library_of_an_earlier_one(root, tmp_path):
+    stale = tmp_path / "gemma_ext" / "_C_cuda.so"
+    stale.parent.mkdir()
+    stale.touch()
+    command = ["setup.py", "-q", "build_ext", "--build-lib", str(tmp_path)]
+    done = run_setup(root, *command, GEMMA_EXT_CUDA="OFF")
+    assert done.returncode == 0, done.stderr
+    assert stale.with_name("_C.so").is_file()
+    assert not stale.exists()
 
 
 def test_source_archive_can_be_built_from(root, tmp_path):
