@@ -109,7 +109,7 @@ def find_nvcc() -> tuple[str | None, str]:
     if version < OLDEST_NVCC:
         oldest, found = (".".join(map(str, v)) for v in (OLDEST_NVCC, version))
         return None, f"{nvcc} is {found}, older than {oldest}"
-    return nvcc, ""
+    return os.path.abspath(nvcc), ""
 
 
 @functools.cache
@@ -127,6 +127,14 @@ def cuda_compiler() -> tuple[str | None, str]:
     if nvcc and not any(ROOT.glob("csrc/*/cuda_ops.cpp")):
         return None, "these sources have no CUDA kernels"
     return nvcc, problem
+
+
+def cached_nvcc(build: Path) -> str | None:
+    """The nvcc that a build folder was configured with."""
+    cache = build / "CMakeCache.txt"
+    text = cache.read_text() if cache.is_file() else ""
+    match = re.search(r"^CMAKE_CUDA_COMPILER:\w+=(.*)$", text, re.MULTILINE)
+    return match.group(1) if match else None
 
 
 def library_names() -> list[str]:
@@ -193,6 +201,8 @@ class CMakeBuild(build_ext):
             ]
         if nvcc:
             configure.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+            if cached_nvcc(build) not in (None, nvcc):
+                configure.append("--fresh")  # on a new compiler CMake forgets the other settings
             archs = os.environ.get("GEMMA_EXT_CUDA_ARCHS")
             # without a list, one that an earlier build left in the cache must not stay
             configure.append(
