@@ -76,14 +76,7 @@ void prepare(const char* op, const Head& h, Prepared& out) {
   p.V = p.c.rows;
   p.D = p.c.cols;
   p.tiles = (p.V + kTile - 1) / kTile;
-  const float inv_t = float(1.0 / h.temperature);
-  p.map.scale = float(h.logit_scale);
-  p.map.inv_t = inv_t;
-  if (h.softcap > 0) {
-    p.map.inv_cap = float(1.0 / h.softcap);
-    p.map.cap_over_t = float(h.softcap / h.temperature);
-    p.map.t_over_cap = float(h.temperature / h.softcap);
-  }
+  p.map = logit_map(h.softcap, h.logit_scale, h.temperature);
   if (h.bias) {
     check_vector(op, "bias", *h.bias, p.V);
     out.bias = to_floats(op, "bias", *h.bias);

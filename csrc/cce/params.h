@@ -37,6 +37,19 @@ struct LogitMap {
   float inv_t;
 };
 
+// softcap 0: none.
+inline LogitMap logit_map(double softcap, double logit_scale, double temperature) {
+  LogitMap map{};
+  map.scale = float(logit_scale);
+  map.inv_t = float(1.0 / temperature);
+  if (softcap > 0) {
+    map.inv_cap = float(1.0 / softcap);
+    map.cap_over_t = float(softcap / temperature);
+    map.t_over_cap = float(temperature / softcap);
+  }
+  return map;
+}
+
 struct Problem {
   Matrix e;                   // [*, D]; rows named by `rows`
   Matrix c;                   // [V, D]

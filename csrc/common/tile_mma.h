@@ -79,7 +79,7 @@ class Tile {
       fill(step + kStages - 1);
       const T* s_a = s_stages + step % kStages * 2 * kOperand;
       NO_UNROLL  // two instructions' fragments at once spill
-      for (int k = 0; k < kDepth; k += kInstruction) product<kA, kB>(s_a, s_a + kOperand, k);
+          for (int k = 0; k < kDepth; k += kInstruction) product<kA, kB>(s_a, s_a + kOperand, k);
     }
     simt::cp_async_wait<0>();
     simt::sync_block();
@@ -105,8 +105,8 @@ class Tile {
     UNROLL
     for (int i = 0; i < kOperand / kChunk / kThreads; ++i) {
       const int at = i * kThreads + simt::thread_idx(), line = at / kLine, chunk = at % kLine;
-      const T* source = kMajor == Major::kK ? from(line, k0 + chunk * kChunk)
-                                            : from(chunk * kChunk, k0 + line);
+      const T* source =
+          kMajor == Major::kK ? from(line, k0 + chunk * kChunk) : from(chunk * kChunk, k0 + line);
       simt::cp_async(s_operand + place<kMajor>(line, chunk), source, source ? 16 : 0);
     }
   }
@@ -126,8 +126,8 @@ class Tile {
   DEVICE static void fragment_b(uint32_t (&r)[4], const T* s_b, int n, int k) {
     const int lane = simt::lane_idx();
     if constexpr (kMajor == Major::kK) {
-      simt::ldmatrix(
-          r, s_b + place<kMajor>(n + lane / 16 * 8 + lane % 8, k / kChunk + lane / 8 % 2));
+      simt::ldmatrix(r,
+                     s_b + place<kMajor>(n + lane / 16 * 8 + lane % 8, k / kChunk + lane / 8 % 2));
     } else {
       simt::ldmatrix_trans(
           r, s_b + place<kMajor>(k + lane / 8 % 2 * 8 + lane % 8, n / kChunk + lane / 16));

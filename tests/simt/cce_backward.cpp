@@ -49,8 +49,8 @@ struct Truth {
       const double b = up.nll[n], dm = coefficient(up.mean, q.entropy, n);
       const double dk = coefficient(up.classes, q.class_sum, n);
       const double a = b + up.lse[n] + dm;
-      return std::max({std::fabs(a), d.has_label(n) ? std::fabs(b) : 0.0, std::fabs(dm),
-                       std::fabs(dk)});
+      return std::max(
+          {std::fabs(a), d.has_label(n) ? std::fabs(b) : 0.0, std::fabs(dm), std::fabs(dk)});
     };
     for (int64_t n = 0; n < d.o.N; ++n) {
       if (d.valid(n)) mean_scale += scale_of(n), rows += 1;
@@ -128,8 +128,13 @@ void gradients_match(const Options& options, const Request& q) {
   std::vector<float> dbias(d.o.V, NAN);
   cuda::Backward b{};
   b.head = d.head();
-  b.up = {rows.nll.data(), rows.lse.data(), rows.mean.data(), up.nll.data(), up.lse.data(),
-          q.entropy ? up.mean.data() : nullptr, q.class_sum ? up.classes.data() : nullptr};
+  b.up = {rows.nll.data(),
+          rows.lse.data(),
+          rows.mean.data(),
+          up.nll.data(),
+          up.lse.data(),
+          q.entropy ? up.mean.data() : nullptr,
+          q.class_sum ? up.classes.data() : nullptr};
   b.stats = rows.stats.data();
   b.summary = q.eps == 0 ? nullptr : rows.summary.data();
   b.prob = q.profile ? d.prob.data() : nullptr;

@@ -145,13 +145,7 @@ struct Data {
     h.N = o.N;
     h.V = o.V;
     h.D = o.D;
-    h.map.scale = float(o.scale);
-    h.map.inv_t = float(1 / o.temperature);
-    if (o.softcap > 0) {
-      h.map.inv_cap = float(1 / o.softcap);
-      h.map.cap_over_t = float(o.softcap / o.temperature);
-      h.map.t_over_cap = float(o.temperature / o.softcap);
-    }
+    h.map = gemma_ext::logit_map(o.softcap, o.scale, o.temperature);
     h.ignore_index = kIgnore;
     h.allow_missing = o.missing;
     return h;

@@ -24,7 +24,7 @@ struct BackwardMemory {
 };
 
 void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
-                         const float* lse2_coef) {
+                  const float* lse2_coef) {
   const Head& h = b.head;
   const Plan& plan = m.plan;
   const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
@@ -41,8 +41,18 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
     launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
     launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);
 
-    GradientParams p{h,       plan,     b.summary, b.prob, m.strips, m.profile, m.mean,
-                     m.push,  m.de_sum, b.out,     static_cast<int>(column_blocks), 0};
+    GradientParams p{h,
+                     plan,
+                     b.summary,
+                     b.prob,
+                     m.strips,
+                     m.profile,
+                     m.mean,
+                     m.push,
+                     m.de_sum,
+                     b.out,
+                     static_cast<int>(column_blocks),
+                     0};
     if (filtered) launches.add(profile_kernel, tiles, kTile, kTile * 4, p);
     if (filtered && b.out.dc) {
       launches.add(push_kernel<T>, ceil_div(tiles, mma::kSide) * column_blocks, mma::kThreads,

@@ -101,8 +101,14 @@ KERNEL void combine_kernel(CombineParams p) {
 // origin of its numbers: cpu/forward.cpp).
 constexpr int kCandidates = 6;
 constexpr double kError = 0x1p-9, kBreakEven = 0.6;
-enum Value { kDropped, kWorst = kCandidates, kNoise = 2 * kCandidates, kStrips = 3 * kCandidates,
-             kEnergy = 4 * kCandidates, kValues };
+enum Value {
+  kDropped,
+  kWorst = kCandidates,
+  kNoise = 2 * kCandidates,
+  kStrips = 3 * kCandidates,
+  kEnergy = 4 * kCandidates,
+  kValues
+};
 
 struct TallyParams {
   Rows rows;
@@ -165,8 +171,8 @@ KERNEL void tally_kernel(TallyParams p) {
     double of_row = 0;
     for (int w = 0; w < kCombineWarps; ++w) {
       const int from = w * kCombineRows + r;
-      of_row += thread == kEnergy ? s.energy[from]
-                                  : s.part[candidate][what <= 1 ? 0 : what - 1][from];
+      of_row +=
+          thread == kEnergy ? s.energy[from] : s.part[candidate][what <= 1 ? 0 : what - 1][from];
     }
     result = what == 1 ? fmax(result, of_row) : result + of_row;
   }
@@ -177,7 +183,7 @@ constexpr int kReportThreads = kValues * simt::kWarpSize;
 
 // One block: a warp per value.
 KERNEL void report_kernel(TallyParams p) {
-  double(*s_part)[simt::kWarpSize] = simt::shared<double[simt::kWarpSize]>();
+  double (*s_part)[simt::kWarpSize] = simt::shared<double[simt::kWarpSize]>();
   const int lane = simt::lane_idx(), value = simt::warp_idx();
   const bool largest = value / kCandidates == 1;
   double sum = 0;

@@ -56,11 +56,13 @@ Status forward(const Forward& f, Stream stream) {
   launches.add(clear_rows_kernel, ceil_div(h.N, kCombineThreads), kCombineThreads, 0, rows);
   launches.add(combine_kernel, m.blocks, kCombineThreads, sizeof(CombineShared), rows);
 
-  const TallyParams tally{m.rows,  m.strips, f.out,   m.tallies, f.summary,
-                          f.eps,   h.N,      m.tiles, static_cast<int>(m.blocks)};
+  const TallyParams tally{m.rows,    m.strips,  f.out,
+                          m.tallies, f.summary, f.eps,
+                          h.N,       m.tiles,   static_cast<int>(m.blocks)};
   if (f.stats && f.eps != 0) {
     launches.add(tally_kernel, m.blocks, kCombineThreads, sizeof(TallyShared), tally);
-    launches.add(report_kernel, 1, kReportThreads, kValues * simt::kWarpSize * sizeof(double), tally);
+    launches.add(report_kernel, 1, kReportThreads, kValues * simt::kWarpSize * sizeof(double),
+                 tally);
   } else {
     launches.add(keep_all_kernel, 1, simt::kWarpSize, 0, tally);
   }

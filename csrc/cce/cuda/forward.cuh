@@ -38,9 +38,7 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   r.slope = a.slope * fa + b.slope * fb;
   r.weighted = a.weighted * fa + b.weighted * fb;
   r.class_sum = a.class_sum + b.class_sum;
-  r.argmax = a.max > b.max   ? a.argmax
-             : b.max > a.max ? b.argmax
-                             : lesser(a.argmax, b.argmax);
+  r.argmax = a.max > b.max ? a.argmax : b.max > a.max ? b.argmax : lesser(a.argmax, b.argmax);
   return r;
 }
 

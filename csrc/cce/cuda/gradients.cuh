@@ -39,8 +39,9 @@ KERNEL void profile_kernel(GradientParams p) {
   double total = 0;
   for (int i = 0; i < kTile; ++i) total += s_weight[i];
   const float uniform = 1.0f / static_cast<float>(valid);
-  p.profile[first + t] =
-      t >= valid ? 0.0f : total > 0 ? static_cast<float>(s_weight[t] / total) : uniform;
+  p.profile[first + t] = t >= valid  ? 0.0f
+                         : total > 0 ? static_cast<float>(s_weight[t] / total)
+                                     : uniform;
 }
 
 // A block per tile.
@@ -53,8 +54,8 @@ KERNEL void tile_mean_kernel(GradientParams p) {
   for (int64_t d = 2 * simt::thread_idx(); d < p.head.D; d += 2 * kPlanThreads) {
     float x = 0.0f, y = 0.0f;
     for (int v = 0; v < valid; ++v) {
-      const T* c = static_cast<const T*>(p.head.c) +
-                   int64_t{column_id(p.head, first + v)} * p.head.c_stride;
+      const T* c =
+          static_cast<const T*>(p.head.c) + int64_t{column_id(p.head, first + v)} * p.head.c_stride;
       const float share = p.profile[first + v];
       x += share * widen(c[d]);
       y += share * widen(c[d + 1]);
@@ -83,7 +84,8 @@ void push_kernel(GradientParams p) {
                                                        : nullptr;
       },
       [&](int at, int k) {
-        return k < count && d0 + at < D ? e + int64_t{plan.rows.row[k]} * p.head.e_stride + d0 + at : nullptr;
+        return k < count && d0 + at < D ? e + int64_t{plan.rows.row[k]} * p.head.e_stride + d0 + at
+                                        : nullptr;
       },
       simt::shared<T>());
   tile.each([&](int row, int column, float x) {
@@ -111,10 +113,10 @@ void dc_kernel(GradientParams p) {
   mma::Tile<T> tile;
   tile.clear();
   tile.template multiply<simt::Major::kMn, simt::Major::kMn>(
-      count,
-      [&](int at, int k) { return k < count ? strips + int64_t{k} * kTile + at : nullptr; },
+      count, [&](int at, int k) { return k < count ? strips + int64_t{k} * kTile + at : nullptr; },
       [&](int at, int k) {
-        return k < count && d0 + at < D ? e + int64_t{list_row[k]} * p.head.e_stride + d0 + at : nullptr;
+        return k < count && d0 + at < D ? e + int64_t{list_row[k]} * p.head.e_stride + d0 + at
+                                        : nullptr;
       },
       simt::shared<T>());
   const bool pushed = eps_of(p.summary) != 0;

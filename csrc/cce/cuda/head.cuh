@@ -13,7 +13,8 @@ constexpr int kHalf = mma::kSide;  // columns of one product; a tile of the voca
 static_assert(kTile == 2 * kHalf);
 
 template <class T>
-constexpr int kMmaBlocks = sizeof(T) == 2 ? 2 : 1;  // per SM; the split product needs more registers
+constexpr int kMmaBlocks =
+    sizeof(T) == 2 ? 2 : 1;  // per SM; the split product needs more registers
 
 // Behind the stages of the product.
 template <class T>

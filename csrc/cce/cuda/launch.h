@@ -93,7 +93,8 @@ struct ColumnStats {
 };
 
 constexpr double kAutoEps = -1;
-constexpr int64_t tiles_of(int64_t vocab) { return (vocab + kTile - 1) / kTile; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t tiles_of(int64_t vocab) { return ceil_div(vocab, kTile); }
 
 int64_t forward_workspace(const Forward&);
 int64_t backward_workspace(const Backward&);

@@ -7,8 +7,6 @@
 
 namespace gemma_ext::cce::cuda {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Stops at the first launch that fails.
 class Launches {
  public:

@@ -46,7 +46,8 @@ KERNEL void gather_rows_kernel(RowsParams p) {
 
 void gather_rows(Launches& launches, const Head& head, const Rows& rows) {
   const RowsParams p{head, rows};
-  if (head.order) launches.add(invert_order_kernel, ceil_div(head.V, kRowThreads), kRowThreads, 0, p);
+  if (head.order)
+    launches.add(invert_order_kernel, ceil_div(head.V, kRowThreads), kRowThreads, 0, p);
   launches.add(gather_rows_kernel, 1, kRowThreads, kRowThreads / simt::kWarpSize * sizeof(int), p);
 }
 

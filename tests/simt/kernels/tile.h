@@ -42,10 +42,10 @@ void tile_kernel(TileParams<T> p) {
   });
 }
 
-#define TILE_KERNELS(T)                                                        \
-  template KERNEL void tile_kernel<T, Major::kK, Major::kK>(TileParams<T>);    \
-  template KERNEL void tile_kernel<T, Major::kMn, Major::kK>(TileParams<T>);   \
-  template KERNEL void tile_kernel<T, Major::kMn, Major::kMn>(TileParams<T>);  \
+#define TILE_KERNELS(T)                                                       \
+  template KERNEL void tile_kernel<T, Major::kK, Major::kK>(TileParams<T>);   \
+  template KERNEL void tile_kernel<T, Major::kMn, Major::kK>(TileParams<T>);  \
+  template KERNEL void tile_kernel<T, Major::kMn, Major::kMn>(TileParams<T>); \
   template KERNEL void tile_kernel<T, Major::kK, Major::kMn>(TileParams<T>);
 #if defined(__CUDACC__)
 TILE_KERNELS(simt::bf16)
