@@ -148,7 +148,7 @@ struct Wgmma {
   uint64_t group;
   float* d[32];
   bool was_read;
-  std::vector<double> product;  // [32, n / 2]
+  std::vector<double> product;  // [n / 8, 16, 8]
 };
 
 struct Warp {

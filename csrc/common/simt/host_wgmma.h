@@ -40,21 +40,18 @@ inline int column_of(int lane, int i) { return 8 * (i / 4) + 2 * (lane % 4) + i 
 inline void read_once(Wgmma& op) {
   if (op.was_read) return;
   op.was_read = true;
-  std::vector<float> left(16 * 16), right(op.n * 16);
-  for (int k = 0; k < 16; ++k) {
-    for (int m = 0; m < 16; ++m) {
-      left[16 * m + k] = operand(op, op.major_a, op.a, op.first_row + m, k);
-    }
-    for (int n = 0; n < op.n; ++n) right[16 * n + k] = operand(op, op.major_b, op.b, n, k);
+  double a[16][16];
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 16; ++k) a[m][k] = operand(op, op.major_a, op.a, op.first_row + m, k);
   }
-  for (int l = 0; l < 32; ++l) {
-    for (int i = 0; i < op.n / 2; ++i) {
-      const float* x = &left[16 * row_of(l, i)];
-      const float* y = &right[16 * column_of(l, i)];
-      double sum = 0;
-      for (int k = 0; k < 16; ++k) sum += static_cast<double>(x[k]) * y[k];
-      op.product.push_back(sum);
+  op.product.resize(16 * op.n);
+  for (int n = 0; n < op.n; n += 8) {
+    Columns b[16], d[16] = {};
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 8; ++j) b[k][j] = operand(op, op.major_b, op.b, n + j, k);
     }
+    multiply(a, b, d);
+    memcpy(&op.product[16 * n], d, sizeof(d));
   }
 }
 
@@ -66,7 +63,8 @@ inline void retire(Warp& warp, uint64_t groups_done) {
     for (int l = 0; l < 32; ++l) {
       std::vector<float>& sums = warp.in_flight[op->d[l]];
       for (int i = 0; i < op->n / 2; ++i) {
-        const double product = op->product[l * (op->n / 2) + i];
+        const int column = column_of(l, i);
+        const double product = op->product[16 * (column & ~7) + 8 * row_of(l, i) + column % 8];
         sums[i] = static_cast<float>(op->accumulate ? sums[i] + product : product);
       }
       const bool last = std::none_of(warp.wgmmas.begin(), warp.wgmmas.end(),
