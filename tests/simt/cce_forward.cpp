@@ -126,6 +126,22 @@ CASE(cce_forward_bf16) {
   o.order = o.class_weight = o.missing = true;
   forward_matches<simt::bf16>(o);
 }
+CASE(cce_forward_wgmma) {
+  Options o;
+  o.class_weight = o.missing = true;
+  o.N = 400;  // a cluster of two row blocks, one of one, and ignored rows
+  o.D = 200;
+  forward_matches<simt::bf16>(o);
+  o.N = 3;
+  o.V = 1;
+  o.D = 8;
+  forward_matches<simt::f16>(o);
+}
+CASE(cce_forward_by_mma) {
+  simt::host::options.hopper = false;
+  Options o;
+  forward_matches<simt::f16>(o);
+}
 CASE(cce_forward_f16_without_cap) {
   Options o;
   o.softcap = 0;

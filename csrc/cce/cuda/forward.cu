@@ -1,14 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "combine.cuh"
+#include "forward_sm90.cuh"
 
 namespace gemma_ext::cce::cuda {
 namespace {
+
+// TMA cannot gather the rows of c that another order of the vocabulary names.
+bool by_wgmma(const Head& h) {
+  return h.dtype != DType::kFloat32 && !h.order && h.N > 0 && simt::device().hopper;
+}
 
 struct ForwardMemory {
   Rows rows;
   StripPlanes strips{};
   float* target;
   double* tallies;
+  void* e = nullptr;  // contiguous valid rows, for wgmma
   int tiles;
   int64_t blocks;
 
@@ -25,9 +34,24 @@ struct ForwardMemory {
     if (f.out.mean) strips.weighted = planes + 3 * plane;
     if (f.out.class_sum) strips.class_sum = memory.take<float>(plane);
     if (f.out.argmax) strips.argmax = memory.take<int>(plane);
+    if (by_wgmma(f.head)) e = memory.take<uint16_t>(f.head.N * f.head.D);
     tallies = memory.take<double>(blocks * kValues);
   }
 };
+
+template <class T>
+void add_wgmma_strips(Launches& launches, const StripParams& strips, void* e) {
+  const Head& h = strips.head;
+  StripTmaParams p{strips, e, {}, {}};
+  launches.check(wgmma::make_map<T>(&p.e_map, e, h.N, h.D, h.D));
+  launches.check(wgmma::make_map<T>(&p.c_map, h.c, h.V, h.D, h.c_stride));
+  launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
+  const int64_t items = ceil_div(strips.row_blocks, wgmma::kCluster) * strips.tiles;
+  const int64_t clusters =
+      std::min<int64_t>(simt::device().multiprocessors / wgmma::kCluster, items);
+  launches.add_clusters(strip_stats_wgmma_kernel<T>, clusters, wgmma::kCluster, wgmma::kThreads,
+                        wgmma::kSharedBytes, p);
+}
 
 }  // namespace
 
@@ -48,6 +72,9 @@ Status forward(const Forward& f, Stream stream) {
   const StripParams strips{h, m.rows, m.strips, m.target, m.tiles, row_blocks};
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
+    if constexpr (!std::is_same_v<T, float>) {
+      if (m.e) return add_wgmma_strips<T>(launches, strips, m.e);
+    }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,
                  kHeadSharedBytes<T>, strips);
   });

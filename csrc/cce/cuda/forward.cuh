@@ -42,25 +42,22 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   return r;
 }
 
-// Sums over the warp's 32 columns of one row; all four lanes of the row get them. A NaN logit may hide
-// from the maximum, never from the sum.
-template <class T>
-DEVICE StripSums row_sums(const mma::Tile<T>& tile, int block, int half, const StripParams& p,
-                          const SharedHead<T>& s) {
-  const auto at = [&](int i) { return tile.acc[block][i / 2][half * 2 + i % 2]; };
-  const auto column = [&](int i) { return mma::Tile<T>::column_of(i / 2, i % 2); };
+// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. A NaN logit
+// may hide from the maximum, never from the sum.
+template <int kCount, class At, class Id, class Weight, class Inside>
+DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, Inside inside) {
   const auto quad_sum = [](float x) {
     x += simt::shfl_xor(x, 1);
     return x + simt::shfl_xor(x, 2);
   };
   StripSums r{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
   UNROLL
-  for (int i = 0; i < 8; ++i) r.max = fmaxf(r.max, at(i));
+  for (int i = 0; i < kCount; ++i) r.max = fmaxf(r.max, at(i));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
   const float base = r.max == -kInfinity ? 0.0f : r.max;
   UNROLL
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i < kCount; ++i) {
     const float x = at(i), e = exp_of(x - base);
     r.sum += e;
     if (e > 0.0f) {
@@ -73,21 +70,30 @@ DEVICE StripSums row_sums(const mma::Tile<T>& tile, int block, int half, const S
   if (p.out.weighted) r.weighted = quad_sum(r.weighted);
   if (p.out.class_sum) {
     UNROLL
-    for (int i = 0; i < 8; ++i) {
-      if (s.column[column(i)] >= 0) r.class_sum += s.weight[column(i)] * at(i);
+    for (int i = 0; i < kCount; ++i) {
+      if (inside(i)) r.class_sum += weight(i) * at(i);
     }
     r.class_sum = quad_sum(r.class_sum);
   }
   if (p.out.argmax) {
     UNROLL
-    for (int i = 0; i < 8; ++i) {
-      const int id = s.column[column(i)];
-      if (id >= 0 && at(i) == r.max) r.argmax = lesser(r.argmax, id);
+    for (int i = 0; i < kCount; ++i) {
+      if (inside(i) && at(i) == r.max) r.argmax = lesser(r.argmax, id(i));
     }
     r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 1));
     r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
   }
   return r;
+}
+
+DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripSums& sums) {
+  const int64_t to = tile * p.head.N + row;
+  p.out.max[to] = sums.max;
+  p.out.sum[to] = sums.sum;
+  p.out.slope[to] = sums.slope;
+  if (p.out.weighted) p.out.weighted[to] = sums.weighted;
+  if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
+  if (p.out.argmax) p.out.argmax[to] = sums.argmax;
 }
 
 // The lane that holds the logit of a row's label writes it.
@@ -121,16 +127,17 @@ constexpr int kRasterRows = 16;
 struct Raster {
   int row_block, tile;
 };
-DEVICE Raster raster(int block, int row_blocks, int tiles) {
-  const int group = block / (kRasterRows * tiles), in_group = block - group * kRasterRows * tiles;
-  const int width = lesser(kRasterRows, row_blocks - group * kRasterRows);
-  return {group * kRasterRows + in_group % width, in_group / width};
+template <int kGroup>
+DEVICE Raster raster(int item, int row_blocks, int tiles) {
+  const int group = item / (kGroup * tiles), in_group = item - group * kGroup * tiles;
+  const int width = lesser(kGroup, row_blocks - group * kGroup);
+  return {group * kGroup + in_group % width, in_group / width};
 }
 
 template <class T>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void strip_stats_kernel(StripParams p) {
-  const Raster at = raster(simt::block_idx(), p.row_blocks, p.tiles);
+  const Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
   const int64_t first_row = int64_t{at.row_block} * kBlockRows;
   const int count = *p.rows.count, t = simt::thread_idx();
   if (first_row >= count) return;
@@ -148,7 +155,11 @@ void strip_stats_kernel(StripParams p) {
     write_targets(tile, s, first_column, p.target + first_row);
     UNROLL
     for (int r = 0; r < 8; ++r) {
-      const StripSums part = row_sums(tile, r / 2, r % 2, p, s);
+      const auto column = [](int i) { return mma::Tile<T>::column_of(i / 2, i % 2); };
+      const auto id = [&](int i) { return s.column[column(i)]; };
+      const StripSums part = quad_sums<8>(
+          p, [&](int i) { return tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2]; }, id,
+          [&](int i) { return s.weight[column(i)]; }, [&](int i) { return id(i) >= 0; });
       const int row = mma::Tile<T>::row_of(r / 2, r % 2);
       if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
     }
@@ -158,14 +169,7 @@ void strip_stats_kernel(StripParams p) {
     }
     simt::sync_block();  // before the stages and the columns are written again
   }
-  if (t >= kBlockRows || first_row + t >= count) return;
-  const int64_t to = at.tile * p.head.N + first_row + t;
-  p.out.max[to] = sums.max;
-  p.out.sum[to] = sums.sum;
-  p.out.slope[to] = sums.slope;
-  if (p.out.weighted) p.out.weighted[to] = sums.weighted;
-  if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
-  if (p.out.argmax) p.out.argmax[to] = sums.argmax;
+  if (t < kBlockRows && first_row + t < count) write_sums(p, at.tile, first_row + t, sums);
 }
 
 }  // namespace gemma_ext::cce::cuda

@@ -19,6 +19,18 @@ class Launches {
     status_ = simt::launch(kernel, static_cast<int>(grid), block, shared_bytes, stream_, params);
   }
 
+  template <class Params>
+  void add_clusters(void (*kernel)(Params), int64_t clusters, int size, int block, int shared_bytes,
+                    const std::type_identity_t<Params>& params) {
+    if (status_ != simt::Status{} || clusters == 0) return;
+    status_ = simt::launch_cluster(kernel, static_cast<int>(clusters * size), block, size,
+                                   shared_bytes, stream_, params);
+  }
+
+  void check(simt::Status status) {
+    if (status_ == simt::Status{}) status_ = status;
+  }
+
   Status status() const { return static_cast<Status>(status_); }
 
  private:

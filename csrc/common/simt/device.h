@@ -35,6 +35,19 @@ Status launch_cluster(void (*kernel)(Params), int grid, int block, int cluster, 
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
+// The current device.
+inline Device device() {
+  const auto attribute = [](cudaDeviceAttr which) {
+    int index = 0, value = 0;
+    cudaGetDevice(&index);
+    cudaDeviceGetAttribute(&value, which, index);
+    return value;
+  };
+  return {attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+              attribute(cudaDevAttrComputeCapabilityMinor) == 0};
+}
+
 inline const char* status_text(Status status) { return cudaGetErrorString(status); }
 
 template <class Params>

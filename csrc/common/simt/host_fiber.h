@@ -49,6 +49,8 @@ constexpr size_t kStackBytes = 256 << 10;  // a few KiB of registers, with room 
 
 struct Options {
   uint64_t seed = 0;
+  int multiprocessors = 4;
+  bool hopper = true;  // what device() says; everything runs either way
 };
 inline Options options;
 

@@ -156,6 +156,8 @@ Status launch_cluster(void (*kernel)(Params), int grid, int block, int cluster, 
   return 0;
 }
 
+inline Device device() { return {host::options.multiprocessors, host::options.hopper}; }
+
 inline const char* status_text(Status) { return "no error"; }
 
 template <class Params>

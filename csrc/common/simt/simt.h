@@ -36,6 +36,11 @@
 #define NO_UNROLL
 #endif
 
+// Where the instructions of sm_90a may stand: its own device pass, and the host backend.
+#if !defined(__CUDACC__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define SIMT_HOPPER 1
+#endif
+
 namespace gemma_ext::simt {
 
 constexpr int kWarpSize = 32;
@@ -47,6 +52,11 @@ struct bf16 {
 };
 struct f16 {
   uint16_t bits;
+};
+
+struct Device {
+  int multiprocessors;
+  bool hopper;  // runs sm_90a
 };
 
 // In shared memory, 8-byte aligned.

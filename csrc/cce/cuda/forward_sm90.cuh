@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+// The forward's strips by wgmma: a persistent kernel whose clusters walk pairs of row blocks against
+// tiles of 256 columns. One warp holds whole strips of 16 rows, so nothing is exchanged between warps.
+#pragma once
+
+#include "common/tile_wgmma.h"
+#include "forward.cuh"
+
+namespace gemma_ext::cce::cuda {
+
+struct StripTmaParams {
+  StripParams strips;
+  void* e;  // [N, D] the valid rows of e, then zeros
+  simt::TensorMap e_map, c_map;
+};
+
+constexpr int kCopyThreads = 256;
+
+// A block per row: TMA reads rows that lie side by side.
+template <class T>
+KERNEL void gather_e_kernel(const GRID_CONSTANT StripTmaParams p) {
+  const Head& h = p.strips.head;
+  const int64_t r = simt::block_idx();
+  const bool valid = r < *p.strips.rows.count;
+  const T* from = static_cast<const T*>(h.e);
+  if (valid) from += int64_t{p.strips.rows.row[r]} * h.e_stride;
+  T* to = static_cast<T*>(p.e) + r * h.D;
+  for (int64_t d = 2 * simt::thread_idx(); d < h.D; d += 2 * kCopyThreads) {
+    const uint32_t zero = 0;
+    *reinterpret_cast<uint32_t*>(to + d) =
+        valid ? *reinterpret_cast<const uint32_t*>(from + d) : zero;
+  }
+}
+
+#if defined(SIMT_HOPPER)
+using Accumulators = float[wgmma::kColumns / 2];
+
+// s in place of e.c, as `logits` of epilogue.h does for a 128 x 128 tile.
+template <class T>
+DEVICE void strip_logits(Accumulators& acc, const Head& h, int64_t first_column) {
+  const LogitMap& map = h.map;
+  const float unit = map.inv_cap > 0.0f ? map.inv_cap : map.inv_t;
+  float largest = 0.0f;
+  UNROLL
+  for (int i = 0; i < wgmma::kColumns / 2; ++i) {
+    float x = acc[i] * map.scale;
+    if (h.bias) {
+      const int64_t v = first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2);
+      if (v < h.V) x += h.bias[v];
+    }
+    acc[i] = x * unit;
+    largest = fmaxf(largest, fabsf(acc[i]));
+  }
+  if (map.inv_cap > 0.0f) {
+    if (simt::any(largest > 1.0f)) {
+      UNROLL
+      for (float& x : acc) x = tanh_any(x) * map.cap_over_t;
+    } else {
+      UNROLL
+      for (float& x : acc) x = tanh_small(x) * map.cap_over_t;
+    }
+  }
+  if (first_column + kTile > h.V) {
+    UNROLL
+    for (int i = 0; i < wgmma::kColumns / 2; ++i) {
+      if (first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2) >= h.V) acc[i] = -kInfinity;
+    }
+  }
+}
+
+template <class T>
+DEVICE void strip_epilogue(Accumulators& acc, const StripParams& p, int64_t first_row, int tile,
+                           int count) {
+  using Tiles = wgmma::Tiles<T>;
+  const int64_t first_column = int64_t{tile} * kTile;
+  strip_logits<T>(acc, p.head, first_column);
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = first_row + Tiles::row_of(half);
+    const auto at = [&](int i) { return acc[i / 2 * 4 + half * 2 + i % 2]; };
+    const auto id = [&](int i) {
+      return static_cast<int>(first_column) + Tiles::column_of(i / 2, i % 2);
+    };
+    const StripSums sums = quad_sums<wgmma::kColumns / 4>(
+        p, at, id, [&](int i) { return p.head.class_weight[id(i)]; },
+        [&](int i) { return id(i) < p.head.V; });
+    const int position = row < count ? p.rows.position[row] : -1;
+    if (simt::any(position >= first_column && position < first_column + kTile)) {
+      UNROLL
+      for (int i = 0; i < wgmma::kColumns / 4; ++i) {
+        if (position == id(i)) p.target[row] = at(i);
+      }
+    }
+    if (simt::lane_idx() % 4 == 0 && row < count) write_sums(p, tile, row, sums);
+  }
+}
+#endif
+
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
+#if defined(SIMT_HOPPER)
+  const StripParams& strips = p.strips;
+  wgmma::Tiles<T> tiles;
+  const int count = *strips.rows.count;
+  const int pairs = (count + wgmma::kCluster * kBlockRows - 1) / (wgmma::kCluster * kBlockRows);
+  const int items = pairs * strips.tiles, step = simt::grid_dim() / wgmma::kCluster;
+  const int steps = static_cast<int>((strips.head.D + wgmma::kDepth - 1) / wgmma::kDepth);
+  const int first = simt::block_idx() / wgmma::kCluster, rank = simt::cluster_rank();
+  const auto first_row = [&](const Raster& at) {
+    return (at.row_block * wgmma::kCluster + rank) * kBlockRows;
+  };
+  if (tiles.is_producer()) {
+    if (simt::warp_idx() == 0 && simt::elect_one()) {
+      for (int item = first; item < items; item += step) {
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, strips.tiles);
+        tiles.produce(p.e_map, p.c_map, first_row(at), at.tile * kTile, steps);
+      }
+    }
+  } else {
+    Accumulators acc;
+    for (int item = first; item < items; item += step) {
+      const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, strips.tiles);
+      tiles.consume(acc, steps);
+      strip_epilogue<T>(acc, strips, first_row(at), at.tile, count);
+    }
+  }
+  tiles.finish();
+#endif
+}
+
+}  // namespace gemma_ext::cce::cuda
