@@ -5,8 +5,13 @@
 // blocks of a cluster work on the same b: each loads half of it for both.
 //
 //   wgmma::Tiles<T> tiles;                       // all threads
-//   if (tiles.is_producer()) { ... tiles.produce(a_map, b_map, row, column, steps); ... }
-//   else                     { ... tiles.consume(acc, steps); ... }
+//   if (tiles.is_producer()) {
+//     tiles.take_producer_registers();
+//     ... one thread: tiles.produce(a_map, b_map, row, column, steps); ...
+//   } else {
+//     tiles.take_consumer_registers();
+//     ... tiles.consume(acc, steps); ...
+//   }
 //   tiles.finish();                              // all threads
 //
 // Producer and consumers must go through the same sequence of products.
@@ -55,14 +60,12 @@ class Tiles {
       simt::fence_mbarrier_init();
     }
     simt::cluster_sync();
-    if (is_producer()) {
-      simt::setmaxnreg_dec<kProducerRegisters>();
-    } else {
-      simt::setmaxnreg_inc<kConsumerRegisters>();
-    }
   }
 
   DEVICE static bool is_producer() { return simt::warp_idx() < kWarpsPerGroup; }
+  // First in each role's branch: ptxas ignores them where the roles meet again.
+  DEVICE static void take_producer_registers() { simt::setmaxnreg_dec<kProducerRegisters>(); }
+  DEVICE static void take_consumer_registers() { simt::setmaxnreg_inc<kConsumerRegisters>(); }
   // Of the 64 rows of the calling consumer: register i of acc is row_of(i / 2 % 2),
   // column_of(i / 4, i % 2).
   DEVICE static int row_of(int half) {

@@ -111,6 +111,7 @@ void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
     return (at.row_block * wgmma::kCluster + rank) * kBlockRows;
   };
   if (tiles.is_producer()) {
+    tiles.take_producer_registers();
     if (simt::warp_idx() == 0 && simt::elect_one()) {
       for (int item = first; item < items; item += step) {
         const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, strips.tiles);
@@ -118,6 +119,7 @@ void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
       }
     }
   } else {
+    tiles.take_consumer_registers();
     Accumulators acc;
     for (int item = first; item < items; item += step) {
       const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, strips.tiles);
