@@ -27,6 +27,7 @@ constexpr int kStages = 4;
 constexpr int kCluster = 2;
 constexpr int kThreads = 384;
 constexpr int kConsumers = 2, kWarpsPerGroup = 4;
+constexpr int kSkew = 2, kSkewBarrier = 1;
 constexpr int kLine = 128;  // bytes of a row in shared memory
 constexpr int kBytesA = kRows * kLine, kBytesB = kColumns * kLine;
 constexpr int kStageBytes = kBytesA + kBytesB;
@@ -92,11 +93,17 @@ class Tiles {
     }
   }
 
-  // All threads of a consumer warpgroup.
+  // All threads of a consumer warpgroup. The second starts kSkew steps after the first, so that each
+  // one's epilogue runs under the other's products.
   DEVICE void consume(float (&acc)[kColumns / 2], int steps) {
     const int group = simt::warp_idx() / kWarpsPerGroup - 1;
+    const bool skewed = steps > kStages;  // else the first could come round again before the second
     int previous = -1;
+    if (skewed && group == 1) simt::barrier_sync(kSkewBarrier, kConsumers * 128);
     for (int k = 0; k < steps; ++k) {
+      if (skewed && group == 0 && k == kSkew) {
+        simt::barrier_arrive(kSkewBarrier, kConsumers * 128);
+      }
       const uint8_t* s_a = simt::shared<uint8_t>(stage_ * kStageBytes);
       const uint64_t a = simt::wgmma_descriptor(s_a + group * 64 * kLine, 0, kAtomRows);
       const uint64_t b = simt::wgmma_descriptor(s_a + kBytesA, 0, kAtomRows);

@@ -130,7 +130,7 @@ CASE(cce_forward_wgmma) {
   Options o;
   o.class_weight = o.missing = true;
   o.N = 400;  // a cluster of two row blocks, one of one, and ignored rows
-  o.D = 200;
+  o.D = 328;
   forward_matches<simt::bf16>(o);
   o.N = 3;
   o.V = 1;

@@ -8,22 +8,27 @@
 namespace gemma_ext::cce::cuda {
 
 constexpr float kInfinity = __builtin_huge_valf();
-constexpr float kLog2E = 1.44269504f;
+constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
 DEVICE float exp_of(float x) { return simt::exp2_approx(x * kLog2E); }
 
-// Odd minimax polynomial on [-1, 1] by Remez exchange: |error| <= 1e-7 in fp32.
-DEVICE float tanh_small(float u) {
-  const float t = u * u;
-  float p = 0.000963772298f;
-  p = p * t - 0.00595128071f;
-  p = p * t + 0.0199732836f;
-  p = p * t - 0.0532658361f;
-  p = p * t + 0.133195832f;
-  p = p * t - 0.333321303f;
-  p = p * t + 0.999999702f;
-  return u * p;
-}
+// c tanh(u) by the odd minimax polynomial on [-1, 1] (Remez exchange; |error| <= 1e-7 c in fp32), with c in
+// the coefficients.
+struct SmallTanh {
+  float coefficient[7];
+
+  HOST_DEVICE explicit SmallTanh(float c)
+      : coefficient{c * 0.999999702f,  c * -0.333321303f,   c * 0.133195832f,   c * -0.0532658361f,
+                    c * 0.0199732836f, c * -0.00595128071f, c * 0.000963772298f} {}
+
+  DEVICE float operator()(float u) const {
+    const float t = u * u;
+    float p = coefficient[6];
+    UNROLL
+    for (int i = 5; i >= 0; --i) p = p * t + coefficient[i];
+    return u * p;
+  }
+};
 DEVICE float tanh_any(float u) {
   return 1.0f - 2.0f * simt::rcp_approx(1.0f + simt::exp2_approx(2.0f * kLog2E * u));
 }
@@ -48,7 +53,8 @@ DEVICE void logits(mma::Tile<T>& tile, const LogitMap& map, const float* s_bias,
     if (simt::any(largest > 1.0f)) {
       tile.each([&](int, int, float& x) { x = tanh_any(x) * map.cap_over_t; });
     } else {
-      tile.each([&](int, int, float& x) { x = tanh_small(x) * map.cap_over_t; });
+      const SmallTanh tanh(1.0f);
+      tile.each([&](int, int, float& x) { x = tanh(x) * map.cap_over_t; });
     }
   }
   if (!whole) {

@@ -42,10 +42,15 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   return r;
 }
 
-// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. A NaN logit
-// may hide from the maximum, never from the sum.
+// Outside the vocabulary. Squares of it stay finite, so that it drops out of the slope's sum too; without a
+// cap, where a logit may be -inf itself, there is no such sum.
+DEVICE float outside(const LogitMap& map) { return map.inv_cap > 0.0f ? -1e18f : -kInfinity; }
+
+// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is
+// s log2(e). A NaN logit may hide from the maximum, never from the sum.
 template <int kCount, class At, class Id, class Weight, class Inside>
 DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, Inside inside) {
+  const LogitMap& map = p.head.map;
   const auto quad_sum = [](float x) {
     x += simt::shfl_xor(x, 1);
     return x + simt::shfl_xor(x, 2);
@@ -56,24 +61,24 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
   const float base = r.max == -kInfinity ? 0.0f : r.max;
+  float squares = 0.0f;
   UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const float x = at(i), e = exp_of(x - base);
+    const float x = at(i), e = simt::exp2_approx(x - base);
     r.sum += e;
-    if (e > 0.0f) {
-      r.slope += e * slope_at(p.head.map, x);
-      if (p.out.weighted) r.weighted += e * x;
-    }
+    if (map.inv_cap > 0.0f) squares += e * (x * x);
+    if (p.out.weighted && e > 0.0f) r.weighted += e * x;
   }
   r.sum = quad_sum(r.sum);
-  r.slope = quad_sum(r.slope);
-  if (p.out.weighted) r.weighted = quad_sum(r.weighted);
+  const float t = map.t_over_cap * kLn2;  // of s log2(e)
+  r.slope = (r.sum - quad_sum(squares) * t * t) * map.inv_t;
+  if (p.out.weighted) r.weighted = quad_sum(r.weighted) * kLn2;
   if (p.out.class_sum) {
     UNROLL
     for (int i = 0; i < kCount; ++i) {
       if (inside(i)) r.class_sum += weight(i) * at(i);
     }
-    r.class_sum = quad_sum(r.class_sum);
+    r.class_sum = quad_sum(r.class_sum) * kLn2;
   }
   if (p.out.argmax) {
     UNROLL
@@ -83,6 +88,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
     r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 1));
     r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
   }
+  r.max *= kLn2;
   return r;
 }
 
@@ -153,6 +159,9 @@ void strip_stats_kernel(StripParams p) {
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
     write_targets(tile, s, first_column, p.target + first_row);
+    tile.each([&](int, int column, float& x) {
+      x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
+    });
     UNROLL
     for (int r = 0; r < 8; ++r) {
       const auto column = [](int i) { return mma::Tile<T>::column_of(i / 2, i % 2); };

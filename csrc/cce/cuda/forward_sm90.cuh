@@ -10,7 +10,8 @@ namespace gemma_ext::cce::cuda {
 
 struct StripTmaParams {
   StripParams strips;
-  void* e;  // [N, D] the valid rows of e, then zeros
+  SmallTanh tanh;  // to s log2(e)
+  void* e;         // [N, D] the valid rows of e, then zeros
   simt::TensorMap e_map, c_map;
 };
 
@@ -35,45 +36,46 @@ KERNEL void gather_e_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
 using Accumulators = float[wgmma::kColumns / 2];
 
-// s in place of e.c, as `logits` of epilogue.h does for a 128 x 128 tile.
+// s log2(e) in place of e.c.
 template <class T>
-DEVICE void strip_logits(Accumulators& acc, const Head& h, int64_t first_column) {
+DEVICE void strip_logits(Accumulators& acc, const StripTmaParams& p, int64_t first_column) {
+  const Head& h = p.strips.head;
   const LogitMap& map = h.map;
-  const float unit = map.inv_cap > 0.0f ? map.inv_cap : map.inv_t;
+  const bool capped = map.inv_cap > 0.0f;
+  const float inverse = capped ? map.inv_cap : map.inv_t * kLog2E, unit = map.scale * inverse;
   float largest = 0.0f;
   UNROLL
   for (int i = 0; i < wgmma::kColumns / 2; ++i) {
-    float x = acc[i] * map.scale;
+    acc[i] *= unit;
     if (h.bias) {
       const int64_t v = first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2);
-      if (v < h.V) x += h.bias[v];
+      if (v < h.V) acc[i] += h.bias[v] * inverse;
     }
-    acc[i] = x * unit;
     largest = fmaxf(largest, fabsf(acc[i]));
   }
-  if (map.inv_cap > 0.0f) {
-    if (simt::any(largest > 1.0f)) {
-      UNROLL
-      for (float& x : acc) x = tanh_any(x) * map.cap_over_t;
-    } else {
-      UNROLL
-      for (float& x : acc) x = tanh_small(x) * map.cap_over_t;
-    }
+  if (capped && simt::any(largest > 1.0f)) {
+    UNROLL
+    for (float& x : acc) x = tanh_any(x) * (map.cap_over_t * kLog2E);
+  } else if (capped) {
+    UNROLL
+    for (float& x : acc) x = p.tanh(x);
   }
   if (first_column + kTile > h.V) {
     UNROLL
     for (int i = 0; i < wgmma::kColumns / 2; ++i) {
-      if (first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2) >= h.V) acc[i] = -kInfinity;
+      const int64_t v = first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2);
+      if (v >= h.V) acc[i] = outside(map);
     }
   }
 }
 
 template <class T>
-DEVICE void strip_epilogue(Accumulators& acc, const StripParams& p, int64_t first_row, int tile,
-                           int count) {
+DEVICE void strip_epilogue(Accumulators& acc, const StripTmaParams& params, int64_t first_row,
+                           int tile, int count) {
+  const StripParams& p = params.strips;
   using Tiles = wgmma::Tiles<T>;
   const int64_t first_column = int64_t{tile} * kTile;
-  strip_logits<T>(acc, p.head, first_column);
+  strip_logits<T>(acc, params, first_column);
   UNROLL
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first_row + Tiles::row_of(half);
@@ -88,7 +90,7 @@ DEVICE void strip_epilogue(Accumulators& acc, const StripParams& p, int64_t firs
     if (simt::any(position >= first_column && position < first_column + kTile)) {
       UNROLL
       for (int i = 0; i < wgmma::kColumns / 4; ++i) {
-        if (position == id(i)) p.target[row] = at(i);
+        if (position == id(i)) p.target[row] = at(i) * kLn2;
       }
     }
     if (simt::lane_idx() % 4 == 0 && row < count) write_sums(p, tile, row, sums);
@@ -124,7 +126,7 @@ void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
     for (int item = first; item < items; item += step) {
       const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, strips.tiles);
       tiles.consume(acc, steps);
-      strip_epilogue<T>(acc, strips, first_row(at), at.tile, count);
+      strip_epilogue<T>(acc, p, first_row(at), at.tile, count);
     }
   }
   tiles.finish();
