@@ -17,6 +17,8 @@ struct Request {
   bool need_e = true, need_c = true, need_bias = true;
   int64_t strip_bytes = 64 << 20;
   double tolerance = 1e-2;  // two roundings to bf16
+  double most_kept = 1;
+  bool sparse_chunks = false;  // as little memory as the sparse form needs, less than for one chunk
 };
 
 // [N] each: d_nll, d_lse, d_mean, d_class, of very different sizes; one row has none.
@@ -36,7 +38,7 @@ struct Upstreams {
 // Gradients in float64, with dropped strips returned through tile means.
 struct Truth {
   std::vector<double> de, dc, dbias;
-  int64_t dropped = 0, label_kept = 0;
+  int64_t dropped = 0, kept = 0, label_kept = 0;
 
   template <class T>
   Truth(const Data<T>& d, const Request& q, const Upstreams& up)
@@ -62,6 +64,7 @@ struct Truth {
       const double dk = coefficient(up.classes, q.class_sum, n);
       const double b = d.has_label(n) ? up.nll[n] : 0, a = double(up.nll[n]) + up.lse[n] + dm;
       const double threshold = q.eps * std::min(scale_of(n), mean_scale);
+      if (scale_of(n) == 0) continue;
       for (int64_t first = 0; first < d.o.V; first += kTile) {
         const int64_t last = std::min(d.o.V, first + kTile);
         double top = -INFINITY, mass = 0, weight = 0;
@@ -86,7 +89,7 @@ struct Truth {
           }
           mass = slope * (a + dm * (weighted / weight - mean));
         }
-        dropped += !kept;
+        (kept ? this->kept : dropped) += 1;
         double total = 0;
         for (int64_t i = first; i < last; ++i) total += q.profile ? d.prob[d.id(i)] : 1.0;
         for (int64_t i = first; i < last; ++i) {
@@ -141,10 +144,16 @@ void gradients_match(const Options& options, const Request& q) {
   b.out = {q.need_e ? de.data() : nullptr, q.need_c ? dc.data() : nullptr,
            q.need_bias ? dbias.data() : nullptr};
   b.strip_bytes = q.strip_bytes;
+  if (q.sparse_chunks) {
+    const int64_t capacity = d.o.N + truth.kept / 3 + 1;
+    EXPECT(capacity < truth.kept);
+    b.strip_bytes = capacity * (256 * sizeof(T) + 256 * sizeof(float));
+  }
   cce_test::Workspace workspace(cuda::backward_workspace(b));
   b.workspace = workspace.data();
   EXPECT(cuda::backward(b, nullptr) == cuda::Status{});
   if (q.eps > 0) EXPECT(truth.dropped > 0 && truth.label_kept > 0);
+  EXPECT(truth.kept <= q.most_kept * (truth.kept + truth.dropped));
   if (q.need_e) close("dE", error(de, truth.de), q.tolerance);
   if (q.need_c) close("dC", error(dc, truth.dc), q.tolerance);
   if (q.need_bias) close("dbias", error(dbias, truth.dbias), q.tolerance);
@@ -211,6 +220,32 @@ CASE(cce_backward_bf16_exact_with_everything) {
   Request q;
   q.entropy = q.class_sum = true;
   q.strip_bytes = 2 * 150 * 256 * 2;  // two tiles at a time
+  gradients_match<simt::bf16>(o, q);
+}
+// At most an eighth of the strips: dE strip by strip, in one chunk and in three.
+Options sparse() {
+  Options o = peaked();
+  o.spread = 60;
+  o.softcap = 400;
+  o.N = 70;
+  o.V = 6000;
+  o.D = 24;
+  return o;
+}
+CASE(cce_backward_sparse_bf16) {
+  Request q{0x1p-2};
+  q.most_kept = 0.125;
+  gradients_match<simt::bf16>(sparse(), q);
+}
+CASE(cce_backward_sparse_in_chunks) {
+  Options o = sparse();
+  o.N = 40;
+  o.V = 4500;
+  o.D = 264;  // two slices
+  o.ignored = 0;
+  Request q{0x1p-3};
+  q.most_kept = 0.125;
+  q.sparse_chunks = true;
   gradients_match<simt::bf16>(o, q);
 }
 CASE(cce_backward_f16) {

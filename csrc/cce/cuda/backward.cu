@@ -8,14 +8,13 @@ namespace {
 
 struct BackwardMemory {
   Plan plan;
-  void *strips, *mean;
+  void* mean;
   float *profile, *push, *de_sum;
 
   BackwardMemory(Arena& memory, const Head& h, const Gradients& out, bool filtered,
                  int64_t strip_bytes)
-      : plan(memory, h, strip_bytes) {
+      : plan(memory, h, strip_bytes, out.de != nullptr) {
     const int64_t size = size_of(h.dtype), tiles = plan.tiles;
-    strips = memory.take<char>(plan.capacity * kTile * size);
     mean = memory.take<char>(filtered && out.de ? tiles * h.D * size : 0);
     profile = memory.take<float>(filtered ? tiles * kTile : 0);
     push = memory.take<float>(filtered && out.dc ? tiles * h.D : 0);
@@ -41,17 +40,8 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
     launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
     launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);
 
-    GradientParams p{h,
-                     plan,
-                     b.summary,
-                     b.prob,
-                     m.strips,
-                     m.profile,
-                     m.mean,
-                     m.push,
-                     m.de_sum,
-                     b.out,
-                     static_cast<int>(column_blocks),
+    GradientParams p{h,      plan,   b.summary, b.prob, m.profile,
+                     m.mean, m.push, m.de_sum,  b.out,  static_cast<int>(column_blocks),
                      0};
     if (filtered) launches.add(profile_kernel, tiles, kTile, kTile * 4, p);
     if (filtered && b.out.dc) {
@@ -62,15 +52,21 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
     for (int chunk = 0; chunk < plan.chunks; ++chunk) {
       p.chunk = chunk;
       launches.add(list_kernel, tiles, kPlanThreads, 0, {plan, chunk});
-      const int64_t halves = 2 * tiles * row_blocks;
+      const int64_t halves = 2 * tiles * row_blocks;  // at most
       launches.add(strip_gradient_kernel<T>, halves < kStripBlocks ? halves : kStripBlocks,
-                   mma::kThreads, kStripSharedBytes<T>, {h, plan, m.strips, chunk});
+                   mma::kThreads, kStripSharedBytes<T>, {h, plan, chunk});
       if (b.out.dc) {
         launches.add(dc_kernel<T>, 2 * tiles * column_blocks, mma::kThreads, kTileShared, p);
       }
       if (b.out.dbias) launches.add(dbias_kernel<T>, tiles, kTile, 0, p);
       if (b.out.de) {
         launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kDeSharedBytes<T>, p);
+      }
+      for (int slice = 0; chunk < plan.sparse_chunks && slice * kSlice < h.D; ++slice) {
+        const SliceParams slices{h, plan, m.de_sum, chunk, slice};
+        launches.add(parts_kernel<T>, halves < kStripBlocks ? halves : kStripBlocks, mma::kThreads,
+                     kTileShared, slices);
+        launches.add(add_parts_kernel, h.N, kPlanThreads, sizeof(RowSlots), slices);
       }
     }
     if (b.out.de) {

@@ -13,14 +13,20 @@ struct GradientParams {
   Plan plan;
   const double* summary;
   const float* prob;  // [V] or null
-  void* strips;
-  float* profile;  // [tiles, kTile]
-  void* mean;      // [tiles, D] in the head's dtype, rows of whole 16-byte words
-  float* push;     // [tiles, D]
-  float* de_sum;   // [N, D], compact rows
+  float* profile;     // [tiles, kTile]
+  void* mean;         // [tiles, D] in the head's dtype, rows of whole 16-byte words
+  float* push;        // [tiles, D]
+  float* de_sum;      // [N, D], compact rows
   Gradients out;
   int column_blocks;  // of 128 columns of D
   int chunk;
+};
+
+struct SliceParams {
+  Head head;
+  Plan plan;
+  float* de_sum;
+  int chunk, slice;
 };
 
 DEVICE int column_id(const Head& h, int64_t position) {
@@ -107,7 +113,7 @@ void dc_kernel(GradientParams p) {
   const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = p.head.D;
   const int64_t begin = plan.begin[index];
   const int count = plan.count[index];
-  const T* strips = static_cast<const T*>(p.strips) + begin * kTile + half * kHalf;
+  const T* strips = static_cast<const T*>(p.plan.strips) + begin * kTile + half * kHalf;
   const T* e = static_cast<const T*>(p.head.e);
   const int* list_row = plan.list_row + begin;
   mma::Tile<T> tile;
@@ -149,8 +155,8 @@ KERNEL void dbias_kernel(GradientParams p) {
   if (index >= plan.chunk_tile[p.chunk + 1]) return;
   const int64_t position = index * kTile + simt::thread_idx();
   if (position >= p.head.V) return;
-  const T* strip =
-      static_cast<const T*>(p.strips) + int64_t{plan.begin[index]} * kTile + simt::thread_idx();
+  const T* strip = static_cast<const T*>(p.plan.strips) + int64_t{plan.begin[index]} * kTile +
+                   simt::thread_idx();
   float sum = 0.0f;
   for (int k = 0; k < plan.count[index]; ++k) sum += widen(strip[int64_t{k} * kTile]);
   if (eps_of(p.summary) != 0) sum += p.profile[position] * plan.bias_push[index];
@@ -181,8 +187,8 @@ void de_kernel(GradientParams p) {
   const int chunk_tiles = plan.chunk_tile[p.chunk + 1] - chunk_tile, words = plan.words;
   const int word0 = static_cast<int>(first_row / kWordRows);
   if (first_row >= *plan.rows.count) return;
-  if (p.chunk > 0 && chunk_tiles == 0) return;
-  const T *strips = static_cast<const T*>(p.strips), *c = static_cast<const T*>(p.head.c);
+  if (*plan.sparse || (p.chunk > 0 && chunk_tiles == 0)) return;
+  const T *strips = static_cast<const T*>(p.plan.strips), *c = static_cast<const T*>(p.head.c);
   mma::Tile<T> tile;
   tile.clear();
   NO_UNROLL
@@ -227,6 +233,79 @@ void de_kernel(GradientParams p) {
     float& sum = p.de_sum[(first_row + row) * p.head.D + d0 + column];
     sum = p.chunk == 0 ? x : sum + x;
   });
+}
+
+// parts[slot] = G[slot] C, columns `slice` of D, of the chunk's strips; units as in strip_gradient_kernel.
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void parts_kernel(SliceParams p) {
+  const Plan& plan = p.plan;
+  if (!*plan.sparse) return;
+  const T *strips = static_cast<const T*>(plan.strips), *c = static_cast<const T*>(p.head.c);
+  const int D = static_cast<int>(p.head.D), halves = 2 * plan.chunk_tasks[p.chunk];
+  mma::Tile<T> tile;
+  NO_UNROLL
+  for (int unit = simt::block_idx(); unit < halves; unit += simt::grid_dim()) {
+    const int half = unit % 2 * mma::kSide, d0 = p.slice * kSlice + half;
+    if (d0 >= D) continue;
+    const int index = tile_of_task(plan, p.chunk, unit / 2);
+    const int first = (unit / 2 - plan.task[index]) * kBlockRows;
+    const int left = plan.count[index] - first;  // strips from here on
+    const int64_t slot = plan.begin[index] + first;
+    tile.clear();
+    tile.template multiply<simt::Major::kK, simt::Major::kMn>(
+        kTile,
+        [&](int line, int k) { return line < left ? strips + (slot + line) * kTile + k : nullptr; },
+        [&](int at, int k) {
+          const int64_t position = int64_t{index} * kTile + k;
+          if (position >= p.head.V || d0 + at >= D) return static_cast<const T*>(nullptr);
+          return c + int64_t{column_id(p.head, position)} * p.head.c_stride + d0 + at;
+        },
+        simt::shared<T>());
+    UNROLL
+    for (int r = 0; r < 8; ++r) {
+      const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+      if (row >= left) continue;
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        store_pair(plan.parts + (slot + row) * kSlice + half + mma::Tile<T>::column_of(j, 0),
+                   tile.acc[r / 2][j][r % 2 * 2], tile.acc[r / 2][j][r % 2 * 2 + 1]);
+      }
+    }
+  }
+}
+
+struct RowSlots {
+  int slot[kPlanThreads];
+  int counts[kPlanThreads / simt::kWarpSize];
+};
+
+// de_sum[row, slice] += its parts, in order of the tiles; a block per row, a thread per column.
+KERNEL void add_parts_kernel(SliceParams p) {
+  static_assert(kPlanThreads == kSlice);
+  const Plan& plan = p.plan;
+  RowSlots& s = *simt::shared<RowSlots>();
+  const int t = simt::thread_idx(), row = simt::block_idx();
+  const int tile0 = plan.chunk_tile[p.chunk], tile1 = plan.chunk_tile[p.chunk + 1];
+  if (!*plan.sparse || row >= *plan.rows.count || (p.chunk > 0 && tile0 == tile1)) return;
+  float sum = 0.0f;
+  for (int first = tile0; first < tile1; first += kPlanThreads) {
+    const int64_t tile = first + t, word = tile * plan.words + row / kWordRows;
+    const uint32_t bits = tile < tile1 ? plan.keep[word] << (31 - row % kWordRows) : 0;
+    int kept = 0;
+    const int at = block_rank<kPlanThreads>(bits >> 31, s.counts, kept);
+    if (bits >> 31) {
+      s.slot[at] = plan.begin[tile] + plan.before[word] + simt::popcount(bits) - 1;
+    }
+    simt::sync_block();
+    UNROLL
+    for (int i = 0; i < kept; ++i) sum += plan.parts[int64_t{s.slot[i]} * kSlice + t];
+    simt::sync_block();
+  }
+  const int64_t d = p.slice * kSlice + t;
+  if (d >= p.head.D) return;
+  float& to = p.de_sum[row * p.head.D + d];
+  to = p.chunk == 0 ? sum : to + sum;
 }
 
 // Zero where no row is valid.

@@ -20,34 +20,52 @@ struct Coefficients {
 constexpr int kPlanThreads = 256;
 constexpr int kWordRows = 32;
 
-// Capacity in strips of one chunk of tiles; every chunk holds at least one tile.
+// dE is summed a slice of its columns at a time where few strips are kept: every strip writes its part, and
+// every row adds up its own. Otherwise blocks of 128 rows multiply all tiles of which one of them kept a
+// strip. At a share of 1/8 nearly all blocks keep nearly all tiles.
+constexpr int kSlice = 256;
+constexpr int kSparseShare = 8;
+constexpr int kSparseChunks = 3;
+
+// The tiles are worked off in chunks, as many strips at a time as fit; every chunk holds at least one tile.
 struct Plan {
   Rows rows;
-  int tiles, words, chunks;
-  int64_t mass_stride, capacity;
-  Coefficients* row;  // [N]
-  float* unit;        // [2] power of two near the largest scale; mean scale
-  uint32_t* keep;     // [tiles, words] bit per row
-  int* before;        // [tiles, words] kept rows of the tile in earlier words
-  int* count;         // [tiles]
-  int* begin;         // [tiles] first slot, in its chunk
-  int* task;          // [tiles] first task of 128 slots, in its chunk
-  int* chunk_tile;    // [chunks + 1] first tile of each chunk
-  int* chunk_tasks;   // [chunks]
-  int* list;          // [capacity] compact row of each slot of the chunk at hand
-  int* list_row;      // [capacity] its row of e
-  void* mass;         // [tiles, mass_stride] in the head's dtype
-  float* bias_push;   // [tiles] sum of a tile's masses
+  int tiles, words, chunks, dense_chunks, sparse_chunks;
+  int64_t mass_stride, dense_capacity, sparse_capacity;  // in strips; 0: never sparse
+  Coefficients* row;                                     // [N]
+  float* unit;       // [2] power of two near the largest scale; mean scale
+  uint32_t* keep;    // [tiles, words] bit per row
+  int* before;       // [tiles, words] kept rows of the tile in earlier words
+  int* count;        // [tiles]
+  int* begin;        // [tiles] first slot, in its chunk
+  int* task;         // [tiles] first task of 128 slots, in its chunk
+  int* chunk_tile;   // [chunks + 1] first tile of each chunk
+  int* chunk_tasks;  // [chunks]
+  int* sparse;       // [1] whether this call is
+  int* list;         // [capacity] compact row of each slot of the chunk at hand
+  int* list_row;     // [capacity] its row of e
+  void* strips;      // [capacity, kTile] gradients of the chunk, in the head's dtype
+  float* parts;      // [sparse capacity, kSlice] of dE
+  void* mass;        // [tiles, mass_stride] in the head's dtype
+  float* bias_push;  // [tiles] sum of a tile's masses
 
-  Plan(Arena& memory, const Head& h, int64_t strip_bytes)
+  Plan(Arena& memory, const Head& h, int64_t strip_bytes, bool need_de)
       : rows(memory, h), tiles(static_cast<int>(tiles_of(h.V))) {
-    const int64_t size = size_of(h.dtype), most = h.N > 0 ? h.N : 1;
+    const int64_t strip = kTile * size_of(h.dtype), part = kSlice * sizeof(float);
+    const int64_t all = tiles * h.N, most = h.N > 0 ? h.N : 1;
     words = static_cast<int>(ceil_div(h.N, kWordRows));
     mass_stride = ceil_div(h.N, 8) * 8;
-    const int64_t wanted = strip_bytes / (kTile * size) / most;
+    const int64_t wanted = strip_bytes / strip / most;
     const int64_t per_chunk = wanted < 1 ? 1 : wanted < tiles ? wanted : tiles;
-    capacity = per_chunk * h.N;
-    chunks = static_cast<int>(ceil_div(tiles, per_chunk));
+    dense_capacity = per_chunk * h.N;
+    dense_chunks = static_cast<int>(ceil_div(tiles, per_chunk));
+    sparse_capacity = strip_bytes / (strip + part);
+    if (sparse_capacity > all) sparse_capacity = all;
+    if (!need_de || sparse_capacity <= h.N) sparse_capacity = 0;
+    sparse_chunks = sparse_capacity > 0 ? kSparseChunks : 0;
+    chunks = dense_chunks > sparse_chunks ? dense_chunks : sparse_chunks;
+    const int64_t capacity = dense_capacity > sparse_capacity ? dense_capacity : sparse_capacity;
+    const int64_t dense = dense_capacity * strip, sparse_bytes = sparse_capacity * (strip + part);
     row = memory.take<Coefficients>(h.N);
     unit = memory.take<float>(2);
     keep = memory.take<uint32_t>(int64_t{tiles} * words);
@@ -57,9 +75,13 @@ struct Plan {
     task = memory.take<int>(tiles);
     chunk_tile = memory.take<int>(chunks + 1);
     chunk_tasks = memory.take<int>(chunks);
+    sparse = memory.take<int>(1);
     list = memory.take<int>(capacity);
     list_row = memory.take<int>(capacity);
-    mass = memory.take<char>(tiles * mass_stride * size);
+    char* both = memory.take<char>(dense > sparse_bytes ? dense : sparse_bytes);
+    strips = both;
+    parts = reinterpret_cast<float*>(both + sparse_capacity * strip);
+    mass = memory.take<char>(tiles * mass_stride * size_of(h.dtype));
     bias_push = memory.take<float>(tiles);
   }
 };
@@ -196,18 +218,36 @@ KERNEL void count_kernel(PlanParams p) {
   }
 }
 
+// Whether all strips surely fit into the chunks that are launched for it: a chunk is closed with at most N
+// slots free.
+DEVICE bool is_sparse(const Plan& plan, int64_t kept, int64_t rows, int64_t N) {
+  const int64_t capacity = plan.sparse_capacity;
+  const bool fits = kept <= capacity || kept <= kSparseChunks * (capacity - N);
+  return capacity > 0 && fits && kept * kSparseShare <= rows * plan.tiles;
+}
+
 // One block: tiles into chunks, in order, as many as fit.
 KERNEL void chunk_kernel(PlanParams p) {
   const Plan& plan = p.plan;
   int* s_count = simt::shared<int>();
   const int t = simt::thread_idx();
+  int64_t kept = 0;
+  for (int first = 0; first < plan.tiles; first += kPlanThreads) {
+    if (first + t < plan.tiles) s_count[t] = plan.count[first + t];
+    simt::sync_block();
+    for (int i = 0; t == 0 && i < kPlanThreads && first + i < plan.tiles; ++i) kept += s_count[i];
+    simt::sync_block();
+  }
+  const bool sparse = is_sparse(plan, kept, *plan.rows.count, p.head.N);  // of thread 0
+  const int64_t capacity = sparse ? plan.sparse_capacity : plan.dense_capacity;
+  if (t == 0) *plan.sparse = sparse;
   int chunk = 0, slots = 0, tasks = 0;
   for (int first = 0; first < plan.tiles; first += kPlanThreads) {
     if (first + t < plan.tiles) s_count[t] = plan.count[first + t];
     simt::sync_block();
     for (int i = 0; t == 0 && i < kPlanThreads && first + i < plan.tiles; ++i) {
       const int count = s_count[i];
-      if (slots + int64_t{count} > plan.capacity) {
+      if (slots + int64_t{count} > capacity) {
         plan.chunk_tasks[chunk++] = tasks;
         plan.chunk_tile[chunk] = first + i;
         slots = tasks = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gradient strips: the kept logits of a chunk once more, turned into G in registers, in the head's dtype.
+// Gradient strips: the kept logits of a chunk once more, turned into scale G / unit in registers.
 //   G[n, v] = (p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da,  p = exp(s - lse)
 #pragma once
 
@@ -10,7 +10,6 @@ namespace gemma_ext::cce::cuda {
 struct ChunkParams {
   Head head;
   Plan plan;
-  void* strips;  // [capacity, kTile], scale G / unit
   int chunk;
 };
 
@@ -54,7 +53,7 @@ void strip_gradient_kernel(ChunkParams p) {
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
     const float unscale = map.scale / plan.unit[0];
-    T* strips = static_cast<T*>(p.strips) + int64_t{begin + first} * kTile + unit % 2 * kHalf;
+    T* strips = static_cast<T*>(plan.strips) + int64_t{begin + first} * kTile + unit % 2 * kHalf;
     UNROLL
     for (int r = 0; r < 8; ++r) {
       const int row = mma::Tile<T>::row_of(r / 2, r % 2);
