@@ -60,7 +60,8 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
       }
       if (b.out.dbias) launches.add(dbias_kernel<T>, tiles, kTile, 0, p);
       if (b.out.de) {
-        launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kDeSharedBytes<T>, p);
+        launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
+        launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
       }
       for (int slice = 0; chunk < plan.sparse_chunks && slice * kSlice < h.D; ++slice) {
         const SliceParams slices{h, plan, m.de_sum, chunk, slice};

@@ -163,71 +163,61 @@ KERNEL void dbias_kernel(GradientParams p) {
   p.out.dbias[column_id(p.head, position)] = sum * plan.unit[0] / p.head.map.scale;
 }
 
-// Tiles with a kept strip in a block of 128 rows, as many as are looked at in one product.
-struct KeptTiles {
-  int tile[kPlanThreads];
-  uint32_t keep[kPlanThreads][4];
-  int slot[kPlanThreads][4];  // before the first kept row of each word
-  int counts[mma::kThreads / simt::kWarpSize];
-};
-
-template <class T>
-constexpr int kDeSharedBytes = mma::Tile<T>::kSharedBytes + sizeof(KeptTiles);
+// Of each block of 128 rows, the tiles of the chunk of which one of them kept a strip; a block per block.
+KERNEL void block_tiles_kernel(GradientParams p) {
+  const Plan& plan = p.plan;
+  const int64_t block = simt::block_idx();
+  const int tile0 = plan.chunk_tile[p.chunk], tile1 = plan.chunk_tile[p.chunk + 1];
+  if (*plan.sparse) return;
+  int total = 0;
+  for (int first = tile0; first < tile1; first += kPlanThreads) {
+    const int64_t tile = first + simt::thread_idx();
+    BlockTile found{static_cast<int>(tile), {}, {}};
+    UNROLL
+    for (int w = 0; w < kBlockWords; ++w) {
+      const int64_t word = block * kBlockWords + w, at = tile * plan.words + word;
+      if (tile >= tile1 || word >= plan.words) continue;
+      found.keep[w] = plan.keep[at];
+      found.slot[w] = plan.begin[tile] + plan.before[at] - 1;
+    }
+    uint32_t any = 0;
+    UNROLL
+    for (int w = 0; w < kBlockWords; ++w) any |= found.keep[w];
+    const int before = total;
+    const int rank = block_rank<kPlanThreads>(any != 0, simt::shared<int>(), total);
+    if (any) plan.block_tiles[block * plan.tiles + before + rank] = found;
+  }
+  if (simt::thread_idx() == 0) plan.block_tile_count[block] = total;
+}
 
 // de_sum += G C over the tiles of the chunk; a block per 128 rows and 128 columns of D.
 template <class T>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void de_kernel(GradientParams p) {
-  static_assert(kPlanThreads == mma::kThreads);
   const Plan& plan = p.plan;
-  KeptTiles& s = *simt::shared<KeptTiles>(mma::Tile<T>::kSharedBytes);
-  const int64_t first_row = int64_t{simt::block_idx() / p.column_blocks} * kBlockRows;
+  const int64_t block = simt::block_idx() / p.column_blocks, first_row = block * kBlockRows;
   const int d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = static_cast<int>(p.head.D);
-  const int chunk_tile = plan.chunk_tile[p.chunk];
-  const int chunk_tiles = plan.chunk_tile[p.chunk + 1] - chunk_tile, words = plan.words;
-  const int word0 = static_cast<int>(first_row / kWordRows);
-  if (first_row >= *plan.rows.count) return;
-  if (*plan.sparse || (p.chunk > 0 && chunk_tiles == 0)) return;
-  const T *strips = static_cast<const T*>(p.plan.strips), *c = static_cast<const T*>(p.head.c);
+  const bool empty = plan.chunk_tile[p.chunk] == plan.chunk_tile[p.chunk + 1];
+  if (first_row >= *plan.rows.count || *plan.sparse || (p.chunk > 0 && empty)) return;
+  const BlockTile* tiles = plan.block_tiles + block * plan.tiles;
+  const T *strips = static_cast<const T*>(plan.strips), *c = static_cast<const T*>(p.head.c);
   mma::Tile<T> tile;
   tile.clear();
-  NO_UNROLL
-  for (int first = 0; first < chunk_tiles; first += kPlanThreads) {
-    const int64_t mine = plan.chunk_tile[p.chunk] + first + simt::thread_idx();
-    const bool inside = first + simt::thread_idx() < chunk_tiles;
-    uint32_t keep[4] = {};
-    UNROLL
-    for (int w = 0; w < 4; ++w) {
-      if (inside && word0 + w < words) keep[w] = plan.keep[mine * words + word0 + w];
-    }
-    int kept = 0;
-    const bool any = (keep[0] | keep[1] | keep[2] | keep[3]) != 0;
-    const int at = block_rank<mma::kThreads>(any, s.counts, kept);
-    if (any) {
-      s.tile[at] = static_cast<int>(mine);
-      UNROLL
-      for (int w = 0; w < 4; ++w) {
-        s.keep[at][w] = keep[w];
-        s.slot[at][w] =
-            word0 + w < words ? plan.begin[mine] + plan.before[mine * words + word0 + w] - 1 : 0;
-      }
-    }
-    simt::sync_block();
-    tile.template multiply<simt::Major::kK, simt::Major::kMn>(
-        kept * kTile,
-        [&](int line, int k) {
-          // the row's own bit becomes the sign, rows after it fall out
-          const uint32_t bits = s.keep[k / kTile][line / kWordRows] << (31 - line % kWordRows);
-          const int slot = s.slot[k / kTile][line / kWordRows] + simt::popcount(bits);
-          return bits >> 31 ? strips + int64_t{slot} * kTile + k % kTile : nullptr;
-        },
-        [&](int at_d, int k) {
-          const int position = s.tile[k / kTile] * kTile + k % kTile;
-          if (position >= p.head.V || d0 + at_d >= D) return static_cast<const T*>(nullptr);
-          return c + int64_t{column_id(p.head, position)} * p.head.c_stride + d0 + at_d;
-        },
-        simt::shared<T>());
-  }
+  tile.template multiply<simt::Major::kK, simt::Major::kMn>(
+      plan.block_tile_count[block] * kTile,
+      [&](int line, int k) {
+        const BlockTile& at = tiles[k / kTile];
+        // the row's own bit becomes the sign, rows after it fall out
+        const uint32_t bits = at.keep[line / kWordRows] << (31 - line % kWordRows);
+        const int slot = at.slot[line / kWordRows] + simt::popcount(bits);
+        return bits >> 31 ? strips + int64_t{slot} * kTile + k % kTile : nullptr;
+      },
+      [&](int at, int k) {
+        const int position = tiles[k / kTile].tile * kTile + k % kTile;
+        if (position >= p.head.V || d0 + at >= D) return static_cast<const T*>(nullptr);
+        return c + int64_t{column_id(p.head, position)} * p.head.c_stride + d0 + at;
+      },
+      simt::shared<T>());
   tile.each([&](int row, int column, float x) {
     if (first_row + row >= *plan.rows.count || d0 + column >= D) return;
     float& sum = p.de_sum[(first_row + row) * p.head.D + d0 + column];

@@ -27,27 +27,37 @@ constexpr int kSlice = 256;
 constexpr int kSparseShare = 8;
 constexpr int kSparseChunks = 3;
 
+// A tile of which a block of 128 rows kept strips.
+constexpr int kBlockWords = kBlockRows / kWordRows;
+struct BlockTile {
+  int tile;
+  uint32_t keep[kBlockWords];
+  int slot[kBlockWords];  // the one before the first kept row of each word
+};
+
 // The tiles are worked off in chunks, as many strips at a time as fit; every chunk holds at least one tile.
 struct Plan {
   Rows rows;
   int tiles, words, chunks, dense_chunks, sparse_chunks;
   int64_t mass_stride, dense_capacity, sparse_capacity;  // in strips; 0: never sparse
   Coefficients* row;                                     // [N]
-  float* unit;       // [2] power of two near the largest scale; mean scale
-  uint32_t* keep;    // [tiles, words] bit per row
-  int* before;       // [tiles, words] kept rows of the tile in earlier words
-  int* count;        // [tiles]
-  int* begin;        // [tiles] first slot, in its chunk
-  int* task;         // [tiles] first task of 128 slots, in its chunk
-  int* chunk_tile;   // [chunks + 1] first tile of each chunk
-  int* chunk_tasks;  // [chunks]
-  int* sparse;       // [1] whether this call is
-  int* list;         // [capacity] compact row of each slot of the chunk at hand
-  int* list_row;     // [capacity] its row of e
-  void* strips;      // [capacity, kTile] gradients of the chunk, in the head's dtype
-  float* parts;      // [sparse capacity, kSlice] of dE
-  void* mass;        // [tiles, mass_stride] in the head's dtype
-  float* bias_push;  // [tiles] sum of a tile's masses
+  float* unit;             // [2] power of two near the largest scale; mean scale
+  uint32_t* keep;          // [tiles, words] bit per row
+  int* before;             // [tiles, words] kept rows of the tile in earlier words
+  int* count;              // [tiles]
+  int* begin;              // [tiles] first slot, in its chunk
+  int* task;               // [tiles] first task of 128 slots, in its chunk
+  int* chunk_tile;         // [chunks + 1] first tile of each chunk
+  int* chunk_tasks;        // [chunks]
+  int* sparse;             // [1] whether this call is
+  int* list;               // [capacity] compact row of each slot of the chunk at hand
+  int* list_row;           // [capacity] its row of e
+  void* strips;            // [capacity, kTile] gradients of the chunk, in the head's dtype
+  float* parts;            // [sparse capacity, kSlice] of dE
+  BlockTile* block_tiles;  // [row blocks, tiles] of the chunk
+  int* block_tile_count;   // [row blocks]
+  void* mass;              // [tiles, mass_stride] in the head's dtype
+  float* bias_push;        // [tiles] sum of a tile's masses
 
   Plan(Arena& memory, const Head& h, int64_t strip_bytes, bool need_de)
       : rows(memory, h), tiles(static_cast<int>(tiles_of(h.V))) {
@@ -81,6 +91,9 @@ struct Plan {
     char* both = memory.take<char>(dense > sparse_bytes ? dense : sparse_bytes);
     strips = both;
     parts = reinterpret_cast<float*>(both + sparse_capacity * strip);
+    const int64_t blocks = need_de ? ceil_div(h.N, kBlockRows) : 0;
+    block_tiles = memory.take<BlockTile>(blocks * tiles);
+    block_tile_count = memory.take<int>(blocks);
     mass = memory.take<char>(tiles * mass_stride * size_of(h.dtype));
     bias_push = memory.take<float>(tiles);
   }
