@@ -105,6 +105,15 @@ def check_images(elf: str, ptx: str, archs: list[str], sources: int) -> Iterator
             yield f"{count} of {sources} sources have an image for {arch}"
 
 
+def check_hopper(sass: str) -> Iterator[str]:
+    """Kernels named after wgmma whose sm_90a code (`cuobjdump -sass`) does not use it, or no TMA."""
+    for body in sass.split("Function : ")[1:]:
+        name = body.split(maxsplit=1)[0]
+        for opcode in ("HGMMA", "UTMALDG") if "wgmma" in name else ():
+            if opcode not in body:
+                yield f"{name} has no {opcode} for 90a"
+
+
 def check_symbols(undefined: str) -> Iterator[str]:
     """Undefined symbols (`nm -D --undefined-only`) that are not everywhere."""
     for kind, name in (line.split()[-2:] for line in undefined.splitlines()):
@@ -159,6 +168,7 @@ def main() -> None:
             archs,
             len(said),
         ),
+        *check_hopper(run("cuobjdump", "-sass", "-arch", "sm_90a", library)),
         *check_symbols(run("nm", "-D", "--undefined-only", library)),
         *check_needed(run("readelf", "-d", library)),
         *check_dispatch(loaded, bindings),

@@ -53,6 +53,13 @@ def test_committed_list_can_be_read(checks):
     assert all("no_spill.txt" in p for p in checks.check_spills({}, checks.NO_SPILL.read_text()))
 
 
+def test_hopper_kernels_use_its_instructions(checks):
+    sass = "Function : a_wgmma_kernel\n HGMMA.64x256 UTMALDG.2D\nFunction : b_kernel\n HMMA.16816\n"
+    assert list(checks.check_hopper(sass)) == []
+    missing = sass.replace("HGMMA.64x256", "HMMA")
+    assert list(checks.check_hopper(missing)) == ["a_wgmma_kernel has no HGMMA for 90a"]
+
+
 @pytest.mark.parametrize("code", ["C7508", "C7510", "C7511", "C7519"])
 def test_remarks_on_serialised_instructions_are_found(checks, code):
     line = f"ptxas info    : ({code}) Potential Performance Loss"
