@@ -106,7 +106,7 @@ def check_images(elf: str, ptx: str, archs: list[str], sources: int) -> Iterator
 
 
 def check_hopper(sass: str) -> Iterator[str]:
-    """Kernels named after wgmma whose sm_90a code (`cuobjdump -sass`) does not use it, or no TMA."""
+    """Kernels named after wgmma whose sm_90a code (`cuobjdump -sass`) lacks it or TMA."""
     for body in sass.split("Function : ")[1:]:
         name = body.split(maxsplit=1)[0]
         for opcode in ("HGMMA", "UTMALDG") if "wgmma" in name else ():
