@@ -1,20 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of 128 x 256 tiles by wgmma, sm_90a:  acc[m, n] = sum_k a[m, k] b[n, k], both K-major.
+// Matrix products of 128 x 256 tiles by wgmma, sm_90a:  acc[m, n] = sum_k a[m, k] b[n, k]
 // A block is a producer warpgroup, whose elected thread issues TMA loads into a ring of stages, and two
 // consumer warpgroups of 64 rows each, which keep their 64 x 256 fp32 accumulators in registers. The two
 // blocks of a cluster work on the same b: each loads half of it for both.
 //
-//   wgmma::Tiles<T> tiles;                       // all threads
+//   wgmma::Tiles<T, Major::kK, Major::kK> tiles;          // all threads
 //   if (tiles.is_producer()) {
 //     tiles.take_producer_registers();
-//     ... one thread: tiles.produce(a_map, b_map, row, column, steps); ...
+//     ... one thread: tiles.produce(a_map, b_map, steps, at); ...
 //   } else {
 //     tiles.take_consumer_registers();
 //     ... tiles.consume(acc, steps); ...
 //   }
 //   tiles.finish();                              // all threads
 //
-// Producer and consumers must go through the same sequence of products.
+// Producer and consumers must go through the same sequence of products. at(step) says where the 64 k of a
+// step begin in either operand, and its first m or n.
 #pragma once
 
 #include "simt/simt.h"
@@ -22,7 +23,8 @@
 namespace gemma_ext::wgmma {
 
 constexpr int kRows = 128, kColumns = 256;
-constexpr int kDepth = 64;  // one swizzle atom of 128 bytes
+constexpr int kDepth = 64;
+constexpr int kAtom = 64;  // elements of 128 bytes, what is swizzled together
 constexpr int kStages = 4;
 constexpr int kCluster = 2;
 constexpr int kThreads = 384;
@@ -34,19 +36,27 @@ constexpr int kStageBytes = kBytesA + kBytesB;
 constexpr int kSharedBytes = kStages * (kStageBytes + 2 * 8);
 // 40 + 2 x 232 registers per thread column, of 512
 constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-constexpr int kAtomRows = 8 * kLine;  // between groups of 8 rows
+constexpr int kEightLines = 8 * kLine;
+constexpr int kBox = kDepth * kLine;  // of an operand along m or n
 
-// Boxes of both operands: 64 elements of k, 128 rows.
-template <class T>
+using simt::Major;
+
+// Of a matrix whose rows are lines of one operand: boxes of 64 elements by 128 rows where k lies along the
+// rows, by 64 rows where m or n does.
+template <class T, Major kMajor>
 simt::Status make_map(simt::TensorMap* map, const void* rows, int64_t count, int64_t width,
                       int64_t stride) {
-  return simt::make_tensor_map<T, 2>(map, static_cast<const T*>(rows), {width, count},
-                                     {stride * static_cast<int64_t>(sizeof(T))}, {kDepth, kRows},
-                                     simt::Swizzle::k128B);
+  return simt::make_tensor_map<T, 2>(
+      map, static_cast<const T*>(rows), {width, count}, {stride * static_cast<int64_t>(sizeof(T))},
+      {kAtom, kMajor == Major::kK ? kRows : kDepth}, simt::Swizzle::k128B);
 }
 
+struct Place {
+  int a_k, a_m, b_k, b_n;
+};
+
 #if defined(SIMT_HOPPER)
-template <class T>
+template <class T, Major kA, Major kB>
 class Tiles {
  public:
   static_assert(sizeof(T) == 2);
@@ -76,19 +86,36 @@ class Tiles {
     return block * 8 + simt::lane_idx() % 4 * 2 + odd;
   }
 
-  // One thread. Rows row..row + 127 of a for this block, columns column..column + 255 of b for both.
-  DEVICE void produce(const simt::TensorMap& a, const simt::TensorMap& b, int row, int column,
-                      int steps) {
+  // One thread. b_n..b_n + 255 for both blocks of the cluster, of which each loads half.
+  template <class At>
+  DEVICE void produce(const simt::TensorMap& a, const simt::TensorMap& b, int steps, const At& at) {
     constexpr uint16_t kBoth = 3;
+    constexpr int kHalf = kColumns / kCluster;
     const int rank = simt::cluster_rank();
     for (int k = 0; k < steps; ++k) {
+      const Place place = at(k);
+      const int b_n = place.b_n + rank * kHalf;
       uint8_t* s_a = simt::shared<uint8_t>(stage_ * kStageBytes);
       uint8_t* s_b = s_a + kBytesA + rank * (kBytesB / kCluster);
+      simt::Mbarrier* full = full_ + stage_;
       simt::mbarrier_wait(empty_ + stage_, phase_ ^ 1);  // released by the consumers of both blocks
-      simt::mbarrier_arrive_expect_tx(full_ + stage_, kStageBytes);  // the peer's half is in it
-      simt::tma_load(s_a, a, full_ + stage_, k * kDepth, row);
-      simt::tma_load_multicast(s_b, b, full_ + stage_, kBoth, k * kDepth,
-                               column + rank * (kColumns / kCluster));
+      simt::mbarrier_arrive_expect_tx(full, kStageBytes);  // the peer's half is in it
+      if constexpr (kA == Major::kK) {
+        simt::tma_load(s_a, a, full, place.a_k, place.a_m);
+      } else {
+        UNROLL
+        for (int m = 0; m < kRows; m += kAtom) {
+          simt::tma_load(s_a + m * kLine, a, full, place.a_m + m, place.a_k);
+        }
+      }
+      if constexpr (kB == Major::kK) {
+        simt::tma_load_multicast(s_b, b, full, kBoth, place.b_k, b_n);
+      } else {
+        UNROLL
+        for (int n = 0; n < kHalf; n += kAtom) {
+          simt::tma_load_multicast(s_b + n * kLine, b, full, kBoth, b_n + n, place.b_k);
+        }
+      }
       advance();
     }
   }
@@ -105,13 +132,14 @@ class Tiles {
         simt::barrier_arrive(kSkewBarrier, kConsumers * 128);
       }
       const uint8_t* s_a = simt::shared<uint8_t>(stage_ * kStageBytes);
-      const uint64_t a = simt::wgmma_descriptor(s_a + group * 64 * kLine, 0, kAtomRows);
-      const uint64_t b = simt::wgmma_descriptor(s_a + kBytesA, 0, kAtomRows);
+      const uint64_t a = simt::wgmma_descriptor(s_a + group * kAtom * kLine, kBox, kEightLines);
+      const uint64_t b = simt::wgmma_descriptor(s_a + kBytesA, kBox, kEightLines);
       simt::mbarrier_wait(full_ + stage_, phase_);
       simt::wgmma_fence();
       UNROLL
       for (int i = 0; i < kDepth / 16; ++i) {
-        simt::wgmma<T, kColumns>(acc, a + i * 2, b + i * 2, k > 0 || i > 0);  // 32 bytes further
+        simt::wgmma<T, kColumns, kA, kB>(acc, a + i * kStepOf<kA>, b + i * kStepOf<kB>,
+                                         k > 0 || i > 0);
       }
       simt::wgmma_commit();
       if (previous >= 0) {  // one step's products stay in flight
@@ -132,6 +160,10 @@ class Tiles {
   }
 
  private:
+  // From 16 k to the next 16, in units of a descriptor's address: 32 bytes of a line, or 16 lines.
+  template <Major kMajor>
+  static constexpr int kStepOf = (kMajor == Major::kK ? 32 : 16 * kLine) / 16;
+
   DEVICE void advance() {
     stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
     phase_ ^= stage_ == 0;

@@ -43,8 +43,8 @@ template <class T>
 void add_wgmma_strips(Launches& launches, const StripParams& strips, void* e) {
   const Head& h = strips.head;
   StripTmaParams p{strips, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {}};
-  launches.check(wgmma::make_map<T>(&p.e_map, e, h.N, h.D, h.D));
-  launches.check(wgmma::make_map<T>(&p.c_map, h.c, h.V, h.D, h.c_stride));
+  launches.check(wgmma::make_map<T, simt::Major::kK>(&p.e_map, e, h.N, h.D, h.D));
+  launches.check(wgmma::make_map<T, simt::Major::kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
   launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
   const int64_t items = ceil_div(strips.row_blocks, wgmma::kCluster) * strips.tiles;
   const int64_t clusters =

@@ -36,6 +36,9 @@ KERNEL void gather_e_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
 using Accumulators = float[wgmma::kColumns / 2];
 
+template <class T>
+using HeadTiles = wgmma::Tiles<T, simt::Major::kK, simt::Major::kK>;
+
 // s log2(e) in place of e.c.
 template <class T>
 DEVICE void strip_logits(Accumulators& acc, const StripTmaParams& p, int64_t first_column) {
@@ -48,7 +51,7 @@ DEVICE void strip_logits(Accumulators& acc, const StripTmaParams& p, int64_t fir
   for (int i = 0; i < wgmma::kColumns / 2; ++i) {
     acc[i] *= unit;
     if (h.bias) {
-      const int64_t v = first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2);
+      const int64_t v = first_column + HeadTiles<T>::column_of(i / 4, i % 2);
       if (v < h.V) acc[i] += h.bias[v] * inverse;
     }
     largest = fmaxf(largest, fabsf(acc[i]));
@@ -63,7 +66,7 @@ DEVICE void strip_logits(Accumulators& acc, const StripTmaParams& p, int64_t fir
   if (first_column + kTile > h.V) {
     UNROLL
     for (int i = 0; i < wgmma::kColumns / 2; ++i) {
-      const int64_t v = first_column + wgmma::Tiles<T>::column_of(i / 4, i % 2);
+      const int64_t v = first_column + HeadTiles<T>::column_of(i / 4, i % 2);
       if (v >= h.V) acc[i] = outside(map);
     }
   }
@@ -73,7 +76,7 @@ template <class T>
 DEVICE void strip_epilogue(Accumulators& acc, const StripTmaParams& params, int64_t first_row,
                            int tile, int count) {
   const StripParams& p = params.strips;
-  using Tiles = wgmma::Tiles<T>;
+  using Tiles = HeadTiles<T>;
   const int64_t first_column = int64_t{tile} * kTile;
   strip_logits<T>(acc, params, first_column);
   UNROLL
@@ -103,7 +106,7 @@ KERNEL_BOUNDS(wgmma::kThreads, 1)
 void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
   const StripParams& strips = p.strips;
-  wgmma::Tiles<T> tiles;
+  HeadTiles<T> tiles;
   const int count = *strips.rows.count;
   const int pairs = (count + wgmma::kCluster * kBlockRows - 1) / (wgmma::kCluster * kBlockRows);
   const int items = pairs * strips.tiles, step = simt::grid_dim() / wgmma::kCluster;
@@ -117,7 +120,9 @@ void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
     if (simt::warp_idx() == 0 && simt::elect_one()) {
       for (int item = first; item < items; item += step) {
         const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, strips.tiles);
-        tiles.produce(p.e_map, p.c_map, first_row(at), at.tile * kTile, steps);
+        tiles.produce(p.e_map, p.c_map, steps, [&](int k) -> wgmma::Place {
+          return {k * wgmma::kDepth, first_row(at), k * wgmma::kDepth, at.tile * kTile};
+        });
       }
     }
   } else {
