@@ -4,18 +4,13 @@
 // consumer warpgroups of 64 rows each, which keep their 64 x 256 fp32 accumulators in registers. The two
 // blocks of a cluster work on the same b: each loads half of it for both.
 //
-//   wgmma::Tiles<T, Major::kK, Major::kK> tiles;          // all threads
-//   if (tiles.is_producer()) {
-//     tiles.take_producer_registers();
-//     ... one thread: tiles.produce(a_map, b_map, steps, at); ...
-//   } else {
-//     tiles.take_consumer_registers();
-//     ... tiles.consume(acc, steps); ...
-//   }
-//   tiles.finish();                              // all threads
+//   wgmma::run<T, Major::kK, Major::kK>(a_map, b_map, items, steps,
+//       [&](int item, int step) -> wgmma::Place { ... },
+//       [&](int item, float (&acc)[128]) { ... });
 //
-// Producer and consumers must go through the same sequence of products. at(step) says where the 64 k of a
-// step begin in either operand, and its first m or n.
+// The clusters of the grid take turns over the items; all threads call. A Place says where the 64 k of a
+// step begin in either operand, and its first m or n. A grid has at most as many blocks as the device has
+// multiprocessors.
 #pragma once
 
 #include "simt/simt.h"
@@ -55,6 +50,12 @@ struct Place {
   int a_k, a_m, b_k, b_n;
 };
 
+// Register i of a consumer's acc is row_of(i / 2 % 2) of 128, column_of(i / 4, i % 2) of 256.
+DEVICE int row_of(int half) {
+  return (simt::warp_idx() - kWarpsPerGroup) * 16 + half * 8 + simt::lane_idx() / 4;
+}
+DEVICE int column_of(int block, int odd) { return block * 8 + simt::lane_idx() % 4 * 2 + odd; }
+
 #if defined(SIMT_HOPPER)
 template <class T, Major kA, Major kB>
 class Tiles {
@@ -74,17 +75,6 @@ class Tiles {
   }
 
   DEVICE static bool is_producer() { return simt::warp_idx() < kWarpsPerGroup; }
-  // First in each role's branch: ptxas ignores them where the roles meet again.
-  DEVICE static void take_producer_registers() { simt::setmaxnreg_dec<kProducerRegisters>(); }
-  DEVICE static void take_consumer_registers() { simt::setmaxnreg_inc<kConsumerRegisters>(); }
-  // Of the 64 rows of the calling consumer: register i of acc is row_of(i / 2 % 2),
-  // column_of(i / 4, i % 2).
-  DEVICE static int row_of(int half) {
-    return (simt::warp_idx() - kWarpsPerGroup) * 16 + half * 8 + simt::lane_idx() / 4;
-  }
-  DEVICE static int column_of(int block, int odd) {
-    return block * 8 + simt::lane_idx() % 4 * 2 + odd;
-  }
 
   // One thread. b_n..b_n + 255 for both blocks of the cluster, of which each loads half.
   template <class At>
@@ -120,7 +110,7 @@ class Tiles {
     }
   }
 
-  // All threads of a consumer warpgroup. The second starts kSkew steps after the first, so that each
+  // All threads of a consumer warpgroup; steps > 0. The second starts kSkew steps after the first, so that each
   // one's epilogue runs under the other's products.
   DEVICE void consume(float (&acc)[kColumns / 2], int steps) {
     const int group = simt::warp_idx() / kWarpsPerGroup - 1;
@@ -150,7 +140,7 @@ class Tiles {
       advance();
     }
     simt::wgmma_wait<0>();
-    if (previous >= 0) release(previous);
+    release(previous);
   }
 
   // No block may leave while its peer still writes to its memory or arrives at its barriers.
@@ -175,6 +165,30 @@ class Tiles {
   simt::Mbarrier *full_, *empty_;
   int stage_ = 0, phase_ = 0;
 };
+
+template <class T, Major kA, Major kB, class At, class Epilogue>
+DEVICE void run(const simt::TensorMap& a, const simt::TensorMap& b, int items, int steps,
+                const At& at, const Epilogue& epilogue) {
+  Tiles<T, kA, kB> tiles;
+  const int first = simt::block_idx() / kCluster, stride = simt::grid_dim() / kCluster;
+  // ptxas ignores setmaxnreg where the roles meet again
+  if (tiles.is_producer()) {
+    simt::setmaxnreg_dec<kProducerRegisters>();
+    if (simt::warp_idx() == 0 && simt::elect_one()) {
+      for (int item = first; item < items; item += stride) {
+        tiles.produce(a, b, steps, [&](int k) { return at(item, k); });
+      }
+    }
+  } else {
+    simt::setmaxnreg_inc<kConsumerRegisters>();
+    float acc[kColumns / 2];
+    for (int item = first; item < items; item += stride) {
+      tiles.consume(acc, steps);
+      epilogue(item, acc);
+    }
+  }
+  tiles.finish();
+}
 #endif
 
 }  // namespace gemma_ext::wgmma

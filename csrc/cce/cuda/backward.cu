@@ -33,9 +33,8 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
-    const PlanParams planning{h, plan, b.up, lse2_coef, b.stats, b.summary};
-    launches.add(coefficients_kernel, ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
-    launches.add(unit_kernel, 1, kPlanThreads, kPlanThreads * 12, planning);
+    add_coefficients(launches, h.N, {plan.rows, plan.row, plan.unit, b.up, lse2_coef});
+    const PlanParams planning{h, plan, b.stats, b.summary};
     launches.add(keep_kernel<T>, tiles * ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
     launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
     launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);

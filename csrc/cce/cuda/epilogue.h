@@ -33,6 +33,10 @@ DEVICE float tanh_any(float u) {
   return 1.0f - 2.0f * simt::rcp_approx(1.0f + simt::exp2_approx(2.0f * kLog2E * u));
 }
 
+// Outside the vocabulary. Squares of it stay finite, so that it drops out of the slope's sum too; without a
+// cap, where a logit may be -inf itself, there is no such sum.
+DEVICE float outside(const LogitMap& map) { return map.inv_cap > 0.0f ? -1e18f : -kInfinity; }
+
 // ds/da at the logit s.
 DEVICE float slope_at(const LogitMap& map, float s) {
   const float t = s * map.t_over_cap;

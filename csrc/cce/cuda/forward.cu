@@ -1,16 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <algorithm>
-
 #include "combine.cuh"
 #include "forward_sm90.cuh"
 
 namespace gemma_ext::cce::cuda {
 namespace {
-
-// TMA cannot gather the rows of c that another order of the vocabulary names.
-bool by_wgmma(const Head& h) {
-  return h.dtype != DType::kFloat32 && !h.order && h.N > 0 && simt::device().hopper;
-}
 
 struct ForwardMemory {
   Rows rows;
@@ -39,20 +32,6 @@ struct ForwardMemory {
   }
 };
 
-template <class T>
-void add_wgmma_strips(Launches& launches, const StripParams& strips, void* e) {
-  const Head& h = strips.head;
-  StripTmaParams p{strips, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {}};
-  launches.check(wgmma::make_map<T, simt::Major::kK>(&p.e_map, e, h.N, h.D, h.D));
-  launches.check(wgmma::make_map<T, simt::Major::kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
-  launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
-  const int64_t items = ceil_div(strips.row_blocks, wgmma::kCluster) * strips.tiles;
-  const int64_t clusters =
-      std::min<int64_t>(simt::device().multiprocessors / wgmma::kCluster, items);
-  launches.add_clusters(strip_stats_wgmma_kernel<T>, clusters, wgmma::kCluster, wgmma::kThreads,
-                        wgmma::kSharedBytes, p);
-}
-
 }  // namespace
 
 int64_t forward_workspace(const Forward& f) {
@@ -73,7 +52,11 @@ Status forward(const Forward& f, Stream stream) {
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (!std::is_same_v<T, float>) {
-      if (m.e) return add_wgmma_strips<T>(launches, strips, m.e);
+      if (m.e) {
+        const StripTmaParams tma{strips, gather_e<T>(launches, h, m.rows, m.e)};
+        return add_wgmma(launches, strip_stats_wgmma_kernel<T>, ceil_div(h.N, kPairRows) * m.tiles,
+                         tma);
+      }
     }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,
                  kHeadSharedBytes<T>, strips);

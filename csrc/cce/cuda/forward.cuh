@@ -27,8 +27,6 @@ struct StripSums {
   int argmax;
 };
 
-DEVICE int lesser(int a, int b) { return a < b ? a : b; }
-
 DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   StripSums r;
   r.max = fmaxf(a.max, b.max);
@@ -41,10 +39,6 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   r.argmax = a.max > b.max ? a.argmax : b.max > a.max ? b.argmax : lesser(a.argmax, b.argmax);
   return r;
 }
-
-// Outside the vocabulary. Squares of it stay finite, so that it drops out of the slope's sum too; without a
-// cap, where a logit may be -inf itself, there is no such sum.
-DEVICE float outside(const LogitMap& map) { return map.inv_cap > 0.0f ? -1e18f : -kInfinity; }
 
 // Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is
 // s log2(e). A NaN logit may hide from the maximum, never from the sum.
@@ -124,20 +118,6 @@ DEVICE void write_targets(const mma::Tile<T>& tile, const SharedHead<T>& s, int6
       }
     }
   }
-}
-
-// Blocks walk the vocabulary inside groups of 16 row blocks (2048 rows of e, 9 MB at D 2304 in bf16), which
-// stay in L2 while c passes once per group.
-constexpr int kRasterRows = 16;
-
-struct Raster {
-  int row_block, tile;
-};
-template <int kGroup>
-DEVICE Raster raster(int item, int row_blocks, int tiles) {
-  const int group = item / (kGroup * tiles), in_group = item - group * kGroup * tiles;
-  const int width = lesser(kGroup, row_blocks - group * kGroup);
-  return {group * kGroup + in_group % width, in_group / width};
 }
 
 template <class T>

@@ -99,21 +99,18 @@ struct Plan {
   }
 };
 
-struct PlanParams {
-  Head head;
-  Plan plan;
+struct CoefficientParams {
+  Rows rows;
+  Coefficients* row;
+  float* unit;
   Upstream up;
   const float* lse2_coef;  // [N] or null: d_lse = 2 lse2_coef lse
-  const float* stats;
-  const double* summary;
 };
 
-DEVICE double eps_of(const double* summary) { return summary ? summary[3] : 0.0; }
-
-KERNEL void coefficients_kernel(PlanParams p) {
+KERNEL void coefficients_kernel(CoefficientParams p) {
   const int64_t r = int64_t{simt::block_idx()} * kPlanThreads + simt::thread_idx();
-  if (r >= *p.plan.rows.count) return;
-  const int from = p.plan.rows.row[r];
+  if (r >= *p.rows.count) return;
+  const int from = p.rows.row[r];
   Coefficients c{};
   c.lse = p.up.lse[from];
   c.label_prob = expf(-p.up.nll[from]);
@@ -126,21 +123,21 @@ KERNEL void coefficients_kernel(PlanParams p) {
   }
   if (p.up.d_class) c.class_coef = p.up.d_class[from];
   const bool nan = isnan(c.a) || isnan(c.b);
-  if (p.plan.rows.position[r] < 0) c.b = 0.0f;
+  if (p.rows.position[r] < 0) c.b = 0.0f;
   c.scale = fmaxf(fmaxf(fabsf(c.a), fabsf(c.b)), fmaxf(fabsf(c.q), fabsf(c.class_coef)));
   if (nan) c.scale = kInfinity;
-  p.plan.row[r] = c;
+  p.row[r] = c;
 }
 
 // One block.
-KERNEL void unit_kernel(PlanParams p) {
+KERNEL void unit_kernel(CoefficientParams p) {
   double* s_sum = simt::shared<double>();
   float* s_max = simt::shared<float>(kPlanThreads * sizeof(double));
-  const int t = simt::thread_idx(), count = *p.plan.rows.count;
+  const int t = simt::thread_idx(), count = *p.rows.count;
   double sum = 0;
   float largest = 0.0f;
   for (int r = t; r < count; r += kPlanThreads) {
-    const float scale = p.plan.row[r].scale;
+    const float scale = p.row[r].scale;
     sum += scale;
     largest = fmaxf(largest, scale < kInfinity ? scale : 0.0f);
   }
@@ -154,9 +151,23 @@ KERNEL void unit_kernel(PlanParams p) {
   }
   // within what 1 / unit can say
   const int exponent = largest > 0x1p-100f ? ilogbf(largest) : largest > 0.0f ? -100 : 0;
-  p.plan.unit[0] = ldexpf(1.0f, exponent < 100 ? exponent : 100);
-  p.plan.unit[1] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
+  p.unit[0] = ldexpf(1.0f, exponent < 100 ? exponent : 100);
+  p.unit[1] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
 }
+
+inline void add_coefficients(Launches& launches, int64_t N, const CoefficientParams& p) {
+  launches.add(coefficients_kernel, ceil_div(N, kPlanThreads), kPlanThreads, 0, p);
+  launches.add(unit_kernel, 1, kPlanThreads, kPlanThreads * 12, p);
+}
+
+struct PlanParams {
+  Head head;
+  Plan plan;
+  const float* stats;
+  const double* summary;
+};
+
+DEVICE double eps_of(const double* summary) { return summary ? summary[3] : 0.0; }
 
 // 256 rows of one tile: keep bits and masses.
 template <class T>

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// The head as wgmma reads it: valid rows of e side by side, pairs of row blocks against tiles of c. TMA
+// cannot gather, so another order of the vocabulary goes the way of head.cuh.
+#pragma once
+
+#include "common/tile_wgmma.h"
+#include "epilogue.h"
+#include "rows.cuh"
+
+namespace gemma_ext::cce::cuda {
+
+static_assert(wgmma::kColumns == kTile);
+
+struct HeadTma {
+  Head head;
+  Rows rows;
+  SmallTanh tanh;  // to s log2(e)
+  void* e;         // [N, D] the valid rows, then zeros
+  simt::TensorMap e_map, c_map;
+};
+
+inline bool by_wgmma(const Head& h) {
+  return h.dtype != DType::kFloat32 && !h.order && h.N > 0 && simt::device().hopper;
+}
+
+constexpr int kCopyThreads = 256;
+constexpr int kPairRows = wgmma::kCluster * wgmma::kRows;
+
+// A block per row.
+template <class T>
+KERNEL void gather_e_kernel(const GRID_CONSTANT HeadTma p) {
+  const int64_t r = simt::block_idx(), D = p.head.D;
+  const bool valid = r < *p.rows.count;
+  const T* from = static_cast<const T*>(p.head.e);
+  if (valid) from += int64_t{p.rows.row[r]} * p.head.e_stride;
+  T* to = static_cast<T*>(p.e) + r * D;
+  for (int64_t d = 2 * simt::thread_idx(); d < D; d += 2 * kCopyThreads) {
+    const uint32_t zero = 0;
+    *reinterpret_cast<uint32_t*>(to + d) =
+        valid ? *reinterpret_cast<const uint32_t*>(from + d) : zero;
+  }
+}
+
+template <class T>
+HeadTma gather_e(Launches& launches, const Head& h, const Rows& rows, void* e) {
+  constexpr simt::Major kK = simt::Major::kK;
+  HeadTma p{h, rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {}};
+  launches.check(wgmma::make_map<T, kK>(&p.e_map, e, h.N, h.D, h.D));
+  launches.check(wgmma::make_map<T, kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
+  launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
+  return p;
+}
+
+// A persistent grid for at most `items`.
+template <class Params>
+void add_wgmma(Launches& launches, void (*kernel)(Params), int64_t items,
+               const std::type_identity_t<Params>& params) {
+  const int64_t most = simt::device().multiprocessors / wgmma::kCluster;
+  launches.add_clusters(kernel, items < most ? items : most, wgmma::kCluster, wgmma::kThreads,
+                        wgmma::kSharedBytes, params);
+}
+
+// Of a pair of row blocks, the one that this block of the cluster has.
+DEVICE int first_row_of(int pair) { return pair * kPairRows + simt::cluster_rank() * wgmma::kRows; }
+DEVICE int pairs_of(int count) { return (count + kPairRows - 1) / kPairRows; }
+
+using Accumulators = float[wgmma::kColumns / 2];
+
+#if defined(SIMT_HOPPER)
+// Products of e and c: f(pair, tile, acc) with e.c in acc, for `items` items that at(item) turns into
+// pair and tile.
+template <class T, class At, class F>
+DEVICE void head_products(const HeadTma& p, int items, const At& at, const F& f) {
+  constexpr simt::Major kK = simt::Major::kK;
+  const int steps = static_cast<int>((p.head.D + wgmma::kDepth - 1) / wgmma::kDepth);
+  wgmma::run<T, kK, kK>(
+      p.e_map, p.c_map, items, steps,
+      [&](int item, int step) -> wgmma::Place {
+        const int k = step * wgmma::kDepth;
+        const Raster place = at(item);
+        return {k, first_row_of(place.row_block), k, place.tile * kTile};
+      },
+      [&](int item, Accumulators& acc) {
+        const Raster place = at(item);
+        f(first_row_of(place.row_block), place.tile, acc);
+      });
+}
+
+// s log2(e) in place of e.c.
+template <class T>
+DEVICE void strip_logits(Accumulators& acc, const HeadTma& p, int64_t first_column) {
+  const Head& h = p.head;
+  const LogitMap& map = h.map;
+  const bool capped = map.inv_cap > 0.0f;
+  const float inverse = capped ? map.inv_cap : map.inv_t * kLog2E, unit = map.scale * inverse;
+  float largest = 0.0f;
+  UNROLL
+  for (int i = 0; i < wgmma::kColumns / 2; ++i) {
+    acc[i] *= unit;
+    if (h.bias) {
+      const int64_t v = first_column + wgmma::column_of(i / 4, i % 2);
+      if (v < h.V) acc[i] += h.bias[v] * inverse;
+    }
+    largest = fmaxf(largest, fabsf(acc[i]));
+  }
+  if (capped && simt::any(largest > 1.0f)) {
+    UNROLL
+    for (float& x : acc) x = tanh_any(x) * (map.cap_over_t * kLog2E);
+  } else if (capped) {
+    UNROLL
+    for (float& x : acc) x = p.tanh(x);
+  }
+  if (first_column + kTile > h.V) {
+    UNROLL
+    for (int i = 0; i < wgmma::kColumns / 2; ++i) {
+      if (first_column + wgmma::column_of(i / 4, i % 2) >= h.V) acc[i] = outside(map);
+    }
+  }
+}
+#endif
+
+}  // namespace gemma_ext::cce::cuda
