@@ -296,6 +296,18 @@ CASE(cce_fused_bf16) {
   o.order = true;
   fused_matches<simt::bf16>(o, true, 1e-2);
 }
+CASE(cce_fused_wgmma) {
+  Options o;
+  o.N = 300;
+  o.D = 264;  // two slices of dE and dC, the second almost empty
+  fused_matches<simt::bf16>(o, true, 1e-2);
+  o.softcap = 0;
+  o.N = 3;
+  o.V = 256;
+  fused_matches<simt::f16>(o, true, 2e-3);
+  o.ignored = 1;
+  fused_matches<simt::f16>(o, true, 0);
+}
 CASE(cce_fused_float) {
   Options o;
   o.N = 40;

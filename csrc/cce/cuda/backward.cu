@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward as a chain of launches, and the fused step: a forward, then the backward with every strip
 // kept. That one computes the logits twice; strips of all of them would not fit the workspace.
+#include <algorithm>
+
+#include "dense_sm90.cuh"
 #include "gradients.cuh"
 
 namespace gemma_ext::cce::cuda {
@@ -107,16 +110,22 @@ Forward forward_of(const Fused& f) {
   return r;
 }
 
-struct FusedMemory {
-  BackwardMemory backward;
-  double* summary;
-  void* forward;  // ends before the backward begins
+bool wants_any(const Gradients& out) { return out.de || out.dc || out.dbias; }
 
-  FusedMemory(Arena& memory, const Fused& f)
-      : backward(memory, f.head, f.out, false, f.strip_bytes),
-        summary(memory.take<double>(4)),
-        forward(memory.take<char>(forward_workspace(forward_of(f)))) {}
-};
+// The memory of the forward serves the backward again, behind the summary.
+constexpr int64_t kSummaryBytes = 256;
+
+int64_t gradient_workspace(const Fused& f) {
+  Arena arena(nullptr);
+  if (!wants_any(f.out)) {
+    Rows rows(arena, f.head);
+  } else if (by_wgmma(f.head)) {
+    DenseMemory memory(arena, f.head, f.out, f.strip_bytes);
+  } else {
+    BackwardMemory memory(arena, f.head, f.out, false, f.strip_bytes);
+  }
+  return arena.bytes();
+}
 
 }  // namespace
 
@@ -135,20 +144,18 @@ Status backward(const Backward& b, Stream stream) {
 }
 
 int64_t fused_workspace(const Fused& f) {
-  Arena arena(nullptr);
-  FusedMemory memory(arena, f);
-  return arena.bytes();
+  return kSummaryBytes + std::max(forward_workspace(forward_of(f)), gradient_workspace(f));
 }
 
 Status fused(const Fused& f, Stream stream) {
-  Arena arena(f.workspace);
-  const FusedMemory m(arena, f);
+  void* rest = static_cast<char*>(f.workspace) + kSummaryBytes;
   Forward rows = forward_of(f);
-  rows.summary = m.summary;
-  rows.workspace = m.forward;
+  rows.summary = static_cast<double*>(f.workspace);
+  rows.workspace = rest;
   const Status status = forward(rows, stream);
   if (status != Status{}) return status;
 
+  Arena arena(rest);
   Launches launches(stream);
   Backward b{};
   b.head = f.head;
@@ -156,13 +163,28 @@ Status fused(const Fused& f, Stream stream) {
   b.up.lse = f.lse;
   b.up.d_nll = f.nll_coef;
   b.out = f.out;
-  if (f.out.de || f.out.dc || f.out.dbias) {
-    add_backward(launches, m.backward, b, f.lse2_coef);
+  const auto add_loss = [&](const Rows& valid) {
+    launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
+                 {valid, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
+  };
+  if (!wants_any(f.out)) {
+    const Rows valid(arena, f.head);
+    gather_rows(launches, f.head, valid);
+    add_loss(valid);
+  } else if (by_wgmma(f.head)) {
+    const DenseMemory m(arena, f.head, f.out, f.strip_bytes);
+    by_dtype(f.head.dtype, [&](auto type) {
+      using T = decltype(type);
+      if constexpr (!std::is_same_v<T, float>) {
+        add_dense<T>(launches, m, f.head, b.up, f.lse2_coef, f.out);
+      }
+    });
+    add_loss(m.rows);
   } else {
-    gather_rows(launches, f.head, m.backward.plan.rows);
+    const BackwardMemory m(arena, f.head, f.out, false, f.strip_bytes);
+    add_backward(launches, m, b, f.lse2_coef);
+    add_loss(m.plan.rows);
   }
-  launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
-               {m.backward.plan.rows, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
   return launches.status();
 }
 

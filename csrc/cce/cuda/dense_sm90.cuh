@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+// Exact gradients by wgmma, a chunk of tiles at a time: all rows of a tile are gradient strips, side by
+// side, so that TMA reads them along either index.
+//   G = (p a - b 1{v = label}) ds/da,   dC = G^T E,   dE = sum over the chunks of G C
+#pragma once
+
+#include "head_sm90.cuh"
+#include "plan.cuh"
+
+namespace gemma_ext::cce::cuda {
+
+// Strips of one chunk: [chunk_tiles, stride, kTile], zero behind the last valid row of its 128.
+struct Dense {
+  HeadTma tma;
+  Coefficients* row;  // [N]
+  float* unit;        // [2]
+  void* strips;
+  float* de_sum;  // [N, D]
+  Gradients out;
+  int64_t stride;  // rows of a tile, whole blocks
+  int tiles, chunk_tiles, slices;
+  int chunk;
+  // operands of dC = G^T E and of dE = G C
+  simt::TensorMap g_map, e_map, g_rows_map, c_map;
+};
+
+DEVICE int first_tile_of(const Dense& p) { return p.chunk * p.chunk_tiles; }
+DEVICE int tiles_of(const Dense& p) { return lesser(p.chunk_tiles, p.tiles - first_tile_of(p)); }
+
+// Two neighbours of a row of the accumulators at f(half, block): registers 4 block + 2 half and the next.
+template <class F>
+DEVICE void each_pair(F f) {
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    UNROLL
+    for (int block = 0; block < kTile / 8; ++block) f(half, block);
+  }
+}
+
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void dense_strips_wgmma_kernel(const GRID_CONSTANT Dense p) {
+#if defined(SIMT_HOPPER)
+  const Head& h = p.tma.head;
+  const Rows& rows = p.tma.rows;
+  const int count = *rows.count, pairs = pairs_of(count), first_tile = first_tile_of(p);
+  const float unscale = h.map.scale * h.map.inv_t / p.unit[0], t = h.map.t_over_cap * kLn2;
+  const bool capped = h.map.inv_cap > 0.0f;
+  head_products<T>(
+      p.tma, pairs * tiles_of(p),
+      [&](int item) {
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles_of(p));
+        return Raster{at.row_block, first_tile + at.tile};
+      },
+      [&](int first_row, int tile, Accumulators& acc) {
+        const int first_column = tile * kTile;
+        strip_logits<T>(acc, p.tma, first_column);
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + wgmma::row_of(half);
+          // no probability and no label behind the last row
+          float lse = kInfinity, a = 0.0f, b = 0.0f;
+          int label = -1;
+          if (row < count) {
+            lse = p.row[row].lse * kLog2E;
+            a = p.row[row].a * unscale;
+            b = p.row[row].b * unscale;
+            label = rows.position[row] - first_column;
+          }
+          UNROLL
+          for (int i = 0; i < kTile / 4; ++i) {
+            float& x = acc[i / 2 * 4 + half * 2 + i % 2];
+            float g = simt::exp2_approx(x - lse) * a;
+            if (label == wgmma::column_of(i / 2, i % 2)) g -= b;
+            x = capped ? g * (1.0f - x * t * (x * t)) : g;
+          }
+        }
+        T* strips =
+            static_cast<T*>(p.strips) + ((tile - first_tile) * p.stride + first_row) * kTile;
+        each_pair([&](int half, int block) {
+          const int row = wgmma::row_of(half);
+          if (first_row + row >= p.stride) return;
+          store_pair(strips + row * kTile + wgmma::column_of(block, 0), acc[4 * block + 2 * half],
+                     acc[4 * block + 2 * half + 1]);
+        });
+      });
+#endif
+}
+
+// An item is a tile and 256 columns of D; either block of a cluster has half of the tile.
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void dense_dc_wgmma_kernel(const GRID_CONSTANT Dense p) {
+#if defined(SIMT_HOPPER)
+  constexpr simt::Major kMn = simt::Major::kMn;
+  const Head& h = p.tma.head;
+  const int count = *p.tma.rows.count, items = tiles_of(p) * p.slices;
+  const int half_tile = simt::cluster_rank() * wgmma::kRows;
+  const float unit = p.unit[0];
+  // at least one step; what it gives is not looked at where there are no rows
+  const int steps = count > 0 ? (count + wgmma::kDepth - 1) / wgmma::kDepth : 1;
+  wgmma::run<T, kMn, kMn>(
+      p.g_map, p.e_map, items, steps,
+      [&](int item, int step) -> wgmma::Place {
+        const int k = step * wgmma::kDepth, tile = item / p.slices;
+        return {tile * static_cast<int>(p.stride) + k, half_tile, k, item % p.slices * kTile};
+      },
+      [&](int item, Accumulators& acc) {
+        const int64_t tile = first_tile_of(p) + item / p.slices;
+        each_pair([&](int half, int block) {
+          const int64_t v = tile * kTile + half_tile + wgmma::row_of(half);
+          const int64_t d = item % p.slices * kTile + wgmma::column_of(block, 0);
+          if (v >= h.V || d >= h.D) return;
+          const float x = acc[4 * block + 2 * half], y = acc[4 * block + 2 * half + 1];
+          store_pair(static_cast<T*>(p.out.dc) + v * h.D + d, count > 0 ? x * unit : 0.0f,
+                     count > 0 ? y * unit : 0.0f);
+        });
+      });
+#endif
+}
+
+// An item is a pair of row blocks and 256 columns of D. The last chunk rounds, to the rows of e.
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
+#if defined(SIMT_HOPPER)
+  constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
+  constexpr int kTileSteps = kTile / wgmma::kDepth;
+  const Head& h = p.tma.head;
+  const int count = *p.tma.rows.count, items = pairs_of(count) * p.slices;
+  const int first_column = first_tile_of(p) * kTile;
+  const bool first = p.chunk == 0, last = first_tile_of(p) + tiles_of(p) == p.tiles;
+  wgmma::run<T, kK, kMn>(
+      p.g_rows_map, p.c_map, items, tiles_of(p) * kTileSteps,
+      [&](int item, int step) -> wgmma::Place {
+        const int row = first_row_of(item / p.slices);
+        const int in_tile = step % kTileSteps * wgmma::kDepth;
+        return {in_tile, step / kTileSteps * static_cast<int>(p.stride) + row,
+                first_column + step * wgmma::kDepth, item % p.slices * kTile};
+      },
+      [&](int item, Accumulators& acc) {
+        each_pair([&](int half, int block) {
+          const int64_t row = first_row_of(item / p.slices) + wgmma::row_of(half);
+          const int64_t d = item % p.slices * kTile + wgmma::column_of(block, 0);
+          if (row >= count || d >= h.D) return;
+          float* sum = p.de_sum + row * h.D + d;
+          const float x = acc[4 * block + 2 * half] + (first ? 0.0f : sum[0]);
+          const float y = acc[4 * block + 2 * half + 1] + (first ? 0.0f : sum[1]);
+          if (last) {
+            T* to = static_cast<T*>(p.out.de) + p.tma.rows.row[row] * h.D + d;
+            store_pair(to, x * p.unit[0], y * p.unit[0]);
+          } else {
+            store_pair(sum, x, y);
+          }
+        });
+      });
+#endif
+}
+
+// A block per tile of the chunk, a thread per column.
+template <class T>
+KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
+  const Head& h = p.tma.head;
+  const int64_t position = (first_tile_of(p) + simt::block_idx()) * kTile + simt::thread_idx();
+  if (position >= h.V) return;
+  const T* strip =
+      static_cast<const T*>(p.strips) + simt::block_idx() * p.stride * kTile + simt::thread_idx();
+  float sum = 0.0f;
+  for (int r = 0; r < *p.tma.rows.count; ++r) sum += widen(strip[int64_t{r} * kTile]);
+  p.out.dbias[position] = sum * p.unit[0] / h.map.scale;
+}
+
+// Zero where no row is valid.
+template <class T>
+KERNEL void dense_clear_kernel(const GRID_CONSTANT Dense p) {
+  const int64_t i = 2 * (int64_t{simt::block_idx()} * kPlanThreads + simt::thread_idx());
+  if (i < p.tma.head.N * p.tma.head.D) store_pair(static_cast<T*>(p.out.de) + i, 0.0f, 0.0f);
+}
+
+struct DenseMemory {
+  Rows rows;
+  Coefficients* row;
+  float* unit;
+  void *e, *strips;
+  float* de_sum;
+  int64_t stride;
+  int tiles, chunk_tiles;
+
+  DenseMemory(Arena& memory, const Head& h, const Gradients& out, int64_t strip_bytes)
+      : rows(memory, h), tiles(static_cast<int>(cuda::tiles_of(h.V))) {
+    stride = ceil_div(h.N, wgmma::kRows) * wgmma::kRows;
+    const int64_t tile_bytes = stride * kTile * size_of(h.dtype), fit = strip_bytes / tile_bytes;
+    chunk_tiles = static_cast<int>(fit < 1 ? 1 : fit < tiles ? fit : tiles);
+    row = memory.take<Coefficients>(h.N);
+    unit = memory.take<float>(2);
+    e = memory.take<uint16_t>(h.N * h.D);
+    strips = memory.take<char>(chunk_tiles * tile_bytes);
+    de_sum = memory.take<float>(out.de && chunk_tiles < tiles ? h.N * h.D : 0);
+  }
+};
+
+template <class T>
+void add_dense(Launches& launches, const DenseMemory& m, const Head& h, const Upstream& up,
+               const float* lse2_coef, const Gradients& out) {
+  constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
+  gather_rows(launches, h, m.rows);
+  add_coefficients(launches, h.N, {m.rows, m.row, m.unit, up, lse2_coef});
+  Dense p{gather_e<T>(launches, h, m.rows, m.e),
+          m.row,
+          m.unit,
+          m.strips,
+          m.de_sum,
+          out,
+          m.stride,
+          m.tiles,
+          m.chunk_tiles,
+          static_cast<int>(ceil_div(h.D, kTile)),
+          0,
+          {},
+          {},
+          {},
+          {}};
+  const int64_t strips = m.chunk_tiles * m.stride, pairs = ceil_div(h.N, kPairRows);
+  launches.check(wgmma::make_map<T, kMn>(&p.g_map, m.strips, strips, kTile, kTile));
+  launches.check(wgmma::make_map<T, kMn>(&p.e_map, m.e, h.N, h.D, h.D));
+  launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, m.strips, strips, kTile, kTile));
+  launches.check(wgmma::make_map<T, kMn>(&p.c_map, h.c, h.V, h.D, h.c_stride));
+  if (out.de) {
+    launches.add(dense_clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0, p);
+  }
+  for (; p.chunk * m.chunk_tiles < m.tiles; ++p.chunk) {
+    add_wgmma(launches, dense_strips_wgmma_kernel<T>, pairs * m.chunk_tiles, p);
+    if (out.dc) {
+      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{m.chunk_tiles} * p.slices, p);
+    }
+    if (out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
+    if (out.dbias) launches.add(dense_dbias_kernel<T>, m.chunk_tiles, kTile, 0, p);
+  }
+}
+
+}  // namespace gemma_ext::cce::cuda
