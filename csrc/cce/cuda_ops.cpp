@@ -96,10 +96,10 @@ struct Prepared {
   }
 };
 
-// Memory for gradient strips: GEMMA_EXT_CCE_WORKSPACE_MB, 512 by default.
+// Memory for gradient strips: GEMMA_EXT_CCE_WORKSPACE_MB, 256 by default.
 int64_t strip_bytes() {
   const char* asked = getenv("GEMMA_EXT_CCE_WORKSPACE_MB");
-  const int64_t megabytes = asked && *asked ? strtoll(asked, nullptr, 10) : 512;
+  const int64_t megabytes = asked && *asked ? strtoll(asked, nullptr, 10) : 256;
   STD_TORCH_CHECK(megabytes > 0, "expected GEMMA_EXT_CCE_WORKSPACE_MB to be a positive number, got ",
                   asked);
   return megabytes << 20;

@@ -18,6 +18,7 @@ struct Request {
   int64_t strip_bytes = 64 << 20;
   double tolerance = 1e-2;  // two roundings to bf16
   double most_kept = 1;
+  bool with_summary = false;   // of a forward that kept everything
   bool sparse_chunks = false;  // as little memory as the sparse form needs, less than for one chunk
 };
 
@@ -139,7 +140,7 @@ void gradients_match(const Options& options, const Request& q) {
           q.entropy ? up.mean.data() : nullptr,
           q.class_sum ? up.classes.data() : nullptr};
   b.stats = rows.stats.data();
-  b.summary = q.eps == 0 ? nullptr : rows.summary.data();
+  b.summary = q.eps > 0 || q.with_summary ? rows.summary.data() : nullptr;
   b.prob = q.profile ? d.prob.data() : nullptr;
   b.out = {q.need_e ? de.data() : nullptr, q.need_c ? dc.data() : nullptr,
            q.need_bias ? dbias.data() : nullptr};
@@ -307,6 +308,24 @@ CASE(cce_fused_wgmma) {
   fused_matches<simt::f16>(o, true, 2e-3);
   o.ignored = 1;
   fused_matches<simt::f16>(o, true, 0);
+}
+// Whether to filter is known on the device only: both families are launched.
+CASE(cce_backward_wgmma) {
+  Options o;
+  o.N = 150;
+  o.D = 72;
+  o.class_weight = true;
+  Request q;
+  q.entropy = true;
+  q.strip_bytes = 1;
+  q.with_summary = true;
+  gradients_match<simt::bf16>(o, q);
+  q.class_sum = true;
+  q.with_summary = false;
+  gradients_match<simt::bf16>(o, q);
+  o = peaked();
+  o.order = false;
+  gradients_match<simt::bf16>(o, {0x1p-2});
 }
 CASE(cce_fused_float) {
   Options o;

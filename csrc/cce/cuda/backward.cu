@@ -11,70 +11,105 @@ namespace {
 
 struct BackwardMemory {
   Plan plan;
-  void* mean;
+  void *mean, *e;
   float *profile, *push, *de_sum;
 
-  BackwardMemory(Arena& memory, const Head& h, const Gradients& out, bool filtered,
-                 int64_t strip_bytes)
-      : plan(memory, h, strip_bytes, out.de != nullptr) {
+  BackwardMemory(Arena& memory, const Backward& b)
+      : plan(memory, b.head, b.strip_bytes, b.out.de != nullptr,
+             by_wgmma(b.head) ? DenseChunk(b.head, b.strip_bytes).bytes : 0) {
+    const Head& h = b.head;
     const int64_t size = size_of(h.dtype), tiles = plan.tiles;
-    mean = memory.take<char>(filtered && out.de ? tiles * h.D * size : 0);
+    const bool filtered = b.summary != nullptr;
+    mean = memory.take<char>(filtered && b.out.de ? tiles * h.D * size : 0);
     profile = memory.take<float>(filtered ? tiles * kTile : 0);
-    push = memory.take<float>(filtered && out.dc ? tiles * h.D : 0);
-    de_sum = memory.take<float>(out.de ? h.N * h.D : 0);
+    push = memory.take<float>(filtered && b.out.dc ? tiles * h.D : 0);
+    de_sum = memory.take<float>(b.out.de ? h.N * h.D : 0);
+    e = memory.take<char>(by_wgmma(h) ? h.N * h.D * size : 0);
   }
 };
+
+// Where the forward's summary says on the device what is kept, both this and the dense kernels are
+// launched, and one of them leaves at once.
+template <class T>
+void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
+  constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
+  const Head& h = b.head;
+  const Plan& plan = m.plan;
+  const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
+  const int64_t row_blocks = ceil_div(h.N, kBlockRows);
+  const bool filtered = b.summary != nullptr, exact_elsewhere = by_wgmma(h);
+  const PlanParams planning{h, plan, exact_elsewhere, b.stats, b.summary};
+  launches.add(keep_kernel<T>, tiles * ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
+  launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
+  launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);
+
+  GradientParams p{h,
+                   plan,
+                   b.summary,
+                   b.prob,
+                   m.profile,
+                   m.mean,
+                   m.push,
+                   m.de_sum,
+                   b.out,
+                   exact_elsewhere,
+                   static_cast<int>(column_blocks),
+                   0};
+  if (filtered) launches.add(profile_kernel, tiles, kTile, kTile * 4, p);
+  if (filtered && b.out.dc) {
+    launches.add(push_kernel<T>, ceil_div(tiles, mma::kSide) * column_blocks, mma::kThreads,
+                 kTileShared, p);
+  }
+  if (filtered && b.out.de) launches.add(tile_mean_kernel<T>, tiles, kPlanThreads, 0, p);
+  for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+    p.chunk = chunk;
+    launches.add(list_kernel, tiles, kPlanThreads, 0, {plan, chunk});
+    const int64_t halves = 2 * tiles * row_blocks;  // at most
+    launches.add(strip_gradient_kernel<T>, std::min<int64_t>(halves, kStripBlocks), mma::kThreads,
+                 kStripSharedBytes<T>, {h, plan, chunk});
+    if (b.out.dc) {
+      launches.add(dc_kernel<T>, 2 * tiles * column_blocks, mma::kThreads, kTileShared, p);
+    }
+    if (b.out.dbias) launches.add(dbias_kernel<T>, tiles, kTile, 0, p);
+    if (b.out.de) {
+      launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
+      launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
+    }
+    for (int slice = 0; chunk < plan.sparse_chunks && slice * kSlice < h.D; ++slice) {
+      const SliceParams slices{h, plan, m.de_sum, chunk, slice};
+      launches.add(parts_kernel<T>, std::min<int64_t>(halves, kStripBlocks), mma::kThreads,
+                   kTileShared, slices);
+      launches.add(add_parts_kernel, h.N, kPlanThreads, sizeof(RowSlots), slices);
+    }
+  }
+  if (b.out.de) {
+    launches.add(finish_de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
+  }
+}
 
 void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
                   const float* lse2_coef) {
   const Head& h = b.head;
   const Plan& plan = m.plan;
-  const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
-  const int64_t row_blocks = ceil_div(h.N, kBlockRows);
-  const bool filtered = b.summary != nullptr;
   gather_rows(launches, h, plan.rows);
+  add_coefficients(launches, h.N, {plan.rows, plan.row, plan.unit, b.up, lse2_coef});
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
-    constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
-    add_coefficients(launches, h.N, {plan.rows, plan.row, plan.unit, b.up, lse2_coef});
-    const PlanParams planning{h, plan, b.stats, b.summary};
-    launches.add(keep_kernel<T>, tiles * ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
-    launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
-    launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);
-
-    GradientParams p{h,      plan,   b.summary, b.prob, m.profile,
-                     m.mean, m.push, m.de_sum,  b.out,  static_cast<int>(column_blocks),
-                     0};
-    if (filtered) launches.add(profile_kernel, tiles, kTile, kTile * 4, p);
-    if (filtered && b.out.dc) {
-      launches.add(push_kernel<T>, ceil_div(tiles, mma::kSide) * column_blocks, mma::kThreads,
-                   kTileShared, p);
-    }
-    if (filtered && b.out.de) launches.add(tile_mean_kernel<T>, tiles, kPlanThreads, 0, p);
-    for (int chunk = 0; chunk < plan.chunks; ++chunk) {
-      p.chunk = chunk;
-      launches.add(list_kernel, tiles, kPlanThreads, 0, {plan, chunk});
-      const int64_t halves = 2 * tiles * row_blocks;  // at most
-      launches.add(strip_gradient_kernel<T>, halves < kStripBlocks ? halves : kStripBlocks,
-                   mma::kThreads, kStripSharedBytes<T>, {h, plan, chunk});
-      if (b.out.dc) {
-        launches.add(dc_kernel<T>, 2 * tiles * column_blocks, mma::kThreads, kTileShared, p);
-      }
-      if (b.out.dbias) launches.add(dbias_kernel<T>, tiles, kTile, 0, p);
-      if (b.out.de) {
-        launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
-        launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
-      }
-      for (int slice = 0; chunk < plan.sparse_chunks && slice * kSlice < h.D; ++slice) {
-        const SliceParams slices{h, plan, m.de_sum, chunk, slice};
-        launches.add(parts_kernel<T>, halves < kStripBlocks ? halves : kStripBlocks, mma::kThreads,
-                     kTileShared, slices);
-        launches.add(add_parts_kernel, h.N, kPlanThreads, sizeof(RowSlots), slices);
-      }
-    }
     if (b.out.de) {
-      launches.add(clear_de_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0, p);
-      launches.add(finish_de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
+      launches.add(clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0,
+                   {b.out.de, h.N * h.D});
+    }
+    if (b.summary || !by_wgmma(h)) add_lists<T>(launches, m, b);
+    if constexpr (!std::is_same_v<T, float>) {
+      if (!by_wgmma(h)) return;
+      Dense dense(gather_e<T>(launches, h, plan.rows, m.e));
+      dense.row = plan.row;
+      dense.unit = plan.unit;
+      dense.strips = plan.strips;
+      dense.de_sum = m.de_sum;
+      dense.out = b.out;
+      dense.summary = b.summary;
+      add_dense<T>(launches, dense, b.up.d_mean || b.up.d_class, b.strip_bytes);
     }
   });
 }
@@ -110,41 +145,39 @@ Forward forward_of(const Fused& f) {
   return r;
 }
 
-bool wants_any(const Gradients& out) { return out.de || out.dc || out.dbias; }
+Backward backward_of(const Fused& f) {
+  Backward r{};
+  r.head = f.head;
+  r.up.nll = f.nll;
+  r.up.lse = f.lse;
+  r.up.d_nll = f.nll_coef;
+  r.out = f.out;
+  r.strip_bytes = f.strip_bytes;
+  return r;
+}
 
 // The memory of the forward serves the backward again, behind the summary.
 constexpr int64_t kSummaryBytes = 256;
-
-int64_t gradient_workspace(const Fused& f) {
-  Arena arena(nullptr);
-  if (!wants_any(f.out)) {
-    Rows rows(arena, f.head);
-  } else if (by_wgmma(f.head)) {
-    DenseMemory memory(arena, f.head, f.out, f.strip_bytes);
-  } else {
-    BackwardMemory memory(arena, f.head, f.out, false, f.strip_bytes);
-  }
-  return arena.bytes();
-}
 
 }  // namespace
 
 int64_t backward_workspace(const Backward& b) {
   Arena arena(nullptr);
-  BackwardMemory memory(arena, b.head, b.out, b.summary != nullptr, b.strip_bytes);
+  BackwardMemory memory(arena, b);
   return arena.bytes();
 }
 
 Status backward(const Backward& b, Stream stream) {
   Arena arena(b.workspace);
-  const BackwardMemory memory(arena, b.head, b.out, b.summary != nullptr, b.strip_bytes);
+  const BackwardMemory memory(arena, b);
   Launches launches(stream);
   add_backward(launches, memory, b, nullptr);
   return launches.status();
 }
 
 int64_t fused_workspace(const Fused& f) {
-  return kSummaryBytes + std::max(forward_workspace(forward_of(f)), gradient_workspace(f));
+  return kSummaryBytes +
+         std::max(forward_workspace(forward_of(f)), backward_workspace(backward_of(f)));
 }
 
 Status fused(const Fused& f, Stream stream) {
@@ -155,36 +188,17 @@ Status fused(const Fused& f, Stream stream) {
   const Status status = forward(rows, stream);
   if (status != Status{}) return status;
 
+  const Backward b = backward_of(f);
   Arena arena(rest);
+  const BackwardMemory memory(arena, b);
   Launches launches(stream);
-  Backward b{};
-  b.head = f.head;
-  b.up.nll = f.nll;
-  b.up.lse = f.lse;
-  b.up.d_nll = f.nll_coef;
-  b.out = f.out;
-  const auto add_loss = [&](const Rows& valid) {
-    launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
-                 {valid, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
-  };
-  if (!wants_any(f.out)) {
-    const Rows valid(arena, f.head);
-    gather_rows(launches, f.head, valid);
-    add_loss(valid);
-  } else if (by_wgmma(f.head)) {
-    const DenseMemory m(arena, f.head, f.out, f.strip_bytes);
-    by_dtype(f.head.dtype, [&](auto type) {
-      using T = decltype(type);
-      if constexpr (!std::is_same_v<T, float>) {
-        add_dense<T>(launches, m, f.head, b.up, f.lse2_coef, f.out);
-      }
-    });
-    add_loss(m.rows);
+  if (b.out.de || b.out.dc || b.out.dbias) {
+    add_backward(launches, memory, b, f.lse2_coef);
   } else {
-    const BackwardMemory m(arena, f.head, f.out, false, f.strip_bytes);
-    add_backward(launches, m, b, f.lse2_coef);
-    add_loss(m.plan.rows);
+    gather_rows(launches, f.head, memory.plan.rows);
   }
+  launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
+               {memory.plan.rows, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
   return launches.status();
 }
 

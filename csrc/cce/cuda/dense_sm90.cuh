@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Exact gradients by wgmma, a chunk of tiles at a time: all rows of a tile are gradient strips, side by
 // side, so that TMA reads them along either index.
-//   G = (p a - b 1{v = label}) ds/da,   dC = G^T E,   dE = sum over the chunks of G C
+//   G as in strips.cuh,   dC = G^T E,   dE = sum over the chunks of G C
 #pragma once
 
 #include "head_sm90.cuh"
@@ -12,18 +12,22 @@ namespace gemma_ext::cce::cuda {
 // Strips of one chunk: [chunk_tiles, stride, kTile], zero behind the last valid row of its 128.
 struct Dense {
   HeadTma tma;
-  Coefficients* row;  // [N]
-  float* unit;        // [2]
-  void* strips;
-  float* de_sum;  // [N, D]
-  Gradients out;
-  int64_t stride;  // rows of a tile, whole blocks
-  int tiles, chunk_tiles, slices;
-  int chunk;
+  Coefficients* row{};  // [N]
+  float* unit{};        // [2]
+  void* strips{};
+  float* de_sum{};  // [N, D]
+  Gradients out{};
+  const double* summary{};  // of the forward, or null: nothing is done where it says to filter
+  int64_t stride{};         // rows of a tile, whole blocks
+  int tiles{}, chunk_tiles{}, slices{};
+  int chunk{};
   // operands of dC = G^T E and of dE = G C
-  simt::TensorMap g_map, e_map, g_rows_map, c_map;
+  simt::TensorMap g_map{}, e_map{}, g_rows_map{}, c_map{};
+
+  explicit Dense(const HeadTma& head) : tma(head) {}
 };
 
+DEVICE bool is_filtered(const Dense& p) { return eps_of(p.summary) != 0; }
 DEVICE int first_tile_of(const Dense& p) { return p.chunk * p.chunk_tiles; }
 DEVICE int tiles_of(const Dense& p) { return lesser(p.chunk_tiles, p.tiles - first_tile_of(p)); }
 
@@ -37,10 +41,11 @@ DEVICE void each_pair(F f) {
   }
 }
 
-template <class T>
-KERNEL_BOUNDS(wgmma::kThreads, 1)
-void dense_strips_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #if defined(SIMT_HOPPER)
+// kGeneral: rows have a q or a class coefficient.
+template <class T, bool kGeneral>
+DEVICE void dense_strips(const Dense& p) {
+  if (is_filtered(p)) return;
   const Head& h = p.tma.head;
   const Rows& rows = p.tma.rows;
   const int count = *rows.count, pairs = pairs_of(count), first_tile = first_tile_of(p);
@@ -59,19 +64,30 @@ void dense_strips_wgmma_kernel(const GRID_CONSTANT Dense p) {
         for (int half = 0; half < 2; ++half) {
           const int row = first_row + wgmma::row_of(half);
           // no probability and no label behind the last row
-          float lse = kInfinity, a = 0.0f, b = 0.0f;
+          float lse = kInfinity, a = 0.0f, b = 0.0f, q = 0.0f, class_coef = 0.0f;
           int label = -1;
           if (row < count) {
-            lse = p.row[row].lse * kLog2E;
-            a = p.row[row].a * unscale;
-            b = p.row[row].b * unscale;
+            const Coefficients& c = p.row[row];
+            lse = c.lse * kLog2E;
+            a = (kGeneral ? c.a - c.q * c.mean : c.a) * unscale;
+            b = c.b * unscale;
+            q = c.q * (kLn2 * unscale);
+            class_coef = c.class_coef * unscale;
             label = rows.position[row] - first_column;
           }
           UNROLL
           for (int i = 0; i < kTile / 4; ++i) {
             float& x = acc[i / 2 * 4 + half * 2 + i % 2];
-            float g = simt::exp2_approx(x - lse) * a;
-            if (label == wgmma::column_of(i / 2, i % 2)) g -= b;
+            const int column = wgmma::column_of(i / 2, i % 2);
+            const float prob = simt::exp2_approx(x - lse);
+            float g = prob * a;
+            if constexpr (kGeneral) {
+              if (prob > 0.0f) g += prob * q * x;
+              if (h.class_weight && first_column + column < h.V) {
+                g += class_coef * h.class_weight[first_column + column];
+              }
+            }
+            if (label == column) g -= b;
             x = capped ? g * (1.0f - x * t * (x * t)) : g;
           }
         }
@@ -84,6 +100,23 @@ void dense_strips_wgmma_kernel(const GRID_CONSTANT Dense p) {
                      acc[4 * block + 2 * half + 1]);
         });
       });
+}
+#endif
+
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void dense_strips_wgmma_kernel(const GRID_CONSTANT Dense p) {
+#if defined(SIMT_HOPPER)
+  dense_strips<T, false>(p);
+#endif
+}
+
+// Spills: of two more coefficients and the class weights.
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void dense_general_strips_wgmma_kernel(const GRID_CONSTANT Dense p) {
+#if defined(SIMT_HOPPER)
+  dense_strips<T, true>(p);
 #endif
 }
 
@@ -92,6 +125,7 @@ template <class T>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void dense_dc_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #if defined(SIMT_HOPPER)
+  if (is_filtered(p)) return;
   constexpr simt::Major kMn = simt::Major::kMn;
   const Head& h = p.tma.head;
   const int count = *p.tma.rows.count, items = tiles_of(p) * p.slices;
@@ -124,6 +158,7 @@ template <class T>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #if defined(SIMT_HOPPER)
+  if (is_filtered(p)) return;
   constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
   constexpr int kTileSteps = kTile / wgmma::kDepth;
   const Head& h = p.tma.head;
@@ -160,6 +195,7 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
 // A block per tile of the chunk, a thread per column.
 template <class T>
 KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
+  if (is_filtered(p)) return;
   const Head& h = p.tma.head;
   const int64_t position = (first_tile_of(p) + simt::block_idx()) * kTile + simt::thread_idx();
   if (position >= h.V) return;
@@ -170,71 +206,44 @@ KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
   p.out.dbias[position] = sum * p.unit[0] / h.map.scale;
 }
 
-// Zero where no row is valid.
-template <class T>
-KERNEL void dense_clear_kernel(const GRID_CONSTANT Dense p) {
-  const int64_t i = 2 * (int64_t{simt::block_idx()} * kPlanThreads + simt::thread_idx());
-  if (i < p.tma.head.N * p.tma.head.D) store_pair(static_cast<T*>(p.out.de) + i, 0.0f, 0.0f);
-}
+// Bytes of strips in one chunk, and its tiles.
+struct DenseChunk {
+  int64_t stride, bytes;
+  int tiles;
 
-struct DenseMemory {
-  Rows rows;
-  Coefficients* row;
-  float* unit;
-  void *e, *strips;
-  float* de_sum;
-  int64_t stride;
-  int tiles, chunk_tiles;
-
-  DenseMemory(Arena& memory, const Head& h, const Gradients& out, int64_t strip_bytes)
-      : rows(memory, h), tiles(static_cast<int>(cuda::tiles_of(h.V))) {
-    stride = ceil_div(h.N, wgmma::kRows) * wgmma::kRows;
-    const int64_t tile_bytes = stride * kTile * size_of(h.dtype), fit = strip_bytes / tile_bytes;
-    chunk_tiles = static_cast<int>(fit < 1 ? 1 : fit < tiles ? fit : tiles);
-    row = memory.take<Coefficients>(h.N);
-    unit = memory.take<float>(2);
-    e = memory.take<uint16_t>(h.N * h.D);
-    strips = memory.take<char>(chunk_tiles * tile_bytes);
-    de_sum = memory.take<float>(out.de && chunk_tiles < tiles ? h.N * h.D : 0);
+  DenseChunk(const Head& h, int64_t strip_bytes)
+      : stride(ceil_div(h.N, wgmma::kRows) * wgmma::kRows) {
+    const int64_t tile = stride * kTile * size_of(h.dtype), all = cuda::tiles_of(h.V);
+    const int64_t fit = strip_bytes / tile;
+    tiles = static_cast<int>(fit < 1 ? 1 : fit < all ? fit : all);
+    bytes = tiles * tile;
   }
 };
 
+// Its rows are listed and their coefficients known.
 template <class T>
-void add_dense(Launches& launches, const DenseMemory& m, const Head& h, const Upstream& up,
-               const float* lse2_coef, const Gradients& out) {
+void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
+  const Head& h = p.tma.head;
   constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
-  gather_rows(launches, h, m.rows);
-  add_coefficients(launches, h.N, {m.rows, m.row, m.unit, up, lse2_coef});
-  Dense p{gather_e<T>(launches, h, m.rows, m.e),
-          m.row,
-          m.unit,
-          m.strips,
-          m.de_sum,
-          out,
-          m.stride,
-          m.tiles,
-          m.chunk_tiles,
-          static_cast<int>(ceil_div(h.D, kTile)),
-          0,
-          {},
-          {},
-          {},
-          {}};
-  const int64_t strips = m.chunk_tiles * m.stride, pairs = ceil_div(h.N, kPairRows);
-  launches.check(wgmma::make_map<T, kMn>(&p.g_map, m.strips, strips, kTile, kTile));
-  launches.check(wgmma::make_map<T, kMn>(&p.e_map, m.e, h.N, h.D, h.D));
-  launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, m.strips, strips, kTile, kTile));
+  const DenseChunk chunk(h, strip_bytes);
+  p.stride = chunk.stride;
+  p.tiles = static_cast<int>(cuda::tiles_of(h.V));
+  p.chunk_tiles = chunk.tiles;
+  p.slices = static_cast<int>(ceil_div(h.D, kTile));
+  const int64_t strips = chunk.tiles * chunk.stride, pairs = ceil_div(h.N, kPairRows);
+  launches.check(wgmma::make_map<T, kMn>(&p.g_map, p.strips, strips, kTile, kTile));
+  launches.check(wgmma::make_map<T, kMn>(&p.e_map, p.tma.e, h.N, h.D, h.D));
+  launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, p.strips, strips, kTile, kTile));
   launches.check(wgmma::make_map<T, kMn>(&p.c_map, h.c, h.V, h.D, h.c_stride));
-  if (out.de) {
-    launches.add(dense_clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0, p);
-  }
-  for (; p.chunk * m.chunk_tiles < m.tiles; ++p.chunk) {
-    add_wgmma(launches, dense_strips_wgmma_kernel<T>, pairs * m.chunk_tiles, p);
-    if (out.dc) {
-      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{m.chunk_tiles} * p.slices, p);
+  for (p.chunk = 0; p.chunk * p.chunk_tiles < p.tiles; ++p.chunk) {
+    add_wgmma(launches,
+              general ? dense_general_strips_wgmma_kernel<T> : dense_strips_wgmma_kernel<T>,
+              pairs * p.chunk_tiles, p);
+    if (p.out.dc) {
+      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.chunk_tiles} * p.slices, p);
     }
-    if (out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
-    if (out.dbias) launches.add(dense_dbias_kernel<T>, m.chunk_tiles, kTile, 0, p);
+    if (p.out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
+    if (p.out.dbias) launches.add(dense_dbias_kernel<T>, p.chunk_tiles, kTile, 0, p);
   }
 }
 

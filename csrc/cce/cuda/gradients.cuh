@@ -18,6 +18,7 @@ struct GradientParams {
   float* push;        // [tiles, D]
   float* de_sum;      // [N, D], compact rows
   Gradients out;
+  bool exact_elsewhere;
   int column_blocks;  // of 128 columns of D
   int chunk;
 };
@@ -298,11 +299,16 @@ KERNEL void add_parts_kernel(SliceParams p) {
   to = p.chunk == 0 ? sum : to + sum;
 }
 
-// Zero where no row is valid.
+struct ClearParams {
+  void* to;
+  int64_t count;  // even
+};
+
+// Rows of dE that are not valid stay zero.
 template <class T>
-KERNEL void clear_de_kernel(GradientParams p) {
+KERNEL void clear_kernel(ClearParams p) {
   const int64_t i = 2 * (int64_t{simt::block_idx()} * kPlanThreads + simt::thread_idx());
-  if (i < p.head.N * p.head.D) store_pair(static_cast<T*>(p.out.de) + i, 0.0f, 0.0f);
+  if (i < p.count) store_pair(static_cast<T*>(p.to) + i, 0.0f, 0.0f);
 }
 
 // dE = de_sum + mass^T mean, rounded once, to the rows it belongs to.
@@ -313,7 +319,7 @@ void finish_de_kernel(GradientParams p) {
   const int64_t first_row = int64_t{simt::block_idx() / p.column_blocks} * kBlockRows;
   const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = p.head.D;
   const int count = *plan.rows.count;
-  if (first_row >= count) return;
+  if (first_row >= count || (p.exact_elsewhere && eps_of(p.summary) == 0)) return;
   const T *mass = static_cast<const T*>(plan.mass), *mean = static_cast<const T*>(p.mean);
   mma::Tile<T> tile;
   tile.clear();

@@ -8,6 +8,8 @@
 
 #include <math.h>
 
+#include <algorithm>
+
 #include "head.cuh"
 
 namespace gemma_ext::cce::cuda {
@@ -59,7 +61,7 @@ struct Plan {
   void* mass;              // [tiles, mass_stride] in the head's dtype
   float* bias_push;        // [tiles] sum of a tile's masses
 
-  Plan(Arena& memory, const Head& h, int64_t strip_bytes, bool need_de)
+  Plan(Arena& memory, const Head& h, int64_t strip_bytes, bool need_de, int64_t least_bytes)
       : rows(memory, h), tiles(static_cast<int>(tiles_of(h.V))) {
     const int64_t strip = kTile * size_of(h.dtype), part = kSlice * sizeof(float);
     const int64_t all = tiles * h.N, most = h.N > 0 ? h.N : 1;
@@ -88,7 +90,7 @@ struct Plan {
     sparse = memory.take<int>(1);
     list = memory.take<int>(capacity);
     list_row = memory.take<int>(capacity);
-    char* both = memory.take<char>(dense > sparse_bytes ? dense : sparse_bytes);
+    char* both = memory.take<char>(std::max({dense, sparse_bytes, least_bytes}));
     strips = both;
     parts = reinterpret_cast<float*>(both + sparse_capacity * strip);
     const int64_t blocks = need_de ? ceil_div(h.N, kBlockRows) : 0;
@@ -163,6 +165,7 @@ inline void add_coefficients(Launches& launches, int64_t N, const CoefficientPar
 struct PlanParams {
   Head head;
   Plan plan;
+  bool exact_elsewhere;  // a call that keeps everything has kernels of its own: no chunk has tiles
   const float* stats;
   const double* summary;
 };
@@ -266,7 +269,8 @@ KERNEL void chunk_kernel(PlanParams p) {
   const int64_t capacity = sparse ? plan.sparse_capacity : plan.dense_capacity;
   if (t == 0) *plan.sparse = sparse;
   int chunk = 0, slots = 0, tasks = 0;
-  for (int first = 0; first < plan.tiles; first += kPlanThreads) {
+  const int first_tile = p.exact_elsewhere && eps_of(p.summary) == 0 ? plan.tiles : 0;
+  for (int first = first_tile; first < plan.tiles; first += kPlanThreads) {
     if (first + t < plan.tiles) s_count[t] = plan.count[first + t];
     simt::sync_block();
     for (int i = 0; t == 0 && i < kPlanThreads && first + i < plan.tiles; ++i) {
@@ -284,7 +288,7 @@ KERNEL void chunk_kernel(PlanParams p) {
     simt::sync_block();
   }
   if (t != 0) return;
-  plan.chunk_tile[0] = 0;
+  plan.chunk_tile[0] = first_tile;
   for (; chunk < plan.chunks; ++chunk, tasks = 0) {
     plan.chunk_tasks[chunk] = tasks;
     plan.chunk_tile[chunk + 1] = plan.tiles;
