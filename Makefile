@@ -16,8 +16,11 @@ bin := $(VENV)/bin
 torch_stamp := $(VENV)/.installed-$(subst =,-,$(TORCH))
 cpp_files := '*.cpp' '*.h' '*.cu' '*.cuh'
 dev_stamp := $(VENV)/.installed-dev
+# the machine's own python3 unless PYTHON is given: the targets below make no .venv
+gpu_python = $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 
 .PHONY: demo test bench lint format wheel build install abi-audit abi-matrix clean
+.PHONY: gpu gpu-build gpu-tests gpu-sanitizer gpu-bench gpu-peers
 
 demo: build
 	$(bin)/gemma-ext demo --out $(OUT)/demo
@@ -54,6 +57,17 @@ abi-audit: build
 
 abi-matrix: wheel
 	.ci/abi-matrix
+
+# On a machine with an NVIDIA card: everything, or one stage alone. See docs/gpu.md.
+gpu:
+	@OUT=$(OUT) $(gpu_python) .ci/gpu.py
+
+gpu-build gpu-tests gpu-sanitizer gpu-bench:
+	@OUT=$(OUT) $(gpu_python) .ci/gpu.py $(@:gpu-%=%)
+
+# Where there is a network: other people's losses for gpu-bench, unpacked into .peers/.
+gpu-peers:
+	@$(gpu_python) benchmarks/fetch_peers.py
 
 $(bin)/python:
 	$(PYTHON) -m venv $(VENV)

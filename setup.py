@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -24,6 +25,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HOST_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+OLDEST_CMAKE = (3, 28)  # the first that can compile CUDA as C++20 with every supported nvcc
+OLDEST_NINJA = (1, 10)
 OLDEST_NVCC = (12, 9)  # the first that knows the targets 100f and 120f
 
 
@@ -47,15 +50,30 @@ def find_torch() -> tuple[Path, str]:
     return folder, match.group(1) if match else "unknown"
 
 
-def find_tool(module: str, attribute: str, name: str) -> str:
-    """A build tool by the path its Python package gives; the one on PATH may be too old."""
+def tool_version(path: str) -> tuple[int, ...]:
+    """What `path --version` says, () if it does not run."""
     try:
-        folder = getattr(__import__(module), attribute)
-    except ImportError:
+        text = subprocess.check_output([path, "--version"], text=True, stderr=subprocess.DEVNULL)
+    except (OSError, subprocess.CalledProcessError):
+        return ()
+    match = re.search(r"\d+(\.\d+)+", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def find_tool(name: str, attribute: str, oldest: tuple[int, ...]) -> str:
+    """A build tool from the folder its Python package names, or else from PATH."""
+    try:
+        path = shutil.which(name, path=getattr(importlib.import_module(name), attribute))
+    except (ImportError, AttributeError):
+        path = shutil.which(name)
+    found = tool_version(path) if path else ()
+    if path is None or found < oldest:
+        have = f"{path} is {'.'.join(map(str, found)) or 'broken'}" if path else "there is none"
         raise SystemExit(
-            f"the build needs the Python package {module}: pip install {module}"
-        ) from None
-    return str(Path(folder) / name)
+            f"the build needs {name} >= {'.'.join(map(str, oldest))}, but {have}: "
+            f"pip install {name}"
+        )
+    return path
 
 
 def source_revision() -> str:
@@ -174,8 +192,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         torch_dir, torch_version = find_torch()
-        cmake = find_tool("cmake", "CMAKE_BIN_DIR", "cmake")
-        ninja = find_tool("ninja", "BIN_DIR", "ninja")
+        cmake = find_tool("cmake", "CMAKE_BIN_DIR", OLDEST_CMAKE)
+        ninja = find_tool("ninja", "BIN_DIR", OLDEST_NINJA)
         nvcc, left_out = cuda_compiler()
         if left_out:
             print(f"gemma_ext: built without CUDA kernels: {left_out}", file=sys.stderr)

@@ -1,0 +1,200 @@
+"""What a machine with an NVIDIA card runs: `gpu.py [build] [tests] [sanitizer] [bench]`.
+
+Uses the python it is started with and the tools on PATH; installs nothing and needs no network. A
+stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
+$OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path(os.environ.get("OUT") or "out").resolve() / "gpu"
+TOTAL = 525.0  # seconds for all stages; the bench takes what the others leave
+LIMITS = {"build": 200.0, "tests": 170.0, "sanitizer": 150.0, "bench": 240.0}
+SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
+BENCH_ENDS_EARLY = 25.0  # before its limit: room for the subject that is at work
+OPTIONAL = {"sanitizer"}  # not every toolkit has it
+CARD = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
+
+
+class NotRun(Exception):
+    """A stage cannot run on this machine; says why."""
+
+
+@dataclass
+class Stage:
+    """Where a stage logs and when it has to end."""
+
+    name: str
+    end: float  # on the clock of time.monotonic
+
+    @property
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def run(self, *command: object, **environment: str) -> int:
+        """Exit status of a command whose output goes to the terminal and to the log; 124 if late.
+
+        Everything the command started is ended with it.
+        """
+        words = [str(word) for word in command]
+        with (OUT / f"{self.name}.log").open("a") as log:
+            print("$", *words, file=log, flush=True)
+            worker = subprocess.Popen(
+                words,
+                cwd=ROOT,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            tee = subprocess.Popen(["tee", "-a", log.name], stdin=worker.stdout)
+            try:
+                return worker.wait(timeout=max(self.left, 1.0))
+            except subprocess.TimeoutExpired:
+                print(f"{self.name}: stopped at its limit", flush=True)
+                return 124
+            finally:
+                end_group(worker)
+                tee.wait()
+
+
+def end_group(worker: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+
+
+def card_arch() -> str:
+    """The target that fits the card: what GEMMA_EXT_CUDA_ARCHS says, or else its own."""
+    chosen = os.environ.get("GEMMA_EXT_CUDA_ARCHS")
+    return chosen or target_of(compute_capability())
+
+
+def target_of(capability: str) -> str:
+    """nvcc's most specific target for a compute capability such as "9.0"."""
+    major, minor = capability.split(".")
+    if major == "9":
+        return "90a"
+    return f"{major}0f" if major in ("10", "12") else major + minor
+
+
+def compute_capability() -> str:
+    queries: tuple[Sequence[str], ...] = (
+        ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"),
+        (sys.executable, "-c", CARD),
+    )
+    for query in queries:
+        try:
+            text = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL, timeout=60)
+            return str(float(text.split()[0]))
+        except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+            continue
+    raise NotRun("neither nvidia-smi nor torch names a card; set GEMMA_EXT_CUDA_ARCHS")
+
+
+def build(stage: Stage) -> int:
+    return stage.run(
+        sys.executable, "setup.py", "-q", "build_ext", "--inplace",
+        GEMMA_EXT_CUDA="ON", GEMMA_EXT_HOST="OFF", GEMMA_EXT_CUDA_ARCHS=card_arch(),
+    )  # fmt: skip
+
+
+def tests(stage: Stage) -> int:
+    if find_spec("pytest") is None:
+        raise NotRun(f"{sys.executable} has no pytest")
+    return stage.run(
+        sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=10", "tests/gpu",
+        PYTHONPATH=import_path(), GEMMA_EXT_NEED_CARD="1",
+    )  # fmt: skip
+
+
+def sanitizer(stage: Stage) -> int:
+    tool = shutil.which("compute-sanitizer") or shutil.which(
+        "compute-sanitizer",
+        path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
+    )
+    if tool is None:
+        raise NotRun("there is no compute-sanitizer on PATH or in CUDA_HOME")
+    worst = 0
+    for check in SANITIZERS:
+        start = time.monotonic()
+        status = stage.run(
+            tool, "--tool", check, "--error-exitcode", "1", "--print-limit", "20",
+            sys.executable, "tests/gpu/small_shapes.py",
+            PYTHONPATH=import_path(), PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )  # fmt: skip
+        print(f"{check}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
+        worst = worst or status
+    return worst
+
+
+def bench(stage: Stage) -> int:
+    budget = stage.left - BENCH_ENDS_EARLY
+    status = stage.run(
+        sys.executable, "benchmarks/bench_cce.py", "--device", "cuda", "--budget", int(budget),
+        "--save", PYTHONPATH=import_path(),
+    )  # fmt: skip
+    for path in (ROOT / "benchmarks" / "results").glob("nvidia-*/cce.*"):
+        shutil.copy2(path, OUT)
+    return status
+
+
+def import_path() -> str:
+    """PYTHONPATH with this checkout before everything else."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+STAGES: dict[str, Callable[[Stage], int]] = {
+    "build": build,
+    "tests": tests,
+    "sanitizer": sanitizer,
+    "bench": bench,
+}
+
+
+def run_stage(name: str, seconds: float) -> str:
+    """ "passed", or what went wrong."""
+    (OUT / f"{name}.log").unlink(missing_ok=True)
+    try:
+        status = STAGES[name](Stage(name, time.monotonic() + seconds))
+    except NotRun as reason:
+        return f"not run: {reason}"
+    return "passed" if status == 0 else f"FAILED with status {status}"
+
+
+def main(names: Sequence[str]) -> int:
+    unknown = set(names) - set(STAGES)
+    if unknown:
+        raise SystemExit(f"expected stages out of {', '.join(STAGES)}, got {sorted(unknown)}")
+    OUT.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    lines, failed = [], False
+    for name in names or STAGES:
+        begin = time.monotonic()
+        print(f"== {name}", flush=True)
+        result = run_stage(name, min(LIMITS[name], TOTAL - (begin - start)))
+        failed |= result != "passed" and not (name in OPTIONAL and result.startswith("not run"))
+        lines.append(f"{name:<10}{time.monotonic() - begin:>5.0f} s  {result}")
+        print(f"== {lines[-1]}", flush=True)
+    lines.append(f"{'total':<10}{time.monotonic() - start:>5.0f} s")
+    (OUT / "summary.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join(["", "== summary", *lines]), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
