@@ -2,10 +2,12 @@
 
     python benchmarks/bench_cce.py --shape 512,2304,32768 --dtype bf16 --data plaw-2.5
     python benchmarks/bench_cce.py --impl eager cce exact --csv out/cce.csv --save
+    python benchmarks/bench_cce.py --device cuda --budget 200 --save
 
 Every subject is first checked in a process of its own against the exact float32 loss and gradients
 of the unrounded inputs (sampled, see ``gemma_ext.bench.truth``), which also measures its peak
-memory; one that fails prints no time. The others are then timed in turn in one process.
+memory; one that fails prints no time. The others are then timed in turn in one process. On a card
+one process does all of it for a case, and cases follow each other as long as the budget lasts.
 """
 
 from __future__ import annotations
@@ -17,12 +19,23 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from cce_rows import (
+    KEY,
+    add_times,
+    bars,
+    blank_row,
+    check_columns,
+    columns_of,
+    place,
+    red,
+)
 
 from gemma_ext.bench import report, timing
 from gemma_ext.bench.data import DATA_KINDS
@@ -31,49 +44,20 @@ from gemma_ext.bench.subject import DTYPES, Case, Subject
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SHAPES = tuple((n, 2304, v) for v in (32768, 256000) for n in (512, 2048, 8192))
-SPEED_BARS = {  # least ratio to eager, forward and backward
-    ("filtered", "bf16"): 3.2,
-    ("filtered", "fp32"): 2.0,
-    ("exact", "bf16"): 1.5,
-    ("exact", "fp32"): 1.05,
-}
-MEMORY_BAR = 0.05  # of the fp32 logits, filtered subjects
-ERROR_SLACK = 1.01  # where rounding the inputs is the whole error, equal codes differ by less
-LOSS_LIMIT = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
-EXACT_FP32_LIMIT = 5e-5  # relative error of the gradients
-# Peers: wrong code is far above, rounding below. In fp32 torch's log-softmax adds V terms in fp32.
-PEER_LIMIT = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 1e-1}
-ORDER = (
-    "eager",
-    "compile",
-    "chunked",
-    "torch-lce",
-    "exact",
-    "cce",
-    "cce+state",
-    "auto",
-    "reference",
+CARD_CASES = (  # rows, dtype, data; what matters most comes first
+    (8192, "bf16", "plaw-2.5"),
+    (8192, "bf16", "plaw-1.6"),
+    (8192, "bf16", "plaw-4"),
+    (8192, "bf16", "plaw-1.3"),
+    (8192, "bf16", "random-init"),
+    (2048, "bf16", "plaw-2.5"),
+    (512, "bf16", "plaw-2.5"),
+    (2048, "fp32", "plaw-2.5"),
+    (2048, "fp16", "plaw-2.5"),
 )
-RATIOS = ("eager", "compile", "chunked", "torch-lce")
-KEY = ("n", "v", "d", "dtype", "data", "name")
-COLUMNS = {
-    "name": ("impl", ""),
-    "forward": ("fwd s", ".3f"),
-    "total": ("fwd+bwd s", ".3f"),
-    "spread": ("spread", ".0%"),
-    "gflops": ("GFLOP/s", ".0f"),
-    "of_ceiling": ("of GEMM", ".0%"),
-    "peak_mb": ("peak MB", ".0f"),
-    "extra_mb": ("less grads", ".0f"),
-    "of_logits": ("of logits", ".1%"),
-    **{f"x_{peer}": (f"x {peer}", ".2f") for peer in RATIOS},
-    "x_eager_cpu": ("x eager, cpu time", ".2f"),
-    "kept": ("kept", ".3f"),
-    "dropped": ("dropped", ".4f"),
-    "de_error": ("dE err", ".1e"),
-    "dc_error": ("dC err", ".1e"),
-    "note": ("note", ""),
-}
+CARD_FIRST_ONLY = ("compile", "chunked")  # their place is known after one case
+CARD_CASE_SECONDS = 90.0
+CARD_LEAST_SECONDS = 20.0  # to start a process, make the data and check one subject
 
 
 @dataclass(frozen=True)
@@ -100,15 +84,101 @@ def main() -> None:
         raise SystemExit(f"--impl: expected some of {', '.join(known)}, got {sorted(unknown)}")
     chosen = [known[name] for name in sorted(options.impl or default_subjects(known), key=place)]
     effort = Effort(options.seconds, options.rounds, options.check, options.warmup)
-    facts = report.machine()
+    facts = report.machine(options.device)
     print(report.header(facts), flush=True)
-    for shape in options.shape:
-        for kind in options.data:
-            for rows in run_shape(shape, kind, options.dtype, chosen, effort, options.threads):
-                if options.csv:
-                    report.append_csv(options.csv, rows)
-                if options.save:
-                    save(rows, facts)
+    failed = False
+    for rows in (run_card if options.device == "cuda" else run_cpu)(options, chosen, effort):
+        failed |= not rows or any(
+            known[row["name"]].ours and row["note"].startswith(("RED", "failed"))
+            for row in rows
+            if row["name"] in known
+        )
+        if options.csv:
+            report.append_csv(options.csv, rows)
+        if options.save and rows:
+            save(rows, facts, options.device)
+    sys.exit(int(failed))
+
+
+def run_cpu(
+    options: argparse.Namespace, chosen: Sequence[Subject], effort: Effort
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each case in turn."""
+    for shape in options.shape or SHAPES:
+        for kind in options.data or ["plaw-2.5"]:
+            dtypes = options.dtype or ["bf16", "fp32"]
+            yield from run_shape(shape, kind, dtypes, chosen, effort, options.threads)
+
+
+def run_card(
+    options: argparse.Namespace, chosen: Sequence[Subject], effort: Effort
+) -> Iterator[list[dict[str, Any]]]:
+    """Rows of each case in turn, while the budget lasts."""
+    end = time.monotonic() + options.budget
+    cases = card_cases(options)
+    for i, case in enumerate(cases):
+        left = end - time.monotonic()
+        if left < CARD_LEAST_SECONDS:
+            print(f"\nnot run, out of time: {'; '.join(c.label() for c in cases[i:])}")
+            return
+        subjects = [s for s in chosen if i == 0 or options.impl or s.name not in CARD_FIRST_ONLY]
+        yield run_card_case(case, subjects, effort, min(left, CARD_CASE_SECONDS))
+
+
+def card_cases(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options name, or CARD_CASES."""
+    if options.shape or options.dtype or options.data:
+        return [
+            Case(*shape, dtype, kind, device="cuda")
+            for shape in options.shape or [(8192, 2304, 256000)]
+            for dtype in options.dtype or ["bf16"]
+            for kind in options.data or ["plaw-2.5"]
+        ]
+    return [Case(n, 2304, 256000, dtype, kind, device="cuda") for n, dtype, kind in CARD_CASES]
+
+
+def run_card_case(
+    case: Case, chosen: Sequence[Subject], effort: Effort, seconds: float
+) -> list[dict[str, Any]]:
+    """All subjects on one case; prints a table. One that broke the card is left out of a retry."""
+    print(f"\n## {case.label()}", flush=True)
+    end = time.monotonic() + seconds
+    names, broken, found = [s.name for s in chosen], [], {}
+    with tempfile.TemporaryDirectory(prefix="bench_cce_") as folder:
+        while names:
+            left = max(end - time.monotonic(), CARD_LEAST_SECONDS)
+            found = card_stage(Path(folder), case, names, effort, left)
+            if not found.get("lost"):
+                break
+            names.remove(found["lost"])
+            broken += [row for row in found["rows"] if row["name"] == found["lost"]]
+    if not found:
+        print("failed before the first subject, or stopped at its time limit", flush=True)
+        return []
+    rows = sorted(
+        [*broken, *(r for r in found["rows"] if r["name"] in names or r["total"])],
+        key=lambda row: place(row["name"]),
+    )
+    print_table(rows, found["yardstick"], case)
+    return rows
+
+
+def card_stage(
+    folder: Path, case: Case, names: Sequence[str], effort: Effort, seconds: float
+) -> dict[str, Any]:
+    """What ``cce_card.run`` wrote down, also if it failed or took too long; {} if it did not."""
+    times = {"seconds": effort.seconds, "least": effort.rounds, "warmup": effort.warmup}
+    checks = {"deadline": seconds, "check_only": effort.check_only}
+    job = {"case": case.as_dict(), "names": list(names), "effort": times | checks}
+    (folder / "job.json").write_text(json.dumps(job))
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    command = [sys.executable, str(HERE / "cce_stages.py"), "card", str(folder)]
+    try:
+        subprocess.run(command, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        print(f"stopped after {seconds:.0f} s", flush=True)
+    return json.loads(result.read_text()) if result.exists() else {}
 
 
 def run_shape(
@@ -165,36 +235,33 @@ def run_case(
                 "warmup": effort.warmup,
             },
         }
-        timed = stage("time", folder, job)
-        ceilings = timed["ceilings"]
+        add_times(case, rows, stage("time", folder, job))
+    for subject in green:
+        row = rows[subject.name]
+        row["bars"] = "; ".join(bars(case, subject, row, yardstick))
+    print_table(list(rows.values()), yardstick, case)
+    return list(rows.values())
+
+
+def print_table(
+    rows: Sequence[Mapping[str, Any]], yardstick: Mapping[str, float], case: Case
+) -> None:
+    """Ceilings, eager's error, the table, and the bars under it."""
+    ceilings = next((row for row in rows if row["copy"] is not None), None)
+    if ceilings:
         print(
             f"ceilings: fp32 mm {ceilings['gemm_fp32']:.0f} GFLOP/s, bf16 mm "
             f"{ceilings['gemm_bf16']:.0f} GFLOP/s, copy {ceilings['copy']:.1f} GB/s"
         )
-        add_times(case, rows, timed)
     print(
         f"eager bf16's own error on the first {min(case.n, 512)} rows: "
         f"dE {yardstick['de']:.1e}, dC {yardstick['dc']:.1e}"
     )
-    for subject in green:
-        row = rows[subject.name]
-        row["bars"] = "; ".join(bars(case, subject, row, yardstick))
-    print(report.table(list(rows.values()), COLUMNS))
-    for row in rows.values():
+    print(report.table(rows, columns_of(case.device)))
+    for row in rows:
         if row["bars"]:
             print(f"bars {row['name']}: {row['bars']}")
     sys.stdout.flush()
-    return list(rows.values())
-
-
-def blank_row(case: Case) -> dict[str, Any]:
-    """Every column of the files, in order, empty."""
-    row: dict[str, Any] = {name: getattr(case, name) for name in ("n", "d", "v", "dtype", "data")}
-    row["threads"] = case.threads
-    row |= dict.fromkeys([*COLUMNS, "loss", "loss_error", "cpu", "rounds", "eps"])
-    row |= dict.fromkeys(["dropped_max", "gemm_fp32", "gemm_bf16", "copy"])
-    row |= {"note": "", "bars": ""}
-    return row
 
 
 def checked(folder: Path, case: Case, name: str) -> tuple[dict[str, Any], str | None]:
@@ -204,89 +271,6 @@ def checked(folder: Path, case: Case, name: str) -> tuple[dict[str, Any], str | 
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
         return {}, f"failed: {lines[-1] if lines else f'exit status {error.returncode}'}"
-
-
-def check_columns(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
-    figures = result["figures"]
-    return {
-        "loss": result["loss"],
-        "loss_error": result["errors"]["loss"],
-        "de_error": result["errors"]["de"],
-        "dc_error": result["errors"]["dc"],
-        "peak_mb": result["peak"] / 2**20,
-        "extra_mb": result["extra"] / 2**20,
-        "of_logits": result["extra"] / case.logits_bytes,
-        "kept": figures.get("kept_fraction"),
-        "dropped": figures.get("dropped_mass"),
-        "dropped_max": figures.get("dropped_mass_max"),
-        "eps": figures.get("eps"),
-    }
-
-
-def red(
-    case: Case, subject: Subject, result: Mapping[str, Any], yardstick: Mapping[str, float]
-) -> str | None:
-    """Why a result is wrong, or None. Twice eager bf16's own error is the most we allow ours."""
-    found = result["errors"]
-    fp32 = case.dtype == "fp32"
-    loss_limit = LOSS_LIMIT[case.dtype] if subject.ours or not fp32 else PEER_LIMIT["fp32"]
-    if not found["loss"] <= loss_limit:
-        return f"RED: loss off by {found['loss']:.1e}"
-    for name in ("de", "dc"):
-        limit = 2 * yardstick[name]
-        if not subject.ours:
-            limit = PEER_LIMIT[case.dtype]
-        elif fp32 and subject.bar != "filtered" and subject.name != "auto":
-            limit = EXACT_FP32_LIMIT
-        if not found[name] <= limit:
-            return f"RED: {name} error {found[name]:.1e} above {limit:.1e}"
-    return None
-
-
-def add_times(case: Case, rows: Mapping[str, dict[str, Any]], timed: Mapping[str, Any]) -> None:
-    """Fill times, rates and ratios."""
-    timings = {
-        name: timing.Timing(tuple(timing.Measurement(**run) for run in runs))
-        for name, runs in timed["timings"].items()
-    }
-    ceiling = max(timed["ceilings"]["gemm_fp32"], timed["ceilings"]["gemm_bf16"])
-    for name, own in timings.items():
-        row = rows[name]
-        rate = case.flops / own.total / 1e9
-        row |= timed["ceilings"]
-        row |= {"forward": own.forward, "total": own.total, "cpu": own.cpu}
-        row |= {"spread": own.spread, "rounds": len(own.runs)}
-        row |= {"gflops": rate, "of_ceiling": rate / ceiling}
-        for peer in RATIOS:
-            if peer in timings and peer != name:
-                row[f"x_{peer}"] = timing.paired_ratio(timings[peer], own)
-        if "eager" in timings and name != "eager":
-            row["x_eager_cpu"] = timing.paired_ratio(timings["eager"], own, "cpu")
-
-
-def bars(
-    case: Case, subject: Subject, row: Mapping[str, Any], yardstick: Mapping[str, float]
-) -> list[str]:
-    """Each bar that applies to a row, with pass or MISS."""
-    if not subject.ours or subject.bar is None:
-        return []
-
-    def verdict(text: str, passed: bool) -> str:
-        return f"{text} {'pass' if passed else 'MISS'}"
-
-    found = []
-    least = SPEED_BARS.get((subject.bar, case.dtype))
-    if least is not None and row["x_eager"] is not None:
-        found.append(verdict(f"{row['x_eager']:.2f} >= {least}x eager", row["x_eager"] >= least))
-    if subject.bar == "filtered":
-        share = row["of_logits"]
-        found.append(verdict(f"{share:.1%} < {MEMORY_BAR:.0%} of logits", share < MEMORY_BAR))
-    for name, key in (("dE", "de"), ("dC", "dc")):
-        error, limit = row[f"{key}_error"], yardstick[key]
-        found.append(
-            verdict(f"{name} {error:.1e} <= eager bf16 {limit:.1e}", error <= ERROR_SLACK * limit)
-        )
-    return found
 
 
 def stage(
@@ -310,7 +294,7 @@ def stage(
     return json.loads(result.read_text()) if result.exists() else {}
 
 
-def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> None:
+def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str], device: str) -> None:
     """Merge rows into results/<device>/cce.json and write the tables of all of them beside it."""
     folder = RESULTS / facts["device"]
     stamp = {name: facts[name] for name in ("commit", "date", "load")}
@@ -318,7 +302,8 @@ def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> None:
     merged = report.merge_json(folder / "cce.json", stamped, KEY)
     parts = [
         "# Linear cross-entropy: forward and backward",
-        "`python benchmarks/bench_cce.py --save`; columns are explained in `../README.md`.",
+        f"`python benchmarks/bench_cce.py --device {device} --save`; columns are explained in "
+        "`../../README.md`.",
         report.header(
             facts | dict.fromkeys(("commit", "date", "load"), "per row in cce.json")
         ).replace("# ", "- "),
@@ -330,16 +315,11 @@ def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> None:
         lines.sort(key=lambda row: place(row["name"]))
         parts.append(f"## N={n} D={d} V={v} {dtype} {kind}")
         runs = sorted({f"commit {r['commit']}, {r['date']}, load {r['load']}" for r in lines})
-        parts += ["\n".join(runs), report.table(lines, COLUMNS)]
+        parts += ["\n".join(runs), report.table(lines, columns_of(device))]
         met = [f"- {row['name']}: {row['bars']}" for row in lines if row["bars"]]
         if met:
             parts.append("\n".join(met))
     (folder / "cce.md").write_text("\n\n".join(parts) + "\n")
-
-
-def place(name: str) -> int:
-    """Position of a subject in every table; peers that are not in ORDER come last."""
-    return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
 def default_subjects(known: Mapping[str, Subject]) -> list[str]:
@@ -350,19 +330,26 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--shape", action="append", type=_shape, metavar="N,D,V", help="repeatable")
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help="default: all")
-    parser.add_argument("--data", nargs="+", choices=DATA_KINDS, default=["plaw-2.5"])
+    parser.add_argument("--data", nargs="+", choices=DATA_KINDS)
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--check", action="store_true", help="errors and memory, no times")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--seconds", type=float, default=60.0, help="time to spend per table")
+    parser.add_argument(
+        "--seconds", type=float, help="time to spend per table, 60 by default, 6 on a card"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=240.0, help="seconds for everything, on a card"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
     parser.add_argument("--warmup", type=int, default=1, help="calls that are not counted")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     options = parser.parse_args()
-    options.shape = options.shape or list(SHAPES)
+    if options.seconds is None:
+        options.seconds = 6.0 if options.device == "cuda" else 60.0
     return options
 
 

@@ -3,6 +3,7 @@
 prepare  makes the data of a shape and its exact loss and sampled gradients
 check    one subject: a single step, its errors, its peak memory
 time     all subjects that passed, interleaved, and the machine's ceilings
+card     all of it for one case on a card (``cce_card.py``)
 """
 
 from __future__ import annotations
@@ -41,13 +42,7 @@ def prepare(folder: Path, case: Case, *, uncapped: bool) -> None:
     warm_e, warm_targets = data.batch(
         head.c, case.data, WARM_ROWS, softcap=case.softcap, seed=case.seed + 2
     )
-    sample = truth.sample_for(head.targets, case.v)
-    lse = truth.row_lse(head.e, head.c, case.softcap)
-    truths = {"capped": truth.exact(head.e, head.c, head.targets, lse, sample, case.softcap)}
-    yardstick = eager_bf16_errors(head, lse, case.softcap)
-    if uncapped:
-        lse = truth.row_lse(head.e, head.c, None)
-        truths["uncapped"] = truth.exact(head.e, head.c, head.targets, lse, sample, None)
+    truths, yardstick = truths_of(head, case, uncapped=uncapped)
     torch.save(
         {
             "e": head.e,
@@ -60,6 +55,20 @@ def prepare(folder: Path, case: Case, *, uncapped: bool) -> None:
     )
     torch.save({name: _plain(value) for name, value in truths.items()}, folder / "truth.pt")
     (folder / "yardstick.json").write_text(json.dumps(asdict(yardstick)))
+
+
+def truths_of(
+    head: data.HeadData, case: Case, *, uncapped: bool
+) -> tuple[dict[str, truth.Truth], truth.Errors]:
+    """Truths by whether the softcap is on, and the errors that eager bf16 makes."""
+    sample = truth.sample_for(head.targets, case.v)
+    lse = truth.row_lse(head.e, head.c, case.softcap)
+    truths = {"capped": truth.exact(head.e, head.c, head.targets, lse, sample, case.softcap)}
+    yardstick = eager_bf16_errors(head, lse, case.softcap)
+    if uncapped:
+        lse = truth.row_lse(head.e, head.c, None)
+        truths["uncapped"] = truth.exact(head.e, head.c, head.targets, lse, sample, None)
+    return truths, yardstick
 
 
 def eager_bf16_errors(head: data.HeadData, lse: Tensor, softcap: float) -> truth.Errors:
@@ -92,8 +101,24 @@ def check(folder: Path, case: Case, name: str) -> dict[str, Any]:
         loss.backward()
         peak = memory.peak()
     exact = truth_of(folder, subject.capped)
+    return findings(case, subject, step, exact, loss, e, c, (forward, peak))
+
+
+def findings(
+    case: Case,
+    subject: Subject,
+    step: Step,
+    exact: truth.Truth,
+    loss: Tensor,
+    e: Tensor,
+    c: Tensor,
+    memory: tuple[int, int],
+) -> dict[str, Any]:
+    """What a check found, from the loss, the gradients of the leaves, and the peak bytes of the
+    forward and of both passes."""
     sample = exact.sample
     found = truth.errors(exact, loss.item(), e.grad[sample.rows], c.grad[sample.columns])
+    forward, peak = memory
     return {
         "loss": loss.item(),
         "errors": asdict(found),
@@ -176,8 +201,13 @@ def main(arguments: list[str]) -> None:
         result = check(folder, case, arguments[2])
     elif stage == "time":
         result = run_times(folder, case, job["names"], **job["timing"])
+    elif stage == "card":
+        import cce_card  # which leans on this module
+
+        cce_card.run(folder / "result.json", case, job["names"], **job["effort"])
+        return
     else:
-        raise SystemExit(f"stage: expected prepare, check or time, got {stage}")
+        raise SystemExit(f"stage: expected prepare, check, time or card, got {stage}")
     (folder / "result.json").write_text(json.dumps(result))
 
 

@@ -33,7 +33,7 @@ def chunked_loss(e: Tensor, c: Tensor, targets: Tensor, softcap: float) -> Tenso
 
 def refuse(case: Case) -> str | None:
     needed = 5 * case.logits_bytes // CHUNKS + 3 * case.gradient_bytes
-    if needed > 0.85 * total_memory():
+    if needed > 0.85 * total_memory(case.device):
         return f"needs about {needed / 2**30:.0f} GiB"
     return None
 

@@ -20,9 +20,9 @@ def eager_loss(e: Tensor, c: Tensor, targets: Tensor, softcap: float) -> Tensor:
 def too_large(case: Case) -> str | None:
     """Refuse what cannot fit: five fp32-sized [N, V] matrices live at the peak of the backward."""
     needed = 5 * case.logits_bytes + 2 * case.gradient_bytes
-    if needed > 0.85 * total_memory():
-        have = total_memory() / 2**30
-        return f"needs about {needed / 2**30:.0f} GiB for logits, machine has {have:.0f}"
+    have = total_memory(case.device)
+    if needed > 0.85 * have:
+        return f"needs about {needed / 2**30:.0f} GiB for logits, {have / 2**30:.0f} are there"
     return None
 
 

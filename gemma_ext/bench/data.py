@@ -40,10 +40,12 @@ class HeadData:
     targets: Tensor
 
 
-def classifier(v: int, d: int, *, unit: bool, scale: float, seed: int) -> Tensor:
+def classifier(
+    v: int, d: int, *, unit: bool, scale: float, seed: int, device: str = "cpu"
+) -> Tensor:
     """Gaussian [V, D] classifier: unit-norm rows if ``unit``, else standard deviation ``scale``."""
-    generator = torch.Generator().manual_seed(seed)
-    c = torch.empty(v, d)
+    generator = torch.Generator(device).manual_seed(seed)
+    c = torch.empty(v, d, device=device)
     for start in range(0, v, _BLOCK):
         block = c[start : start + _BLOCK].normal_(generator=generator)
         if unit:
@@ -79,13 +81,16 @@ def batch(
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [N, D] and targets [N] of a data kind over the classifier ``c`` [V, D].
 
+    Made on the device of ``c``; the bits of another device are others.
+
     Raises:
         ValueError: for an unknown kind, or a width or vocabulary too small for its planted ids.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = c.device
+    generator = torch.Generator(device).manual_seed(seed)
     v, d = c.shape
     if kind == "random-init":
-        e = torch.empty(n, d).normal_(generator=generator)
+        e = torch.empty(n, d, device=device).normal_(generator=generator)
         return e, _log_uniform((n,), v, generator)
     alpha, shuffled = parse_plaw(kind)
     k = WIDTHS[alpha]
@@ -94,33 +99,43 @@ def batch(
     ids = log_uniform_ids(n, k, v, generator=generator)
     if shuffled:
         # The same relabelling for every batch of a vocabulary: it is a property of the tokenizer.
-        ids = torch.randperm(v, generator=torch.Generator().manual_seed(v))[ids]
-    capped = TOP_LOGIT - alpha * torch.log(torch.arange(1, k + 1, dtype=torch.float32))
+        ids = torch.randperm(v, generator=torch.Generator().manual_seed(v)).to(device)[ids]
+    ranks = torch.arange(1, k + 1, dtype=torch.float32, device=device)
+    capped = TOP_LOGIT - alpha * torch.log(ranks)
     wanted = softcap * torch.atanh(capped / softcap)
-    pool = torch.randperm(v, generator=generator)[:_POOL]
-    e = torch.empty(n, d)
-    targets = torch.empty(n, dtype=torch.int64)
-    for start in range(0, n, 128):
-        part = ids[start : start + 128]
+    pool = torch.randperm(v, generator=generator, device=device)[:_POOL]
+    e = torch.empty(n, d, device=device)
+    targets = torch.empty(n, dtype=torch.int64, device=device)
+    block = 128 if device.type == "cpu" else 2048
+    for start in range(0, n, block):
+        part = ids[start : start + block]
         rows = c[part]  # [R, K, D]
         gram = torch.bmm(rows, rows.transpose(1, 2))
         weights = torch.linalg.solve(gram, wanted.expand(len(part), k).unsqueeze(2))
         hidden = torch.bmm(weights.transpose(1, 2), rows).squeeze(1)
-        e[start : start + 128] = hidden
-        targets[start : start + 128] = _draw_targets(
+        e[start : start + block] = hidden
+        targets[start : start + block] = _draw_targets(
             hidden, c, part, capped, pool, softcap, generator
         )
     return e, targets
 
 
 def head_data(
-    kind: str, n: int, d: int, v: int, *, softcap: float = 30.0, seed: int = 0
+    kind: str,
+    n: int,
+    d: int,
+    v: int,
+    *,
+    softcap: float = 30.0,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> HeadData:
     """A classifier and one batch of a data kind; the same bits for the same arguments.
 
-    Memory: 4 V D bytes for the classifier, 4 N D for the hidden states, and about 100 MB beside.
+    Memory: 4 V D bytes for the classifier, 4 N D for the hidden states, and about 100 MB beside
+    (2 GB on a card).
     """
-    c = classifier(v, d, unit=kind != "random-init", scale=0.02, seed=seed)
+    c = classifier(v, d, unit=kind != "random-init", scale=0.02, seed=seed, device=device)
     e, targets = batch(c, kind, n, softcap=softcap, seed=seed + 1)
     return HeadData(e, c, targets)
 
@@ -138,7 +153,7 @@ def parse_plaw(kind: str) -> tuple[float, bool]:
 
 
 def _log_uniform(shape: tuple[int, ...], v: int, generator: torch.Generator) -> Tensor:
-    u = torch.rand(shape, generator=generator, dtype=torch.float64)
+    u = torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
     return torch.exp(u * math.log(v + 1)).long().sub_(1).clamp_(0, v - 1)
 
 
@@ -146,7 +161,8 @@ def _complete(ids: Tensor, k: int, v: int) -> Tensor:
     """Fill ``ids`` up to k distinct entries with the lowest ids that are not in it."""
     used = set(ids.tolist())
     spare = (i for i in range(v) if i not in used)
-    return torch.tensor([*ids.tolist(), *(next(spare) for _ in range(k - len(used)))])
+    filled = [*ids.tolist(), *(next(spare) for _ in range(k - len(used)))]
+    return torch.tensor(filled, device=ids.device)
 
 
 def _draw_targets(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from gemma_ext import _loader
 from gemma_ext.bench.timing import total_memory
 
 Row = Mapping[str, Any]
@@ -54,11 +55,39 @@ def device_slug(info: Mapping[str, str] | None = None, cores: int | None = None)
     return f"cpu-{name}-{cores}c"
 
 
-def machine() -> dict[str, str]:
-    """What a number depends on: processor, memory, load, torch, threads, commit, time."""
+def card_slug(name: str) -> str:
+    """Folder name of a card's results, such as ``nvidia-h200``."""
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return slug if slug.startswith("nvidia") else f"nvidia-{slug}"
+
+
+def card() -> dict[str, str]:
+    """The current CUDA device, its driver and what its kernels were built with."""
+    properties = torch.cuda.get_device_properties(0)
+    record = _loader.load().record
+    return {
+        "device": card_slug(properties.name),
+        "card": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, "
+        f"{properties.multi_processor_count} multiprocessors",
+        "driver": f"{_driver()}, CUDA {torch.version.cuda}",
+        "kernels": f"{record['cuda_compiler']}, for {', '.join(record['cuda_archs'])}",
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """What a number depends on: card, processor, memory, load, torch, threads, commit, time."""
     info = cpu_info()
     return {
         "device": device_slug(info),
+        **(card() if device == "cuda" else {}),
         "cpu": f"{info.get('model name', platform.machine())} "
         f"(family {info.get('cpu family', '?')} model {info.get('model', '?')})",
         "cores": str(os.cpu_count()),
@@ -74,7 +103,10 @@ def machine() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash of the checkout this file is in, ``+dirty`` with uncommitted changes."""
+    """Short hash of the checkout this file is in, ``+dirty`` with uncommitted changes.
+
+    A copy without its history takes it from GEMMA_EXT_COMMIT.
+    """
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -83,7 +115,7 @@ def commit() -> str:
 
     head = git("rev-parse", "--short", "HEAD")
     if not head:
-        return "unknown"
+        return os.environ.get("GEMMA_EXT_COMMIT", "unknown")
     tracked = git("status", "--porcelain", "--untracked-files=no")
     return head + ("+dirty" if tracked else "")
 
@@ -93,10 +125,14 @@ def header(facts: Mapping[str, str]) -> str:
 
 
 def number(value: Any, form: str = ".3g") -> str:
-    """A cell: text as it is, None as a dash, numbers by ``form``."""
+    """A cell: text as it is, None as a dash, numbers by ``form``, which "ms" may end: seconds."""
     if value is None:
         return "-"
-    return value if isinstance(value, str) else format(value, form)
+    if isinstance(value, str):
+        return value
+    if form.endswith("ms"):
+        return format(1e3 * value, form.removesuffix("ms"))
+    return format(value, form)
 
 
 def table(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:

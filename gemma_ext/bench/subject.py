@@ -14,7 +14,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a table: N tokens, D model width, V vocabulary, storage dtype, kind of data."""
+    """One line of a table: N tokens, D model width, V vocabulary, storage dtype, kind of data.
+
+    ``device`` is "cpu" or "cuda".
+    """
 
     n: int
     d: int
@@ -24,6 +27,7 @@ class Case:
     softcap: float = 30.0
     seed: int = 0
     threads: int = 2
+    device: str = "cpu"
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Interleaved timing, and peak memory that a sampling thread cannot miss.
+"""Interleaved timing, and peak memory that a sampling thread cannot miss; CPU first, cards below.
 
 Times: subjects run in turn (A B C, C B A, A B C, ...) in one process, so that a slow spell of the
 machine hits all of them; medians, and ratios paired inside a round.
@@ -7,6 +7,8 @@ Memory: the kernel's own high-water mark of resident memory (VmHWM), reset right
 Run the process under ``memory_environment()``: then malloc writes to every byte when it is
 allocated, so memory that is reserved and not touched counts too, and freed blocks go back to the
 system at once instead of hiding in the baseline.
+
+On a card times are those of CUDA events and memory is what torch's allocator has handed out.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+import torch
 
 Mark = Callable[[], None]
 
@@ -79,8 +83,15 @@ def interleave(
     least: int = 3,
     most: int = 30,
     warmup: int = 1,
+    measure: Callable[[Callable[[Mark], None]], Measurement] = measure,
 ) -> dict[str, Timing]:
-    """Rounds over all steps until ``seconds`` are spent, between ``least`` and ``most`` of them."""
+    """Rounds over all steps until ``seconds`` are spent, between ``least`` and ``most`` of them.
+
+    Args:
+        steps: what is timed, by name.
+        warmup: calls of each step that are not counted.
+        measure: times one call.
+    """
     for step in steps.values():
         for _ in range(warmup):
             measure(step)
@@ -137,8 +148,40 @@ class PeakMemory:
         return max(_status("VmHWM") - self._base, 0)
 
 
-def total_memory() -> int:
-    """Bytes of physical memory of the machine."""
+def measure_on_card(step: Callable[[Mark], None]) -> Measurement:
+    """As ``measure``, by events on the current stream; the step marks once."""
+    start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    torch.cuda.synchronize()
+    cpu = time.process_time()
+    start.record()
+    step(middle.record)
+    end.record()
+    end.synchronize()
+    forward, total = (start.elapsed_time(event) / 1e3 for event in (middle, end))
+    return Measurement(forward, total, time.process_time() - cpu)
+
+
+class CardMemory:
+    """Bytes of device memory in use above the level at entry."""
+
+    def __enter__(self) -> CardMemory:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        self._base = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+    def peak(self) -> int:
+        """Bytes of the highest level since entry, above the level at entry."""
+        return torch.cuda.max_memory_allocated() - self._base
+
+
+def total_memory(device: str = "cpu") -> int:
+    """Bytes of physical memory of the machine, or of its current card."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -56,23 +56,26 @@ def sample_for(
     targets: Tensor, v: int, *, rows: int = 256, columns: int = 2048, seed: int = 7
 ) -> Sample:
     """At most ``rows`` rows of dE and ``columns`` ids of each stratum of dC."""
-    generator = torch.Generator().manual_seed(seed)
+    device = targets.device
+    generator = torch.Generator(device).manual_seed(seed)
     n = len(targets)
-    hit = torch.zeros(v, dtype=torch.bool)
+    hit = torch.zeros(v, dtype=torch.bool, device=device)
     hit[targets] = True
     picked, weights = [], []
     for stratum in (hit.nonzero().flatten(), (~hit).nonzero().flatten()):
         take = min(columns, len(stratum))
-        chosen = stratum[torch.randperm(len(stratum), generator=generator)[:take]]
-        picked.append(chosen.sort().values)
-        weights.append(torch.full((take,), len(stratum) / max(take, 1), dtype=torch.float64))
-    chosen_rows = torch.randperm(n, generator=generator)[:rows].sort().values
+        shuffled = torch.randperm(len(stratum), generator=generator, device=device)
+        picked.append(stratum[shuffled[:take]].sort().values)
+        weight = len(stratum) / max(take, 1)
+        weights.append(torch.full((take,), weight, dtype=torch.float64, device=device))
+    shuffled = torch.randperm(n, generator=generator, device=device)
+    chosen_rows = shuffled[:rows].sort().values
     return Sample(chosen_rows, torch.cat(picked), torch.cat(weights))
 
 
 def row_lse(e: Tensor, c: Tensor, softcap: float | None) -> Tensor:
     """[N] float64 log-sum-exp of the capped logits of e [N, D] against c [V, D]."""
-    lse = torch.full((len(e),), -math.inf, dtype=torch.float64)
+    lse = torch.full((len(e),), -math.inf, dtype=torch.float64, device=e.device)
     for r in range(0, len(e), _ROWS):
         for p in range(0, len(c), _PANEL):
             logits = _cap(e[r : r + _ROWS] @ c[p : p + _PANEL].T, softcap)
@@ -101,16 +104,16 @@ def exact(
     loss = (lse - target_logit.double()).mean().item()
 
     rows = sample.rows
-    de = torch.zeros(len(rows), e.shape[1])
+    de = e.new_zeros(len(rows), e.shape[1])
     for p in range(0, len(c), _PANEL):
         panel = c[p : p + _PANEL]
         de += _gradient(e[rows], panel, targets[rows] - p, lse[rows], softcap) @ panel
     columns = sample.columns
     # Position of each target among the sampled columns; -1 (no one-hot) when it is not sampled.
-    where = torch.full((len(c),), -1, dtype=torch.int64)
-    where[columns] = torch.arange(len(columns))
+    where = torch.full_like(c[:, 0], -1, dtype=torch.int64)
+    where[columns] = torch.arange(len(columns), device=c.device)
     chosen = c[columns]
-    dc = torch.zeros(len(columns), e.shape[1])
+    dc = e.new_zeros(len(columns), e.shape[1])
     for r in range(0, n, _ROWS):
         stop = r + _ROWS
         part = e[r:stop]

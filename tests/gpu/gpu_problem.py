@@ -117,8 +117,8 @@ def error(got: Tensor, want: Tensor, *, floor: float = 0.0) -> float:
 
 def assert_same_bits(a: Outcome, b: Outcome) -> None:
     for name in a:
-        same = torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8))
-        assert same, f"{name}: other bits"
+        x, y = (t[name].reshape(-1).view(torch.uint8) for t in (a, b))
+        assert torch.equal(x, y), f"{name}: other bits"
 
 
 def need_memory(gigabytes: float) -> None:

@@ -1,0 +1,37 @@
+"""Every operator in every dtype on shapes that a sanitizer gets through in seconds.
+
+    compute-sanitizer --tool racecheck python tests/gpu/small_shapes.py
+
+No pytest: what is looked at is the memory, values are tested elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from gpu_problem import DEVICE, DTYPES, FORMS, ours, problem
+
+import gemma_ext
+
+SHAPES = ((130, 72, 300), (7, 136, 515), (65, 9, 257))  # whole tiles and ragged ones; padded rows
+
+
+def main() -> None:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            p = problem(*shape, dtype, bias=True)
+            for options in FORMS.values():
+                ours(p, softcap=30.0, **options)
+            state = gemma_ext.VocabState(shape[2], refresh_every=1).to(DEVICE)
+            for _ in range(2):
+                ours(p, impl="cce", filter_eps=0.05, state=state)
+            ours(p, impl="exact", label_smoothing=0.1)
+            logprobs, entropy = gemma_ext.linear_logprobs(targets=p.targets, **p.leaves())
+            (logprobs.sum() + entropy.sum()).backward()
+            gemma_ext.linear_cross_entropy(p.e, p.c, p.targets, return_argmax=True)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    print("small_shapes: done")
+
+
+if __name__ == "__main__":
+    main()
