@@ -178,7 +178,7 @@ def card_stage(
         subprocess.run(command, timeout=seconds)
     except subprocess.TimeoutExpired:
         print(f"stopped after {seconds:.0f} s", flush=True)
-    return json.loads(result.read_text()) if result.exists() else {}
+    return read(result)
 
 
 def run_shape(
@@ -291,6 +291,11 @@ def stage(
         if name != "check":
             sys.stderr.write(done.stderr)
         raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
+    return read(result)
+
+
+def read(result: Path) -> dict[str, Any]:
+    """What a stage wrote down, {} if nothing."""
     return json.loads(result.read_text()) if result.exists() else {}
 
 

@@ -123,6 +123,7 @@ def assert_same_bits(a: Outcome, b: Outcome) -> None:
 
 def need_memory(gigabytes: float) -> None:
     """Skip the test on a card with less memory free."""
+    torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes * 2**30:
         pytest.skip(f"needs {gigabytes:.0f} GiB, {free / 2**30:.0f} GiB are free")

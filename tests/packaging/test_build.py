@@ -1,6 +1,7 @@
 """The build itself: what one edit recompiles, what a wheel holds, what a missing torch says."""
 
 import os
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -121,3 +122,32 @@ def test_source_archive_can_be_built_from(root, tmp_path):
         names = {name.split("/", 1)[1] for name in opened.namelist()}
     sources = {str(path.relative_to(root)) for path in (root / "csrc").rglob("*") if path.is_file()}
     assert sources | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"} <= names
+
+
+@pytest.fixture
+def setup_script(root) -> dict:
+    return runpy.run_path(str(root / "setup.py"), run_name="setup")
+
+
+def program(folder: Path, name: str, says: str) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\necho {says}\n")
+    path.chmod(0o755)
+
+
+def test_a_tool_without_its_package_is_taken_from_path(setup_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cmake", None)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program(tmp_path, "cmake", "cmake version 3.31.2-rc1")
+    found = setup_script["find_tool"]("cmake", "CMAKE_BIN_DIR", (3, 28))
+    assert found == str(tmp_path / "cmake")
+    program(tmp_path, "cmake", "cmake version 3.25.1")
+    with pytest.raises(SystemExit, match=r"cmake >= 3\.28, but .*cmake is 3\.25\.1"):
+        setup_script["find_tool"]("cmake", "CMAKE_BIN_DIR", (3, 28))
+
+
+def test_a_tool_that_is_nowhere_is_named(setup_script, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"ninja >= 1\.10, but there is none: pip install ninja"):
+        setup_script["find_tool"]("ninja", "BIN_DIR", (1, 10))

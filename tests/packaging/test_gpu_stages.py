@@ -1,0 +1,78 @@
+"""The stages of `make gpu` without a card: limits, failures, what cannot run, the summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import time
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture
+def gpu(root, tmp_path, monkeypatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_stages", root / ".ci" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "OUT", tmp_path / "gpu")
+    return module
+
+
+def python(code: str):
+    return lambda stage: stage.run(sys.executable, "-c", code)
+
+
+def test_a_failure_stops_nothing_and_is_summed_up(gpu, capfd, monkeypatch):
+    stages = {"build": python("raise SystemExit(3)"), "tests": python("print('in the tests')")}
+    monkeypatch.setattr(gpu, "STAGES", stages)
+    assert gpu.main([]) == 1
+    said = capfd.readouterr().out
+    assert "in the tests" in said
+    summary = (gpu.OUT / "summary.txt").read_text()
+    assert summary in said
+    assert "FAILED with status 3" in summary.splitlines()[0]
+    assert summary.splitlines()[1].endswith("passed")
+    assert "in the tests" in (gpu.OUT / "tests.log").read_text()
+
+
+def test_a_stage_that_takes_too_long_is_ended_with_its_children(gpu, monkeypatch):
+    sleeper = "import subprocess; subprocess.run(['sleep', '60'])"
+    monkeypatch.setattr(gpu, "STAGES", {"build": python(sleeper), "tests": python("")})
+    monkeypatch.setitem(gpu.LIMITS, "build", 1.0)
+    start = time.monotonic()
+    assert gpu.main([]) == 1
+    assert time.monotonic() - start < 20
+    build, tests, _ = (gpu.OUT / "summary.txt").read_text().splitlines()
+    assert "status 124" in build
+    assert tests.endswith("passed")
+
+
+def test_only_a_missing_sanitizer_is_no_failure(gpu, monkeypatch):
+    def absent(stage):
+        raise gpu.NotRun("it is not here")
+
+    monkeypatch.setattr(gpu, "STAGES", {"sanitizer": absent})
+    assert gpu.main([]) == 0
+    assert "not run: it is not here" in (gpu.OUT / "summary.txt").read_text()
+    monkeypatch.setattr(gpu, "STAGES", {"tests": absent})
+    assert gpu.main([]) == 1
+
+
+def test_unknown_stages_are_named(gpu):
+    with pytest.raises(SystemExit, match="'fly'"):
+        gpu.main(["fly"])
+
+
+@pytest.mark.parametrize(
+    ("capability", "target"),
+    [("8.0", "80"), ("8.9", "89"), ("9.0", "90a"), ("10.3", "100f"), ("12.0", "120f")],
+)
+def test_the_target_fits_the_card(gpu, capability, target):
+    assert gpu.target_of(capability) == target
+
+
+def test_the_target_can_be_chosen(gpu, monkeypatch):
+    monkeypatch.setenv("GEMMA_EXT_CUDA_ARCHS", "80;86")
+    assert gpu.card_arch() == "80;86"
