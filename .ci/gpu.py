@@ -8,13 +8,14 @@ $OUT/gpu (out/gpu by default), and the last lines printed say how each stage wen
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or "out").resolve() / "gpu"
 TOTAL = 525.0  # seconds for all stages; the bench takes what the others leave
-LIMITS = {"build": 200.0, "tests": 170.0, "sanitizer": 150.0, "bench": 240.0}
+LIMITS = {"build": 200.0, "tests": 190.0, "sanitizer": 150.0, "bench": 240.0}
+PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 BENCH_ENDS_EARLY = 25.0  # before its limit: room for the subject that is at work
 OPTIONAL = {"sanitizer"}  # not every toolkit has it
@@ -44,14 +46,16 @@ class Stage:
     def left(self) -> float:
         return self.end - time.monotonic()
 
-    def run(self, *command: object, **environment: str) -> int:
-        """Exit status of a command whose output goes to the terminal and to the log; 124 if late.
+    def run(self, *command: object, limit: float = math.inf, **environment: str) -> int:
+        """Exit status of a command whose output goes to the terminal and to the log; 124 if it
+        runs past the end of the stage or ``limit`` seconds.
 
         Everything the command started is ended with it.
         """
         words = [str(word) for word in command]
         with (OUT / f"{self.name}.log").open("a") as log:
             print("$", *words, file=log, flush=True)
+            print("$", *words, flush=True)
             worker = subprocess.Popen(
                 words,
                 cwd=ROOT,
@@ -63,13 +67,16 @@ class Stage:
             )
             tee = subprocess.Popen(["tee", "-a", log.name], stdin=worker.stdout)
             try:
-                return worker.wait(timeout=max(self.left, 1.0))
+                return worker.wait(timeout=max(min(self.left, limit), 1.0))
             except subprocess.TimeoutExpired:
                 print(f"{self.name}: stopped at its limit", flush=True)
                 return 124
             finally:
                 end_group(worker)
-                tee.wait()
+                worker.stdout.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    tee.wait(timeout=5)  # what left the group may hold the pipe open
+                tee.kill()
 
 
 def end_group(worker: subprocess.Popen) -> None:
@@ -116,9 +123,13 @@ def build(stage: Stage) -> int:
 def tests(stage: Stage) -> int:
     if find_spec("pytest") is None:
         raise NotRun(f"{sys.executable} has no pytest")
-    return stage.run(
-        sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=10", "tests/gpu",
-        PYTHONPATH=import_path(), GEMMA_EXT_NEED_CARD="1",
+    # a process each: a kernel that breaks the card spoils one file
+    return worst(
+        stage.run(
+            sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3", path,
+            limit=PIECE, PYTHONPATH=import_path(), GEMMA_EXT_NEED_CARD="1",
+        )
+        for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
     )  # fmt: skip
 
 
@@ -129,17 +140,14 @@ def sanitizer(stage: Stage) -> int:
     )
     if tool is None:
         raise NotRun("there is no compute-sanitizer on PATH or in CUDA_HOME")
-    worst = 0
-    for check in SANITIZERS:
-        start = time.monotonic()
-        status = stage.run(
+    return worst(
+        stage.run(
             tool, "--tool", check, "--error-exitcode", "1", "--print-limit", "20",
             sys.executable, "tests/gpu/small_shapes.py",
-            PYTHONPATH=import_path(), PYTORCH_NO_CUDA_MEMORY_CACHING="1",
-        )  # fmt: skip
-        print(f"{check}: status {status}, {time.monotonic() - start:.0f} s", flush=True)
-        worst = worst or status
-    return worst
+            limit=PIECE, PYTHONPATH=import_path(), PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+        )
+        for check in SANITIZERS
+    )  # fmt: skip
 
 
 def bench(stage: Stage) -> int:
@@ -152,6 +160,11 @@ def bench(stage: Stage) -> int:
         if path.stat().st_mtime >= start:
             shutil.copy2(path, OUT)
     return status
+
+
+def worst(statuses: Iterable[int]) -> int:
+    """The first status that is not 0, after all have been gathered."""
+    return next(filter(None, list(statuses)), 0)
 
 
 def import_path() -> str:

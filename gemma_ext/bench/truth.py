@@ -110,7 +110,7 @@ def exact(
         de += _gradient(e[rows], panel, targets[rows] - p, lse[rows], softcap) @ panel
     columns = sample.columns
     # Position of each target among the sampled columns; -1 (no one-hot) when it is not sampled.
-    where = torch.full_like(c[:, 0], -1, dtype=torch.int64)
+    where = targets.new_full((len(c),), -1)
     where[columns] = torch.arange(len(columns), device=c.device)
     chosen = c[columns]
     dc = e.new_zeros(len(columns), e.shape[1])

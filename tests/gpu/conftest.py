@@ -7,6 +7,7 @@ GEMMA_EXT_NEED_CARD=1 makes a missing device a failure.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
         elif DEVICE == "cpu" and item.get_closest_marker("card"):
             item.add_marker(pytest.mark.skip(reason="needs a card"))
+
+
+@pytest.fixture(autouse=True)
+def working_card(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An error that leaves the card unusable ends the run at the test that made it."""
+    yield
+    if DEVICE == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            pytest.exit(f"{request.node.name} broke the card: {reason}", returncode=3)

@@ -34,7 +34,7 @@ def ready(dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_both_passes(reduction, dtype, form):
     targets, leaves = ready(dtype)
-    options = FORMS[form] | {"reduction": reduction, "softcap": 30.0, "shift": 1}
+    options = {"reduction": reduction, "softcap": 30.0, "shift": 1} | FORMS[form]
     loss = gemma_ext.linear_cross_entropy(targets=targets, **leaves, **options)
     (0.5 * loss.sum()).backward()
 
