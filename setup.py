@@ -7,6 +7,7 @@ kernels) and GEMMA_EXT_CUDA_ARCHS, GEMMA_EXT_VERBOSE=1, MAX_JOBS, CXX, CUDACXX, 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import functools
 import importlib
@@ -62,10 +63,10 @@ def tool_version(path: str) -> tuple[int, ...]:
 
 def find_tool(name: str, attribute: str, oldest: tuple[int, ...]) -> str:
     """A build tool from the folder its Python package names, or else from PATH."""
-    try:
+    path = None
+    with contextlib.suppress(ImportError, AttributeError):
         path = shutil.which(name, path=getattr(importlib.import_module(name), attribute))
-    except (ImportError, AttributeError):
-        path = shutil.which(name)
+    path = path or shutil.which(name)
     found = tool_version(path) if path else ()
     if path is None or found < oldest:
         have = f"{path} is {'.'.join(map(str, found)) or 'broken'}" if path else "there is none"

@@ -1,8 +1,10 @@
-"""What a machine with an NVIDIA card runs: `gpu.py [build] [tests] [sanitizer] [bench]`.
+"""What a machine with an NVIDIA card runs: `gpu.py [STAGE...]`.
 
 Uses the python it is started with and the tools on PATH; installs nothing and needs no network. A
 stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
 $OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
+
+Stages, all by default: build, tests, sanitizer, profile, bench (docs/gpu.md).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or "out").resolve() / "gpu"
 TOTAL = 525.0  # seconds for all stages; the bench takes what the others leave
-LIMITS = {"build": 200.0, "tests": 190.0, "sanitizer": 150.0, "bench": 240.0}
+LIMITS = {"build": 200.0, "tests": 190.0, "sanitizer": 150.0, "profile": 40.0, "bench": 240.0}
 PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 BENCH_ENDS_EARLY = 25.0  # before its limit: room for the subject that is at work
@@ -114,10 +116,11 @@ def compute_capability() -> str:
 
 
 def build(stage: Stage) -> int:
-    return stage.run(
+    status = stage.run(
         sys.executable, "setup.py", "-q", "build_ext", "--inplace",
         GEMMA_EXT_CUDA="ON", GEMMA_EXT_HOST="OFF", GEMMA_EXT_CUDA_ARCHS=card_arch(),
     )  # fmt: skip
+    return status or stage.run(sys.executable, "-m", "gemma_ext.info", PYTHONPATH=import_path())
 
 
 def tests(stage: Stage) -> int:
@@ -150,6 +153,10 @@ def sanitizer(stage: Stage) -> int:
     )  # fmt: skip
 
 
+def profile(stage: Stage) -> int:
+    return stage.run(sys.executable, "benchmarks/profile_cce.py", PYTHONPATH=import_path())
+
+
 def bench(stage: Stage) -> int:
     budget, start = stage.left - BENCH_ENDS_EARLY, time.time()
     status = stage.run(
@@ -176,6 +183,7 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
+    "profile": profile,
     "bench": bench,
 }
 
@@ -205,7 +213,6 @@ def main(names: Sequence[str]) -> int:
         lines.append(f"{name:<10}{time.monotonic() - begin:>5.0f} s  {result}")
         print(f"== {lines[-1]}", flush=True)
     lines.append(f"{'total':<10}{time.monotonic() - start:>5.0f} s")
-    (OUT / "summary.txt").write_text("\n".join(lines) + "\n")
     print("\n".join(["", "== summary", *lines]), flush=True)
     return int(failed)
 

@@ -336,7 +336,9 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--shape", action="append", type=_shape, metavar="N,D,V", help="repeatable")
+    parser.add_argument(
+        "--shape", action="append", type=shape_of, metavar="N,D,V", help="repeatable"
+    )
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--data", nargs="+", choices=DATA_KINDS)
@@ -358,7 +360,8 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def shape_of(text: str) -> tuple[int, int, int]:
+    """ "N,D,V" as three sizes."""
     parts = text.split(",")
     if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
         raise argparse.ArgumentTypeError(f"expected N,D,V, got {text}")

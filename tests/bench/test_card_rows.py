@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cce
 import cce_card
 import cce_rows
+import profile_cce
 
 CASE = Case(256, 128, 2048, "bf16", "plaw-2.5", device="cuda")
 
@@ -111,3 +113,17 @@ def test_cases_of_a_card():
 def test_folders_of_cards():
     assert report.card_slug("NVIDIA H200") == "nvidia-h200"
     assert report.card_slug("Tesla T4") == "nvidia-tesla-t4"
+
+
+def test_a_profile_is_sorted_and_summed():
+    name = "void gemma_ext::cce::cuda::forward_kernel<__nv_bfloat16, true>(ForwardParams)"
+    events = [
+        SimpleNamespace(key="aten::mul", count=9, self_device_time_total=0),
+        SimpleNamespace(key="memset", count=3, self_device_time_total=3000),
+        SimpleNamespace(key=name, count=6, self_device_time_total=9000),
+    ]
+    first, second, total = profile_cce.kernels(events)
+    assert first["kernel"] == "forward_kernel<__nv_bfloat16, true>"
+    assert (first["launches"], first["ms"], first["share"]) == (2, 3, 0.75)
+    assert second["kernel"] == "memset"
+    assert total["ms"] == 4
