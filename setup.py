@@ -26,7 +26,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 HOST_SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-OLDEST_CMAKE = (3, 28)  # the first that can compile CUDA as C++20 with every supported nvcc
+OLDEST_CMAKE = (3, 28)  # as CMakeLists.txt asks
 OLDEST_NINJA = (1, 10)
 OLDEST_NVCC = (12, 9)  # the first that knows the targets 100f and 120f
 
