@@ -232,6 +232,9 @@ class DeferredLogits:
         for _, weight in self.terms:
             lead = weight if weight.shape[1] > lead.shape[1] else lead
         pairs = [_like(x, w, lead) for x, w in self.terms]
+        state = self.options.state
+        if state is not None and state.order.device != lead.device:
+            state.to(lead.device)  # the model was moved, or its head was offloaded before the loss
         scale = self.numerator / self.denominator
         if self.cap is not None:
             scale = self.numerator * self.cap / self.denominator
@@ -243,7 +246,7 @@ class DeferredLogits:
             "logit_scale": scale,
             "impl": self.options.impl,
             "filter_eps": self.options.filter_eps,
-            "state": self.options.state,
+            "state": state,
         }
 
     def materialize(self) -> Tensor:

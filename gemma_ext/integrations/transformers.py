@@ -151,7 +151,7 @@ def loss_options(model: nn.Module, head: nn.Module, settings: Any) -> LossOption
         state = vars(model).get(_STATE)
         if state is None or len(state.order) != size:
             # beside the model's modules, so that checkpoints of the model stay as they are
-            state = vars(model)[_STATE] = VocabState(size).to(head.weight.device)
+            state = vars(model)[_STATE] = VocabState(size, device=head.weight.device)
     return LossOptions(owner, settings.impl, settings.filter_eps, state)
 
 

@@ -62,7 +62,9 @@ class LinearCrossEntropy(nn.Module):
     ) -> Tensor | LinearCrossEntropyOutput:
         """Loss of e [..., T, D] under c [V, D] against targets [..., T]; see the function."""
         if self.stateful and self.state is None:
-            self.state = VocabState(c.shape[0]).to(c.device)
+            self.state = VocabState(c.shape[0], device=c.device)
+        if self.state is not None and self.state.order.device != c.device:
+            self.state.to(c.device)
         return linear_cross_entropy(
             e,
             c,

@@ -105,14 +105,16 @@ def check_impl(impl: object, filter_eps: object) -> None:
     check_filter_eps(filter_eps)
 
 
-def check_state(state: object, vocab: int) -> None:
-    """Raise TypeError or ValueError unless `state` is None or a `VocabState` of `vocab` ids."""
+def check_state(state: object, vocab: int, device: torch.device) -> None:
+    """Raise TypeError or ValueError unless None or a `VocabState` of `vocab` ids on `device`."""
     if state is None:
         return
     if not isinstance(state, VocabState):
         raise TypeError(f"expected state to be None or a VocabState, got {type(state).__name__}")
     if state.order.shape[0] != vocab:
         raise ValueError(f"expected state for {vocab} ids, got {state.order.shape[0]}")
+    if state.order.device != device:
+        raise ValueError(f"expected state on {device} like e, got {state.order.device}")
 
 
 def check_filter_eps(filter_eps: object) -> None:
@@ -176,6 +178,10 @@ def check_loss(
     check_terms(reduction, label_smoothing, z_loss)
     if token_weights is not None:
         check_tensor("token_weights", token_weights)
+        if token_weights.device != targets.device:
+            raise ValueError(
+                f"expected token_weights on {targets.device} like e, got {token_weights.device}"
+            )
         if token_weights.shape != targets.shape:
             raise ValueError(
                 f"expected token_weights to be {list(targets.shape)}, "

@@ -6,11 +6,14 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
+from gemma_ext.ops import _devices
 from gemma_ext.ops.vocab_state import VocabState
-from gemma_ext.reference.cce import Rows
+from gemma_ext.reference.cce import Rows, check_labels
 
 _ops = torch.ops.gemma_ext
 _TILE = 256
@@ -38,6 +41,8 @@ def rows(
     """`gemma_ext.ops.cce.cce_rows` on the compiled kernels; mode is "filter" or "exact"."""
     eps = 0.0 if mode == "exact" else _AUTO_EPS if filter_eps == "auto" else float(filter_eps)
     head = _head(softcap, logit_scale, temperature, ignore_index)
+    if missing_target == "error":
+        _check_labels_if_asked(targets, c.shape[0], ignore_index)
     wants_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (e, c, bias)
     )
@@ -88,6 +93,7 @@ def fused_loss(
     instead of four.
     """
     head = _head(softcap, logit_scale, temperature, ignore_index)
+    _check_labels_if_asked(targets, c.shape[0], ignore_index)
     needs = [x is not None and x.requires_grad for x in (e, c, bias)]
     coefs = [x.detach().float() for x in (nll_coef, lse2_coef)]
     loss, nll, lse, *_ = _ops.cce_fused(e, c, targets, bias, *coefs, *head, *needs)
@@ -98,6 +104,14 @@ def _head(
     softcap: float | None, logit_scale: float, temperature: float, ignore_index: int
 ) -> tuple[float, float, float, int]:
     return float(softcap or 0.0), float(logit_scale), float(temperature), ignore_index
+
+
+def _check_labels_if_asked(targets: Tensor, vocab: int, ignore_index: int) -> None:
+    """What the CPU kernels do by themselves, where it costs a wait for the device."""
+    if torch.compiler.is_compiling() or _devices.is_readable(targets):
+        return
+    if os.environ.get("GEMMA_EXT_CHECK_LABELS", "0") not in ("", "0"):
+        check_labels(targets, vocab, ignore_index)
 
 
 def _check_shapes(e: Tensor, c: Tensor, targets: Tensor) -> None:
@@ -248,7 +262,10 @@ def _fused_backward(ctx, d_loss, *_):
         # Handed over without a copy of dC, so only once: a second backward through a retained
         # graph computes them again.
         ctx.grads = None
-        if not bool(d_loss == 1):
+        if not _devices.is_readable(d_loss):
+            # [1], because a factor without dimensions would first be rounded to the dtype of g
+            grads = [g.mul_(d_loss.reshape(1)) for g in grads]
+        elif not bool(d_loss == 1):
             grads = [g.mul_(d_loss) for g in grads]
     de, dc, dbias = grads
     need_e, need_c, need_bias = ctx.options[-3:]

@@ -21,7 +21,8 @@ class FilterStats(NamedTuple):
     loss per token that is weighed later keep other strips.
 
     Attributes:
-        values: [4] float64, the four properties in order; None where nothing is ever filtered.
+        values: [4] float64, the four properties in order, on the device of e, for which reading a
+            property waits; None where nothing is ever filtered.
     """
 
     values: Tensor | None
@@ -177,5 +178,6 @@ def _reciprocal(items: int | Tensor, like: Tensor) -> float | Tensor:
     """1 / items, and 1 for no items at all, so that an empty batch has loss 0."""
     if not isinstance(items, Tensor):
         return 1.0 / (items or 1)
-    items = items.to(like.device, like.dtype).reshape(())
+    # a number on the CPU stays there: torch hands it to the kernels of any device as an argument
+    items = items.to("cpu" if items.is_cpu else like.device, like.dtype).reshape(())
     return 1.0 / torch.where(items == 0, torch.ones_like(items), items)

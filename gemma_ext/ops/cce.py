@@ -80,7 +80,7 @@ def cce_rows(
     """
     if missing_target not in ("error", "none"):
         raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
-    inputs.check_state(state, c.shape[0])
+    inputs.check_state(state, c.shape[0], e.device)
     e, c, bias = inputs.to_autocast(e, c, bias)
     options = {
         "softcap": softcap,
@@ -176,6 +176,11 @@ def linear_cross_entropy(
             its flat position in `targets`. Compiled code raises the op's RuntimeError instead,
             which counts positions after the shift.
 
+    On CUDA nothing here waits for the device, forward or backward (except impl="reference"), so a
+    step may be captured into a CUDA graph. A label outside [0, V) cannot be reported then: it makes
+    the loss NaN. With GEMMA_EXT_CHECK_LABELS=1 in the environment it is looked for first, at the
+    cost of a synchronisation per call, and raises as on the CPU.
+
     Example:
         >>> loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, shift=True)
     """
@@ -185,7 +190,7 @@ def linear_cross_entropy(
     inputs.check_loss(
         reduction, label_smoothing, token_weights, targets, num_items_in_batch, z_loss
     )
-    inputs.check_state(state, c.shape[0])
+    inputs.check_state(state, c.shape[0], e.device)
 
     e, c, bias = inputs.to_autocast(e, c, bias)
     tokens = weigh_tokens(

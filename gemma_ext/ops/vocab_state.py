@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.ops import _devices
+
 _SAMPLE_ROWS = 256
 
 
@@ -23,6 +25,7 @@ class VocabState(nn.Module):
             256 / N of a forward).
         decay: weight of the past in the running averages.
         eps: probability above which a row counts as needing a column.
+        device: of the buffers, that of the hidden states.
 
     Attributes:
         order: [V] int64, vocabulary id at each visited position.
@@ -30,7 +33,11 @@ class VocabState(nn.Module):
             its probability.
         steps: 0-d int64, calls seen.
         flat: 0-d bool, whether "auto" found too little to drop when it last looked; until the next
-            refresh its calls go straight to the exact form, three matrix products instead of four.
+            refresh its calls on the CPU go straight to the exact form, three matrix products
+            instead of four.
+
+    On CUDA no value is looked at by the host: every call enqueues the same kernels, refresh or not,
+    and may be captured into a graph.
     """
 
     def __init__(
@@ -40,20 +47,26 @@ class VocabState(nn.Module):
         refresh_every: int = 16,
         decay: float = 0.5,
         eps: float = 2.0**-12,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if vocab_size < 1:
             raise ValueError(f"expected vocab_size to be positive, got {vocab_size}")
         self.refresh_every, self.decay, self.eps = refresh_every, decay, eps
-        self.register_buffer("order", torch.arange(vocab_size))
-        self.register_buffer("count", torch.zeros(vocab_size))
-        self.register_buffer("prob", torch.zeros(vocab_size))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("flat", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("order", torch.arange(vocab_size, device=device))
+        self.register_buffer("count", torch.zeros(vocab_size, device=device))
+        self.register_buffer("prob", torch.zeros(vocab_size, device=device))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("flat", torch.zeros((), dtype=torch.bool, device=device))
 
     def skip(self) -> bool:
-        """Whether this call may go straight to the exact form; it then counts as seen."""
-        if not self.flat or int(self.steps) % self.refresh_every == 0:
+        """Whether this call may go straight to the exact form; it then counts as seen.
+
+        Never on CUDA: the host would have to wait for the answer.
+        """
+        if not _devices.is_readable(self.flat) or not self.flat:
+            return False
+        if int(self.steps) % self.refresh_every == 0:
             return False
         self.steps += 1
         return True
@@ -114,23 +127,25 @@ def _observe(
     refresh_every: int,
     decay: float,
 ) -> None:
-    due = int(steps) % refresh_every == 0
+    due = steps % refresh_every == 0
     steps += 1
     flat.copy_(chosen_eps == 0)
-    if not due:
+    if _devices.is_readable(due) and not due:
         return
+    # elsewhere a call that is not due looks at no row
+    targets = torch.where(due, targets.long(), ignore_index)
     head = (softcap, logit_scale, temperature, ignore_index)
     hits, mass = torch.ops.gemma_ext.cce_column_stats(
         e, c, targets, bias, lse, *head, eps, _SAMPLE_ROWS
     )
     total = mass.sum()
-    if not total > 0:
-        return
-    keep = decay if count.any() else 0.0
-    count.mul_(keep).add_((1 - keep) * hits / total)
-    prob.mul_(keep).add_((1 - keep) * mass / total)
+    keep = count.any().double() * decay
+    new_count = keep * count + (1 - keep) * hits / total
+    new_prob = keep * prob + (1 - keep) * mass / total
     # the count ties for all columns nobody needs: their probability orders those
-    order.copy_(torch.argsort(count + 1e-3 * prob, descending=True, stable=True))
+    new_order = torch.argsort(new_count + 1e-3 * new_prob, descending=True, stable=True)
+    for old, new in ((count, new_count), (prob, new_prob), (order, new_order)):
+        old.copy_(torch.where(total > 0, new, old))
 
 
 @_observe.register_fake
