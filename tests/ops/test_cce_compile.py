@@ -103,6 +103,7 @@ def test_inductor(impl):
     check(got, expected(p, **options), scale=2)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("impl", KERNELS, ids=str, indirect=True)
 def test_bad_label_is_reported_from_compiled_code(impl):
     """By the op itself: a graph holds no check in Python."""

@@ -79,6 +79,7 @@ def test_ignore_index_beyond_the_vocabulary(impl):
     check(run(impl.loss, p, ignore_index=1 << 40), expected(p, ignore_index=1 << 40))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("value", [400, 401, -1, -99, 2**31, -(2**40)])
 @pytest.mark.parametrize("position", [0, 7, 19])
 def test_label_outside_the_vocabulary(impl, value, position):
@@ -88,6 +89,7 @@ def test_label_outside_the_vocabulary(impl, value, position):
         run(impl.loss, p)
 
 
+@pytest.mark.cpu
 def test_first_offending_label_is_named(impl):
     p = problem((4, 5), 24, 400, seed=5)
     p.targets[1, 2], p.targets[3, 1] = 4242, -7
@@ -95,6 +97,7 @@ def test_first_offending_label_is_named(impl):
         impl.loss(p.e, p.c, p.targets)
 
 
+@pytest.mark.cpu
 def test_bad_label_under_a_shift_is_named_where_the_caller_put_it(impl):
     p = problem((2, 6), 24, 400, seed=5)
     p.targets[:, 0] = -3  # no position predicts the first label of a sequence
@@ -104,6 +107,7 @@ def test_bad_label_under_a_shift_is_named_where_the_caller_put_it(impl):
         impl.loss(p.e, p.c, p.targets, shift=1)
 
 
+@pytest.mark.cpu
 def test_default_ignore_label_is_an_error_once_another_is_chosen(impl):
     p = problem(6, 8, 40)
     p.targets[2] = IGNORE
@@ -111,6 +115,7 @@ def test_default_ignore_label_is_an_error_once_another_is_chosen(impl):
         impl.loss(p.e, p.c, p.targets, ignore_index=-1)
 
 
+@pytest.mark.cpu
 def test_bad_label_among_ignored_rows(impl):
     p = problem(20, 24, 400, ignored=0.5, seed=6)
     p.targets[13] = 400

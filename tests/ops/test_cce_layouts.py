@@ -84,7 +84,7 @@ def test_expanded_operands(impl):
     y = torch.randint(0, V, (N,), generator=g)
     check(run(impl.loss, Problem(e, c, y)), expected(Problem(e, c, y)))
     p = Problem(torch.randn(N, D, generator=g), c[:1].expand(V, D), y, torch.randn(V, generator=g))
-    check(run(impl.loss, p), expected(p))
+    check(run(impl.loss, p), expected(p), floor=1e-7)  # dE cancels: sum_v G_v is 0
 
 
 def test_expanded_upstream(impl):

@@ -142,6 +142,7 @@ def test_raw_ops_refuse_what_does_not_fit(case):
     ],
     ids=["repeats", "negative", "int32", "beyond", "short"],
 )
+@pytest.mark.cpu
 def test_order_must_be_a_permutation(order):
     e, c, y, bias = inputs(torch.float32, bias=True, grad=False)
     with pytest.raises(RuntimeError, match="order"):

@@ -128,6 +128,7 @@ def test_learned_order_groups_the_columns_in_use():
     assert errors[1] < 0.05
 
 
+@pytest.mark.cpu
 def test_flat_rows_go_straight_to_the_exact_form_between_refreshes(monkeypatch):
     fused = []
 

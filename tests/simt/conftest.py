@@ -1,9 +1,9 @@
-"""The checker's tests and the device code are compiled once per session."""
+"""The checker's tests, the ops and the device code are compiled once per session."""
 
 import shutil
 
 import pytest
-from toolchain import build_checker, nvcc
+from toolchain import build_checker, build_op_library, nvcc
 
 
 @pytest.fixture(scope="session")
@@ -11,6 +11,13 @@ def checker(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     return build_checker(tmp_path_factory.mktemp("simt"))
+
+
+@pytest.fixture(scope="session")
+def op_library(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build_op_library(tmp_path_factory.mktemp("ops_on_host"))
 
 
 @pytest.fixture(scope="session")

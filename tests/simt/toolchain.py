@@ -31,6 +31,29 @@ def build_checker(out: Path) -> Path:
     return binary
 
 
+def build_op_library(out: Path) -> Path:
+    """The CUDA binding of the cce ops and its kernels, for CPU tensors (common/torch/cuda.h)."""
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    kernels, binding, library = out / "kernels.cpp", CSRC / "cce" / "cuda_ops.cpp", out / "ops.so"
+    sources = sorted(path.name for path in (CSRC / "cce" / "cuda").glob("*.cu"))
+    kernels.write_text("".join(f'#include "cce/cuda/{name}"\n' for name in sources))
+    compile_host = ["g++", "-std=c++20", "-g1", "-fPIC", f"-I{CSRC}", "-c"]
+    host_binding = [
+        *("-O1", "-DGEMMA_EXT_ON_HOST", "-DTORCH_STABLE_ONLY"),
+        *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch / "include"),
+    ]
+    objects = []
+    for source, flags in (
+        (kernels, ["-O2", "-ftrivial-auto-var-init=pattern"]),
+        (binding, host_binding),
+    ):
+        objects.append(out / f"{source.stem}.o")
+        subprocess.run([*compile_host, *flags, source, "-o", objects[-1]], check=True)
+    link = ["g++", "-shared", *objects, "-o", library]
+    subprocess.run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"], check=True)
+    return library
+
+
 def nvcc(kernels: str, arch: str, out: Path) -> tuple[Path, str]:
     """The object file and the PTX of kernels/<kernels>.h."""
     source, compiled = out / f"{kernels}.cu", out / f"{kernels}.o"

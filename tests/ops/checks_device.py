@@ -1,0 +1,194 @@
+"""What the device code promises beside the oracle tests; run by tests/simt/test_ops_on_host.py.
+
+The plugin device_code stands in for CUDA: kernels as fibers, values out of Python's sight.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cce_filter_oracle import zipf_problem
+from cce_impls import KERNELS, Impl
+from cce_oracle import IGNORE, assert_close, check, expected, gradients, problem, run
+from hypothesis import HealthCheck, given, settings
+from test_cce_fuzz import calls, check_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemma_ext import LinearCrossEntropy, VocabState, linear_cross_entropy, linear_logprobs
+from gemma_ext.ops import _devices, vocab_state
+
+aten = torch.ops.aten
+WAITS = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.is_nonzero,
+    aten.item,
+    aten.masked_select,
+    aten.nonzero,
+    aten.unique_consecutive,
+    aten._unique2,
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+IDS = ["fp32", "bf16", "fp16"]
+AUTO = Impl("auto", "auto")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in WAITS, f"{func} reads a value"
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{func} by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+# Rows around a block of 128, words around a tile of 256 and its half, widths around a step of 64
+# and a 16-byte word.
+@pytest.mark.parametrize(
+    ("n", "v", "d"),
+    [(0, 255, 8), (1, 1, 1), (127, 255, 7), (128, 256, 64), (129, 257, 65), (2, 129, 300)],
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("impl", KERNELS, ids=str, indirect=True)
+def test_shapes(impl, dtype, n, v, d):
+    p = problem(n, d, v, ignored=0.1, dtype=dtype, seed=1)
+    options = {"softcap": 5.0, "reduction": "sum"}
+    check(run(impl.loss, p, **options), expected(p, **options))
+
+
+OPTIONS = {
+    "mean": {},
+    "everything": {
+        "softcap": 5.0,
+        "logit_scale": 1.3,
+        "temperature": 0.8,
+        "label_smoothing": 0.1,
+        "z_loss": 0.1,
+        "shift": 1,
+        "weight": torch.linspace(0.1, 1, 300),
+        "token_weights": torch.linspace(0.5, 1.5, 24).reshape(2, 12),
+        "return_lse": True,
+        "return_entropy": True,
+        "return_argmax": True,
+        "return_stats": True,
+    },
+    "exact": {"impl": "exact", "z_loss": 0.1},
+    "none": {"reduction": "none"},
+    "threshold": {"filter_eps": 2.0**-8},
+    "items": {"num_items_in_batch": torch.tensor(20)},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_no_value_is_read(name, dtype):
+    p = problem((2, 12), 16, 300, ignored=0.2, dtype=dtype)
+    with NoWaiting():
+        _, grads = run(linear_cross_entropy, p, 0.5, **OPTIONS[name])
+    assert grads.keys() == {"e", "c", "bias"}
+
+
+def test_no_value_is_read_for_log_probabilities():
+    p = problem((2, 12), 16, 300, ignored=0.2)
+    with NoWaiting():
+        leaves = p.leaves()
+        logp, entropy = linear_logprobs(leaves["e"], leaves["c"], p.targets, shift=1)
+        gradients((logp + entropy).sum(), leaves)
+
+
+@pytest.fixture
+def inline(monkeypatch):
+    """The body of the op that refreshes a state, where a dispatch mode sees it."""
+    monkeypatch.setattr(vocab_state, "_observe", vocab_state._observe._init_fn)
+
+
+def test_no_value_is_read_with_a_state(inline):
+    p = zipf_problem(40, 24, 600, seed=1)
+    module = LinearCrossEntropy(stateful=True, softcap=5.0)
+    for _ in range(3):
+        with NoWaiting():
+            run(module, p)
+    assert int(module.state.steps) == 3
+    assert module.state.count.any()
+
+
+def test_a_state_learns_what_it_learns_on_the_cpu(monkeypatch):
+    """Refreshes are masked, not branched around."""
+    states = [VocabState(600, refresh_every=2, decay=0.7) for _ in range(2)]
+    for step in range(5):
+        p = zipf_problem(40, 24, 600, seed=step)
+        if step == 2:
+            p.targets.fill_(IGNORE)
+        for state, readable in zip(states, (False, True), strict=True):
+            monkeypatch.setattr(_devices, "is_readable", lambda t, readable=readable: readable)
+            run(linear_cross_entropy, p, filter_eps=2.0**-8, state=state)
+    for name, buffer in states[0].named_buffers():
+        assert torch.equal(buffer, states[1].get_buffer(name)), name
+    assert not torch.equal(states[0].order, torch.arange(600))
+
+
+def test_a_loss_scale_is_not_rounded_to_the_dtype_of_the_gradients():
+    """A third is off by 2^-9 in bfloat16; the gradients made in the forward are scaled by it."""
+    p = problem(64, 64, 300, dtype=torch.bfloat16)
+    _, plain = run(linear_cross_entropy, p, 1.0, impl="exact")
+    _, scaled = run(linear_cross_entropy, p, 1 / 3, impl="exact")
+    for name in ("e", "c"):
+        x, y = plain[name].double(), scaled[name].double()
+        assert ((x * y).sum() / (x * x).sum()).item() == pytest.approx(1 / 3, rel=3e-4)
+
+
+@pytest.mark.parametrize("value", [400, -1, 2**31, -(2**40), 2**62])
+@pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
+def test_label_outside_the_vocabulary_makes_its_loss_nan(impl, value):
+    p = problem(20, 24, 400, ignored=0.2, seed=5)
+    p.targets[7] = 3
+    want, _ = expected(p, reduction="none")
+    p.targets[7] = value
+    loss, _ = run(impl.loss, p, reduction="none")
+    others = torch.arange(20) != 7
+    assert torch.isnan(loss).nonzero().tolist() == [[7]]
+    assert_close(loss[others], want.loss[others], rtol=5e-6, floor=2e-6)
+    assert torch.isnan(impl.loss(p.e, p.c, p.targets))
+    assert torch.isnan(run(impl.loss, p)[0])
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
+def test_labels_are_checked_on_request(impl, monkeypatch):
+    p = problem((2, 6), 24, 400, seed=5)
+    p.targets[:, 0] = -3  # no position predicts the first label of a sequence
+    monkeypatch.setenv("GEMMA_EXT_CHECK_LABELS", "1")
+    check(run(impl.loss, p, shift=1), expected(p, shift=1))
+    p.targets[1, 3], p.targets[1, 4] = 4242, -7
+    message = r"expected targets in \[0, 400\) or ignore_index -100, got 4242 at flat position 9"
+    for call in (
+        lambda: impl.loss(p.e, p.c, p.targets, shift=1),
+        lambda: run(impl.loss, p, shift=1),
+        lambda: impl.logprobs(p.e, p.c, p.targets, shift=1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    impl.rows(p.e.reshape(12, 24), p.c, p.targets.reshape(12), missing_target="none")
+    monkeypatch.setenv("GEMMA_EXT_CHECK_LABELS", "0")
+    assert torch.isnan(impl.loss(p.e, p.c, p.targets, shift=1))
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, Impl("cce", 2.0**-8)], ids=["exact", "all", "filter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_runs_are_equal_bit_for_bit(impl, dtype):
+    p = zipf_problem(130, 40, 600, ignored=0.2, dtype=dtype, seed=1)
+    flags = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+    runs = []
+    for _ in range(3):
+        out, grads = run(impl.loss, p, softcap=10.0, **flags)
+        bare, bare_grads = run(impl.loss, p, softcap=10.0)
+        values = (out.loss, out.lse, out.entropy, out.argmax, bare)
+        runs.append([*values, *grads.values(), *bare_grads.values()])
+    for again in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(calls)
+def test_any_call_matches_float64(call):
+    check_call(call, KERNELS)

@@ -1,0 +1,31 @@
+"""pytest plugin: the cce ops of this process run the device code, as fibers on the CPU.
+
+Tensors stay on the CPU, but Python treats their values like those of a CUDA tensor, which it must
+not look at. The library is named by GEMMA_EXT_TEST_OPS.
+"""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+import gemma_ext  # noqa: F401  its CPU kernels are replaced
+from gemma_ext.ops import _devices
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced
+    torch.ops.load_library(os.environ["GEMMA_EXT_TEST_OPS"])
+_devices.is_readable = lambda t: False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what runs no kernel, and what only the CPU kernels promise."""
+    dropped = [item for item in items if _is_reference(item) or item.get_closest_marker("cpu")]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in dropped]
+
+
+def _is_reference(item: pytest.Item) -> bool:
+    call = getattr(item, "callspec", None)
+    return call is not None and str(call.params.get("impl")) == "reference"
