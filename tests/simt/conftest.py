@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from toolchain import build_checker, build_op_library, nvcc
+from toolchain import build_checker, build_cuda_guard, build_op_library, nvcc
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +18,13 @@ def op_library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     return build_op_library(tmp_path_factory.mktemp("ops_on_host"))
+
+
+@pytest.fixture(scope="session")
+def cuda_guard(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    return build_cuda_guard(tmp_path_factory.mktemp("cuda_guard"))
 
 
 @pytest.fixture(scope="session")

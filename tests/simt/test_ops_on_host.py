@@ -1,5 +1,8 @@
-"""The CUDA binding and its kernels through Python: the op tests on device code, in a process of its
-own because its library replaces the CPU kernels."""
+"""The CUDA side of the ops without a GPU, in processes of their own.
+
+The op tests on the binding and its kernels as fibers, which replace the CPU kernels there, and CUDA
+tensors without values.
+"""
 
 import os
 import subprocess
@@ -27,30 +30,36 @@ PARTS = {
 }
 
 
-def run_on_device_code(library, files: str, chosen: str, *more: str) -> None:
-    environment = os.environ | {
-        "GEMMA_EXT_TEST_OPS": str(library),
-        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, "-m", "pytest", "-p", "device_code", "-q", "--tb=short"]
-    command += ["-p", "no:cacheprovider", "-k", chosen, *more]
+def run_pytest(files: str, *arguments: str, **environment: object) -> None:
+    """Run files of tests/ops in a new process with the plugins of this folder in reach."""
+    path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     ran = subprocess.run(
-        [*command, *(str(OPS / name) for name in files.split())],
-        env=environment,
+        [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *arguments]
+        + [OPS / name for name in files.split()],
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stdout[-8000:] + ran.stderr[-2000:]
 
 
+def run_on_device_code(library: object, files: str, *arguments: str) -> None:
+    plugin = ("-p", "device_code", "-m", "not slow")
+    run_pytest(files, *plugin, *arguments, GEMMA_EXT_TEST_OPS=library)
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_ops(op_library, part):
-    run_on_device_code(op_library, *PARTS[part], "-m", "not slow")
+    files, chosen = PARTS[part]
+    run_on_device_code(op_library, files, "-k", chosen)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_all_ops(op_library):
     names = "options outputs gradients state nonfinite labels layouts opcheck compile filter fuzz"
-    files = " ".join(f"test_cce_{name}.py" for name in names.split())
-    run_on_device_code(op_library, files, "", "-m", "not slow")
+    run_on_device_code(op_library, " ".join(f"test_cce_{name}.py" for name in names.split()))
+
+
+def test_fake_cuda(cuda_guard):
+    run_pytest("checks_fake_cuda.py", GEMMA_EXT_TEST_GUARD=cuda_guard)

@@ -33,7 +33,7 @@ def build_checker(out: Path) -> Path:
 
 def build_op_library(out: Path) -> Path:
     """The CUDA binding of the cce ops and its kernels, for CPU tensors (common/torch/cuda.h)."""
-    torch = Path(importlib.util.find_spec("torch").origin).parent
+    torch = _torch_folder()
     kernels, binding, library = out / "kernels.cpp", CSRC / "cce" / "cuda_ops.cpp", out / "ops.so"
     sources = sorted(path.name for path in (CSRC / "cce" / "cuda").glob("*.cu"))
     kernels.write_text("".join(f'#include "cce/cuda/{name}"\n' for name in sources))
@@ -52,6 +52,25 @@ def build_op_library(out: Path) -> Path:
     link = ["g++", "-shared", *objects, "-o", library]
     subprocess.run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"], check=True)
     return library
+
+
+def build_cuda_guard(out: Path) -> Path:
+    """What a torch without CUDA lacks to slice fake CUDA tensors."""
+    torch = _torch_folder()
+    source, library = out / "guard.cpp", out / "guard.so"
+    source.write_text(
+        "#include <c10/core/impl/DeviceGuardImplInterface.h>\n"
+        "namespace c10::impl {\n"
+        "C10_REGISTER_GUARD_IMPL(CUDA, NoOpDeviceGuardImpl<DeviceType::CUDA>)\n"
+        "}\n"
+    )
+    command = ["g++", "-std=c++20", "-shared", "-fPIC", "-isystem", torch / "include", source]
+    subprocess.run([*command, "-o", library, f"-L{torch / 'lib'}", "-lc10"], check=True)
+    return library
+
+
+def _torch_folder() -> Path:
+    return Path(importlib.util.find_spec("torch").origin).parent
 
 
 def nvcc(kernels: str, arch: str, out: Path) -> tuple[Path, str]:
