@@ -34,13 +34,15 @@ Tensor float_values(const char* op, const char* name, const Tensor& t, int64_t n
   return torch::stable::contiguous(torch::stable::to(t, ScalarType::Float));
 }
 
-// Rows of whole 16-byte words at multiples of 16 bytes; a copy with zeros behind where t has none.
+// Rows of whole 16-byte words at multiples of 16 bytes, one behind the other as TMA wants them; a copy
+// with zeros behind where t has none.
 Tensor word_rows(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": expected ", name, " to have 2 dimensions, got ", t.dim());
   STD_TORCH_CHECK(on_device(t), op, ": expected ", name, " on the device of e");
   const int64_t word = 16 / size_of(storage_type(op, name, t)), width = t.size(1);
   const bool fits = t.stride(1) == 1 && t.stride(0) % word == 0 && width % word == 0 &&
-                    t.stride(0) <= INT32_MAX && reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
+                    t.stride(0) >= width && t.stride(0) <= INT32_MAX &&
+                    reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0;
   if (fits) return t;
   Tensor padded = torch::stable::new_zeros(t, {t.size(0), ceil_div(width, word) * word});
   Tensor inside = torch::stable::narrow(padded, 1, 0, width);
@@ -54,7 +56,8 @@ struct Prepared {
   std::optional<Tensor> bias, class_weight;
   cuda::Head head{};
 
-  Prepared(const char* op, const HeadTensors& h) : e(word_rows(op, "e", h.e)), c(word_rows(op, "c", h.c)) {
+  Prepared(const char* op, const HeadTensors& h)
+      : e(word_rows(op, "e", h.e)), c(word_rows(op, "c", h.c)) {
     STD_TORCH_CHECK(h.e.scalar_type() == h.c.scalar_type(), op,
                     ": expected e and c to have one dtype");
     STD_TORCH_CHECK(h.e.size(1) == h.c.size(1), op, ": expected c to be [V, ", h.e.size(1),
@@ -100,14 +103,15 @@ struct Prepared {
 int64_t strip_bytes() {
   const char* asked = getenv("GEMMA_EXT_CCE_WORKSPACE_MB");
   const int64_t megabytes = asked && *asked ? strtoll(asked, nullptr, 10) : 256;
-  STD_TORCH_CHECK(megabytes > 0, "expected GEMMA_EXT_CCE_WORKSPACE_MB to be a positive number, got ",
-                  asked);
+  STD_TORCH_CHECK(megabytes > 0,
+                  "expected GEMMA_EXT_CCE_WORKSPACE_MB to be a positive number, got ", asked);
   return megabytes << 20;
 }
 
 // `call` needs temporary memory, which lives until the stream has passed it.
 template <class Call, class Run, class Size>
-void run(const char* op, const OnDevice& device, const Tensor& like, Call& call, Size size, Run run) {
+void run(const char* op, const OnDevice& device, const Tensor& like, Call& call, Size size,
+         Run run) {
   Tensor workspace = new_empty(like, {size(call)}, ScalarType::Byte);
   call.workspace = workspace.mutable_data_ptr();
   const cuda::Status status = run(call, device.stream);
@@ -242,7 +246,8 @@ FusedTensors fused_cuda(const Tensor& e, const Tensor& c, const Tensor& targets,
   const Tensor nll_scale = float_values(op, "nll_coef", nll_coef, rows);
   const Tensor lse2_scale = float_values(op, "lse2_coef", lse2_coef, rows);
   Tensor loss = new_empty(e, {}, ScalarType::Float);
-  Tensor nll = new_empty(e, {rows}, ScalarType::Float), lse = new_empty(e, {rows}, ScalarType::Float);
+  Tensor nll = new_empty(e, {rows}, ScalarType::Float),
+         lse = new_empty(e, {rows}, ScalarType::Float);
   GradTensors grads(p, e.size(1), need_e, need_c, need_bias);
   cuda::Fused call{};
   call.head = p.head;
@@ -261,20 +266,20 @@ FusedTensors fused_cuda(const Tensor& e, const Tensor& c, const Tensor& targets,
 std::tuple<Tensor, Tensor> column_stats_cuda(const Tensor& e, const Tensor& c,
                                              const Tensor& targets,
                                              const std::optional<Tensor>& bias, const Tensor& lse,
-                                             double softcap, double logit_scale,
-                                             double temperature, int64_t ignore_index, double eps,
-                                             int64_t max_rows) {
+                                             double softcap, double logit_scale, double temperature,
+                                             int64_t ignore_index, double eps, int64_t max_rows) {
   const char* op = "cce_column_stats";
   STD_TORCH_CHECK(max_rows > 0, op, ": expected max_rows to be positive, got ", max_rows);
   const OnDevice device(e);
   const std::optional<Tensor> none;
-  const Prepared p(op, {e, c, targets, bias, none, none, softcap, logit_scale, temperature,
-                        ignore_index, true});
+  const Prepared p(
+      op, {e, c, targets, bias, none, none, softcap, logit_scale, temperature, ignore_index, true});
   const Tensor row_lse = float_values(op, "lse", lse, p.head.N);
   Tensor count = new_empty(e, {p.head.V}, ScalarType::Float);
   Tensor prob = new_empty(e, {p.head.V}, ScalarType::Float);
-  cuda::ColumnStats call{p.head,        floats(row_lse), static_cast<float>(eps), max_rows,
-                         floats(count), floats(prob),    nullptr};
+  cuda::ColumnStats call{p.head,   floats(row_lse), static_cast<float>(eps),
+                         max_rows, floats(count),   floats(prob),
+                         nullptr};
   run(op, device, e, call, cuda::column_stats_workspace, cuda::column_stats);
   return {count, prob};
 }

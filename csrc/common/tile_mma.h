@@ -29,8 +29,8 @@ template <class T>
 class Tile {
  public:
   static constexpr int kChunk = 16 / sizeof(T);
-  static constexpr int kStages = sizeof(T) == 2 ? 4 : 2;  // 64 KiB, what every card has with room to spare
-  static constexpr int kOperand = kSide * kDepth;  // elements
+  static constexpr int kStages = sizeof(T) == 2 ? 4 : 2;  // 64 KiB: every card has more
+  static constexpr int kOperand = kSide * kDepth;         // elements
   static constexpr int kSharedBytes = kStages * 2 * kOperand * static_cast<int>(sizeof(T));
   static constexpr bool kSplit = std::is_same_v<T, float>;
 

@@ -10,8 +10,8 @@
 
 #if !defined(GEMMA_EXT_ON_HOST)
 // A torch without CUDA lacks this symbol and must still load the library.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(
-    int32_t device_index, void** stream);
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
 namespace gemma_ext {
