@@ -10,6 +10,7 @@ import torch
 from cce_filter_oracle import zipf_problem
 from cce_impls import KERNELS, Impl
 from cce_oracle import IGNORE, assert_close, check, expected, gradients, problem, run
+from device_code import schedule
 from hypothesis import HealthCheck, given, settings
 from test_cce_fuzz import calls, check_call
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -54,7 +55,8 @@ class NoWaiting(TorchDispatchMode):
 def test_shapes(impl, dtype, n, v, d):
     p = problem(n, d, v, ignored=0.1, dtype=dtype, seed=1)
     options = {"softcap": 5.0, "reduction": "sum"}
-    check(run(impl.loss, p, **options), expected(p, **options))
+    floor = 1e-6 if v == 1 else 1e-8  # p - 1 = 0 has no relative error
+    check(run(impl.loss, p, **options), expected(p, **options), floor=floor)
 
 
 OPTIONS = {
@@ -176,14 +178,17 @@ def test_labels_are_checked_on_request(impl, monkeypatch):
 @pytest.mark.parametrize("impl", [*KERNELS, Impl("cce", 2.0**-8)], ids=["exact", "all", "filter"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_runs_are_equal_bit_for_bit(impl, dtype):
+    """In whatever order the device runs its threads."""
     p = zipf_problem(130, 40, 600, ignored=0.2, dtype=dtype, seed=1)
     flags = {"return_lse": True, "return_entropy": True, "return_argmax": True}
     runs = []
-    for _ in range(3):
+    for seed in range(3):
+        schedule(seed)
         out, grads = run(impl.loss, p, softcap=10.0, **flags)
         bare, bare_grads = run(impl.loss, p, softcap=10.0)
         values = (out.loss, out.lse, out.entropy, out.argmax, bare)
         runs.append([*values, *grads.values(), *bare_grads.values()])
+    schedule(0)
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 

@@ -1,9 +1,11 @@
 """pytest plugin: the cce ops of this process run the device code, as fibers on the CPU.
 
 Tensors stay on the CPU, but Python treats their values like those of a CUDA tensor, which it must
-not look at. The library is named by GEMMA_EXT_TEST_OPS.
+not look at. GEMMA_EXT_TEST_OPS names the library; with GEMMA_EXT_TEST_HOPPER=0 its kernels are
+those before Hopper.
 """
 
+import ctypes
 import os
 import warnings
 
@@ -16,6 +18,16 @@ from gemma_ext.ops import _devices
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced
     torch.ops.load_library(os.environ["GEMMA_EXT_TEST_OPS"])
+_library = ctypes.CDLL(os.environ["GEMMA_EXT_TEST_OPS"])
+
+
+def schedule(seed: int) -> None:
+    """In which order threads run from now on."""
+    hopper = os.environ.get("GEMMA_EXT_TEST_HOPPER", "1") == "1"
+    _library.schedule(ctypes.c_uint64(seed), ctypes.c_bool(hopper))
+
+
+schedule(0)
 _devices.is_readable = lambda t: False
 
 

@@ -31,12 +31,22 @@ def build_checker(out: Path) -> Path:
     return binary
 
 
+# How the fibers of the op library are scheduled, and whether they say to be on Hopper.
+SCHEDULE = """
+extern "C" void schedule(uint64_t seed, bool hopper) {
+  gemma_ext::simt::host::options.seed = seed;
+  gemma_ext::simt::host::options.hopper = hopper;
+}
+"""
+
+
 def build_op_library(out: Path) -> Path:
     """The CUDA binding of the cce ops and its kernels, for CPU tensors (common/torch/cuda.h)."""
     torch = _torch_folder()
     kernels, binding, library = out / "kernels.cpp", CSRC / "cce" / "cuda_ops.cpp", out / "ops.so"
     sources = sorted(path.name for path in (CSRC / "cce" / "cuda").glob("*.cu"))
-    kernels.write_text("".join(f'#include "cce/cuda/{name}"\n' for name in sources))
+    includes = "".join(f'#include "cce/cuda/{name}"\n' for name in sources)
+    kernels.write_text(includes + SCHEDULE)
     compile_host = ["g++", "-std=c++20", "-g1", "-fPIC", f"-I{CSRC}", "-c"]
     host_binding = [
         *("-O1", "-DGEMMA_EXT_ON_HOST", "-DTORCH_STABLE_ONLY"),
