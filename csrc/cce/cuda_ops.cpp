@@ -176,6 +176,7 @@ RowTensors forward_cuda(const Tensor& e, const Tensor& c, const Tensor& targets,
   call.stats = want_stats ? floats(stats) : nullptr;
   call.summary = static_cast<double*>(summary.mutable_data_ptr());
   call.eps = filter_eps;
+  call.copy_bytes = int64_t{64} << 20;  // about what L2 holds
   run(op, device, e, call, cuda::forward_workspace, cuda::forward);
   return {nll, lse, mean, class_sum, argmax, stats, summary};
 }

@@ -181,6 +181,7 @@ struct ForwardRun {
     f.stats = want_stats ? stats.data() : nullptr;
     f.summary = summary.data();
     f.eps = eps;
+    f.copy_bytes = 1;  // a tile at a time
     Workspace workspace(cuda::forward_workspace(f));
     f.workspace = workspace.data();
     EXPECT(cuda::forward(f, nullptr) == cuda::Status{});

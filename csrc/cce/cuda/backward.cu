@@ -9,6 +9,9 @@
 namespace gemma_ext::cce::cuda {
 namespace {
 
+// Whether exact gradients go by wgmma.
+bool is_dense(const Head& h) { return by_wgmma(h) && !h.order; }
+
 struct BackwardMemory {
   Plan plan;
   void *mean, *e;
@@ -16,7 +19,7 @@ struct BackwardMemory {
 
   BackwardMemory(Arena& memory, const Backward& b)
       : plan(memory, b.head, b.strip_bytes, b.out.de != nullptr,
-             by_wgmma(b.head) ? DenseChunk(b.head, b.strip_bytes).bytes : 0) {
+             is_dense(b.head) ? DenseChunk(b.head, b.strip_bytes).bytes : 0) {
     const Head& h = b.head;
     const int64_t size = size_of(h.dtype), tiles = plan.tiles;
     const bool filtered = b.summary != nullptr;
@@ -24,7 +27,7 @@ struct BackwardMemory {
     profile = memory.take<float>(filtered ? tiles * kTile : 0);
     push = memory.take<float>(filtered && b.out.dc ? tiles * h.D : 0);
     de_sum = memory.take<float>(b.out.de ? h.N * h.D : 0);
-    e = memory.take<char>(by_wgmma(h) ? h.N * h.D * size : 0);
+    e = memory.take<char>(is_dense(h) ? h.N * h.D * size : 0);
   }
 };
 
@@ -37,7 +40,7 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
   const Plan& plan = m.plan;
   const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
   const int64_t row_blocks = ceil_div(h.N, kBlockRows);
-  const bool filtered = b.summary != nullptr, exact_elsewhere = by_wgmma(h);
+  const bool filtered = b.summary != nullptr, exact_elsewhere = is_dense(h);
   const PlanParams planning{h, plan, exact_elsewhere, b.stats, b.summary};
   launches.add(keep_kernel<T>, tiles * ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
   launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
@@ -99,9 +102,9 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
       launches.add(clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0,
                    {b.out.de, h.N * h.D});
     }
-    if (b.summary || !by_wgmma(h)) add_lists<T>(launches, m, b);
+    if (b.summary || !is_dense(h)) add_lists<T>(launches, m, b);
     if constexpr (!std::is_same_v<T, float>) {
-      if (!by_wgmma(h)) return;
+      if (!is_dense(h)) return;
       Dense dense(gather_e<T>(launches, h, plan.rows, m.e));
       dense.row = plan.row;
       dense.unit = plan.unit;

@@ -10,7 +10,7 @@ struct ForwardMemory {
   StripPlanes strips{};
   float* target;
   double* tallies;
-  void* e = nullptr;  // contiguous valid rows, for wgmma
+  void *e = nullptr, *ordered = nullptr;  // copies of rows, for wgmma
   int tiles;
   int64_t blocks;
 
@@ -27,7 +27,11 @@ struct ForwardMemory {
     if (f.out.mean) strips.weighted = planes + 3 * plane;
     if (f.out.class_sum) strips.class_sum = memory.take<float>(plane);
     if (f.out.argmax) strips.argmax = memory.take<int>(plane);
-    if (by_wgmma(f.head)) e = memory.take<uint16_t>(f.head.N * f.head.D);
+    if (by_wgmma(f.head)) {
+      e = memory.take<uint16_t>(f.head.N * f.head.D);
+      if (f.head.order)
+        ordered = memory.take<uint16_t>(ordered_tiles(f.head, f.copy_bytes) * kTile * f.head.D);
+    }
     tallies = memory.take<double>(blocks * kValues);
   }
 };
@@ -52,11 +56,7 @@ Status forward(const Forward& f, Stream stream) {
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (!std::is_same_v<T, float>) {
-      if (m.e) {
-        const StripTmaParams tma{strips, gather_e<T>(launches, h, m.rows, m.e)};
-        return add_wgmma(launches, strip_stats_wgmma_kernel<T>, ceil_div(h.N, kPairRows) * m.tiles,
-                         tma);
-      }
+      if (by_wgmma(h)) return add_strips_wgmma<T>(launches, strips, m.e, m.ordered, f.copy_bytes);
     }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,
                  kHeadSharedBytes<T>, strips);

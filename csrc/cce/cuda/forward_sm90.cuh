@@ -20,17 +20,16 @@ DEVICE void write_strips(const Accumulators& acc, const StripParams& p, int64_t 
   for (int half = 0; half < 2; ++half) {
     const int64_t row = first_row + wgmma::row_of(half);
     const auto at = [&](int i) { return acc[i / 2 * 4 + half * 2 + i % 2]; };
-    const auto id = [&](int i) {
-      return static_cast<int>(first_column) + wgmma::column_of(i / 2, i % 2);
-    };
+    const auto place = [&](int i) { return first_column + wgmma::column_of(i / 2, i % 2); };
+    const auto id = [&](int i) { return column_id(p.head, place(i)); };
     const StripSums sums = quad_sums<wgmma::kColumns / 4>(
         p, at, id, [&](int i) { return p.head.class_weight[id(i)]; },
-        [&](int i) { return id(i) < p.head.V; });
+        [&](int i) { return place(i) < p.head.V; });
     const int position = row < count ? p.rows.position[row] : -1;
     if (simt::any(position >= first_column && position < first_column + kTile)) {
       UNROLL
       for (int i = 0; i < wgmma::kColumns / 4; ++i) {
-        if (position == id(i)) p.target[row] = at(i) * kLn2;
+        if (position == place(i)) p.target[row] = at(i) * kLn2;
       }
     }
     if (simt::lane_idx() % 4 == 0 && row < count) write_sums(p, tile, row, sums);
@@ -41,15 +40,60 @@ template <class T>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
-  const int count = *p.strips.rows.count, pairs = pairs_of(count), tiles = p.strips.tiles;
+  const int count = *p.strips.rows.count, pairs = pairs_of(count), tiles = p.tma.tiles;
   head_products<T>(
       p.tma, pairs * tiles,
-      [&](int item) { return raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles); },
+      [&](int item) {
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles);
+        return Raster{at.row_block, p.tma.first_tile + at.tile};
+      },
       [&](int64_t first_row, int tile, Accumulators& acc) {
         strip_logits<T>(acc, p.tma, int64_t{tile} * kTile);
         write_strips(acc, p.strips, first_row, tile, count);
       });
 #endif
+}
+
+struct OrderedParams {
+  Head head;
+  void* c;  // [tiles, kTile, D] in the order of the vocabulary
+  int first_tile;
+};
+
+// A block per row.
+template <class T>
+KERNEL void gather_c_kernel(OrderedParams p) {
+  const int64_t v = int64_t{p.first_tile} * kTile + simt::block_idx(), D = p.head.D;
+  const T* from = v < p.head.V ? static_cast<const T*>(p.head.c) +
+                                     int64_t{column_id(p.head, v)} * p.head.c_stride
+                               : nullptr;
+  copy_row(static_cast<T*>(p.c) + simt::block_idx() * D, from, D);
+}
+
+// Tiles copied at a time for another order.
+inline int ordered_tiles(const Head& h, int64_t copy_bytes) {
+  const int64_t fit = copy_bytes / (kTile * h.D * size_of(h.dtype)), all = tiles_of(h.V);
+  return static_cast<int>(fit < 1 ? 1 : fit < all ? fit : all);
+}
+
+template <class T>
+void add_strips_wgmma(Launches& launches, const StripParams& strips, void* e, void* ordered,
+                      int64_t copy_bytes) {
+  const Head& h = strips.head;
+  const int64_t pairs = ceil_div(h.N, kPairRows);
+  StripTmaParams p{strips, gather_e<T>(launches, h, strips.rows, e)};
+  if (!h.order) {
+    return add_wgmma(launches, strip_stats_wgmma_kernel<T>, pairs * strips.tiles, p);
+  }
+  const int step = ordered_tiles(h, copy_bytes);
+  for (int first = 0; first < strips.tiles; first += step) {
+    p.tma.first_tile = first;
+    p.tma.tiles = step < strips.tiles - first ? step : strips.tiles - first;
+    const int64_t rows = int64_t{p.tma.tiles} * kTile;
+    launches.add(gather_c_kernel<T>, rows, kCopyThreads, 0, {h, ordered, first});
+    launches.check(wgmma::make_map<T, simt::Major::kK>(&p.tma.c_map, ordered, rows, h.D, h.D));
+    add_wgmma(launches, strip_stats_wgmma_kernel<T>, pairs * p.tma.tiles, p);
+  }
 }
 
 }  // namespace gemma_ext::cce::cuda

@@ -30,10 +30,6 @@ struct SliceParams {
   int chunk, slice;
 };
 
-DEVICE int column_id(const Head& h, int64_t position) {
-  return static_cast<int>(h.order ? h.order[position] : position);
-}
-
 // A block per tile; its share of each column, uniform without a profile.
 KERNEL void profile_kernel(GradientParams p) {
   if (eps_of(p.summary) == 0) return;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The head as wgmma reads it: valid rows of e side by side, pairs of row blocks against tiles of c. TMA
-// cannot gather, so another order of the vocabulary goes the way of head.cuh.
+// cannot gather: another order of the vocabulary means a copy of the tiles at hand.
 #pragma once
 
 #include "common/tile_wgmma.h"
@@ -17,34 +17,40 @@ struct HeadTma {
   SmallTanh tanh;  // to s log2(e)
   void* e;         // [N, D] the valid rows, then zeros
   simt::TensorMap e_map, c_map;
+  int first_tile, tiles;  // what c_map spans
 };
 
 inline bool by_wgmma(const Head& h) {
-  return h.dtype != DType::kFloat32 && !h.order && h.N > 0 && simt::device().hopper;
+  return h.dtype != DType::kFloat32 && h.N > 0 && simt::device().hopper;
 }
 
 constexpr int kCopyThreads = 256;
 constexpr int kPairRows = wgmma::kCluster * wgmma::kRows;
 
+// Zeros without a source.
+template <class T>
+DEVICE void copy_row(T* to, const T* from, int64_t width) {
+  for (int64_t d = 2 * simt::thread_idx(); d < width; d += 2 * kCopyThreads) {
+    *reinterpret_cast<uint32_t*>(to + d) =
+        from ? *reinterpret_cast<const uint32_t*>(from + d) : uint32_t{0};
+  }
+}
+
 // A block per row.
 template <class T>
 KERNEL void gather_e_kernel(const GRID_CONSTANT HeadTma p) {
   const int64_t r = simt::block_idx(), D = p.head.D;
-  const bool valid = r < *p.rows.count;
-  const T* from = static_cast<const T*>(p.head.e);
-  if (valid) from += int64_t{p.rows.row[r]} * p.head.e_stride;
-  T* to = static_cast<T*>(p.e) + r * D;
-  for (int64_t d = 2 * simt::thread_idx(); d < D; d += 2 * kCopyThreads) {
-    const uint32_t zero = 0;
-    *reinterpret_cast<uint32_t*>(to + d) =
-        valid ? *reinterpret_cast<const uint32_t*>(from + d) : zero;
-  }
+  const T* from = r < *p.rows.count
+                      ? static_cast<const T*>(p.head.e) + int64_t{p.rows.row[r]} * p.head.e_stride
+                      : nullptr;
+  copy_row(static_cast<T*>(p.e) + r * D, from, D);
 }
 
 template <class T>
 HeadTma gather_e(Launches& launches, const Head& h, const Rows& rows, void* e) {
   constexpr simt::Major kK = simt::Major::kK;
-  HeadTma p{h, rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {}};
+  HeadTma p{h,  rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {},
+            {}, 0,    static_cast<int>(tiles_of(h.V))};
   launches.check(wgmma::make_map<T, kK>(&p.e_map, e, h.N, h.D, h.D));
   launches.check(wgmma::make_map<T, kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
   launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
@@ -78,7 +84,7 @@ DEVICE void head_products(const HeadTma& p, int items, const At& at, const F& f)
       [&](int item, int step) -> wgmma::Place {
         const int k = step * wgmma::kDepth;
         const Raster place = at(item);
-        return {k, first_row_of(place.row_block), k, place.tile * kTile};
+        return {k, first_row_of(place.row_block), k, (place.tile - p.first_tile) * kTile};
       },
       [&](int item, Accumulators& acc) {
         const Raster place = at(item);
@@ -99,7 +105,7 @@ DEVICE void strip_logits(Accumulators& acc, const HeadTma& p, int64_t first_colu
     acc[i] *= unit;
     if (h.bias) {
       const int64_t v = first_column + wgmma::column_of(i / 4, i % 2);
-      if (v < h.V) acc[i] += h.bias[v] * inverse;
+      if (v < h.V) acc[i] += h.bias[column_id(h, v)] * inverse;
     }
     largest = fmaxf(largest, fabsf(acc[i]));
   }

@@ -42,9 +42,10 @@ struct RowOutputs {
 struct Forward {
   Head head;
   RowOutputs out;
-  float* stats;     // [3 or, with out.mean, 4; tiles, N]: max, sum, slope, weighted; or null
-  double* summary;  // [4]: kept fraction, dropped mass (mean, max), eps
-  double eps;       // 0: keep all, kAutoEps: choose; looked at with stats only
+  float* stats;        // [3 or, with out.mean, 4; tiles, N]: max, sum, slope, weighted; or null
+  double* summary;     // [4]: kept fraction, dropped mass (mean, max), eps
+  double eps;          // 0: keep all, kAutoEps: choose; looked at with stats only
+  int64_t copy_bytes;  // bound on the copy of tiles of c in another order; at least one is held
   void* workspace;
 };
 

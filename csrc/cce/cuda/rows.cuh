@@ -39,6 +39,11 @@ DEVICE int block_rank(bool flag, int* s_counts, int& total) {
   return rank;
 }
 
+// Vocabulary id at a position of the tiled vocabulary.
+DEVICE int column_id(const Head& h, int64_t position) {
+  return static_cast<int>(h.order ? h.order[position] : position);
+}
+
 DEVICE int lesser(int a, int b) { return a < b ? a : b; }
 
 // Blocks walk the vocabulary inside groups of 16 row blocks (2048 rows of e, 9 MB at D 2304 in bf16), which
