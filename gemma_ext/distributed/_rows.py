@@ -41,7 +41,7 @@ def vocab_parallel_rows(
 
     Args:
         e: [N, D], the same on every rank. c: [V_local, D]; bias, class_weight: [V_local] or None.
-        targets: [N] labels in the whole vocabulary.
+        targets: [N] labels in the whole vocabulary; one outside it has nll NaN.
         options: `impl`, `filter_eps` and `state` of `cce_rows`.
     """
     rows = shard.stop - shard.start
@@ -69,6 +69,7 @@ def vocab_parallel_rows(
         local = _empty_rows(e, c, bias, class_weight, want_entropy, want_argmax)
 
     zero = torch.zeros_like(local.lse)
+    nowhere = valid & ((targets < 0) | (targets >= shard.vocab_size))
     merged = merge_shards(
         RowStatistics(
             local.lse,
@@ -85,7 +86,7 @@ def vocab_parallel_rows(
         logit = _chosen_logit(e, c, bias, local.argmax, softcap, logit_scale)
         argmax = torch.where(valid, _merge_argmax(logit, local.argmax, shard), -1)
     return Rows(
-        torch.where(valid, merged.lse - merged.target_logit, zero),
+        torch.where(valid, merged.lse - merged.target_logit, zero).masked_fill(nowhere, torch.nan),
         torch.where(valid, merged.lse, zero),
         None if merged.mean_logit is None else torch.where(valid, merged.mean_logit, zero),
         merged.weighted_logit_sum,

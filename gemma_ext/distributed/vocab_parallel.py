@@ -79,8 +79,8 @@ def vocab_parallel_linear_cross_entropy(
         reduce_e_grad: sum dE over the group. False leaves each rank its own part, for callers that
             reduce it themselves (sequence parallelism).
         validate: agree on shard sizes and labels first and check the label range; one more
-            all-gather of five integers and one host synchronisation. False needs `vocab_start` and
-            `vocab_size` for a plain `c_local`.
+            all-gather of five integers and two host synchronisations. False needs `vocab_start` and
+            `vocab_size` for a plain `c_local`, and makes the loss of a label outside [0, V) NaN.
         weight: [V] class weights of the whole vocabulary, on every rank.
         return_stats: what the gradient filter kept of this rank's columns.
         state: `VocabState` of this rank's columns.

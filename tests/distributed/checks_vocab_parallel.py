@@ -432,6 +432,22 @@ def check_data_parallel_targets_are_refused(rank, world):
         )
 
 
+def check_bad_label_without_validation_is_nan(rank, world):
+    problem = Problem()
+    problem.targets[1, 2] = 4242
+    loss = vocab_parallel_linear_cross_entropy(
+        problem.e,
+        problem.mine(problem.c),
+        problem.targets,
+        vocab_start=problem.bounds[rank],
+        vocab_size=37,
+        validate=False,
+        impl="reference",
+        reduction="none",
+    )
+    assert loss.isnan().nonzero().tolist() == [[1, 2]]
+
+
 def check_wrong_columns_are_refused(rank, world):
     problem = Problem()
     args = problem.e, problem.mine(problem.c), problem.targets
