@@ -193,7 +193,7 @@ def test_runs_are_equal_bit_for_bit(impl, dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls)
 def test_any_call_matches_float64(call):
     check_call(call, KERNELS)
