@@ -106,12 +106,17 @@ def check_images(elf: str, ptx: str, archs: list[str], sources: int) -> Iterator
 
 
 def check_hopper(sass: str) -> Iterator[str]:
-    """Kernels named after wgmma whose sm_90a code (`cuobjdump -sass`) lacks it or TMA."""
+    """Kernels named after wgmma whose sm_90a code (`cuobjdump -sass`) lacks it or TMA, or has more
+    fences of the device than the two of its cluster barriers."""
     for body in sass.split("Function : ")[1:]:
         name = body.split(maxsplit=1)[0]
-        for opcode in ("HGMMA", "UTMALDG") if "wgmma" in name else ():
+        if "wgmma" not in name:
+            continue
+        for opcode in ("HGMMA", "UTMALDG"):
             if opcode not in body:
                 yield f"{name} has no {opcode} for 90a"
+        if (fences := body.count("MEMBAR.ALL.GPU")) > 2:
+            yield f"{name} has {fences} fences of the device for 90a"
 
 
 def check_symbols(undefined: str) -> Iterator[str]:

@@ -58,6 +58,10 @@ def test_hopper_kernels_use_its_instructions(checks):
     assert list(checks.check_hopper(sass)) == []
     missing = sass.replace("HGMMA.64x256", "HMMA")
     assert list(checks.check_hopper(missing)) == ["a_wgmma_kernel has no HGMMA for 90a"]
+    fenced = sass.replace("HGMMA", "MEMBAR.ALL.GPU " * 3 + "HGMMA")
+    assert list(checks.check_hopper(fenced)) == [
+        "a_wgmma_kernel has 3 fences of the device for 90a"
+    ]
 
 
 @pytest.mark.parametrize("code", ["C7508", "C7510", "C7511", "C7519"])

@@ -55,20 +55,20 @@ DEVICE void mbarrier_arrive_expect_tx(Mbarrier* bar, int bytes) {
                "r"(bytes)
                : "memory");
 }
+// Says that shared memory was read, orders no ordinary store: .release.cluster is a fence of the whole device,
+// and .acquire.cluster in the wait drops the L1, once a k-step in a pipeline.
 DEVICE void mbarrier_arrive_remote(Mbarrier* bar, int rank) {
   asm volatile(
       "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1; "
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(
-          shared_address(bar)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(bar)),
       "r"(rank)
       : "memory");
 }
-// .acquire.cluster: also orders what a peer did before its remote arrive.
 DEVICE void mbarrier_wait(Mbarrier* bar, int parity) {
   uint32_t done = 0;
   while (!done) {
     asm volatile(
-        "{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
         "selp.u32 %0, 1, 0, p; }"
         : "=r"(done)
         : "r"(shared_address(bar)), "r"(parity)
