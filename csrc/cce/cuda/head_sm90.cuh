@@ -99,16 +99,19 @@ DEVICE void strip_logits(Accumulators& acc, const HeadTma& p, int64_t first_colu
   const LogitMap& map = h.map;
   const bool capped = map.inv_cap > 0.0f;
   const float inverse = capped ? map.inv_cap : map.inv_t * kLog2E, unit = map.scale * inverse;
+  UNROLL
+  for (float& x : acc) x *= unit;
+  if (h.bias) {
+    UNROLL
+    for (int i = 0; i < wgmma::kColumns / 2; ++i) {
+      const int64_t v = first_column + wgmma::column_of(i / 4, i % 2);
+      acc[i] += h.bias[column_id(h, v < h.V ? v : h.V - 1)] *
+                inverse;  // what lies outside is replaced below
+    }
+  }
   float largest = 0.0f;
   UNROLL
-  for (int i = 0; i < wgmma::kColumns / 2; ++i) {
-    acc[i] *= unit;
-    if (h.bias) {
-      const int64_t v = first_column + wgmma::column_of(i / 4, i % 2);
-      if (v < h.V) acc[i] += h.bias[column_id(h, v)] * inverse;
-    }
-    largest = fmaxf(largest, fabsf(acc[i]));
-  }
+  for (const float x : acc) largest = fmaxf(largest, fabsf(x));
   if (capped && simt::any(largest > 1.0f)) {
     UNROLL
     for (float& x : acc) x = tanh_any(x) * (map.cap_over_t * kLog2E);
