@@ -327,6 +327,15 @@ CASE(cce_backward_wgmma) {
   o.order = false;
   gradients_match<simt::bf16>(o, {0x1p-2});
 }
+CASE(cce_fused_wgmma_of_a_narrow_cap) {
+  Options o;
+  o.N = 3;
+  o.V = 300;
+  o.D = 8;
+  o.temperature = 30;
+  o.softcap = 0.5;
+  fused_matches<simt::bf16>(o, true, 1e-2);
+}
 CASE(cce_fused_float) {
   Options o;
   o.N = 40;
