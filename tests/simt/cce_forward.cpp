@@ -189,6 +189,22 @@ CASE(cce_forward_label_outside) {
   EXPECT(std::isnan(run.nll[3]) && std::isnan(run.nll[4]) && !std::isnan(run.nll[6]));
   EXPECT(!std::isnan(run.lse[3]));
 }
+CASE(cce_forward_of_certain_rows) {
+  Options o;
+  o.spread = 60;
+  o.softcap = 0;
+  o.N = 130;
+  o.ignored = 0;
+  for (const bool hopper : {true, false}) {
+    simt::host::options.hopper = hopper;
+    Data<simt::bf16> d(o);
+    for (int64_t n = 0; n < o.N; ++n) {
+      d.targets[n] = std::max_element(d.s[n].begin(), d.s[n].end()) - d.s[n].begin();
+    }
+    const ForwardRun<simt::bf16> run(d, 0, false, false);
+    for (int64_t n = 0; n < o.N; ++n) EXPECT(run.nll[n] >= 0);
+  }
+}
 CASE(cce_forward_of_nan) {
   Options o;
   o.N = 9;
