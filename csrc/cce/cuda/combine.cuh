@@ -45,13 +45,13 @@ KERNEL void combine_kernel(CombineParams p) {
   const bool valid = row < *p.rows.count;
   float top = -kInfinity;
   int argmax = INT32_MAX;
-  for (int t = warp; t < p.tiles && row < p.N; t += kCombineWarps) {
+  for (int t = warp; t < p.tiles && !valid && row < p.N; t += kCombineWarps) {
+    const int64_t at = t * p.N + row;  // saved for the backward: no garbage
+    p.strips.max[at] = p.strips.sum[at] = p.strips.slope[at] = 0.0f;
+    if (p.strips.weighted) p.strips.weighted[at] = 0.0f;
+  }
+  for (int t = warp; t < p.tiles && valid; t += kCombineWarps) {
     const int64_t at = t * p.N + row;
-    if (!valid) {  // saved for the backward: no garbage
-      p.strips.max[at] = p.strips.sum[at] = p.strips.slope[at] = 0.0f;
-      if (p.strips.weighted) p.strips.weighted[at] = 0.0f;
-      continue;
-    }
     const float x = p.strips.max[at];
     if (p.out.argmax && x >= top) {
       argmax = x > top ? p.strips.argmax[at] : lesser(argmax, p.strips.argmax[at]);

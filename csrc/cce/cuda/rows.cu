@@ -9,7 +9,7 @@ struct RowsParams {
   Rows rows;
 };
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 1024;
 
 KERNEL void invert_order_kernel(RowsParams p) {
   const int64_t i = int64_t{simt::block_idx()} * kRowThreads + simt::thread_idx();
