@@ -73,7 +73,9 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
     if (b.out.dc) {
       launches.add(dc_kernel<T>, 2 * tiles * column_blocks, mma::kThreads, kTileShared, p);
     }
-    if (b.out.dbias) launches.add(dbias_kernel<T>, tiles, kTile, 0, p);
+    if (b.out.dbias) {
+      launches.add(dbias_kernel<T>, tiles * kSumParts, kSumThreads, kSumSharedBytes, p);
+    }
     if (b.out.de) {
       launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
       launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);

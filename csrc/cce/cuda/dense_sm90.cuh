@@ -5,7 +5,7 @@
 #pragma once
 
 #include "head_sm90.cuh"
-#include "plan.cuh"
+#include "strips.cuh"
 
 namespace gemma_ext::cce::cuda {
 
@@ -192,17 +192,17 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #endif
 }
 
-// A block per tile of the chunk, a thread per column.
+// kSumParts blocks per tile of the chunk.
 template <class T>
 KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
   if (is_filtered(p)) return;
   const Head& h = p.tma.head;
-  const int64_t position = (first_tile_of(p) + simt::block_idx()) * kTile + simt::thread_idx();
-  if (position >= h.V) return;
-  const T* strip =
-      static_cast<const T*>(p.strips) + simt::block_idx() * p.stride * kTile + simt::thread_idx();
-  float sum = 0.0f;
-  for (int r = 0; r < *p.tma.rows.count; ++r) sum += widen(strip[int64_t{r} * kTile]);
+  const int64_t tile = simt::block_idx() / kSumParts;
+  const float sum =
+      column_sum(static_cast<const T*>(p.strips) + tile * p.stride * kTile, *p.tma.rows.count);
+  const int64_t position = (first_tile_of(p) + tile) * kTile +
+                           simt::block_idx() % kSumParts * kSumColumns + simt::lane_idx();
+  if (simt::warp_idx() > 0 || position >= h.V) return;
   p.out.dbias[position] = sum * p.unit[0] / h.map.scale;
 }
 
@@ -243,7 +243,10 @@ void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
       add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.chunk_tiles} * p.slices, p);
     }
     if (p.out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
-    if (p.out.dbias) launches.add(dense_dbias_kernel<T>, p.chunk_tiles, kTile, 0, p);
+    if (p.out.dbias) {
+      launches.add(dense_dbias_kernel<T>, p.chunk_tiles * kSumParts, kSumThreads, kSumSharedBytes,
+                   p);
+    }
   }
 }
 

@@ -144,18 +144,17 @@ void dc_kernel(GradientParams p) {
   }
 }
 
-// A block per tile of the chunk, a thread per column.
+// kSumParts blocks per tile of the chunk.
 template <class T>
 KERNEL void dbias_kernel(GradientParams p) {
   const Plan& plan = p.plan;
-  const int64_t index = plan.chunk_tile[p.chunk] + simt::block_idx();
+  const int64_t index = plan.chunk_tile[p.chunk] + simt::block_idx() / kSumParts;
   if (index >= plan.chunk_tile[p.chunk + 1]) return;
-  const int64_t position = index * kTile + simt::thread_idx();
-  if (position >= p.head.V) return;
-  const T* strip = static_cast<const T*>(p.plan.strips) + int64_t{plan.begin[index]} * kTile +
-                   simt::thread_idx();
-  float sum = 0.0f;
-  for (int k = 0; k < plan.count[index]; ++k) sum += widen(strip[int64_t{k} * kTile]);
+  float sum = column_sum(static_cast<const T*>(plan.strips) + int64_t{plan.begin[index]} * kTile,
+                         plan.count[index]);
+  const int64_t position =
+      index * kTile + simt::block_idx() % kSumParts * kSumColumns + simt::lane_idx();
+  if (simt::warp_idx() > 0 || position >= p.head.V) return;
   if (eps_of(p.summary) != 0) sum += p.profile[position] * plan.bias_push[index];
   p.out.dbias[column_id(p.head, position)] = sum * plan.unit[0] / p.head.map.scale;
 }

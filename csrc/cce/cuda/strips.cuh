@@ -80,4 +80,22 @@ void strip_gradient_kernel(ChunkParams p) {
   }
 }
 
+// Sums of the columns of a tile's strips, a block per 32 of them; warp 0 gets them, a column per lane.
+constexpr int kSumColumns = simt::kWarpSize, kSumParts = kTile / kSumColumns, kSumWarps = 8;
+constexpr int kSumThreads = kSumWarps * simt::kWarpSize;
+constexpr int kSumSharedBytes = kSumThreads * sizeof(float);
+
+template <class T>
+DEVICE float column_sum(const T* strips, int count) {
+  float* s_sum = simt::shared<float>();
+  const int warp = simt::warp_idx(), lane = simt::lane_idx();
+  const T* column = strips + simt::block_idx() % kSumParts * kSumColumns + lane;
+  float sum = 0.0f;
+  for (int k = warp; k < count; k += kSumWarps) sum += widen(column[int64_t{k} * kTile]);
+  s_sum[simt::thread_idx()] = sum;
+  simt::sync_block();
+  for (int w = 1; w < kSumWarps && warp == 0; ++w) sum += s_sum[w * simt::kWarpSize + lane];
+  return sum;
+}
+
 }  // namespace gemma_ext::cce::cuda
