@@ -164,6 +164,7 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
   const Head& h = p.tma.head;
   const int count = *p.tma.rows.count, items = pairs_of(count) * p.slices;
   const int first_column = first_tile_of(p) * kTile;
+  const float unit = p.unit[0];
   const bool first = p.chunk == 0, last = first_tile_of(p) + tiles_of(p) == p.tiles;
   wgmma::run<T, kK, kMn>(
       p.g_rows_map, p.c_map, items, tiles_of(p) * kTileSteps,
@@ -174,20 +175,33 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
                 first_column + step * wgmma::kDepth, item % p.slices * kTile};
       },
       [&](int item, Accumulators& acc) {
-        each_pair([&](int half, int block) {
+        const int64_t first_d = item % p.slices * kTile;
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
           const int64_t row = first_row_of(item / p.slices) + wgmma::row_of(half);
-          const int64_t d = item % p.slices * kTile + wgmma::column_of(block, 0);
-          if (row >= count || d >= h.D) return;
-          float* sum = p.de_sum + row * h.D + d;
-          const float x = acc[4 * block + 2 * half] + (first ? 0.0f : sum[0]);
-          const float y = acc[4 * block + 2 * half + 1] + (first ? 0.0f : sum[1]);
-          if (last) {
-            T* to = static_cast<T*>(p.out.de) + p.tma.rows.row[row] * h.D + d;
-            store_pair(to, x * p.unit[0], y * p.unit[0]);
-          } else {
-            store_pair(sum, x, y);
+          if (row >= count) continue;
+          float* sum = p.de_sum + row * h.D;
+          if (!first) {  // all loads at once: what lies outside of D is not stored
+            UNROLL
+            for (int block = 0; block < kTile / 8; ++block) {
+              const int64_t d = first_d + wgmma::column_of(block, 0);
+              acc[4 * block + 2 * half] += sum[d < h.D ? d : 0];
+              acc[4 * block + 2 * half + 1] += sum[d < h.D ? d + 1 : 0];
+            }
           }
-        });
+          T* to = static_cast<T*>(p.out.de) + p.tma.rows.row[row] * h.D;
+          UNROLL
+          for (int block = 0; block < kTile / 8; ++block) {
+            const int64_t d = first_d + wgmma::column_of(block, 0);
+            const float x = acc[4 * block + 2 * half], y = acc[4 * block + 2 * half + 1];
+            if (d >= h.D) continue;
+            if (last) {
+              store_pair(to + d, x * unit, y * unit);
+            } else {
+              store_pair(sum + d, x, y);
+            }
+          }
+        }
       });
 #endif
 }
