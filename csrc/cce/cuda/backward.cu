@@ -68,10 +68,11 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
     p.chunk = chunk;
     launches.add(list_kernel, tiles, kPlanThreads, 0, {plan, chunk});
     const int64_t halves = 2 * tiles * row_blocks;  // at most
-    launches.add(strip_gradient_kernel<T>, std::min<int64_t>(halves, kStripBlocks), mma::kThreads,
+    launches.add(strip_gradient_kernel<T>, taking_turns(halves), mma::kThreads,
                  kStripSharedBytes<T>, {h, plan, chunk});
     if (b.out.dc) {
-      launches.add(dc_kernel<T>, 2 * tiles * column_blocks, mma::kThreads, kTileShared, p);
+      launches.add(dc_kernel<T>, taking_turns(2 * tiles * column_blocks), mma::kThreads,
+                   kTileShared, p);
     }
     if (b.out.dbias) {
       launches.add(dbias_kernel<T>, tiles * kSumParts, kSumThreads, kSumSharedBytes, p);
@@ -82,8 +83,7 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
     }
     for (int slice = 0; chunk < plan.sparse_chunks && slice * kSlice < h.D; ++slice) {
       const SliceParams slices{h, plan, m.de_sum, chunk, slice};
-      launches.add(parts_kernel<T>, std::min<int64_t>(halves, kStripBlocks), mma::kThreads,
-                   kTileShared, slices);
+      launches.add(parts_kernel<T>, taking_turns(halves), mma::kThreads, kTileShared, slices);
       launches.add(add_parts_kernel, h.N, kPlanThreads, sizeof(RowSlots), slices);
     }
   }

@@ -98,48 +98,53 @@ void push_kernel(GradientParams p) {
   });
 }
 
-// A block per half tile of the chunk and 128 columns of D.
+// A unit is a half tile of the chunk and 128 columns of D.
 template <class T>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void dc_kernel(GradientParams p) {
   const Plan& plan = p.plan;
-  const int half = simt::block_idx() / p.column_blocks % 2;
-  const int64_t index = plan.chunk_tile[p.chunk] + simt::block_idx() / p.column_blocks / 2;
-  if (index >= plan.chunk_tile[p.chunk + 1]) return;
-  const int64_t first_column = index * kTile + half * kHalf;
-  const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = p.head.D;
-  const int64_t begin = plan.begin[index];
-  const int count = plan.count[index];
-  const T* strips = static_cast<const T*>(p.plan.strips) + begin * kTile + half * kHalf;
-  const T* e = static_cast<const T*>(p.head.e);
-  const int* list_row = plan.list_row + begin;
-  mma::Tile<T> tile;
-  tile.clear();
-  tile.template multiply<simt::Major::kMn, simt::Major::kMn>(
-      count, [&](int at, int k) { return k < count ? strips + int64_t{k} * kTile + at : nullptr; },
-      [&](int at, int k) {
-        return k < count && d0 + at < D ? e + int64_t{list_row[k]} * p.head.e_stride + d0 + at
-                                        : nullptr;
-      },
-      simt::shared<T>());
-  const bool pushed = eps_of(p.summary) != 0;
-  const float unit = plan.unit[0];
-  UNROLL
-  for (int r = 0; r < 8; ++r) {
-    const int64_t position = first_column + mma::Tile<T>::row_of(r / 2, r % 2);
-    if (position >= p.head.V) continue;
-    T* to = static_cast<T*>(p.out.dc) + int64_t{column_id(p.head, position)} * D;
-    const float share = pushed ? p.profile[position] : 0.0f;
+  const int first_tile = plan.chunk_tile[p.chunk];
+  const int units = (plan.chunk_tile[p.chunk + 1] - first_tile) * 2 * p.column_blocks;
+  NO_UNROLL
+  for (int unit = simt::block_idx(); unit < units; unit += simt::grid_dim()) {
+    const int half = unit / p.column_blocks % 2;
+    const int64_t index = first_tile + unit / p.column_blocks / 2;
+    const int64_t first_column = index * kTile + half * kHalf;
+    const int64_t d0 = unit % p.column_blocks * mma::kSide, D = p.head.D;
+    const int64_t begin = plan.begin[index];
+    const int count = plan.count[index];
+    const T* strips = static_cast<const T*>(p.plan.strips) + begin * kTile + half * kHalf;
+    const T* e = static_cast<const T*>(p.head.e);
+    const int* list_row = plan.list_row + begin;
+    mma::Tile<T> tile;
+    tile.clear();
+    tile.template multiply<simt::Major::kMn, simt::Major::kMn>(
+        count,
+        [&](int at, int k) { return k < count ? strips + int64_t{k} * kTile + at : nullptr; },
+        [&](int at, int k) {
+          return k < count && d0 + at < D ? e + int64_t{list_row[k]} * p.head.e_stride + d0 + at
+                                          : nullptr;
+        },
+        simt::shared<T>());
+    const bool pushed = eps_of(p.summary) != 0;
+    const float size = plan.unit[0];
     UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t d = d0 + mma::Tile<T>::column_of(j, 0);
-      if (d >= D) continue;
-      float x = tile.acc[r / 2][j][r % 2 * 2], y = tile.acc[r / 2][j][r % 2 * 2 + 1];
-      if (pushed) {
-        x += share * p.push[index * D + d];
-        y += share * p.push[index * D + d + 1];
+    for (int r = 0; r < 8; ++r) {
+      const int64_t position = first_column + mma::Tile<T>::row_of(r / 2, r % 2);
+      if (position >= p.head.V) continue;
+      T* to = static_cast<T*>(p.out.dc) + int64_t{column_id(p.head, position)} * D;
+      const float share = pushed ? p.profile[position] : 0.0f;
+      UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int64_t d = d0 + mma::Tile<T>::column_of(j, 0);
+        if (d >= D) continue;
+        float x = tile.acc[r / 2][j][r % 2 * 2], y = tile.acc[r / 2][j][r % 2 * 2 + 1];
+        if (pushed) {
+          x += share * p.push[index * D + d];
+          y += share * p.push[index * D + d + 1];
+        }
+        store_pair(to + d, x * size, y * size);
       }
-      store_pair(to + d, x * unit, y * unit);
     }
   }
 }

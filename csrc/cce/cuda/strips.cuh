@@ -27,7 +27,12 @@ DEVICE int tile_of_task(const Plan& plan, int chunk, int task) {
   return low;
 }
 
-constexpr int kStripBlocks = 2048;  // a few waves of any card; each takes every 2048th half task
+// Grid of a kernel whose blocks take turns over at most `most` units: only the device knows how many.
+inline int64_t taking_turns(int64_t most) {
+  constexpr int kBlocks = 16;  // per multiprocessor, 8 or 16 waves
+  const int64_t blocks = int64_t{kBlocks} * simt::device().multiprocessors;
+  return most < blocks ? most : blocks;
+}
 
 template <class T>
 constexpr int kStripSharedBytes = kHeadSharedBytes<T> + kBlockRows * sizeof(Coefficients);
