@@ -29,8 +29,10 @@ struct ForwardMemory {
     if (f.out.argmax) strips.argmax = memory.take<int>(plane);
     if (by_wgmma(f.head)) {
       e = memory.take<uint16_t>(f.head.N * f.head.D);
-      if (f.head.order)
-        ordered = memory.take<uint16_t>(ordered_tiles(f.head, f.copy_bytes) * kTile * f.head.D);
+      if (f.head.order) {
+        const int64_t columns = int64_t{ordered_tiles(f.head, f.copy_bytes)} * kTile;
+        ordered = memory.take<uint16_t>(columns * (f.head.D + 2));  // and the bias
+      }
     }
     tallies = memory.take<double>(blocks * kValues);
   }

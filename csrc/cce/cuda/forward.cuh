@@ -96,8 +96,7 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
 }
 
-// The lane that holds the logit of a row's label writes it, rounded as the maximum is: nll >= 0. The tile
-// holds s log2(e).
+// The lane that holds the logit of a row's label writes it, rounded as the maximum is: nll >= 0.
 template <class T>
 DEVICE void write_targets(const mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
                           float* target) {
@@ -115,7 +114,7 @@ DEVICE void write_targets(const mma::Tile<T>& tile, const SharedHead<T>& s, int6
     UNROLL
     for (int i = 0; i < 8; ++i) {
       if (s.position[row] == first_column + mma::Tile<T>::column_of(i / 2, i % 2)) {
-        target[row] = tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2] * kLn2;
+        target[row] = tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2] * kLog2E * kLn2;
       }
     }
   }
@@ -139,10 +138,10 @@ void strip_stats_kernel(StripParams p) {
     name_columns(s, p.head, first_column);
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
+    write_targets(tile, s, first_column, p.target + first_row);
     tile.each([&](int, int column, float& x) {
       x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
     });
-    write_targets(tile, s, first_column, p.target + first_row);
     UNROLL
     for (int r = 0; r < 8; ++r) {
       const auto column = [](int i) { return mma::Tile<T>::column_of(i / 2, i % 2); };

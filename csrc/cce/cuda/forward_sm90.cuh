@@ -56,7 +56,8 @@ void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
 
 struct OrderedParams {
   Head head;
-  void* c;  // [tiles, kTile, D] in the order of the vocabulary
+  void* c;      // [tiles, kTile, D] in the order of the vocabulary
+  float* bias;  // [tiles, kTile]
   int first_tile;
 };
 
@@ -68,6 +69,9 @@ KERNEL void gather_c_kernel(OrderedParams p) {
                                      int64_t{column_id(p.head, v)} * p.head.c_stride
                                : nullptr;
   copy_row(static_cast<T*>(p.c) + simt::block_idx() * D, from, D);
+  if (p.head.bias && simt::thread_idx() == 0) {
+    p.bias[simt::block_idx()] = from ? p.head.bias[column_id(p.head, v)] : 0.0f;
+  }
 }
 
 // Tiles copied at a time for another order.
@@ -86,11 +90,13 @@ void add_strips_wgmma(Launches& launches, const StripParams& strips, void* e, vo
     return add_wgmma(launches, strip_stats_wgmma_kernel<T>, pairs * strips.tiles, p);
   }
   const int step = ordered_tiles(h, copy_bytes);
+  float* bias = reinterpret_cast<float*>(static_cast<T*>(ordered) + int64_t{step} * kTile * h.D);
+  if (h.bias) p.tma.bias = bias;
   for (int first = 0; first < strips.tiles; first += step) {
     p.tma.first_tile = first;
     p.tma.tiles = step < strips.tiles - first ? step : strips.tiles - first;
     const int64_t rows = int64_t{p.tma.tiles} * kTile;
-    launches.add(gather_c_kernel<T>, rows, kCopyThreads, 0, {h, ordered, first});
+    launches.add(gather_c_kernel<T>, rows, kCopyThreads, 0, {h, ordered, bias, first});
     launches.check(wgmma::make_map<T, simt::Major::kK>(&p.tma.c_map, ordered, rows, h.D, h.D));
     add_wgmma(launches, strip_stats_wgmma_kernel<T>, pairs * p.tma.tiles, p);
   }

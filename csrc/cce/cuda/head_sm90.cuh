@@ -17,7 +17,8 @@ struct HeadTma {
   SmallTanh tanh;  // to s log2(e)
   void* e;         // [N, D] the valid rows, then zeros
   simt::TensorMap e_map, c_map;
-  int first_tile, tiles;  // what c_map spans
+  const float* bias;      // of the columns that c_map spans, or null
+  int first_tile, tiles;  // of these
 };
 
 inline bool by_wgmma(const Head& h) {
@@ -49,15 +50,15 @@ KERNEL void gather_e_kernel(const GRID_CONSTANT HeadTma p) {
 template <class T>
 HeadTma gather_e(Launches& launches, const Head& h, const Rows& rows, void* e) {
   constexpr simt::Major kK = simt::Major::kK;
-  HeadTma p{h,  rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {},
-            {}, 0,    static_cast<int>(tiles_of(h.V))};
+  HeadTma p{h,      rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {},
+            h.bias, 0,    static_cast<int>(tiles_of(h.V))};
   launches.check(wgmma::make_map<T, kK>(&p.e_map, e, h.N, h.D, h.D));
   launches.check(wgmma::make_map<T, kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
   launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
   return p;
 }
 
-// A persistent grid for at most `items`.
+// A persistent grid for at most `items`; a device that runs sm_90a has at least one cluster.
 template <class Params>
 void add_wgmma(Launches& launches, void (*kernel)(Params), int64_t items,
                const std::type_identity_t<Params>& params) {
@@ -101,12 +102,12 @@ DEVICE void strip_logits(Accumulators& acc, const HeadTma& p, int64_t first_colu
   const float inverse = capped ? map.inv_cap : map.inv_t * kLog2E, unit = map.scale * inverse;
   UNROLL
   for (float& x : acc) x *= unit;
-  if (h.bias) {
+  if (p.bias) {
+    const int first = p.first_tile * kTile, last = static_cast<int>(h.V) - 1;
     UNROLL
     for (int i = 0; i < wgmma::kColumns / 2; ++i) {
-      const int64_t v = first_column + wgmma::column_of(i / 4, i % 2);
-      acc[i] += h.bias[column_id(h, v < h.V ? v : h.V - 1)] *
-                inverse;  // what lies outside is replaced below
+      const int v = static_cast<int>(first_column) + wgmma::column_of(i / 4, i % 2);
+      acc[i] += p.bias[(v < last ? v : last) - first] * inverse;  // outside is replaced below
     }
   }
   float largest = 0.0f;

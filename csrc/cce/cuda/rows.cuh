@@ -39,9 +39,12 @@ DEVICE int block_rank(bool flag, int* s_counts, int& total) {
   return rank;
 }
 
-// Vocabulary id at a position of the tiled vocabulary.
+// Vocabulary id at a position of the tiled vocabulary; what is no permutation leads to wrong numbers, never
+// out of bounds.
 DEVICE int column_id(const Head& h, int64_t position) {
-  return static_cast<int>(h.order ? h.order[position] : position);
+  if (!h.order) return static_cast<int>(position);
+  const int64_t id = h.order[position];
+  return id >= 0 && id < h.V ? static_cast<int>(id) : 0;
 }
 
 DEVICE int lesser(int a, int b) { return a < b ? a : b; }
