@@ -161,7 +161,8 @@ void gradients_match(const Options& options, const Request& q) {
 }
 
 template <class T>
-void fused_matches(const Options& options, bool gradients, double tolerance) {
+void fused_matches(const Options& options, bool gradients, double tolerance,
+                   int64_t strip_bytes = 1) {
   Data<T> d(options);
   d.remember();
   Upstreams up(d.o.N);
@@ -187,7 +188,7 @@ void fused_matches(const Options& options, bool gradients, double tolerance) {
   f.nll = nll.data();
   f.lse = lse.data();
   if (gradients) f.out = {de.data(), dc.data(), dbias.data()};
-  f.strip_bytes = 1;
+  f.strip_bytes = strip_bytes;
   cce_test::Workspace workspace(cuda::fused_workspace(f));
   f.workspace = workspace.data();
   EXPECT(cuda::fused(f, nullptr) == cuda::Status{});
@@ -327,6 +328,19 @@ CASE(cce_backward_wgmma) {
   o = peaked();
   o.order = false;
   gradients_match<simt::bf16>(o, {0x1p-2});
+}
+// All strips fit: the forward leaves them.
+CASE(cce_fused_in_three_products) {
+  Options o;
+  o.N = 300;
+  o.D = 72;
+  o.spread = 20;
+  fused_matches<simt::bf16>(o, true, 1e-2, 1 << 20);
+  o.softcap = 0;
+  o.N = 130;
+  fused_matches<simt::f16>(o, true, 2e-3, 1 << 20);
+  o.ignored = 1;
+  fused_matches<simt::f16>(o, true, 0, 1 << 20);
 }
 CASE(cce_fused_wgmma_of_a_narrow_cap) {
   Options o;

@@ -18,6 +18,7 @@ struct Dense {
   float* de_sum{};  // [N, D]
   Gradients out{};
   const double* summary{};  // of the forward, or null: nothing is done where it says to filter
+  const float* max{};       // [tiles, N] of a forward that kept its strips, or null
   int64_t stride{};         // rows of a tile, whole blocks
   int tiles{}, chunk_tiles{}, slices{};
   int chunk{};
@@ -31,16 +32,6 @@ DEVICE bool is_filtered(const Dense& p) { return eps_of(p.summary) != 0; }
 DEVICE int first_tile_of(const Dense& p) { return p.chunk * p.chunk_tiles; }
 DEVICE int tiles_of(const Dense& p) { return lesser(p.chunk_tiles, p.tiles - first_tile_of(p)); }
 
-// Two neighbours of a row of the accumulators at f(half, block): registers 4 block + 2 half and the next.
-template <class F>
-DEVICE void each_pair(F f) {
-  UNROLL
-  for (int half = 0; half < 2; ++half) {
-    UNROLL
-    for (int block = 0; block < kTile / 8; ++block) f(half, block);
-  }
-}
-
 #if defined(SIMT_HOPPER)
 // kGeneral: rows have a q or a class coefficient.
 template <class T, bool kGeneral>
@@ -50,7 +41,6 @@ DEVICE void dense_strips(const Dense& p) {
   const Rows& rows = p.tma.rows;
   const int count = *rows.count, pairs = pairs_of(count), first_tile = first_tile_of(p);
   const float unscale = h.map.scale * h.map.inv_t / p.unit[0], t = h.map.t_over_cap * kLn2;
-  const bool capped = h.map.inv_cap > 0.0f;
   head_products<T>(
       p.tma, pairs * tiles_of(p),
       [&](int item) {
@@ -88,17 +78,13 @@ DEVICE void dense_strips(const Dense& p) {
               }
             }
             if (label == column) g -= b;
-            x = capped ? g * (1.0f - x * t * (x * t)) : g;
+            const float u = fmaxf(x, -1e30f) * t;  // t = 0 without a cap, where x may be -inf
+            x = g * (1.0f - u * u);
           }
         }
         T* strips =
             static_cast<T*>(p.strips) + ((tile - first_tile) * p.stride + first_row) * kTile;
-        each_pair([&](int half, int block) {
-          const int row = wgmma::row_of(half);
-          if (first_row + row >= p.stride) return;
-          store_pair(strips + row * kTile + wgmma::column_of(block, 0), acc[4 * block + 2 * half],
-                     acc[4 * block + 2 * half + 1]);
-        });
+        store_strips(acc, strips, static_cast<int>(p.stride) - first_row);
       });
 }
 #endif
@@ -220,6 +206,31 @@ KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
   p.out.dbias[position] = sum * p.unit[0] / h.map.scale;
 }
 
+// Strips of a forward, exp(s - max) ds/da T, become scale G / unit in place; a warp per row of a tile. The
+// label's entry is made in fp32: of a rounded p near 1 nothing would be left of p - 1.
+constexpr int kScaleRows = kPlanThreads / simt::kWarpSize;
+
+template <class T>
+KERNEL void scale_strips_kernel(const GRID_CONSTANT Dense p) {
+  const Head& h = p.tma.head;
+  const int64_t blocks = p.stride / kScaleRows, tile = simt::block_idx() / blocks;
+  const int64_t row = simt::block_idx() % blocks * kScaleRows + simt::warp_idx();
+  if (row >= *p.tma.rows.count) return;
+  const Coefficients& c = p.row[row];
+  const float unscale = h.map.scale * h.map.inv_t / p.unit[0], top = p.max[tile * h.N + row];
+  const float factor = exp_of((top == -kInfinity ? 0.0f : top) - c.lse) * c.a * unscale;
+  T* strip = static_cast<T*>(p.strips) + (tile * p.stride + row) * kTile;
+  UNROLL
+  for (int i = 2 * simt::lane_idx(); i < kTile; i += 2 * simt::kWarpSize) {
+    store_pair(strip + i, widen(strip[i]) * factor, widen(strip[i + 1]) * factor);
+  }
+  const int64_t label = p.tma.rows.position[row] - tile * kTile;
+  simt::sync_warp();
+  if (simt::lane_idx() != 0 || label < 0 || label >= kTile) return;
+  const float t = (c.lse - c.nll) * h.map.t_over_cap;
+  strip[label] = narrow<T>((expf(-c.nll) * c.a - c.b) * (1.0f - t * t) * unscale);
+}
+
 // Bytes of strips in one chunk, and its tiles.
 struct DenseChunk {
   int64_t stride, bytes;
@@ -250,9 +261,13 @@ void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
   launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, p.strips, strips, kTile, kTile));
   launches.check(wgmma::make_map<T, kMn>(&p.c_map, h.c, h.V, h.D, h.c_stride));
   for (p.chunk = 0; p.chunk * p.chunk_tiles < p.tiles; ++p.chunk) {
-    add_wgmma(launches,
-              general ? dense_general_strips_wgmma_kernel<T> : dense_strips_wgmma_kernel<T>,
-              pairs * p.chunk_tiles, p);
+    if (p.max) {
+      launches.add(scale_strips_kernel<T>, p.tiles * (p.stride / kScaleRows), kPlanThreads, 0, p);
+    } else {
+      add_wgmma(launches,
+                general ? dense_general_strips_wgmma_kernel<T> : dense_strips_wgmma_kernel<T>,
+                pairs * p.chunk_tiles, p);
+    }
     if (p.out.dc) {
       add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.chunk_tiles} * p.slices, p);
     }

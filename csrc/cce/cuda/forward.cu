@@ -58,7 +58,7 @@ Status forward(const Forward& f, Stream stream) {
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (!std::is_same_v<T, float>) {
-      if (by_wgmma(h)) return add_strips_wgmma<T>(launches, strips, m.e, m.ordered, f.copy_bytes);
+      if (by_wgmma(h)) return add_strips_wgmma<T>(launches, f, strips, m.e, m.ordered);
     }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,
                  kHeadSharedBytes<T>, strips);

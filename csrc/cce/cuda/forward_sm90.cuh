@@ -11,9 +11,13 @@ namespace gemma_ext::cce::cuda {
 struct StripTmaParams {
   StripParams strips;
   HeadTma tma;
+  void* kept;  // Forward::strips
+  int kept_rows;
 };
 
-DEVICE void write_strips(const Accumulators& acc, const StripParams& p, int64_t first_row, int tile,
+// acc becomes exp(s - max) ds/da T, if that is kept.
+template <bool kKeep>
+DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_row, int tile,
                          int count) {
   const int64_t first_column = int64_t{tile} * kTile;
   UNROLL
@@ -33,13 +37,22 @@ DEVICE void write_strips(const Accumulators& acc, const StripParams& p, int64_t 
       }
     }
     if (simt::lane_idx() % 4 == 0 && row < count) write_sums(p, tile, row, sums);
+    if constexpr (kKeep) {
+      const float base = sums.max == -kInfinity ? 0.0f : sums.max * kLog2E;
+      const float t = p.head.map.t_over_cap * kLn2;
+      UNROLL
+      for (int i = 0; i < wgmma::kColumns / 4; ++i) {
+        float& x = acc[i / 2 * 4 + half * 2 + i % 2];
+        const float e = row < count ? simt::exp2_approx(x - base) : 0.0f;
+        x = p.head.map.inv_cap > 0.0f ? e * (1.0f - x * t * (x * t)) : e;
+      }
+    }
   }
 }
 
-template <class T>
-KERNEL_BOUNDS(wgmma::kThreads, 1)
-void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
+template <class T, bool kKeep>
+DEVICE void strip_stats(const StripTmaParams& p) {
   const int count = *p.strips.rows.count, pairs = pairs_of(count), tiles = p.tma.tiles;
   head_products<T>(
       p.tma, pairs * tiles,
@@ -47,10 +60,30 @@ void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
         const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles);
         return Raster{at.row_block, p.tma.first_tile + at.tile};
       },
-      [&](int64_t first_row, int tile, Accumulators& acc) {
+      [&](int first_row, int tile, Accumulators& acc) {
         strip_logits<T>(acc, p.tma, int64_t{tile} * kTile);
-        write_strips(acc, p.strips, first_row, tile, count);
+        write_strips<kKeep>(acc, p.strips, first_row, tile, count);
+        if constexpr (kKeep) {
+          T* kept = static_cast<T*>(p.kept) + (int64_t{tile} * p.kept_rows + first_row) * kTile;
+          store_strips(acc, kept, p.kept_rows - first_row);
+        }
       });
+}
+#endif
+
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
+#if defined(SIMT_HOPPER)
+  strip_stats<T, false>(p);
+#endif
+}
+
+template <class T>
+KERNEL_BOUNDS(wgmma::kThreads, 1)
+void keep_strips_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
+#if defined(SIMT_HOPPER)
+  strip_stats<T, true>(p);
 #endif
 }
 
@@ -81,15 +114,17 @@ inline int ordered_tiles(const Head& h, int64_t copy_bytes) {
 }
 
 template <class T>
-void add_strips_wgmma(Launches& launches, const StripParams& strips, void* e, void* ordered,
-                      int64_t copy_bytes) {
+void add_strips_wgmma(Launches& launches, const Forward& f, const StripParams& strips, void* e,
+                      void* ordered) {
   const Head& h = strips.head;
   const int64_t pairs = ceil_div(h.N, kPairRows);
-  StripTmaParams p{strips, gather_e<T>(launches, h, strips.rows, e)};
+  StripTmaParams p{strips, gather_e<T>(launches, h, strips.rows, e), f.strips,
+                   static_cast<int>(f.strip_rows)};
   if (!h.order) {
-    return add_wgmma(launches, strip_stats_wgmma_kernel<T>, pairs * strips.tiles, p);
+    return add_wgmma(launches, f.strips ? keep_strips_wgmma_kernel<T> : strip_stats_wgmma_kernel<T>,
+                     pairs * strips.tiles, p);
   }
-  const int step = ordered_tiles(h, copy_bytes);
+  const int step = ordered_tiles(h, f.copy_bytes);
   float* bias = reinterpret_cast<float*>(static_cast<T*>(ordered) + int64_t{step} * kTile * h.D);
   if (h.bias) p.tma.bias = bias;
   for (int first = 0; first < strips.tiles; first += step) {

@@ -73,6 +73,27 @@ DEVICE int pairs_of(int count) { return (count + kPairRows - 1) / kPairRows; }
 
 using Accumulators = float[wgmma::kColumns / 2];
 
+// Two neighbours of a row of the accumulators at f(half, block): registers 4 block + 2 half and the next.
+template <class F>
+DEVICE void each_pair(F f) {
+  UNROLL
+  for (int half = 0; half < 2; ++half) {
+    UNROLL
+    for (int block = 0; block < kTile / 8; ++block) f(half, block);
+  }
+}
+
+// Of the block's 128 rows of a tile those below `rows`, to [rows, kTile].
+template <class T>
+DEVICE void store_strips(const Accumulators& acc, T* to, int rows) {
+  each_pair([&](int half, int block) {
+    const int row = wgmma::row_of(half);
+    if (row >= rows) return;
+    store_pair(to + row * kTile + wgmma::column_of(block, 0), acc[4 * block + 2 * half],
+               acc[4 * block + 2 * half + 1]);
+  });
+}
+
 #if defined(SIMT_HOPPER)
 // Products of e and c: f(pair, tile, acc) with e.c in acc, for `items` items that at(item) turns into
 // pair and tile.

@@ -46,6 +46,10 @@ struct Forward {
   double* summary;     // [4]: kept fraction, dropped mass (mean, max), eps
   double eps;          // 0: keep all, kAutoEps: choose; looked at with stats only
   int64_t copy_bytes;  // bound on the copy of tiles of c in another order; at least one is held
+  // Where set, room for [tiles, strip_rows, kTile] in the head's dtype: exp(s - max) ds/da T of compact rows,
+  // zero behind the last; a 16-bit head in its own order on Hopper only.
+  void* strips;
+  int64_t strip_rows;
   void* workspace;
 };
 

@@ -16,7 +16,7 @@ namespace gemma_ext::cce::cuda {
 
 // G[n, v] = (p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da
 struct Coefficients {
-  float lse, mean, a, b, q, class_coef, scale, label_prob;
+  float lse, a, b, nll, mean, q, class_coef, scale;
 };
 
 constexpr int kPlanThreads = 256;
@@ -115,7 +115,7 @@ KERNEL void coefficients_kernel(CoefficientParams p) {
   const int from = p.rows.row[r];
   Coefficients c{};
   c.lse = p.up.lse[from];
-  c.label_prob = expf(-p.up.nll[from]);
+  c.nll = p.up.nll[from];
   c.b = p.up.d_nll[from];
   c.a = c.b + (p.lse2_coef ? 2.0f * p.lse2_coef[from] * c.lse : p.up.d_lse[from]);
   if (p.up.d_mean) {
@@ -196,7 +196,7 @@ KERNEL void keep_kernel(PlanParams p) {
       kept = !(peak * bound < threshold);
       const int position = plan.rows.position[r];
       if (!kept && position >= 0 && position / kTile == tile) {
-        kept = !(fabsf(c.a * c.label_prob - c.b) < threshold);
+        kept = !(fabsf(c.a * expf(-c.nll) - c.b) < threshold);
       }
       if (!kept) {
         float coef = c.a;
