@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from tiny_models import VOCAB, assert_same_training, build, clone, gemma2
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -216,7 +216,7 @@ def test_sft_trainer_trains_an_adapter_on_the_head(impl, tmp_path):
     adapter = LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
     trainer = supervised(gemma2(tie_word_embeddings=False), tmp_path)
     trl_patch.patch(trainer, impl=impl)
-    trainer.model.add_adapter(adapter)
+    inject_adapter_in_model(adapter, trainer.model)
     assert any("lora_B" in name for name in run(trainer).gradients)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from toolchain import CSRC, HERE, find_cuobjdump
@@ -46,17 +47,19 @@ DEVICE_CODE = {
 }
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("case", CASES)
-def test_case(checker, case, seed):
-    ran = subprocess.run(
-        [checker, "--case", case, "--seed", str(seed)], capture_output=True, text=True, timeout=60
-    )
-    if case.startswith("asan_"):
-        assert ran.returncode != 0
-        assert "AddressSanitizer: heap-buffer-overflow" in ran.stderr
-    else:
-        assert ran.returncode == 0, ran.stderr
+def test_case(checker, case):
+    def run(seed):
+        command = [checker, "--case", case, "--seed", str(seed)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    with ThreadPoolExecutor() as side_by_side:
+        for seed, ran in zip(SEEDS, side_by_side.map(run, SEEDS), strict=True):
+            if case.startswith("asan_"):
+                assert ran.returncode != 0, f"seed {seed}"
+                assert "AddressSanitizer: heap-buffer-overflow" in ran.stderr, f"seed {seed}"
+            else:
+                assert ran.returncode == 0, f"seed {seed}: {ran.stderr}"
 
 
 def test_every_case_is_run(checker):
