@@ -1,5 +1,6 @@
 """`_C_cuda.so` beside `_C.so`: optional, its absence explained, its options read by setup.py."""
 
+import json
 import os
 import runpy
 import shutil
@@ -9,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import cmake
+import ninja
 import pytest
 import torch
 
@@ -238,3 +241,22 @@ def test_unknown_choice_is_refused(root):
     )
     assert done.returncode == 1
     assert done.stderr.strip() == "GEMMA_EXT_CUDA: expected AUTO, ON or OFF, got MAYBE"
+
+
+@pytest.mark.parametrize(("archs", "chosen"), [("80;90a", True), ("80;90;90-virtual", False)])
+def test_hopper_is_chosen_only_where_its_code_is_built(root, tmp_path, archs, chosen):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("needs nvcc")
+    configure = [
+        Path(cmake.CMAKE_BIN_DIR) / "cmake", "-S", root, "-B", tmp_path, "-G", "Ninja",
+        f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
+        f"-DGEMMA_EXT_TORCH_DIR={Path(torch.__file__).parent}",
+        "-DGEMMA_EXT_HOST=OFF", "-DGEMMA_EXT_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}",
+        f"-DGEMMA_EXT_CUDA_ARCHS={archs}",
+    ]  # fmt: skip
+    subprocess.run(configure, check=True, capture_output=True)
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    of_kernels = [c["command"] for c in commands if c["file"].endswith(".cu")]
+    assert of_kernels
+    assert all(("-DGEMMA_EXT_SM90A" in command) == chosen for command in of_kernels)

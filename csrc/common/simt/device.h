@@ -35,8 +35,13 @@ Status launch_cluster(void (*kernel)(Params), int grid, int block, int cluster, 
   return cudaLaunchKernelEx(&config, kernel, params);
 }
 
-// The current device.
+// The current device. GEMMA_EXT_SM90A: the build has code for sm_90a.
 inline Device device() {
+#if defined(GEMMA_EXT_SM90A)
+  constexpr bool kBuilt = true;
+#else
+  constexpr bool kBuilt = false;
+#endif
   const auto attribute = [](cudaDeviceAttr which) {
     int index = 0, value = 0;
     cudaGetDevice(&index);
@@ -44,7 +49,7 @@ inline Device device() {
     return value;
   };
   return {attribute(cudaDevAttrMultiProcessorCount),
-          attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
+          kBuilt && attribute(cudaDevAttrComputeCapabilityMajor) == 9 &&
               attribute(cudaDevAttrComputeCapabilityMinor) == 0};
 }
 
