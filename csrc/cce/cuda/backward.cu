@@ -167,12 +167,14 @@ Backward backward_of(const Fused& f) {
 
 struct FusedMemory {
   double* summary;
+  Arena shared;  // by forward and backward, unless strips are kept
   BackwardMemory backward;
   Forward forward;  // with its workspace
   bool keep;        // all strips
 
   FusedMemory(Arena& memory, const Fused& f)
       : summary(memory.take<double>(4)),
+        shared(memory),
         backward(memory, backward_of(f)),
         forward(forward_of(f)),
         keep(false) {
@@ -185,7 +187,8 @@ struct FusedMemory {
       forward.strip_rows = chunk.stride;
     }
     if (keep) forward.stats = memory.take<float>(3 * h.N * backward.plan.tiles);
-    forward.workspace = memory.take<char>(forward_workspace(forward));
+    forward.workspace = (keep ? memory : shared).take<char>(forward_workspace(forward));
+    memory.cover(shared);
   }
 };
 

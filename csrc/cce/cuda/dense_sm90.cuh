@@ -49,7 +49,7 @@ DEVICE void dense_strips(const Dense& p) {
       },
       [&](int first_row, int tile, Accumulators& acc) {
         const int first_column = tile * kTile;
-        strip_logits<T>(acc, p.tma, first_column);
+        strip_logits(acc, p.tma, first_column);
         UNROLL
         for (int half = 0; half < 2; ++half) {
           const int row = first_row + wgmma::row_of(half);

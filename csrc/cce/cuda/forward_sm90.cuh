@@ -61,7 +61,7 @@ DEVICE void strip_stats(const StripTmaParams& p) {
         return Raster{at.row_block, p.tma.first_tile + at.tile};
       },
       [&](int first_row, int tile, Accumulators& acc) {
-        strip_logits<T>(acc, p.tma, int64_t{tile} * kTile);
+        strip_logits(acc, p.tma, int64_t{tile} * kTile);
         write_strips<kKeep>(acc, p.strips, first_row, tile, count);
         if constexpr (kKeep) {
           T* kept = static_cast<T*>(p.kept) + (int64_t{tile} * p.kept_rows + first_row) * kTile;

@@ -95,8 +95,8 @@ DEVICE void store_strips(const Accumulators& acc, T* to, int rows) {
 }
 
 #if defined(SIMT_HOPPER)
-// Products of e and c: f(pair, tile, acc) with e.c in acc, for `items` items that at(item) turns into
-// pair and tile.
+// f(first row, tile, acc) with the products e.c in acc, for `items` items that at(item) turns into a pair of
+// row blocks and a tile.
 template <class T, class At, class F>
 DEVICE void head_products(const HeadTma& p, int items, const At& at, const F& f) {
   constexpr simt::Major kK = simt::Major::kK;
@@ -115,7 +115,6 @@ DEVICE void head_products(const HeadTma& p, int items, const At& at, const F& f)
 }
 
 // s log2(e) in place of e.c.
-template <class T>
 DEVICE void strip_logits(Accumulators& acc, const HeadTma& p, int64_t first_column) {
   const Head& h = p.head;
   const LogitMap& map = h.map;

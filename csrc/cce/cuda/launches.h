@@ -50,6 +50,8 @@ class Arena {
     return p;
   }
   int64_t bytes() const { return static_cast<int64_t>(used_); }
+  // Reaches at least as far as another one with the same base.
+  void cover(const Arena& other) { used_ = used_ > other.used_ ? used_ : other.used_; }
 
  private:
   static constexpr int64_t kAlignment = 256;

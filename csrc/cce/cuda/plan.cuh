@@ -40,7 +40,7 @@ struct BlockTile {
 // The tiles are worked off in chunks, as many strips at a time as fit; every chunk holds at least one tile.
 struct Plan {
   Rows rows;
-  int tiles, words, chunks, dense_chunks, sparse_chunks;
+  int tiles, words, chunks, sparse_chunks;
   int64_t mass_stride, dense_capacity, sparse_capacity;  // in strips; 0: never sparse
   Coefficients* row;                                     // [N]
   float* unit;             // [2] power of two near the largest scale; mean scale
@@ -70,7 +70,7 @@ struct Plan {
     const int64_t wanted = strip_bytes / strip / most;
     const int64_t per_chunk = wanted < 1 ? 1 : wanted < tiles ? wanted : tiles;
     dense_capacity = per_chunk * h.N;
-    dense_chunks = static_cast<int>(ceil_div(tiles, per_chunk));
+    const int dense_chunks = static_cast<int>(ceil_div(tiles, per_chunk));
     sparse_capacity = strip_bytes / (strip + part);
     if (sparse_capacity > all) sparse_capacity = all;
     if (!need_de || sparse_capacity <= h.N) sparse_capacity = 0;
