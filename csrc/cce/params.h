@@ -1,18 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plain structs shared by the cce kernels, the code that plans them and the op binding.
+// Plain structs shared by the CPU kernels and the code that plans them.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../common/dtype.h"
+#include "contract.h"
 
-namespace gemma_ext {
-
-// A strip is one row against one tile of kTile vocabulary positions: the unit that is kept or dropped.
-// 256 also is the depth of every cached block of the matrix products: 14 x 256 x 4 B of A beside
-// 256 x 32 x 2 B of B stay in a 32 KiB L1.
-constexpr int kTile = 256;
+namespace gemma_ext::cce {
 
 // Columns of D that one backward task owns; 4 slices of 32, and 2304 = 18 * 128.
 constexpr int kColumns = 128;
@@ -27,28 +22,6 @@ struct Matrix {
   int64_t rows, cols;
   int64_t row_stride, col_stride;  // in elements
 };
-
-// a = scale * e.c + bias;  s = cap tanh(a / cap) / T  or  a / T;  ds/da = (1 - (sT/cap)^2) / T.
-struct LogitMap {
-  float scale;
-  float inv_cap;     // 0: no cap
-  float cap_over_t;  // cap / T
-  float t_over_cap;  // T / cap, or 0 without a cap, so that ds/da needs no branch
-  float inv_t;
-};
-
-// softcap 0: none.
-inline LogitMap logit_map(double softcap, double logit_scale, double temperature) {
-  LogitMap map{};
-  map.scale = float(logit_scale);
-  map.inv_t = float(1.0 / temperature);
-  if (softcap > 0) {
-    map.inv_cap = float(1.0 / softcap);
-    map.cap_over_t = float(softcap / temperature);
-    map.t_over_cap = float(temperature / softcap);
-  }
-  return map;
-}
 
 struct Problem {
   Matrix e;                   // [*, D]; rows named by `rows`
@@ -142,4 +115,4 @@ constexpr int64_t padded(int64_t d) { return (d + kColumns - 1) / kColumns * kCo
 // none that runs here.
 const Kernels* chosen_kernels();
 
-}  // namespace gemma_ext
+}  // namespace gemma_ext::cce

@@ -5,6 +5,7 @@
 
 namespace {
 
+namespace cce = cce_test::cce;
 namespace cuda = cce_test::cuda;
 using cce_test::Data;
 using cce_test::error;
@@ -111,7 +112,7 @@ struct Truth {
       }
     }
   }
-  static constexpr int64_t kTile = gemma_ext::kTile;
+  static constexpr int64_t kTile = cce::kTile;
 };
 
 void close(const char* name, double found, double tolerance) {
@@ -130,7 +131,7 @@ void gradients_match(const Options& options, const Request& q) {
   std::vector<T> de(d.o.N * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<T> dc(d.o.V * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<float> dbias(d.o.V, NAN);
-  cuda::Backward b{};
+  cce::Backward b{};
   b.head = d.head();
   b.up = {rows.nll.data(),
           rows.lse.data(),
@@ -144,15 +145,13 @@ void gradients_match(const Options& options, const Request& q) {
   b.prob = q.profile ? d.prob.data() : nullptr;
   b.out = {q.need_e ? de.data() : nullptr, q.need_c ? dc.data() : nullptr,
            q.need_bias ? dbias.data() : nullptr};
-  b.strip_bytes = q.strip_bytes;
+  cuda::Memory memory{.strip_bytes = q.strip_bytes};
   if (q.sparse_chunks) {
     const int64_t capacity = d.o.N + truth.kept / 3 + 1;
     EXPECT(capacity < truth.kept);
-    b.strip_bytes = capacity * (256 * sizeof(T) + 256 * sizeof(float));
+    memory.strip_bytes = capacity * (256 * sizeof(T) + 256 * sizeof(float));
   }
-  cce_test::Workspace workspace(cuda::backward_workspace(b));
-  b.workspace = workspace.data();
-  EXPECT(cuda::backward(b, nullptr) == cuda::Status{});
+  cce_test::run(b, memory);
   if (q.eps > 0) EXPECT(truth.dropped > 0 && truth.label_kept > 0);
   EXPECT(truth.kept <= q.most_kept * (truth.kept + truth.dropped));
   if (q.need_e) close("dE", error(de, truth.de), q.tolerance);
@@ -180,7 +179,7 @@ void fused_matches(const Options& options, bool gradients, double tolerance,
   std::vector<T> dc(d.o.V * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<float> dbias(d.o.V, NAN), nll(d.o.N, NAN), lse(d.o.N, NAN);
   float found = NAN;
-  cuda::Fused f{};
+  cce::Fused f{};
   f.head = d.head();
   f.nll_coef = up.nll.data();
   f.lse2_coef = z.data();
@@ -188,10 +187,7 @@ void fused_matches(const Options& options, bool gradients, double tolerance,
   f.nll = nll.data();
   f.lse = lse.data();
   if (gradients) f.out = {de.data(), dc.data(), dbias.data()};
-  f.strip_bytes = strip_bytes;
-  cce_test::Workspace workspace(cuda::fused_workspace(f));
-  f.workspace = workspace.data();
-  EXPECT(cuda::fused(f, nullptr) == cuda::Status{});
+  cce_test::run(f, {.strip_bytes = strip_bytes});
   close("loss", std::fabs(found - loss) / (1e-30 + std::fabs(loss)), 1e-5);
   if (!gradients) return;
   close("dE", error(de, truth.de), tolerance);

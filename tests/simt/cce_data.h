@@ -6,14 +6,15 @@
 #include <limits>
 #include <random>
 
-#include "cce/cuda/launch.h"
+#include "cce/cuda/engine.h"
 #include "check.h"
 
 namespace cce_test {
 
-namespace cuda = gemma_ext::cce::cuda;
+namespace cce = gemma_ext::cce;
+namespace cuda = cce::cuda;
 using gemma_ext::DType;
-using gemma_ext::kTile;
+using gemma_ext::cce::kTile;
 
 constexpr int64_t kIgnore = -100;
 
@@ -108,7 +109,7 @@ struct Data {
 
   bool valid(int64_t n) const { return targets[n] != kIgnore; }
   bool has_label(int64_t n) const { return targets[n] >= 0 && targets[n] < o.V; }
-  int64_t tiles() const { return cuda::tiles_of(o.V); }
+  int64_t tiles() const { return cce::tiles_of(o.V); }
   int64_t id(int64_t position) const { return o.order ? order[position] : position; }
   double slope(double x) const {
     const double t = o.softcap > 0 ? x * o.temperature / o.softcap : 0;
@@ -130,11 +131,12 @@ struct Data {
     for (int64_t n = 0; n < o.N; ++n) lse_of.push_back(valid(n) ? lse(n) : 0);
   }
 
-  cuda::Head head() const {
-    cuda::Head h{};
+  cce::Head head() const {
+    cce::Head h{};
     h.e = e.data();
     h.c = c.data();
     h.e_stride = h.c_stride = static_cast<int>(o.D);
+    h.e_step = h.c_step = 1;
     h.dtype = kType<T>;
     h.targets = targets.data();
     h.target_stride = 1;
@@ -145,7 +147,7 @@ struct Data {
     h.N = o.N;
     h.V = o.V;
     h.D = o.D;
-    h.map = gemma_ext::logit_map(o.softcap, o.scale, o.temperature);
+    h.map = cce::logit_map(o.softcap, o.scale, o.temperature);
     h.ignore_index = kIgnore;
     h.allow_missing = o.missing;
     return h;
@@ -158,6 +160,13 @@ struct Workspace {
   explicit Workspace(int64_t n) : bytes(n, 0xff) {}
   void* data() { return bytes.data(); }
 };
+
+template <class Call>
+void run(const Call& call, cuda::Memory memory) {
+  Workspace workspace(cuda::workspace(call, memory));
+  memory.workspace = workspace.data();
+  EXPECT(cuda::run(call, memory, nullptr) == cuda::Status{});
+}
 
 // The results of a forward, poisoned before it.
 template <class T>
@@ -174,17 +183,14 @@ struct ForwardRun {
         stats(want_stats ? (want_mean ? 4 : 3) * d.tiles() * d.o.N : 0, NAN),
         argmax(d.o.N, -7),
         summary(4, NAN) {
-    cuda::Forward f{};
+    cce::Forward f{};
     f.head = d.head();
     f.out = {nll.data(), lse.data(), want_mean ? mean.data() : nullptr,
              d.o.class_weight ? class_sum.data() : nullptr, argmax.data()};
     f.stats = want_stats ? stats.data() : nullptr;
     f.summary = summary.data();
     f.eps = eps;
-    f.copy_bytes = 1;  // a tile at a time
-    Workspace workspace(cuda::forward_workspace(f));
-    f.workspace = workspace.data();
-    EXPECT(cuda::forward(f, nullptr) == cuda::Status{});
+    run(f, {.copy_bytes = 1});  // a tile at a time
   }
 };
 

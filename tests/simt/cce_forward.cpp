@@ -7,6 +7,7 @@
 
 namespace {
 
+namespace cce = cce_test::cce;
 namespace cuda = cce_test::cuda;
 using cce_test::Data;
 using cce_test::ForwardRun;
@@ -97,11 +98,8 @@ void columns_match(int64_t max_rows) {
   d.remember();
   const ForwardRun<T> run(d, 0);
   std::vector<float> count(d.o.V, NAN), prob(d.o.V, NAN);
-  cuda::ColumnStats stats{d.head(),     run.lse.data(), 0x1p-7f, max_rows,
-                          count.data(), prob.data(),    nullptr};
-  cce_test::Workspace workspace(cuda::column_stats_workspace(stats));
-  stats.workspace = workspace.data();
-  EXPECT(cuda::column_stats(stats, nullptr) == cuda::Status{});
+  cce_test::run(
+      cce::ColumnStats{d.head(), run.lse.data(), 0x1p-7f, max_rows, count.data(), prob.data()}, {});
   std::vector<int64_t> rows;
   for (int64_t n = 0; n < d.o.N; ++n) {
     if (d.valid(n)) rows.push_back(n);
@@ -219,10 +217,10 @@ CASE(cce_forward_auto) {
   o.softcap = 0;
   o.spread = 300;
   o.V = 1024;
-  const ForwardRun<simt::bf16> sharp(Data<simt::bf16>(o), cuda::kAutoEps);
+  const ForwardRun<simt::bf16> sharp(Data<simt::bf16>(o), cce::kAutoEps);
   EXPECT(sharp.summary[3] == 0x1p-10 && sharp.summary[0] < 0.6 && sharp.summary[1] > 0);
   o.spread = 0.1;
-  const ForwardRun<simt::bf16> flat(Data<simt::bf16>(o), cuda::kAutoEps);
+  const ForwardRun<simt::bf16> flat(Data<simt::bf16>(o), cce::kAutoEps);
   EXPECT(flat.summary[3] == 0 && flat.summary[0] == 1);
 }
 CASE(cce_columns_bf16) { columns_match<simt::bf16>(100); }

@@ -4,11 +4,12 @@
 //   dE_n += sum_j W_nj mean_j(C),  dC_v += q_jv sum_n W_nj E_n,  W_nj = mass of G in strip (n, j)
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
-#include "plan.h"
+#include "rows.h"
 
-namespace gemma_ext::cce {
+namespace gemma_ext::cce::cpu {
 namespace {
 
 // Gradient strips of a batch of tiles: they are written by the first product and read once per 128
@@ -17,6 +18,34 @@ constexpr int64_t kBatchBytes = int64_t{2} << 20;
 // Rows of one step of the fused form when dC can take partial sums: their strips take half of what
 // dC takes in fp32, and every step reads and writes that dC once.
 int64_t fused_rows(int64_t d) { return std::max<int64_t>(512, d / 2 / kRowSpan * kRowSpan); }
+
+// [n] each, compact: the row's results and the coefficients of its gradient (params.h).
+struct Coefficients {
+  std::vector<float> lse, nll, a, b;
+  std::vector<float> mean, q, class_coef;  // empty where there is none
+  int64_t n() const { return int64_t(lse.size()); }
+
+  Coefficients(const ValidRows& valid, const Upstream& up)
+      : lse(valid.gather(up.lse)),
+        nll(valid.gather(up.nll)),
+        a(valid.gather(up.d_lse)),
+        b(valid.gather(up.d_nll)) {
+    for (int64_t r = 0; r < n(); ++r) a[r] += b[r];
+    if (up.d_mean) {
+      mean = valid.gather(up.mean);
+      q = valid.gather(up.d_mean);
+      for (int64_t r = 0; r < n(); ++r) a[r] += q[r];
+    }
+    if (up.d_class) class_coef = valid.gather(up.d_class);
+    for (int64_t r = 0; r < n(); ++r)
+      if (valid.position[r] < 0) b[r] = 0;
+  }
+
+  RowCoefficients pointers() const {
+    const auto or_null = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+    return {lse.data(), or_null(mean), a.data(), b.data(), or_null(q), or_null(class_coef)};
+  }
+};
 
 struct Plan {
   std::vector<int64_t> begin;
@@ -31,13 +60,13 @@ struct RowScale {
   std::vector<float> scale, reference;
 };
 
-RowScale row_scales(const Problem& p, const Upstream& up) {
+RowScale row_scales(const Problem& p, const Coefficients& up) {
   RowScale out{std::vector<float>(p.n), std::vector<float>(p.n)};
   double total = 0;
   for (int64_t r = 0; r < p.n; ++r) {
     float x = std::max(std::fabs(up.a[r]), std::fabs(up.b[r]));
-    if (up.q) x = std::max(x, std::fabs(up.q[r]));
-    if (up.class_coef) x = std::max(x, std::fabs(up.class_coef[r]));
+    if (!up.q.empty()) x = std::max(x, std::fabs(up.q[r]));
+    if (!up.class_coef.empty()) x = std::max(x, std::fabs(up.class_coef[r]));
     if (std::isnan(up.a[r]) || std::isnan(up.b[r])) x = INFINITY;
     out.scale[r] = x;
     total += x;
@@ -47,7 +76,7 @@ RowScale row_scales(const Problem& p, const Upstream& up) {
   return out;
 }
 
-Plan plan_strips(const Problem& p, const StripStats& stats, const Upstream& up, double eps,
+Plan plan_strips(const Problem& p, const StripStats& stats, const Coefficients& up, double eps,
                  Workers& workers) {
   const RowScale rows = row_scales(p, up);
   const bool exact = eps == 0;
@@ -67,7 +96,7 @@ Plan plan_strips(const Problem& p, const StripStats& stats, const Upstream& up, 
         const float lse = up.lse[r], peak = std::exp(stats.max[at] - lse);
         const float threshold = float(eps) * rows.reference[r];
         float bound = std::fabs(up.a[r]);
-        if (up.q)
+        if (!up.q.empty())
           bound += std::fabs(up.q[r]) * std::max(std::fabs(stats.max[at] - up.mean[r]), 1.0f);
         bool kept = !(peak * bound < threshold);
         if (!kept && p.position[r] >= 0 && p.position[r] / kTile == t) {
@@ -77,7 +106,7 @@ Plan plan_strips(const Problem& p, const StripStats& stats, const Upstream& up, 
         keep[at] = kept;
         if (kept) continue;
         float coef = up.a[r];
-        if (up.q && stats.sum[at] > 0)
+        if (!up.q.empty() && stats.sum[at] > 0)
           coef += up.q[r] * (stats.weighted[at] / stats.sum[at] - up.mean[r]);
         plan.mass[at] = peak * stats.slope[at] * coef * p.map.scale;
       }
@@ -127,9 +156,7 @@ void store_columns(const Problem& p, const float* de, int64_t column, const Grad
               de + r * kColumns, width);
 }
 
-}  // namespace
-
-void backward(const Problem& p, const StripStats& stats, const Upstream& up, const float* prob,
+void backward(const Problem& p, const StripStats& stats, const Coefficients& up, const float* prob,
               double eps, const Gradients& out, Workers& workers) {
   const Plan plan = plan_strips(p, stats, up, eps, workers);
   const int64_t columns = padded(p.D), blocks = columns / kColumns;
@@ -140,7 +167,7 @@ void backward(const Problem& p, const StripStats& stats, const Upstream& up, con
 
   GradTask task{};
   task.problem = &p;
-  task.coef = {up.lse, up.mean, up.a, up.b, up.q, up.class_coef};
+  task.coef = up.pointers();
   task.list = plan.list.data();
   task.begin = plan.begin.data();
   task.profile = compensated ? profile.data() : nullptr;
@@ -206,8 +233,9 @@ void backward(const Problem& p, const StripStats& stats, const Upstream& up, con
     });
 }
 
-double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef,
-             const RowOutputs& rows, const Gradients& out, Workers& workers) {
+double fused(const Problem& whole, const std::vector<float>& nll_coef,
+             const std::vector<float>& lse2_coef, RowResults& rows, const Gradients& out,
+             Workers& workers) {
   const int64_t n = whole.n, strip_bytes = kTile * size_of(strip_type(whole.c.dtype));
   const bool narrow = whole.c.dtype != DType::kFloat32;
   // 16-bit dC wants all rows at once; more rows than that and partial sums in fp32 cost less
@@ -239,9 +267,11 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
       const int64_t tile = t * kForwardTiles;
       kernels().fused_tiles(p, stats, strips.get(), tile, std::min(tiles, tile + kForwardTiles), s);
     });
-    const RowOutputs chunk{rows.nll + row, rows.lse + row, nullptr, nullptr, nullptr};
+    RowResults chunk(p.n);
     combine(p, stats, chunk, workers);
-    const float *lse = chunk.lse, *b = nll_coef + row;
+    std::copy(chunk.nll.begin(), chunk.nll.end(), rows.nll.begin() + row);
+    std::copy(chunk.lse.begin(), chunk.lse.end(), rows.lse.begin() + row);
+    const float *lse = chunk.lse.data(), *b = nll_coef.data() + row;
     for (int64_t r = 0; r < p.n; ++r) {
       a[r] = b[r] + 2 * lse2_coef[row + r] * lse[r];
       loss += double(b[r]) * chunk.nll[r] + double(lse2_coef[row + r]) * lse[r] * lse[r];
@@ -277,4 +307,41 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
   return loss;
 }
 
-}  // namespace gemma_ext::cce
+// Nothing where no row is valid.
+Gradients wanted(const ValidRows& valid, const Gradients& out) {
+  const Problem& p = valid.problem;
+  const int64_t size = size_of(p.e.dtype);
+  if (out.de && p.n < p.e.rows) memset(out.de, 0, p.e.rows * p.D * size);
+  if (p.n > 0) return out;
+  if (out.dc) memset(out.dc, 0, p.V * p.D * size);
+  if (out.dbias) memset(out.dbias, 0, p.V * sizeof(float));
+  return {};
+}
+
+}  // namespace
+
+Status run(const Backward& b, Workers& workers) {
+  ValidRows valid(b.head);
+  if (!valid.status.ok()) return valid.status;
+  Problem& p = valid.problem;
+  p.want_mean = b.up.mean;
+  const Gradients out = wanted(valid, b.out);
+  if (p.n == 0) return {};
+  const StripStats stats = stat_planes(const_cast<float*>(b.stats), p);
+  backward(p, stats, Coefficients(valid, b.up), b.prob, b.summary ? b.summary[3] : 0, out, workers);
+  return {};
+}
+
+Status run(const Fused& f, Workers& workers) {
+  const ValidRows valid(f.head);
+  if (!valid.status.ok()) return valid.status;
+  RowResults rows(valid.problem.n);
+  const Gradients out = wanted(valid, f.out);
+  *f.loss = float(fused(valid.problem, valid.gather(f.nll_coef), valid.gather(f.lse2_coef), rows,
+                        out, workers));
+  valid.scatter(rows.nll, f.nll, 0.0f);
+  valid.scatter(rows.lse, f.lse, 0.0f);
+  return {};
+}
+
+}  // namespace gemma_ext::cce::cpu

@@ -9,6 +9,7 @@
 #include "../params.h"
 
 namespace gemma_ext {
+using namespace cce;
 
 namespace baseline {
 extern const Kernels kKernels;
@@ -68,7 +69,7 @@ const Kernels* choose() {
 
 }  // namespace
 
-const Kernels* chosen_kernels() {
+const Kernels* cce::chosen_kernels() {
   static const Kernels* const chosen = choose();
   return chosen;
 }

@@ -6,6 +6,7 @@
 #include "../params.h"
 
 namespace gemma_ext::GEMMA_EXT_ISA {
+using namespace gemma_ext::cce;
 
 constexpr float kInfinity = __builtin_inff();
 

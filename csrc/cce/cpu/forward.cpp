@@ -6,7 +6,7 @@
 #include <atomic>
 #include <cmath>
 
-#include "plan.h"
+#include "rows.h"
 
 namespace gemma_ext::cce {
 Workers::Workers(int threads, ParallelFor parallel_for)
@@ -25,6 +25,8 @@ void Workers::run(int64_t tasks, const std::function<void(int64_t, Scratch&)>& t
   });
 }
 
+namespace cpu {
+
 StripStats stat_planes(float* memory, const Problem& p) {
   const int64_t plane = p.tiles * p.n;
   return {memory,
@@ -36,33 +38,7 @@ StripStats stat_planes(float* memory, const Problem& p) {
           nullptr};
 }
 
-void forward(const Problem& p, StripStats stats, const RowOutputs& out, Workers& workers) {
-  std::vector<float> target(p.n), class_sum;
-  std::vector<int64_t> argmax;
-  stats.target = target.data();
-  if (p.class_weight) {
-    class_sum.resize(p.tiles * p.n);
-    stats.class_sum = class_sum.data();
-  }
-  if (p.want_argmax) {
-    argmax.resize(p.tiles * p.n);
-    stats.argmax = argmax.data();
-  }
-
-  // few tiles: split the rows too, at the price of packing a tile once per part
-  const int64_t groups = tile_groups(p), wanted = 4 * workers.threads();
-  const int64_t parts = std::clamp<int64_t>((wanted + groups - 1) / groups, 1, spans(p.n) + 1);
-  const int64_t part = (p.n + parts - 1) / parts;
-  workers.run(p.n ? groups * parts : 0, [&](int64_t t, Scratch& s) {
-    const int64_t row = t % parts * part, tile = t / parts * kForwardTiles;
-    if (row < p.n)
-      kernels().forward_tiles(p, stats, tile, std::min(p.tiles, tile + kForwardTiles), row,
-                              std::min(p.n, row + part), s);
-  });
-  combine(p, stats, out, workers);
-}
-
-void combine(const Problem& p, const StripStats& stats, const RowOutputs& out, Workers& workers) {
+void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers& workers) {
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
     const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);
     float top[kRowSpan];
@@ -99,7 +75,14 @@ void combine(const Problem& p, const StripStats& stats, const RowOutputs& out, W
   });
 }
 
-FilterReport report(const Problem& p, const StripStats& stats, const RowOutputs& rows, double eps,
+namespace {
+
+// What the filter keeps when every row has the same weight.
+struct FilterReport {
+  double kept = 1, dropped_mean = 0, dropped_max = 0, eps = 0;
+};
+
+FilterReport report(const Problem& p, const StripStats& stats, const RowResults& rows, double eps,
                     Workers& workers) {
   // Auto takes the largest of 2^-10 .. 2^-15 whose predicted gradient error is below kError. After
   // compensation the entries p of a dropped strip remain as noise of energy sum p^2, at most
@@ -167,11 +150,78 @@ FilterReport report(const Problem& p, const StripStats& stats, const RowOutputs&
   return {};
 }
 
-void column_stats(const Problem& p, const float* lse, float eps, float* count, float* prob,
-                  Workers& workers) {
-  workers.run(p.tiles, [&](int64_t tile, Scratch& s) {
-    kernels().column_tile(p, lse, eps, count, prob, tile, s);
+void forward_tiles(const Problem& p, StripStats stats, RowResults& out, Workers& workers) {
+  std::vector<float> target(p.n), class_sum;
+  std::vector<int64_t> argmax;
+  stats.target = target.data();
+  if (p.class_weight) {
+    class_sum.resize(p.tiles * p.n);
+    stats.class_sum = class_sum.data();
+  }
+  if (p.want_argmax) {
+    argmax.resize(p.tiles * p.n);
+    stats.argmax = argmax.data();
+  }
+
+  // few tiles: split the rows too, at the price of packing a tile once per part
+  const int64_t groups = tile_groups(p), wanted = 4 * workers.threads();
+  const int64_t parts = std::clamp<int64_t>((wanted + groups - 1) / groups, 1, spans(p.n) + 1);
+  const int64_t part = (p.n + parts - 1) / parts;
+  workers.run(p.n ? groups * parts : 0, [&](int64_t t, Scratch& s) {
+    const int64_t row = t % parts * part, tile = t / parts * kForwardTiles;
+    if (row < p.n)
+      kernels().forward_tiles(p, stats, tile, std::min(p.tiles, tile + kForwardTiles), row,
+                              std::min(p.n, row + part), s);
   });
+  combine(p, stats, out, workers);
 }
 
+}  // namespace
+
+Status run(const Forward& f, Workers& workers) {
+  ValidRows valid(f.head);
+  if (!valid.status.ok()) return valid.status;
+  Problem& p = valid.problem;
+  p.want_mean = f.out.mean;
+  p.want_argmax = f.out.argmax;
+  const int64_t planes = kStatPlanes + p.want_mean, used = planes * p.tiles * p.n;
+  // ignored rows have no strips: the rest is zero
+  if (f.stats) std::fill(f.stats + used, f.stats + planes * p.tiles * f.head.N, 0.0f);
+  std::vector<float> own(f.stats ? 0 : used);
+  const StripStats strips = stat_planes(f.stats ? f.stats : own.data(), p);
+  RowResults out(p.n);
+  forward_tiles(p, strips, out, workers);
+
+  valid.scatter(out.nll, f.out.nll, 0.0f);
+  valid.scatter(out.lse, f.out.lse, 0.0f);
+  if (f.out.mean) valid.scatter(out.mean, f.out.mean, 0.0f);
+  if (f.out.class_sum) valid.scatter(out.class_sum, f.out.class_sum, 0.0f);
+  if (f.out.argmax) valid.scatter(out.argmax, f.out.argmax, int64_t{-1});
+  const FilterReport kept =
+      f.stats && f.eps != 0 ? report(p, strips, out, f.eps, workers) : FilterReport{};
+  const double summary[] = {kept.kept, kept.dropped_mean, kept.dropped_max, kept.eps};
+  std::copy(summary, summary + 4, f.summary);
+  return {};
+}
+
+Status run(const ColumnStats& c, Workers& workers) {
+  ValidRows valid(c.head);
+  if (!valid.status.ok()) return valid.status;
+  Problem& p = valid.problem;
+  const int64_t step = std::max<int64_t>(1, ceil_div(p.n, c.max_rows));
+  std::vector<int64_t> sample;
+  std::vector<float> lse;
+  for (int64_t i = 0; i < p.n; i += step) {
+    sample.push_back(valid.rows[i]);
+    lse.push_back(c.lse[valid.rows[i]]);
+  }
+  p.rows = sample.data();
+  p.n = int64_t(sample.size());
+  workers.run(p.tiles, [&](int64_t tile, Scratch& s) {
+    kernels().column_tile(p, lse.data(), c.eps, c.count, c.prob, tile, s);
+  });
+  return {};
+}
+
+}  // namespace cpu
 }  // namespace gemma_ext::cce

@@ -13,6 +13,7 @@
 #include "../params.h"
 
 namespace gemma_ext::GEMMA_EXT_ISA {
+using namespace gemma_ext::cce;
 
 // 14 x 2 accumulators + 2 of B + 1 broadcast = 31 of the 32 AVX-512 registers; 6 x 2 + 3 = 15 of 16.
 constexpr int kGroup = kLanes == 16 ? 14 : 6;

@@ -11,6 +11,7 @@
 #include "gemm.h"
 
 namespace gemma_ext::GEMMA_EXT_ISA {
+using namespace gemma_ext::cce;
 namespace {
 
 enum Part { kPacked, kRaw, kBlockA, kStrips, kPackedA, kBlockB, kSums, kSmall };

@@ -17,9 +17,9 @@ struct BackwardMemory {
   void *mean, *e;
   float *profile, *push, *de_sum;
 
-  BackwardMemory(Arena& memory, const Backward& b)
-      : plan(memory, b.head, b.strip_bytes, b.out.de != nullptr,
-             is_dense(b.head) ? DenseChunk(b.head, b.strip_bytes).bytes : 0) {
+  BackwardMemory(Arena& memory, const Backward& b, int64_t strip_bytes)
+      : plan(memory, b.head, strip_bytes, b.out.de != nullptr,
+             is_dense(b.head) ? DenseChunk(b.head, strip_bytes).bytes : 0) {
     const Head& h = b.head;
     const int64_t size = size_of(h.dtype), tiles = plan.tiles;
     const bool filtered = b.summary != nullptr;
@@ -94,7 +94,7 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
 
 // kept_max: of a forward that left its strips in the plan's memory, or null.
 void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
-                  const float* lse2_coef, const float* kept_max) {
+                  int64_t strip_bytes, const float* lse2_coef, const float* kept_max) {
   const Head& h = b.head;
   const Plan& plan = m.plan;
   gather_rows(launches, h, plan.rows);
@@ -116,7 +116,7 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
       dense.out = b.out;
       dense.summary = b.summary;
       dense.max = kept_max;
-      add_dense<T>(launches, dense, b.up.d_mean || b.up.d_class, b.strip_bytes);
+      add_dense<T>(launches, dense, b.up.d_mean || b.up.d_class, strip_bytes);
     }
   });
 }
@@ -161,7 +161,6 @@ Backward backward_of(const Fused& f) {
   r.up.lse = f.lse;
   r.up.d_nll = f.nll_coef;
   r.out = f.out;
-  r.strip_bytes = f.strip_bytes;
   return r;
 }
 
@@ -169,62 +168,62 @@ struct FusedMemory {
   double* summary;
   Arena shared;  // by forward and backward, unless strips are kept
   BackwardMemory backward;
-  Forward forward;  // with its workspace
-  bool keep;        // all strips
+  Forward forward;
+  Memory of_forward;
+  KeptStrips kept;  // all strips
 
-  FusedMemory(Arena& memory, const Fused& f)
+  FusedMemory(Arena& memory, const Fused& f, int64_t strip_bytes)
       : summary(memory.take<double>(4)),
         shared(memory),
-        backward(memory, backward_of(f)),
+        backward(memory, backward_of(f), strip_bytes),
         forward(forward_of(f)),
-        keep(false) {
+        of_forward{} {
     const Head& h = f.head;
     forward.summary = summary;
     if (is_dense(h) && wants_any(f.out)) {
-      const DenseChunk chunk(h, f.strip_bytes);
-      keep = chunk.tiles == backward.plan.tiles;
-      forward.strips = keep ? backward.plan.strips : nullptr;
-      forward.strip_rows = chunk.stride;
+      const DenseChunk chunk(h, strip_bytes);
+      if (chunk.tiles == backward.plan.tiles) kept = {backward.plan.strips, chunk.stride};
     }
+    const bool keep = kept.rows > 0;
     if (keep) forward.stats = memory.take<float>(3 * h.N * backward.plan.tiles);
-    forward.workspace = (keep ? memory : shared).take<char>(forward_workspace(forward));
+    of_forward.workspace = (keep ? memory : shared).take<char>(workspace(forward, of_forward));
     memory.cover(shared);
   }
 };
 
 }  // namespace
 
-int64_t backward_workspace(const Backward& b) {
+int64_t workspace(const Backward& b, const Memory& memory) {
   Arena arena(nullptr);
-  BackwardMemory memory(arena, b);
+  BackwardMemory all(arena, b, memory.strip_bytes);
   return arena.bytes();
 }
 
-Status backward(const Backward& b, Stream stream) {
-  Arena arena(b.workspace);
-  const BackwardMemory memory(arena, b);
+Status run(const Backward& b, const Memory& memory, Stream stream) {
+  Arena arena(memory.workspace);
+  const BackwardMemory m(arena, b, memory.strip_bytes);
   Launches launches(stream);
-  add_backward(launches, memory, b, nullptr, nullptr);
+  add_backward(launches, m, b, memory.strip_bytes, nullptr, nullptr);
   return launches.status();
 }
 
-int64_t fused_workspace(const Fused& f) {
+int64_t workspace(const Fused& f, const Memory& memory) {
   Arena arena(nullptr);
-  FusedMemory memory(arena, f);
+  FusedMemory all(arena, f, memory.strip_bytes);
   return arena.bytes();
 }
 
-Status fused(const Fused& f, Stream stream) {
-  Arena arena(f.workspace);
-  const FusedMemory m(arena, f);
-  const Status status = forward(m.forward, stream);
+Status run(const Fused& f, const Memory& memory, Stream stream) {
+  Arena arena(memory.workspace);
+  const FusedMemory m(arena, f, memory.strip_bytes);
+  const Status status = forward(m.forward, m.of_forward, m.kept, stream);
   if (status != Status{}) return status;
 
   Launches launches(stream);
   const Rows& rows = m.backward.plan.rows;
   if (wants_any(f.out)) {
-    add_backward(launches, m.backward, backward_of(f), f.lse2_coef,
-                 m.keep ? m.forward.stats : nullptr);
+    add_backward(launches, m.backward, backward_of(f), memory.strip_bytes, f.lse2_coef,
+                 m.kept.rows ? m.forward.stats : nullptr);
   } else {
     gather_rows(launches, f.head, rows);
   }

@@ -78,14 +78,14 @@ void column_stats_kernel(ColumnParams p) {
 
 }  // namespace
 
-int64_t column_stats_workspace(const ColumnStats& c) {
+int64_t workspace(const ColumnStats& c, const Memory&) {
   Arena arena(nullptr);
   Rows rows(arena, c.head);
   return arena.bytes();
 }
 
-Status column_stats(const ColumnStats& c, Stream stream) {
-  Arena arena(c.workspace);
+Status run(const ColumnStats& c, const Memory& memory, Stream stream) {
+  Arena arena(memory.workspace);
   const Rows rows(arena, c.head);
   Launches launches(stream);
   gather_rows(launches, c.head, rows);

@@ -238,7 +238,7 @@ struct DenseChunk {
 
   DenseChunk(const Head& h, int64_t strip_bytes)
       : stride(ceil_div(h.N, wgmma::kRows) * wgmma::kRows) {
-    const int64_t tile = stride * kTile * size_of(h.dtype), all = cuda::tiles_of(h.V);
+    const int64_t tile = stride * kTile * size_of(h.dtype), all = cce::tiles_of(h.V);
     const int64_t fit = strip_bytes / tile;
     tiles = static_cast<int>(fit < 1 ? 1 : fit < all ? fit : all);
     bytes = tiles * tile;
@@ -252,7 +252,7 @@ void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
   constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
   const DenseChunk chunk(h, strip_bytes);
   p.stride = chunk.stride;
-  p.tiles = static_cast<int>(cuda::tiles_of(h.V));
+  p.tiles = static_cast<int>(cce::tiles_of(h.V));
   p.chunk_tiles = chunk.tiles;
   p.slices = static_cast<int>(ceil_div(h.D, kTile));
   const int64_t strips = chunk.tiles * chunk.stride, pairs = ceil_div(h.N, kPairRows);

@@ -14,7 +14,7 @@ struct ForwardMemory {
   int tiles;
   int64_t blocks;
 
-  ForwardMemory(Arena& memory, const Forward& f)
+  ForwardMemory(Arena& memory, const Forward& f, int64_t copy_bytes)
       : rows(memory, f.head),
         target(memory.take<float>(f.head.N)),
         tiles(static_cast<int>(tiles_of(f.head.V))),
@@ -30,7 +30,7 @@ struct ForwardMemory {
     if (by_wgmma(f.head)) {
       e = memory.take<uint16_t>(f.head.N * f.head.D);
       if (f.head.order) {
-        const int64_t columns = int64_t{ordered_tiles(f.head, f.copy_bytes)} * kTile;
+        const int64_t columns = int64_t{ordered_tiles(f.head, copy_bytes)} * kTile;
         ordered = memory.take<uint16_t>(columns * (f.head.D + 2));  // and the bias
       }
     }
@@ -40,15 +40,19 @@ struct ForwardMemory {
 
 }  // namespace
 
-int64_t forward_workspace(const Forward& f) {
+int64_t workspace(const Forward& f, const Memory& memory) {
   Arena arena(nullptr);
-  ForwardMemory memory(arena, f);
+  ForwardMemory all(arena, f, memory.copy_bytes);
   return arena.bytes();
 }
 
-Status forward(const Forward& f, Stream stream) {
-  Arena arena(f.workspace);
-  const ForwardMemory m(arena, f);
+Status run(const Forward& f, const Memory& memory, Stream stream) {
+  return forward(f, memory, {}, stream);
+}
+
+Status forward(const Forward& f, const Memory& memory, const KeptStrips& kept, Stream stream) {
+  Arena arena(memory.workspace);
+  const ForwardMemory m(arena, f, memory.copy_bytes);
   const Head& h = f.head;
   Launches launches(stream);
   gather_rows(launches, h, m.rows);
@@ -58,7 +62,8 @@ Status forward(const Forward& f, Stream stream) {
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (!std::is_same_v<T, float>) {
-      if (by_wgmma(h)) return add_strips_wgmma<T>(launches, f, strips, m.e, m.ordered);
+      if (by_wgmma(h))
+        return add_strips_wgmma<T>(launches, strips, kept, m.e, m.ordered, memory.copy_bytes);
     }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,
                  kHeadSharedBytes<T>, strips);

@@ -11,7 +11,7 @@ namespace gemma_ext::cce::cuda {
 struct StripTmaParams {
   StripParams strips;
   HeadTma tma;
-  void* kept;  // Forward::strips
+  void* kept;  // KeptStrips
   int kept_rows;
 };
 
@@ -114,17 +114,18 @@ inline int ordered_tiles(const Head& h, int64_t copy_bytes) {
 }
 
 template <class T>
-void add_strips_wgmma(Launches& launches, const Forward& f, const StripParams& strips, void* e,
-                      void* ordered) {
+void add_strips_wgmma(Launches& launches, const StripParams& strips, const KeptStrips& kept,
+                      void* e, void* ordered, int64_t copy_bytes) {
   const Head& h = strips.head;
   const int64_t pairs = ceil_div(h.N, kPairRows);
-  StripTmaParams p{strips, gather_e<T>(launches, h, strips.rows, e), f.strips,
-                   static_cast<int>(f.strip_rows)};
+  StripTmaParams p{strips, gather_e<T>(launches, h, strips.rows, e), kept.strips,
+                   static_cast<int>(kept.rows)};
   if (!h.order) {
-    return add_wgmma(launches, f.strips ? keep_strips_wgmma_kernel<T> : strip_stats_wgmma_kernel<T>,
+    return add_wgmma(launches,
+                     kept.strips ? keep_strips_wgmma_kernel<T> : strip_stats_wgmma_kernel<T>,
                      pairs * strips.tiles, p);
   }
-  const int step = ordered_tiles(h, f.copy_bytes);
+  const int step = ordered_tiles(h, copy_bytes);
   float* bias = reinterpret_cast<float*>(static_cast<T*>(ordered) + int64_t{step} * kTile * h.D);
   if (h.bias) p.tma.bias = bias;
   for (int first = 0; first < strips.tiles; first += step) {

@@ -12,6 +12,16 @@ constexpr int kBlockRows = mma::kSide;
 constexpr int kHalf = mma::kSide;  // columns of one product; a tile of the vocabulary has two
 static_assert(kTile == 2 * kHalf);
 
+// Where set, room for [tiles, rows, kTile] in the head's dtype: exp(s - max) ds/da T of compact rows, zero
+// behind the last; a 16-bit head in its own order on Hopper only.
+struct KeptStrips {
+  void* strips = nullptr;
+  int64_t rows = 0;
+};
+
+// The forward, which may keep its strips.
+Status forward(const Forward&, const Memory&, const KeptStrips&, Stream);
+
 template <class T>
 constexpr int kMmaBlocks =
     sizeof(T) == 2 ? 2 : 1;  // per SM; the split product needs more registers

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+// The valid rows of a head side by side: ignored ones cost nothing afterwards.
+#pragma once
+
+#include <cmath>
+
+#include "engine.h"
+
+namespace gemma_ext::cce::cpu {
+
+inline const Kernels& kernels() { return *chosen_kernels(); }
+
+constexpr int64_t kRowSpan = 256;  // rows that one elementwise task owns
+inline int64_t spans(int64_t n) { return ceil_div(n, kRowSpan); }
+inline int64_t tile_groups(const Problem& p) { return ceil_div(p.tiles, kForwardTiles); }
+
+struct ValidRows {
+  Problem problem{};
+  Status status;
+  std::vector<int64_t> rows, position, inverse;
+
+  explicit ValidRows(const Head& h) {
+    Problem& p = problem;
+    p.e = {h.e, h.dtype, h.N, h.D, h.e_stride, h.e_step};
+    p.c = {h.c, h.dtype, h.V, h.D, h.c_stride, h.c_step};
+    p.bias = h.bias;
+    p.class_weight = h.class_weight;
+    p.order = h.order;
+    p.V = h.V;
+    p.D = h.D;
+    p.tiles = tiles_of(h.V);
+    p.map = h.map;
+    if (h.order) invert(h);
+    if (status.ok()) read_labels(h);
+    p.n = int64_t(rows.size());
+    p.rows = rows.data();
+    p.position = position.data();
+  }
+
+  template <class T>
+  std::vector<T> gather(const T* all) const {
+    std::vector<T> out(rows.size());
+    for (size_t i = 0; i < rows.size(); ++i) out[i] = all[rows[i]];
+    return out;
+  }
+  // What rows that are not valid get: `other`.
+  template <class T>
+  void scatter(const std::vector<T>& valid, T* all, T other) const {
+    std::fill(all, all + problem.e.rows, other);
+    for (size_t i = 0; i < rows.size(); ++i) all[rows[i]] = valid[i];
+  }
+
+ private:
+  void invert(const Head& h) {
+    inverse.assign(h.V, -1);
+    for (int64_t i = 0; i < h.V; ++i) {
+      const int64_t id = h.order[i];
+      if (id < 0 || id >= h.V || inverse[id] >= 0) {
+        status.bad_order_at = i;
+        return;
+      }
+      inverse[id] = i;
+    }
+  }
+
+  void read_labels(const Head& h) {
+    for (int64_t i = 0; i < h.N; ++i) {
+      const int64_t at = i * h.target_stride;
+      const int64_t label = h.wide_targets ? static_cast<const int64_t*>(h.targets)[at]
+                                           : static_cast<const int32_t*>(h.targets)[at];
+      if (label == h.ignore_index) continue;
+      const bool inside = label >= 0 && label < h.V;
+      if (!inside && !h.allow_missing) {
+        status.bad_label_at = i;
+        status.bad_label = label;
+        return;
+      }
+      rows.push_back(i);
+      position.push_back(!inside ? -1 : inverse.empty() ? label : inverse[label]);
+    }
+  }
+};
+
+// [n] each, compact.
+struct RowResults {
+  std::vector<float> nll, lse, mean, class_sum;
+  std::vector<int64_t> argmax;
+
+  explicit RowResults(int64_t n) : nll(n), lse(n), mean(n), class_sum(n), argmax(n) {}
+};
+
+// Rows of [tiles, n] statistics inside one allocation: max, sum, slope, weighted (if want_mean).
+constexpr int kStatPlanes = 3;
+StripStats stat_planes(float* memory, const Problem& p);
+
+// The rows from their strips, in a fixed order.
+void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers& workers);
+
+}  // namespace gemma_ext::cce::cpu
