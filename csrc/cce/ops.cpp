@@ -1,19 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cut cross-entropy: schemas and the CPU engine.
-#include <stdlib.h>
-
 #include "cce/binding.h"
 #include "cce/cpu/engine.h"
+#include "common/torch/cpu.h"
 
 namespace gemma_ext::cce {
 namespace {
-
-const Kernels& checked_kernels() {
-  const Kernels* chosen = chosen_kernels();
-  STD_TORCH_CHECK(chosen, "expected GEMMA_EXT_CPU_ISA to be baseline, avx2, avx512 or avx512bf16, ",
-                  "and one that this processor runs, got ", getenv("GEMMA_EXT_CPU_ISA"));
-  return *chosen;
-}
 
 struct Cpu {
   Workers workers;
@@ -22,7 +14,7 @@ struct Cpu {
       : workers(int(torch::stable::get_num_threads()), [](int64_t n, const Workers::Range& range) {
           torch::stable::parallel_for(0, n, 1, range);
         }) {
-    checked_kernels();
+    checked_isa();
   }
 
   static bool here(const Tensor& t) { return t.is_cpu(); }
@@ -43,8 +35,6 @@ struct Cpu {
                     status.bad_order_at);
   }
 };
-
-std::string cpu_isa() { return checked_kernels().isa; }
 
 }  // namespace
 
@@ -71,13 +61,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
       "cce_column_stats(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor lse, "
       "float softcap, float logit_scale, float temperature, int ignore_index, float eps, "
       "int max_rows) -> (Tensor count, Tensor prob)");
-  m.def("cpu_isa() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) { Binding<Cpu>::register_in(m); }
-
-STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
-}
 
 }  // namespace gemma_ext::cce

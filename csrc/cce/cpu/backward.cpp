@@ -19,7 +19,7 @@ constexpr int64_t kBatchBytes = int64_t{2} << 20;
 // dC takes in fp32, and every step reads and writes that dC once.
 int64_t fused_rows(int64_t d) { return std::max<int64_t>(512, d / 2 / kRowSpan * kRowSpan); }
 
-// [n] each, compact: the row's results and the coefficients of its gradient (params.h).
+// [n] each, compact: the row's results and the coefficients of its gradient (kernels.h).
 struct Coefficients {
   std::vector<float> lse, nll, a, b;
   std::vector<float> mean, q, class_coef;  // empty where there is none

@@ -2,33 +2,12 @@
 // The CPU engine's calls, without torch. Rows of e and c may have any strides.
 #pragma once
 
-#include <functional>
-#include <vector>
-
+#include "../../common/cpu/workers.h"
 #include "../contract.h"
-#include "../params.h"
 
 namespace gemma_ext::cce {
 
-// Deals tasks to torch's threads, one Scratch per thread. Every task writes memory of its own, so
-// results do not depend on who ran it.
-class Workers {
- public:
-  using Range = std::function<void(int64_t, int64_t)>;
-  using ParallelFor = std::function<void(int64_t, const Range&)>;
-
-  Workers(int threads, ParallelFor parallel_for);
-  ~Workers();
-  Workers(const Workers&) = delete;
-  Workers& operator=(const Workers&) = delete;
-
-  void run(int64_t tasks, const std::function<void(int64_t, Scratch&)>& task);
-  int threads() const { return static_cast<int>(scratch_.size()); }
-
- private:
-  std::vector<Scratch> scratch_;
-  ParallelFor parallel_for_;
-};
+using gemma_ext::cpu::Workers;
 
 namespace cpu {
 

@@ -2,11 +2,12 @@
 // What happens to a strip of kTile raw products while it is in L1: logits, sums, gradients.
 #pragma once
 
-#include "../../common/vec.h"
-#include "../params.h"
+#include "../../common/cpu/vec.h"
+#include "../contract.h"
 
-namespace gemma_ext::GEMMA_EXT_ISA {
-using namespace gemma_ext::cce;
+namespace gemma_ext::cce::GEMMA_EXT_ISA {
+
+using namespace gemma_ext::cpu::GEMMA_EXT_ISA;
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -66,4 +67,4 @@ GEMMA_EXT_INLINE void strip_gradient(const LogitMap& map, float lse, float a, fl
   if (target >= 0) s[target] += at_target;
 }
 
-}  // namespace gemma_ext::GEMMA_EXT_ISA
+}  // namespace gemma_ext::cce::GEMMA_EXT_ISA

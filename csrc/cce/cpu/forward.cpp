@@ -1,31 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward on the CPU: tiles in parallel, then one fixed-order combination per row.
-#include <stdlib.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 
 #include "rows.h"
 
-namespace gemma_ext::cce {
-Workers::Workers(int threads, ParallelFor parallel_for)
-    : scratch_(std::max(threads, 1)), parallel_for_(std::move(parallel_for)) {}
-
-Workers::~Workers() {
-  for (Scratch& s : scratch_)
-    for (void* part : s.part) free(part);
-}
-
-void Workers::run(int64_t tasks, const std::function<void(int64_t, Scratch&)>& task) {
-  std::atomic<int64_t> next{0};
-  parallel_for_(threads(), [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t t = next++; t < tasks; t = next++) task(t, scratch_[worker]);
-  });
-}
-
-namespace cpu {
+namespace gemma_ext::cce::cpu {
 
 StripStats stat_planes(float* memory, const Problem& p) {
   const int64_t plane = p.tiles * p.n;
@@ -223,5 +203,4 @@ Status run(const ColumnStats& c, Workers& workers) {
   return {};
 }
 
-}  // namespace cpu
-}  // namespace gemma_ext::cce
+}  // namespace gemma_ext::cce::cpu

@@ -4,35 +4,23 @@
 //   lse[n]  = log sum_v exp(s),   G = dloss/d(e.c),   dE = scale G C,   dC = scale G^T E
 // The logits of a tile live in one worker's L2 as strips of 256 columns, never as an N x V matrix.
 // Compiled once per instruction set; the namespace is the set's name.
-#include <stdlib.h>
 #include <string.h>
 
+#include "../../common/cpu/gemm.h"
 #include "epilogue.h"
-#include "gemm.h"
+#include "kernels.h"
 
-namespace gemma_ext::GEMMA_EXT_ISA {
-using namespace gemma_ext::cce;
+namespace gemma_ext::cce::GEMMA_EXT_ISA {
 namespace {
+
+static_assert(kTile == kDepth, "strips are read in place as rows of A");
+constexpr int kSlices = kTile / kSlice;
 
 enum Part { kPacked, kRaw, kBlockA, kStrips, kPackedA, kBlockB, kSums, kSmall };
 
 template <class T>
 T* scratch(Scratch& s, Part part, int64_t count) {
-  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-  if (s.size[part] < bytes) {
-    free(s.part[part]);
-    s.part[part] = aligned_alloc(64, bytes);
-    if (!s.part[part]) abort();
-    s.size[part] = bytes;
-  }
-  return static_cast<T*>(s.part[part]);
-}
-
-GEMMA_EXT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-int64_t depth(int64_t d) {
-  return (d + kPair<T> - 1) / kPair<T> * kPair<T>;
+  return static_cast<T*>(s.part(part, count * sizeof(T)));
 }
 
 struct Tile {
@@ -54,41 +42,17 @@ void gather(const Problem& p, const Tile& tile, const float* from, float* to) {
     to[i] = from && i < tile.valid ? from[column_id(p, tile.first + i)] : 0.0f;
 }
 
-// C[tile]^T as slices ready for the micro-kernel: [kSlices][D / pair, kSlice, pair]. Rows are read in
-// place where they hold words of T or, for a float T, bfloat16 to be widened on the way.
-template <class T>
-void pack_tile(const Problem& p, const Tile& tile, T* packed, Scratch& s) {
-  const int64_t d = depth<T>(p.D), words = d / kPair<T>;
-  const bool widen = sizeof(T) == 4 && p.c.dtype == DType::kBFloat16 && p.c.col_stride == 1;
-  const bool plain = widen || (is_plain<T>(p.c) && d == p.D);
-  T* raw = scratch<T>(s, kRaw, kLanes * d);
-  for (int v = 0; v < kTile; v += kLanes) {
-    const void* row[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t id = v + i < tile.valid ? column_id(p, tile.first + v + i) : -1;
-      if (id >= 0 && plain) {
-        row[i] = static_cast<const char*>(p.c.data) + id * p.c.row_stride * size_of(p.c.dtype);
-        continue;
-      }
-      T* to = raw + i * d;
-      memset(to, 0, d * sizeof(T));
-      if (id >= 0) load_row<T>(p.c, id, 0, p.D, to);
-      row[i] = to;
-    }
-    uint32_t* to = reinterpret_cast<uint32_t*>(packed + v / kSlice * kSlice * d) + v % kSlice;
-    if (widen)
-      transpose_words<bf16>(row, words, to);
-    else
-      transpose_words<uint32_t>(row, words, to);
-  }
-}
-
+// C[tiles]^T, each ready for the product.
 template <class T>
 T* pack_tiles(const Problem& p, int64_t tile0, int64_t tile1, Scratch& s) {
   const int64_t size = depth<T>(p.D) * kTile;
   T* packed = scratch<T>(s, kPacked, (tile1 - tile0) * size);
-  for (int64_t t = tile0; t < tile1; ++t)
-    pack_tile<T>(p, tile_at(p, t), packed + (t - tile0) * size, s);
+  T* spare = scratch<T>(s, kRaw, kLanes * depth<T>(p.D));
+  for (int64_t t = tile0; t < tile1; ++t) {
+    const Tile tile = tile_at(p, t);
+    const auto id = [&](int v) { return v < tile.valid ? column_id(p, tile.first + v) : -1; };
+    pack_rows<T>(p.c, kTile, id, packed + (t - tile0) * size, spare);
+  }
   return packed;
 }
 
@@ -198,26 +162,6 @@ void column_rows(const Problem& p, const float* lse, float eps, float* count, fl
   }
 }
 
-constexpr int kTileGroups = (kTile + kGroup - 1) / kGroup;
-constexpr int64_t kPackedStrips = int64_t{kTileGroups} * kGroup * kTile;  // of one K-block
-
-// Strips [rows, kTile] as the A of a product over their rows: [K-block][group of columns][row].
-template <class T, class S>
-const T* pack_strips(const S* strips, int64_t rows, Scratch& s) {
-  constexpr int kWords = kTileGroups * kGroup;
-  T* packed = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kPackedStrips);
-  alignas(64) T line[kWords * kPair<T>] = {};
-  for (int64_t r = 0; r < rows; r += kPair<T>) {
-    const S* even = strips + r * kTile;
-    for (int i = 0; i < kTile; i += kSlice)
-      interleave(even + i, r + 1 < rows ? even + kTile + i : nullptr, line + kPair<T> * i);
-    T* to = packed + r / kTile * kPackedStrips + r % kTile * kGroup;
-    for (int g = 0; g < kTileGroups; ++g)
-      memcpy(to + g * kGroup * kTile, line + g * kGroup * kPair<T>, kGroup * kPair<T> * sizeof(T));
-  }
-  return packed;
-}
-
 // At most kBlockRows strips as the A of a product over their columns.
 template <class T, class S>
 const T* widen_strips(const S* strips, int64_t rows, Scratch& s) {
@@ -230,27 +174,12 @@ const T* widen_strips(const S* strips, int64_t rows, Scratch& s) {
   }
 }
 
-// kColumns columns of `rows` rows of m as slices for the micro-kernel:
-// [kColumns / kSlice][rows / pair, kSlice, pair], slices kTile rows apart. Row -1 is zero.
+// kColumns columns of at most kTile rows of m, ready for the product.
 template <class T, class RowAt>
-T* pack_columns(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scratch& s) {
-  const int64_t width = least(kColumns, m.cols - column);
-  T* raw = scratch<T>(s, kRaw, 2 * kColumns);
+T* pack_block(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scratch& s) {
   T* packed = scratch<T>(s, kBlockB, kTile * kColumns);
-  const bool plain = is_plain<T>(m) && width == kColumns;
-  const auto row = [&](int64_t r, T* spare) -> const T* {
-    const int64_t id = row_at(r);
-    if (id >= 0 && plain) return static_cast<const T*>(m.data) + id * m.row_stride + column;
-    memset(spare, 0, kColumns * sizeof(T));
-    if (id >= 0) load_row<T>(m, id, column, width, spare);
-    return spare;
-  };
-  for (int64_t r = 0; r < rows; r += kPair<T>) {
-    const T* even = row(r, raw);
-    const T* odd = kPair<T> == 2 && r + 1 < rows ? row(r + 1, raw + kColumns) : nullptr;
-    for (int i = 0; i < kColumns; i += kSlice)
-      interleave(even + i, odd ? odd + i : nullptr, packed + i * kTile + r * kSlice);
-  }
+  T* spare = scratch<T>(s, kRaw, 2 * kColumns);
+  pack_columns<T, kColumns>(m, column, rows, row_at, packed, spare);
   return packed;
 }
 
@@ -260,7 +189,8 @@ void write_dc(const GradTask& task, int64_t index, const S* strips, int64_t rows
               Scratch& s) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
-  const T* a = pack_strips<T>(strips, rows, s);
+  T* a = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kGroupsSize);
+  pack_transposed(strips, rows, a);
   float* sums = scratch<float>(s, kSums, kTile * kColumns);
   const float* profile = task.push ? task.profile + tile.first : nullptr;
   for (int64_t column = 0; column < p.D; column += kColumns) {
@@ -268,10 +198,9 @@ void write_dc(const GradTask& task, int64_t index, const S* strips, int64_t rows
     for (int64_t k = 0; k < rows; k += kTile) {
       const int64_t step = least(kTile, rows - k);
       const T* b =
-          pack_columns<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
-      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step,
-                                        a + k / kTile * kPackedStrips, b, kSlice * kTile, sums,
-                                        kColumns, k > 0);
+          pack_block<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
+      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step, a + k / kTile * kGroupsSize,
+                                        b, kSlice * kTile, sums, kColumns, k > 0);
     }
     if (rows == 0) memset(sums, 0, kTile * kColumns * sizeof(float));
     for (int v = 0; v < tile.valid; ++v) {
@@ -357,7 +286,7 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
       const int64_t last = least(task.begin[index + 1] - begin, row0 + span);
       if (last <= row0) continue;
       const Tile tile = tile_at(p, index);
-      const T* b = pack_columns<T>(
+      const T* b = pack_block<T>(
           p.c, column, kTile,
           [&](int64_t v) { return v < tile.valid ? column_id(p, tile.first + v) : -1; }, s);
       const S* g = static_cast<const S*>(task.strips) + (begin - task.slot0) * kTile;
@@ -462,7 +391,7 @@ void push_columns(const Problem& p, const float* mass, float* push, int64_t tile
   for (int64_t k = 0; k < p.n; k += kTile) {
     const int64_t step = least(kTile, p.n - k);
     const float* b =
-        pack_columns<float>(p.e, column, step, [&](int64_t r) { return p.rows[k + r]; }, s);
+        pack_block<float>(p.e, column, step, [&](int64_t r) { return p.rows[k + r]; }, s);
     for (int64_t tile = 0; tile < tiles; tile += kBlockRows) {
       const int64_t rows = least(kBlockRows, tiles - tile);
       for (int64_t r = 0; r < rows; ++r)
@@ -479,7 +408,7 @@ void pull_columns(const Problem& p, const float* mass, const float* mean, float*
   const int64_t stride = padded(p.D), tiles = least(kTile, p.tiles - tile0);
   const Matrix means{mean, DType::kFloat32, tiles, stride, stride, 1};
   float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
-  const float* b = pack_columns<float>(means, column, tiles, [](int64_t r) { return r; }, s);
+  const float* b = pack_block<float>(means, column, tiles, [](int64_t r) { return r; }, s);
   for (int64_t row = 0; row < p.n; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, p.n - row);
     for (int64_t t = 0; t < tiles; ++t)
@@ -500,14 +429,10 @@ using Narrow = float;
 #define GEMMA_EXT_STRIPS(storage, call) \
   ((storage) == DType::kBFloat16 ? (call<Narrow, bf16>) : (call<float, float>))
 
-#define GEMMA_EXT_QUOTE(x) #x
-#define GEMMA_EXT_NAME(x) GEMMA_EXT_QUOTE(x)
-
 }  // namespace
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    GEMMA_EXT_NAME(GEMMA_EXT_ISA),
     [](const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1, int64_t row0,
        int64_t row1, Scratch& s) {
       GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile0, tile1, row0, row1, s);
@@ -532,4 +457,4 @@ const Kernels kKernels = {
     pull_columns,
 };
 
-}  // namespace gemma_ext::GEMMA_EXT_ISA
+}  // namespace gemma_ext::cce::GEMMA_EXT_ISA

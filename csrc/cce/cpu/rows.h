@@ -5,10 +5,9 @@
 #include <cmath>
 
 #include "engine.h"
+#include "kernels.h"
 
 namespace gemma_ext::cce::cpu {
-
-inline const Kernels& kernels() { return *chosen_kernels(); }
 
 constexpr int64_t kRowSpan = 256;  // rows that one elementwise task owns
 inline int64_t spans(int64_t n) { return ceil_div(n, kRowSpan); }

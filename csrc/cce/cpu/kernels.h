@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plain structs shared by the CPU kernels and the code that plans them.
+// What runs inside one task: the table of the kernels that every instruction set has, and the plain
+// structs they take.
 #pragma once
 
-#include <stddef.h>
-#include <stdint.h>
-
-#include "contract.h"
+#include "../../common/cpu/matrix.h"
+#include "../../common/cpu/scratch.h"
+#include "../contract.h"
 
 namespace gemma_ext::cce {
+
+using gemma_ext::cpu::Matrix;
+using gemma_ext::cpu::Scratch;
 
 // Columns of D that one backward task owns; 4 slices of 32, and 2304 = 18 * 128.
 constexpr int kColumns = 128;
@@ -15,13 +18,6 @@ constexpr int kColumns = 128;
 // Tiles of one forward task: they share the loads of e, and 2 x 256 x 2304 x 2 B of packed C per
 // worker are still small beside what 5 % of any logits worth cutting would take.
 constexpr int64_t kForwardTiles = 2;
-
-struct Matrix {
-  const void* data;
-  DType dtype;
-  int64_t rows, cols;
-  int64_t row_stride, col_stride;  // in elements
-};
 
 struct Problem {
   Matrix e;                   // [*, D]; rows named by `rows`
@@ -73,14 +69,7 @@ struct GradTask {
   float* dbias;            // [V] fp32, or null
 };
 
-// One worker's memory; grows to what its tasks need.
-struct Scratch {
-  void* part[8] = {};
-  size_t size[8] = {};
-};
-
 struct Kernels {
-  const char* isa;
   void (*forward_tiles)(const Problem&, const StripStats&, int64_t tile0, int64_t tile1,
                         int64_t row0, int64_t row1, Scratch&);
   void (*column_tile)(const Problem&, const float* lse, float eps, float* count, float* prob,
@@ -109,10 +98,9 @@ constexpr DType strip_type(DType storage) {
   return storage == DType::kBFloat16 ? DType::kBFloat16 : DType::kFloat32;
 }
 
-constexpr int64_t padded(int64_t d) { return (d + kColumns - 1) / kColumns * kColumns; }
+constexpr int64_t padded(int64_t d) { return ceil_div(d, kColumns) * kColumns; }
 
-// The build that GEMMA_EXT_CPU_ISA names, or the fastest one for this processor; null if it names
-// none that runs here.
-const Kernels* chosen_kernels();
+// Of the chosen instruction set.
+const Kernels& kernels();
 
 }  // namespace gemma_ext::cce
