@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,8 @@ from gemma_ext.distributed._merge import (
     reduce_gradient,
 )
 from gemma_ext.distributed._shards import VocabShard
-from gemma_ext.ops.cce import Rows, cce_rows
+from gemma_ext.ops.cce import Head, Method, Rows, rows_of_head
+from gemma_ext.ops.cce.inputs import to_autocast
 
 _IGNORED = -100
 _ELSEWHERE = -1
@@ -26,44 +29,38 @@ def vocab_parallel_rows(
     targets: Tensor,
     bias: Tensor | None,
     shard: VocabShard,
+    head: Head,
+    method: Method,
     *,
-    ignore_index: int,
-    softcap: float | None,
-    logit_scale: float,
-    temperature: float,
     class_weight: Tensor | None,
     want_entropy: bool,
     want_argmax: bool,
     reduce_e_grad: bool,
-    **options,
 ) -> Rows:
-    """`gemma_ext.ops.cce.cce_rows` over the union of the shards; the same vectors on every rank.
+    """`gemma_ext.ops.cce.rows_of_head` over the union of the shards; the same on every rank.
 
     Args:
         e: [N, D], the same on every rank. c: [V_local, D]; bias, class_weight: [V_local] or None.
         targets: [N] labels in the whole vocabulary; one outside it has nll NaN.
-        options: `impl`, `filter_eps` and `state` of `cce_rows`.
     """
     rows = shard.stop - shard.start
-    valid = targets != ignore_index
+    valid = targets != head.ignore_index
     relative = targets.long() - shard.start
     owned = valid & (relative >= 0) & (relative < rows)
     e = reduce_gradient(e, shard.group) if reduce_e_grad else e
     if rows:
-        local = cce_rows(
-            e,
-            c,
+        local_e, local_c, local_bias = to_autocast(e, c, bias)
+        local = rows_of_head(
+            local_e,
+            local_c,
             torch.where(owned, relative, torch.where(valid, _ELSEWHERE, _IGNORED)),
-            bias,
-            ignore_index=_IGNORED,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            temperature=temperature,
+            local_bias,
+            dataclasses.replace(head, ignore_index=_IGNORED),
+            method,
             class_weight=class_weight,
             want_entropy=want_entropy,
             want_argmax=want_argmax,
-            missing_target="none",
-            **options,
+            allow_missing=True,
         )
     else:
         local = _empty_rows(e, c, bias, class_weight, want_entropy, want_argmax)
@@ -83,7 +80,7 @@ def vocab_parallel_rows(
     )
     argmax = None
     if want_argmax:
-        logit = _chosen_logit(e, c, bias, local.argmax, softcap, logit_scale)
+        logit = _chosen_logit(e, c, bias, local.argmax, head)
         argmax = torch.where(valid, _merge_argmax(logit, local.argmax, shard), -1)
     return Rows(
         torch.where(valid, merged.lse - merged.target_logit, zero).masked_fill(nowhere, torch.nan),
@@ -122,8 +119,7 @@ def _chosen_logit(
     c: Tensor,
     bias: Tensor | None,
     columns: Tensor,
-    softcap: float | None,
-    logit_scale: float,
+    head: Head,
 ) -> Tensor:
     """[N] capped logit of one column per row; -inf where a shard has none.
 
@@ -135,10 +131,10 @@ def _chosen_logit(
     parts = []
     for block, index in zip(e.split(_ARGMAX_ROWS), columns.split(_ARGMAX_ROWS), strict=True):
         index = index.clamp(min=0)
-        a = logit_scale * (block.float() * c[index].float()).sum(-1)
+        a = head.logit_scale * (block.float() * c[index].float()).sum(-1)
         if bias is not None:
             a = a + bias[index].float()
-        parts.append(a if softcap is None else softcap * torch.tanh(a / softcap))
+        parts.append(a if head.softcap is None else head.softcap * torch.tanh(a / head.softcap))
     return torch.cat(parts).double().nan_to_num(nan=-torch.inf)
 
 

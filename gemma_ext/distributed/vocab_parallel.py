@@ -8,6 +8,8 @@ dC stays local, dE is one SUM all-reduce in float32.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,14 +23,9 @@ from gemma_ext.distributed._shards import (
     resolve_shard,
     vocab_shard_range,
 )
-from gemma_ext.ops import _cce_inputs as inputs
-from gemma_ext.ops._cce_losses import (
-    LinearCrossEntropyOutput,
-    assemble,
-    smoothing_weights,
-    weigh_tokens,
-)
-from gemma_ext.reference.cce import check_labels
+from gemma_ext.ops.cce import Head, LinearCrossEntropyOutput, LossTerms, Method
+from gemma_ext.ops.cce.inputs import check_labels, check_problem, check_vector
+from gemma_ext.ops.cce.loss import Wanted, assemble, weigh
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -98,60 +95,40 @@ def vocab_parallel_linear_cross_entropy(
         >>> head = distribute_tensor(lm_head.weight, mesh, [Shard(0)])
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, head, labels, softcap=30.0)
     """
-    e, c, targets, bias, shard = _enter(
-        e, c_local, targets, bias, group, vocab_start, vocab_size, validate, impl, filter_eps
-    )
-    token_weights = local_replica("token_weights", token_weights)
-    weight = local_replica("weight", weight)
-    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
-    inputs.check_vector("weight", weight, shard.vocab_size, e.device)
-    inputs.check_loss(
-        reduction, label_smoothing, token_weights, targets, num_items_in_batch, z_loss
-    )
-
-    tokens = weigh_tokens(
-        e,
-        targets,
-        shift=shift,
-        ignore_index=ignore_index,
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    method = Method(impl, filter_eps, state)
+    terms = LossTerms(
         reduction=reduction,
-        weight=weight,
-        token_weights=token_weights,
+        shift=shift,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        weight=local_replica("weight", weight),
+        token_weights=local_replica("token_weights", token_weights),
         num_items_in_batch=num_items_in_batch,
     )
+    wanted = Wanted(return_lse, return_entropy, return_argmax, return_stats)
+    e, c, targets, bias, shard = _enter(
+        e, c_local, targets, bias, group, vocab_start, vocab_size, validate, method
+    )
+    terms.check(targets, shard.vocab_size)
+    tokens = weigh(e, targets, head, terms)
     if validate:
-        check_labels(tokens.labels, shard.vocab_size, ignore_index, offset=tokens.steps)
-    smoothing = smoothing_weights(tokens, shard.vocab_size, weight, label_smoothing)
+        check_labels(tokens.labels, shard.vocab_size, ignore_index, offset=tokens.steps, wait=True)
+    smoothing = terms.smoothing(shard.vocab_size, tokens.coef)
     rows = vocab_parallel_rows(
         e.reshape(-1, e.shape[-1]),
         c,
         tokens.labels,
         bias,
         shard,
+        head,
+        method,
         class_weight=None if smoothing is None else smoothing[shard.start : shard.stop],
-        ignore_index=ignore_index,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        want_entropy=return_entropy,
-        want_argmax=return_argmax,
+        want_entropy=wanted.entropy,
+        want_argmax=wanted.argmax,
         reduce_e_grad=reduce_e_grad,
-        impl=impl,
-        filter_eps=filter_eps,
-        state=state,
     )
-    return assemble(
-        tokens,
-        rows,
-        smoothing,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        reduction=reduction,
-        return_lse=return_lse,
-        return_entropy=return_entropy,
-        return_argmax=return_argmax,
-        return_stats=return_stats,
-    )
+    return assemble(tokens, rows, smoothing, terms, wanted)
 
 
 def vocab_parallel_linear_logprobs(
@@ -215,8 +192,7 @@ def _enter(
     vocab_start: int | None,
     vocab_size: int | None,
     validate: bool,
-    impl: str,
-    filter_eps: object,
+    method: Method,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, VocabShard]:
     """Plain local tensors and this rank's columns, checked."""
     c, head_group, head_vocab = local_head(c_local)
@@ -230,9 +206,10 @@ def _enter(
         start, _ = vocab_shard_range(head_vocab, dist.get_rank(group), dist.get_world_size(group))
         vocab_start = start if vocab_start is None else vocab_start
     if c.dim() == 2 and c.shape[0] == 0:  # a shard without columns is fine here, only here
-        inputs.check_problem(e, c.new_empty(1, c.shape[1]), targets, None, impl, filter_eps)
-        inputs.check_vector("bias", bias, 0, e.device)
+        one_column = dataclasses.replace(method, state=None)
+        check_problem(e, c.new_empty(1, c.shape[1]), targets, None, one_column)
+        check_vector("bias", bias, 0, e.device)
     else:
-        inputs.check_problem(e, c, targets, bias, impl, filter_eps)
+        check_problem(e, c, targets, bias, method)
     shard = resolve_shard(c.shape[0], targets, group, vocab_start, vocab_size, validate)
     return e, c, targets, bias, shard

@@ -31,7 +31,7 @@ from gemma_ext.integrations._defer_head import (
     vocab_size,
 )
 from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
-from gemma_ext.ops import _cce_inputs as inputs
+from gemma_ext.ops.cce import inputs
 from gemma_ext.ops.vocab_state import VocabState
 
 __all__ = ["patch", "unpatch"]

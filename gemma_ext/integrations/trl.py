@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from gemma_ext.integrations._defer_head import defer_head
 from gemma_ext.integrations._deferred_logits import DeferredLogits
 from gemma_ext.integrations.transformers import loss_options, output_head, unwrap
-from gemma_ext.ops import _cce_inputs as inputs
-from gemma_ext.ops.cce import cce_rows
+from gemma_ext.ops.cce import cce_rows, inputs
 
 __all__ = ["patch", "unpatch"]
 

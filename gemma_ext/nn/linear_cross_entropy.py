@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 from torch import Tensor, nn
 
-from gemma_ext.ops import _cce_inputs as inputs
-from gemma_ext.ops.cce import LinearCrossEntropyOutput, linear_cross_entropy
+from gemma_ext.ops.cce import (
+    Head,
+    LinearCrossEntropyOutput,
+    LossTerms,
+    Method,
+    linear_cross_entropy,
+)
 from gemma_ext.ops.vocab_state import VocabState
 
 _PER_CALL = ("e", "c", "targets", "bias", "token_weights", "num_items_in_batch", "state")
@@ -43,7 +49,9 @@ class LinearCrossEntropy(nn.Module):
         unknown = sorted(set(options) - set(_DEFAULTS))
         if unknown:
             raise TypeError(f"expected options among {', '.join(_DEFAULTS)}, got {unknown[0]!r}")
-        _check(**{**_DEFAULTS, **options})
+        for record in (Head, LossTerms, Method):
+            names = {field.name for field in dataclasses.fields(record)}
+            record(**{name: value for name, value in options.items() if name in names})
         self.options = options
         self.stateful = stateful
         self.state: VocabState | None = None
@@ -85,27 +93,3 @@ class LinearCrossEntropy(nn.Module):
         if self.stateful and self.state is None and order is not None:
             self.state = VocabState(order.shape[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _check(
-    *,
-    impl: str,
-    filter_eps: float | str | None,
-    softcap: float | None,
-    temperature: float,
-    logit_scale: float,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float,
-    shift: int | bool,
-    weight: Tensor | None,
-    **_: Any,
-) -> None:
-    """Raise TypeError or ValueError for values that no call could take."""
-    inputs.check_impl(impl, filter_eps)
-    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
-    inputs.check_terms(reduction, label_smoothing, z_loss)
-    inputs.check_shift(shift)
-    if weight is not None:
-        inputs.check_tensor("weight", weight)

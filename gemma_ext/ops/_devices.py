@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def is_readable(t: Tensor) -> bool:
-    """Whether Python may look at the values of `t` without waiting for a device."""
-    return t.device.type == "cpu"
+    """Whether `t` has values (a tracer's stand-in has none) that are had without waiting."""
+    return t.device.type == "cpu" and type(t) in (Tensor, Parameter)

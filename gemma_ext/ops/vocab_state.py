@@ -79,7 +79,7 @@ class VocabState(nn.Module):
         bias: Tensor | None,
         lse: Tensor,
         eps: Tensor,
-        head: tuple[float, float, float, int],
+        head: dict[str, float | int],
     ) -> None:
         """Refresh from e [N, D] on every `refresh_every`-th call; the next call uses the result.
 
@@ -96,10 +96,10 @@ class VocabState(nn.Module):
             bias,
             lse.detach(),
             eps,
-            *head,
-            self.eps,
-            self.refresh_every,
-            self.decay,
+            **head,
+            eps=self.eps,
+            refresh_every=self.refresh_every,
+            decay=self.decay,
         )
 
 

@@ -11,31 +11,8 @@ float32 otherwise; memory is several N x V matrices, so this is for checking, no
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Rows(NamedTuple):
-    """Per-row quantities of an LM head; zero (argmax: -1) in ignored rows.
-
-    Attributes:
-        nll: [N] negative log-likelihood of the target; equals lse where a row has no target.
-        lse: [N] log sum_v exp(s_nv).
-        mean_logit: [N] sum_v p_nv s_nv, or None when the entropy was not asked for.
-        weighted_logit_sum: [N] sum_v class_weight_v s_nv, or None without class weights.
-        argmax: [N] int64 argmax_v s_nv (ties: lowest index), or None when not asked for.
-        stats: [4] float64 kept fraction of strips, mean and largest dropped mass, eps, for rows of
-            equal upstream gradient; None where nothing is ever filtered.
-    """
-
-    nll: Tensor
-    lse: Tensor
-    mean_logit: Tensor | None
-    weighted_logit_sum: Tensor | None
-    argmax: Tensor | None
-    stats: Tensor | None = None
 
 
 def logits(
@@ -58,23 +35,6 @@ def logits(
         return a / temperature
 
 
-def check_labels(targets: Tensor, vocab: int, ignore_index: int, offset: int = 0) -> None:
-    """Raise ValueError naming the first label outside [0, vocab) that is not `ignore_index`.
-
-    Its flat position is counted from `offset`.
-    """
-    if targets.is_meta:
-        return
-    flat = targets.reshape(-1)
-    bad = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
-    if bool(bad.any()):
-        position = int(bad.nonzero()[0])
-        raise ValueError(
-            f"expected targets in [0, {vocab}) or ignore_index {ignore_index}, "
-            f"got {int(flat[position])} at flat position {position + offset}"
-        )
-
-
 def rows(
     e: Tensor,
     c: Tensor,
@@ -88,23 +48,19 @@ def rows(
     class_weight: Tensor | None = None,
     want_entropy: bool = False,
     want_argmax: bool = False,
-    missing_target: str = "error",
-) -> Rows:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Twin of `gemma_ext.ops.cce.cce_rows`; differentiable by plain autograd.
 
     Args:
         e: [N, D] hidden states. c: [V, D] classifier. bias: [V] or None.
         targets: [N] int32 or int64 labels.
         class_weight: [V]; asks for `weighted_logit_sum`.
-        missing_target: "error" raises ValueError for a label outside [0, V); "none" gives such a
-            row no target, nll = lse.
 
     Returns:
-        Rows of [N] vectors.
+        The first five fields of `gemma_ext.ops.cce.Rows`, in its order. A row whose label lies
+        outside [0, V) has no target, nll = lse.
     """
     vocab = c.shape[0]
-    if missing_target == "error" and not torch.compiler.is_compiling():
-        check_labels(targets, vocab, ignore_index)
     valid = targets != ignore_index
     owned = valid & (targets >= 0) & (targets < vocab)
     # Ignored rows may hold NaN; 0 * NaN would reach c's gradient through the matrix product.
@@ -125,7 +81,7 @@ def rows(
     argmax = None
     if want_argmax:
         argmax = torch.where(valid, s.argmax(-1), torch.full_like(targets, -1, dtype=torch.int64))
-    return Rows(
+    return (
         torch.where(valid, lse - target_logit, zero),
         torch.where(valid, lse, zero),
         mean_logit,
@@ -170,7 +126,6 @@ def linear_cross_entropy(
         e, targets = e[..., :-shift, :], targets[..., shift:]
         token_weights = None if token_weights is None else token_weights[..., shift:]
     vocab = c.shape[0]
-    check_labels(targets, vocab, ignore_index)
     valid = targets != ignore_index
     label = torch.where(valid, targets, torch.zeros_like(targets)).long()
     e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
@@ -208,7 +163,6 @@ def linear_logprobs(
     """Target log-probability and entropy, both [..., T - shift], 0 at ignored positions."""
     if shift:
         e, targets = e[..., :-shift, :], targets[..., shift:]
-    check_labels(targets, c.shape[0], ignore_index)
     valid = targets != ignore_index
     label = torch.where(valid, targets, torch.zeros_like(targets)).long()
     e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))

@@ -20,7 +20,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from gemma_ext import LinearCrossEntropy, VocabState, linear_cross_entropy, linear_logprobs
 from gemma_ext.distributed import vocab_parallel_linear_cross_entropy
-from gemma_ext.ops import _cce_inputs, vocab_state
+from gemma_ext.ops import vocab_state
+from gemma_ext.ops.cce import inputs
 
 if not torch.backends.cuda.is_built():
     ctypes.CDLL(os.environ["GEMMA_EXT_TEST_GUARD"])
@@ -32,7 +33,7 @@ FLAGS = {f"return_{name}": True for name in ("lse", "entropy", "argmax", "stats"
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    monkeypatch.setattr(_cce_inputs, "_CUDA_REFUSAL", None)
+    monkeypatch.setattr(inputs, "_CUDA_REFUSAL", None)
     with FakeTensorMode() as mode, torch.no_grad():
         yield mode
 

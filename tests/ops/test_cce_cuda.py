@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemma_ext import _loader
-from gemma_ext.ops import _cce_inputs
+from gemma_ext.ops.cce import inputs
 
 pytestmark = pytest.mark.skipif(
     _loader.load().cuda_path is None, reason="needs _C_cuda.so: build with GEMMA_EXT_CUDA=ON"
@@ -18,4 +18,4 @@ def test_op_has_a_kernel(name):
 
 
 def test_cuda_tensors_are_taken():
-    assert _cce_inputs._CUDA_REFUSAL is None
+    assert inputs._CUDA_REFUSAL is None

@@ -8,7 +8,7 @@ from cce_filter_oracle import filtered, gap_eps, zipf_problem
 from cce_oracle import IGNORE, assert_close, expected, gradients, run, scores
 
 from gemma_ext import VocabState, linear_cross_entropy
-from gemma_ext.ops import _cce_kernels
+from gemma_ext.ops.cce import op
 
 V = 2300
 
@@ -136,8 +136,8 @@ def test_flat_rows_go_straight_to_the_exact_form_between_refreshes(monkeypatch):
         fused.append(len(fused))
         return whole(*args, **options)
 
-    whole = _cce_kernels.fused_loss
-    monkeypatch.setattr(_cce_kernels, "fused_loss", counted)
+    whole = op.fused_loss
+    monkeypatch.setattr(op, "fused_loss", counted)
     flat = zipf_problem(40, 24, 600, spread=0.1, alpha=0.1, seed=5)  # every p is above 2^-10
     sharp = zipf_problem(40, 24, 600, spread=1.0, alpha=4.0, seed=6)
     state = VocabState(600, refresh_every=4)

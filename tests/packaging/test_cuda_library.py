@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gemma_ext import _loader, info, linear_cross_entropy
-from gemma_ext.ops import _cce_inputs
+from gemma_ext.ops.cce import inputs
 
 REPORT = """
 import gemma_ext
@@ -137,7 +137,7 @@ class OnCuda(torch.Tensor):
 
 @pytest.mark.parametrize("impl", ["auto", "cce", "exact"])
 def test_cuda_tensors_without_kernels_are_refused_not_materialised(monkeypatch, impl):
-    monkeypatch.setattr(_cce_inputs, "_CUDA_REFUSAL", "no CUDA kernel, use impl='reference'")
+    monkeypatch.setattr(inputs, "_CUDA_REFUSAL", "no CUDA kernel, use impl='reference'")
     e, c, targets = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(NotImplementedError, match=r"use impl='reference', which holds the logits"):
         linear_cross_entropy(*(x.as_subclass(OnCuda) for x in (e, c, targets)), impl=impl)

@@ -18,32 +18,36 @@ with a = label smoothing, w = class weights, z = z-loss weight, t = token weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from gemma_ext.ops import _cce_inputs as inputs
-from gemma_ext.ops import _cce_kernels
-from gemma_ext.ops._cce_losses import (
+from gemma_ext.ops.cce import op
+from gemma_ext.ops.cce.head import Head
+from gemma_ext.ops.cce.inputs import Method, check_labels, check_problem, to_autocast
+from gemma_ext.ops.cce.loss import (
     FilterStats,
     LinearCrossEntropyOutput,
+    LossTerms,
+    Rows,
+    Tokens,
+    Wanted,
     assemble,
-    smoothing_weights,
-    weigh_tokens,
+    weigh,
 )
 from gemma_ext.ops.vocab_state import VocabState
 from gemma_ext.reference import cce as reference
-from gemma_ext.reference.cce import Rows
 
 __all__ = [
     "FilterStats",
+    "Head",
     "LinearCrossEntropyOutput",
+    "LossTerms",
+    "Method",
     "Rows",
     "cce_rows",
     "linear_cross_entropy",
     "linear_logprobs",
+    "rows_of_head",
 ]
 
 
@@ -64,7 +68,6 @@ def cce_rows(
     want_entropy: bool = False,
     want_argmax: bool = False,
     missing_target: str = "error",
-    label_offset: int = 0,
 ) -> Rows:
     """Differentiable per-row quantities of a head; the layer every loss here is built on.
 
@@ -73,39 +76,75 @@ def cce_rows(
         class_weight: [V]; asks for `weighted_logit_sum` and makes the backward exact.
         missing_target: "error", or "none" to accept labels outside [0, V) as rows without a target
             in this shard of the vocabulary (nll = lse).
-        label_offset: added to the flat position of a label that an error names.
 
     Returns:
         Rows of float32 [N] vectors, zero in ignored rows.
+
+    Raises:
+        TypeError, ValueError: as `linear_cross_entropy`.
     """
     if missing_target not in ("error", "none"):
         raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
-    inputs.check_state(state, c.shape[0], e.device)
-    e, c, bias = inputs.to_autocast(e, c, bias)
-    options = {
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-        "class_weight": class_weight,
-        "want_entropy": want_entropy,
-        "want_argmax": want_argmax,
-        "missing_target": missing_target,
-    }
-    if impl == "reference":
-        return _call(reference.rows, label_offset, e, c, targets, bias, **options)
-    mode = "exact" if _is_exact(impl, filter_eps) or class_weight is not None else "filter"
-    return _call(
-        _cce_kernels.rows,
-        label_offset,
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    method = Method(impl, filter_eps, state)
+    check_problem(e, c, targets, bias, method)
+    if missing_target == "error":
+        check_labels(targets, c.shape[0], ignore_index, wait=method.materialises)
+    e, c, bias = to_autocast(e, c, bias)
+    return rows_of_head(
         e,
         c,
         targets,
         bias,
-        filter_eps=filter_eps,
-        mode=mode,
-        state=state,
-        **options,
+        head,
+        method,
+        class_weight=class_weight,
+        want_entropy=want_entropy,
+        want_argmax=want_argmax,
+        allow_missing=missing_target == "none",
+    )
+
+
+def rows_of_head(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    method: Method,
+    *,
+    class_weight: Tensor | None = None,
+    want_entropy: bool = False,
+    want_argmax: bool = False,
+    allow_missing: bool = False,
+) -> Rows:
+    """`cce_rows` of a problem that has been checked, in the dtype that autocast asks for."""
+    if method.materialises:
+        return Rows(
+            *reference.rows(
+                e,
+                c,
+                targets,
+                bias,
+                **head.map(),
+                ignore_index=head.ignore_index,
+                class_weight=class_weight,
+                want_entropy=want_entropy,
+                want_argmax=want_argmax,
+            )
+        )
+    return op.rows(
+        e,
+        c,
+        targets,
+        bias,
+        head,
+        eps=method.eps if class_weight is None else 0.0,
+        state=method.state,
+        class_weight=class_weight,
+        want_entropy=want_entropy,
+        want_argmax=want_argmax,
+        allow_missing=allow_missing,
     )
 
 
@@ -184,85 +223,44 @@ def linear_cross_entropy(
     Example:
         >>> loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, shift=True)
     """
-    inputs.check_problem(e, c, targets, bias, impl, filter_eps)
-    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
-    inputs.check_vector("weight", weight, c.shape[0], e.device)
-    inputs.check_loss(
-        reduction, label_smoothing, token_weights, targets, num_items_in_batch, z_loss
-    )
-    inputs.check_state(state, c.shape[0], e.device)
-
-    e, c, bias = inputs.to_autocast(e, c, bias)
-    tokens = weigh_tokens(
-        e,
-        targets,
-        shift=shift,
-        ignore_index=ignore_index,
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    method = Method(impl, filter_eps, state)
+    terms = LossTerms(
         reduction=reduction,
+        shift=shift,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
         weight=weight,
         token_weights=token_weights,
         num_items_in_batch=num_items_in_batch,
     )
-    head = {
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        "temperature": temperature,
-        "ignore_index": ignore_index,
-    }
-    rows_e = e.reshape(-1, e.shape[-1])
-    if (
-        impl != "reference"
-        # gradients stored before a loss scale is applied would underflow in float16
-        and e.dtype != torch.float16
-        and reduction != "none"
-        and not label_smoothing
-        and not (return_lse or return_entropy or return_argmax)
-        and _needs_grad(e, c, bias)
-        and not _needs_grad(weight, token_weights, num_items_in_batch)
-        and (_is_exact(impl, filter_eps) or _may_skip(state, filter_eps))
-    ):
-        loss, _, _ = _call(
-            _cce_kernels.fused_loss,
-            tokens.steps,
-            rows_e,
+    wanted = Wanted(return_lse, return_entropy, return_argmax, return_stats)
+    tokens, e, c, bias = _enter(e, c, targets, bias, head, terms, method)
+    if _may_fuse(e, c, bias, terms, wanted, method):
+        loss = op.fused_loss(
+            e,
             c,
             tokens.labels,
             bias,
-            tokens.class_coef,
-            z_loss * tokens.coef,
-            **head,
+            head,
+            nll_coef=tokens.class_coef,
+            lse2_coef=z_loss * tokens.coef,
         )
-        if return_stats:
-            return LinearCrossEntropyOutput(loss=loss, stats=FilterStats(None))
-        return loss
+        return LinearCrossEntropyOutput(loss, stats=FilterStats(None)) if wanted.stats else loss
 
-    smoothing = smoothing_weights(tokens, c.shape[0], weight, label_smoothing)
-    rows = cce_rows(
-        rows_e,
+    smoothing = terms.smoothing(c.shape[0], tokens.coef)
+    rows = rows_of_head(
+        e,
         c,
         tokens.labels,
         bias,
+        head,
+        method,
         class_weight=smoothing,
-        filter_eps=filter_eps,
-        impl=impl,
-        state=state,
-        want_entropy=return_entropy,
-        want_argmax=return_argmax,
-        label_offset=tokens.steps,
-        **head,
+        want_entropy=wanted.entropy,
+        want_argmax=wanted.argmax,
     )
-    return assemble(
-        tokens,
-        rows,
-        smoothing,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        reduction=reduction,
-        return_lse=return_lse,
-        return_entropy=return_entropy,
-        return_argmax=return_argmax,
-        return_stats=return_stats,
-    )
+    return assemble(tokens, rows, smoothing, terms, wanted)
 
 
 def linear_logprobs(
@@ -287,60 +285,66 @@ def linear_logprobs(
     Returns:
         (logprobs, entropy), float32 [..., T - shift], both differentiable, 0 where ignored.
     """
-    inputs.check_problem(e, c, targets, bias, impl, filter_eps)
-    inputs.check_scalars(softcap, temperature, logit_scale, ignore_index)
-    tokens = weigh_tokens(
-        e,
-        targets,
-        shift=shift,
-        ignore_index=ignore_index,
-        reduction="none",
-        weight=None,
-        token_weights=None,
-        num_items_in_batch=None,
-    )
-    rows = cce_rows(
-        e.reshape(-1, e.shape[-1]),
-        c,
-        tokens.labels,
-        bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        filter_eps=filter_eps,
-        impl=impl,
-        state=state,
-        want_entropy=True,
-        label_offset=tokens.steps,
-    )
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    method = Method(impl, filter_eps, state)
+    terms = LossTerms(reduction="none", shift=shift)
+    tokens, e, c, bias = _enter(e, c, targets, bias, head, terms, method)
+    rows = rows_of_head(e, c, tokens.labels, bias, head, method, want_entropy=True)
     entropy = tokens.unflatten(rows.lse - rows.mean_logit)
     return tokens.unflatten(-rows.nll), entropy
 
 
-def _call(call: Callable[..., Any], label_offset: int, *args: Any, **options: Any) -> Any:
-    """Call a kernel or its twin; the position of a refused label is `label_offset` further on."""
-    if torch.compiler.is_compiling():
-        return call(*args, **options)
-    try:
-        return call(*args, **options)
-    except (RuntimeError, ValueError) as error:
-        message = str(error).splitlines()[0]
-        start = message.find("expected targets in ")
-        if start < 0:
-            raise
-    label, _, position = message[start:].partition(" at flat position ")
-    raise ValueError(f"{label} at flat position {int(position) + label_offset}")
+def _enter(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    head: Head,
+    terms: LossTerms,
+    method: Method,
+) -> tuple[Tokens, Tensor, Tensor, Tensor | None]:
+    """The scored positions, e [N, D], c and bias, checked and in the dtype of autocast."""
+    check_problem(e, c, targets, bias, method)
+    terms.check(targets, c.shape[0])
+    e, c, bias = to_autocast(e, c, bias)
+    tokens = weigh(e, targets, head, terms)
+    check_labels(
+        tokens.labels,
+        c.shape[0],
+        head.ignore_index,
+        offset=tokens.steps,
+        wait=method.materialises,
+    )
+    return tokens, e.reshape(-1, e.shape[-1]), c, bias
 
 
-def _is_exact(impl: str, filter_eps: float | str | None) -> bool:
-    return impl == "exact" or not filter_eps
+def _may_fuse(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    terms: LossTerms,
+    wanted: Wanted,
+    method: Method,
+) -> bool:
+    """Whether the gradients of e, c and bias alone are asked for, of one exact number."""
+    return (
+        not method.materialises
+        # gradients stored before a loss scale is applied would underflow in float16
+        and e.dtype != torch.float16
+        and terms.reduction != "none"
+        and not terms.label_smoothing
+        and not (wanted.lse or wanted.entropy or wanted.argmax)
+        and _needs_grad(e, c, bias)
+        and not _needs_grad(terms.weight, terms.token_weights, terms.num_items_in_batch)
+        and (method.eps == 0 or _may_skip(method))
+    )
 
 
-def _may_skip(state: VocabState | None, filter_eps: float | str | None) -> bool:
+def _may_skip(method: Method) -> bool:
     # a traced graph takes the same path in every call
-    compiling = torch.compiler.is_compiling()
-    return state is not None and filter_eps == "auto" and not compiling and state.skip()
+    if torch.compiler.is_compiling() or method.state is None:
+        return False
+    return method.filter_eps == "auto" and method.state.skip()
 
 
 def _needs_grad(*tensors: object) -> bool:
