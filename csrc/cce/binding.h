@@ -18,7 +18,7 @@ using torch::stable::new_empty;
 
 struct HeadTensors {
   const Tensor &e, &c, &targets;
-  const std::optional<Tensor>&bias, &class_weight, &order;
+  const std::optional<Tensor>&bias, &class_weight;
   double softcap, logit_scale, temperature;
   int64_t ignore_index;
   bool allow_missing;
@@ -84,12 +84,6 @@ struct Binding {
         class_weight = float_values(op, "class_weight", *h.class_weight, head.V);
         head.class_weight = floats(*class_weight);
       }
-      if (h.order) {
-        check_vector(op, "order", *h.order, head.V);
-        STD_TORCH_CHECK(h.order->scalar_type() == ScalarType::Long && h.order->is_contiguous(), op,
-                        ": expected order to be contiguous int64");
-        head.order = static_cast<const int64_t*>(h.order->data_ptr());
-      }
       head.map = logit_map(h.softcap, h.logit_scale, h.temperature);
       head.ignore_index = h.ignore_index;
       head.allow_missing = h.allow_missing;
@@ -122,64 +116,67 @@ struct Binding {
     }
   };
 
-  using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static RowTensors forward(const Tensor& e, const Tensor& c, const Tensor& targets,
                             const std::optional<Tensor>& bias,
-                            const std::optional<Tensor>& class_weight,
-                            const std::optional<Tensor>& order,
-                            const std::optional<Tensor>& /*prob*/, double softcap,
+                            const std::optional<Tensor>& class_weight, double softcap,
                             double logit_scale, double temperature, int64_t ignore_index,
-                            bool allow_missing, double filter_eps, bool want_stats, bool want_mean,
+                            bool allow_missing, double filter_eps, bool want_mean,
                             bool want_argmax) {
     const char* op = "cce_forward";
     Engine engine(op, e);
-    const Prepared p(op, {e, c, targets, bias, class_weight, order, softcap, logit_scale,
-                          temperature, ignore_index, allow_missing});
-    const int64_t rows = p.head.N, tiles = tiles_of(p.head.V);
+    const Prepared p(op, {e, c, targets, bias, class_weight, softcap, logit_scale, temperature,
+                          ignore_index, allow_missing});
+    const int64_t rows = p.head.N;
+    const bool filtered = filter_eps != 0;
     const auto vector = [&](bool wanted) {
       return new_empty(e, {wanted ? rows : 0}, ScalarType::Float);
     };
-    Tensor nll = vector(true), lse = vector(true), mean = vector(want_mean);
+    Tensor nll = vector(true), lse = vector(true), lse_low = vector(true), mean = vector(want_mean);
     Tensor class_sum = vector(class_weight.has_value());
     Tensor argmax = new_empty(e, {want_argmax ? rows : 0}, ScalarType::Long);
-    Tensor summary = new_empty(e, {4}, ScalarType::Double);
-    Tensor stats = new_empty(
-        e, {want_stats ? 3 + want_mean : 0, want_stats ? tiles : 0, want_stats ? rows : 0},
+    Tensor summary = new_empty(e, {3}, ScalarType::Double);
+    Tensor masses = new_empty(
+        e, {filtered ? 1 + want_mean : 0, filtered ? tiles_of(p.head.V) : 0, filtered ? rows : 0},
         ScalarType::Float);
     Forward call{};
     call.head = p.head;
-    call.out = {floats(nll), floats(lse), want_mean ? floats(mean) : nullptr,
+    call.out = {floats(nll),
+                floats(lse),
+                floats(lse_low),
+                want_mean ? floats(mean) : nullptr,
                 class_weight ? floats(class_sum) : nullptr,
                 want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr};
-    call.stats = want_stats ? floats(stats) : nullptr;
+    call.masses = filtered ? floats(masses) : nullptr;
     call.summary = static_cast<double*>(summary.mutable_data_ptr());
     call.eps = filter_eps;
     engine.run(op, e, call);
-    return {nll, lse, mean, class_sum, argmax, stats, summary};
+    return {nll, lse, lse_low, mean, class_sum, argmax, masses, summary};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(
       const Tensor& e, const Tensor& c, const Tensor& targets, const std::optional<Tensor>& bias,
-      const std::optional<Tensor>& class_weight, const std::optional<Tensor>& order,
-      const std::optional<Tensor>& prob, const Tensor& nll, const Tensor& lse, const Tensor& mean,
-      const Tensor& stats, const Tensor& summary, const Tensor& d_nll, const Tensor& d_lse,
+      const std::optional<Tensor>& class_weight, const Tensor& nll, const Tensor& lse,
+      const Tensor& lse_low, const Tensor& mean, const Tensor& masses, const Tensor& summary,
+      const std::optional<Tensor>& scale, const Tensor& d_nll, const Tensor& d_lse,
       const std::optional<Tensor>& d_mean, const std::optional<Tensor>& d_class, double softcap,
-      double logit_scale, double temperature, int64_t ignore_index, bool allow_missing, bool need_e,
-      bool need_c, bool need_bias) {
+      double logit_scale, double temperature, int64_t ignore_index, bool allow_missing,
+      int64_t seed, bool need_e, bool need_c, bool need_bias) {
     const char* op = "cce_backward";
     Engine engine(op, e);
-    const Prepared p(op, {e, c, targets, bias, class_weight, order, softcap, logit_scale,
-                          temperature, ignore_index, allow_missing});
+    const Prepared p(op, {e, c, targets, bias, class_weight, softcap, logit_scale, temperature,
+                          ignore_index, allow_missing});
     const int64_t rows = p.head.N, tiles = tiles_of(p.head.V);
-    const bool has_mean = mean.numel() > 0 && stats.size(0) > 3;
-    STD_TORCH_CHECK(stats.dim() == 3 && stats.is_contiguous() && stats.size(1) == tiles &&
-                        stats.size(2) == rows && stats.scalar_type() == ScalarType::Float,
-                    op, ": expected stats of the same forward, [planes, ", tiles, ", ", rows, "]");
-    STD_TORCH_CHECK(summary.numel() == 4 && summary.scalar_type() == ScalarType::Double, op,
-                    ": expected summary to be [4] float64");
-    STD_TORCH_CHECK(!d_mean || has_mean || rows == 0, op,
-                    ": expected a forward with want_mean for d_mean");
+    const bool filtered = masses.numel() > 0;
+    STD_TORCH_CHECK(
+        !filtered || (masses.dim() == 3 && masses.is_contiguous() && masses.size(1) == tiles &&
+                      masses.size(2) == rows && masses.scalar_type() == ScalarType::Float),
+        op, ": expected masses of the same forward, [planes, ", tiles, ", ", rows, "], or empty");
+    STD_TORCH_CHECK(summary.numel() == 3 && summary.scalar_type() == ScalarType::Double, op,
+                    ": expected summary to be [3] float64");
+    STD_TORCH_CHECK(!d_mean || rows == 0 || (mean.numel() > 0 && (!filtered || masses.size(0) > 1)),
+                    op, ": expected a forward with want_mean for d_mean");
     STD_TORCH_CHECK(!d_class || class_weight, op, ": expected class_weight for d_class");
 
     std::vector<Tensor> kept;
@@ -191,6 +188,7 @@ struct Binding {
     call.head = p.head;
     call.up.nll = values("nll", nll, rows);
     call.up.lse = values("lse", lse, rows);
+    call.up.lse_low = values("lse_low", lse_low, rows);
     call.up.d_nll = values("d_nll", d_nll, rows);
     call.up.d_lse = values("d_lse", d_lse, rows);
     if (d_mean) {
@@ -198,10 +196,13 @@ struct Binding {
       call.up.d_mean = values("d_mean", *d_mean, rows);
     }
     if (d_class) call.up.d_class = values("d_class", *d_class, rows);
-    if (prob) call.prob = values("prob", *prob, p.head.V);
-    call.stats = floats(stats);
+    if (scale) call.up.scale = values("scale", *scale, rows);
     // a gradient of the weighted logit sum is dense
-    call.summary = d_class ? nullptr : static_cast<const double*>(summary.data_ptr());
+    if (filtered && !d_class) {
+      call.masses = floats(masses);
+      call.summary = static_cast<const double*>(summary.data_ptr());
+    }
+    call.seed = seed;
     GradTensors grads(p, e.size(1), need_e, need_c, need_bias);
     call.out = grads.out;
     engine.run(op, e, call);
@@ -218,8 +219,8 @@ struct Binding {
     const char* op = "cce_fused";
     Engine engine(op, e);
     const std::optional<Tensor> none;
-    const Prepared p(op, {e, c, targets, bias, none, none, softcap, logit_scale, temperature,
-                          ignore_index, false});
+    const Prepared p(
+        op, {e, c, targets, bias, none, softcap, logit_scale, temperature, ignore_index, false});
     const int64_t rows = p.head.N;
     const Tensor nll_scale = float_values(op, "nll_coef", nll_coef, rows);
     const Tensor lse2_scale = float_values(op, "lse2_coef", lse2_coef, rows);
@@ -240,31 +241,11 @@ struct Binding {
     return {loss, nll, lse, de, dc, dbias};
   }
 
-  static std::tuple<Tensor, Tensor> column_stats(
-      const Tensor& e, const Tensor& c, const Tensor& targets, const std::optional<Tensor>& bias,
-      const Tensor& lse, double softcap, double logit_scale, double temperature,
-      int64_t ignore_index, double eps, int64_t max_rows) {
-    const char* op = "cce_column_stats";
-    STD_TORCH_CHECK(max_rows > 0, op, ": expected max_rows to be positive, got ", max_rows);
-    Engine engine(op, e);
-    const std::optional<Tensor> none;
-    const Prepared p(op, {e, c, targets, bias, none, none, softcap, logit_scale, temperature,
-                          ignore_index, true});
-    const Tensor row_lse = float_values(op, "lse", lse, p.head.N);
-    Tensor count = new_empty(e, {p.head.V}, ScalarType::Float);
-    Tensor prob = new_empty(e, {p.head.V}, ScalarType::Float);
-    ColumnStats call{p.head,   floats(row_lse), static_cast<float>(eps),
-                     max_rows, floats(count),   floats(prob)};
-    engine.run(op, e, call);
-    return {count, prob};
-  }
-
   template <class Library>
   static void register_in(Library& m) {
     m.impl("cce_forward", TORCH_BOX(&Binding::forward));
     m.impl("cce_backward", TORCH_BOX(&Binding::backward));
     m.impl("cce_fused", TORCH_BOX(&Binding::fused));
-    m.impl("cce_column_stats", TORCH_BOX(&Binding::column_stats));
   }
 };
 

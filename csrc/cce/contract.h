@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include "../common/dtype.h"
+#include "sampling.h"
 
 namespace gemma_ext::cce {
 
@@ -51,34 +52,35 @@ struct Head {
   bool wide_targets;          // int64, else int32
   const float* bias;          // [V] or null
   const float* class_weight;  // [V] or null
-  const int64_t* order;       // [V] or null
   int64_t N, V, D;            // N, V < 2^31
   LogitMap map;
   int64_t ignore_index;
   bool allow_missing;  // a label outside [0, V) has no target here
 };
 
-// [N] each, at the rows of e; null where not wanted, but for nll and lse. Zero (argmax: -1) in ignored rows.
+// [N] each, at the rows of e; null where not wanted, but for nll, lse and lse_low. Zero (argmax: -1) in ignored rows.
 struct RowOutputs {
-  float *nll, *lse, *mean, *class_sum;
+  float *nll, *lse, *lse_low, *mean, *class_sum;  // lse + lse_low to twice the bits
   int64_t* argmax;
 };
-
-constexpr double kAutoEps = -1;
 
 struct Forward {
   Head head;
   RowOutputs out;
-  float* stats;     // [3 or, with out.mean, 4; tiles, N]: max, sum, slope, weighted; or null
-  double* summary;  // [4]: kept fraction, dropped mass (mean, max), eps
-  double eps;       // 0: keep all, kAutoEps: choose; looked at with stats only
+  // What the filter draws by, or null: of compact rows, zero behind the last, [1 or, with out.mean, 2;
+  // tiles, N]: sum p T ds/da of the strip, the same times max(1, |max s - mean|).
+  float* masses;
+  double* summary;  // [3]: share of strips kept, predicted relative standard error of dE, tau
+  double eps;       // tau, kAutoEps: choose; looked at with masses only, else summary is 1, 0, 0
 };
 
 // [N] each, at the rows of e.
 struct Upstream {
-  const float *nll, *lse, *mean;  // of the forward; mean only with d_mean
+  const float *nll, *lse, *lse_low, *mean;  // of the forward; mean only with d_mean
   const float *d_nll, *d_lse;
   const float *d_mean, *d_class;  // or null
+  // Size of the row's gradient that its masses are weighed against, or null: the largest of its own.
+  const float* scale;
 };
 
 // Null where not wanted.
@@ -90,9 +92,9 @@ struct Gradients {
 struct Backward {
   Head head;
   Upstream up;
-  const float* stats;     // of the forward
+  const float* masses;    // of the forward
   const double* summary;  // of the forward; null keeps every strip
-  const float* prob;      // [V] profile or null
+  int64_t seed;           // of the draw
   Gradients out;
 };
 
@@ -102,15 +104,6 @@ struct Fused {
   const float *nll_coef, *lse2_coef;  // [N]
   float *loss, *nll, *lse;            // [1], [N], [N]
   Gradients out;
-};
-
-// Over at most about max_rows rows spread evenly: how often p >= eps, and the sum of p, per column.
-struct ColumnStats {
-  Head head;
-  const float* lse;  // [N]
-  float eps;
-  int64_t max_rows;
-  float *count, *prob;  // [V]
 };
 
 }  // namespace gemma_ext::cce

@@ -20,7 +20,7 @@ int64_t strip_bytes() {
 
 struct Cuda {
   OnDevice device;
-  cuda::Memory memory{nullptr, strip_bytes(), int64_t{64} << 20};  // copies: about what L2 holds
+  cuda::Memory memory{nullptr, strip_bytes()};
 
   Cuda(const char*, const Tensor& e) : device(e) {}
 

@@ -30,9 +30,6 @@ struct Cpu {
     STD_TORCH_CHECK(status.bad_label_at < 0, "expected targets in [0, ", call.head.V,
                     ") or ignore_index ", call.head.ignore_index, ", got ", status.bad_label,
                     " at flat position ", status.bad_label_at);
-    STD_TORCH_CHECK(status.bad_order_at < 0,
-                    "expected order to be a permutation of the vocabulary, broken at ",
-                    status.bad_order_at);
   }
 };
 
@@ -41,26 +38,22 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
   m.def(
       "cce_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? class_weight, "
-      "Tensor? order, Tensor? prob, float softcap, float logit_scale, float temperature, "
-      "int ignore_index, bool allow_missing, float filter_eps, bool want_stats, bool want_mean, "
-      "bool want_argmax) -> (Tensor nll, Tensor lse, Tensor mean, Tensor class_sum, "
-      "Tensor argmax, Tensor stats, Tensor summary)");
+      "float softcap, float logit_scale, float temperature, int ignore_index, bool allow_missing, "
+      "float filter_eps, bool want_mean, bool want_argmax) -> (Tensor nll, Tensor lse, "
+      "Tensor lse_low, Tensor mean, Tensor class_sum, Tensor argmax, Tensor masses, "
+      "Tensor summary)");
   m.def(
       "cce_backward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? class_weight, "
-      "Tensor? order, Tensor? prob, Tensor nll, Tensor lse, Tensor mean, Tensor stats, "
-      "Tensor summary, Tensor d_nll, Tensor d_lse, Tensor? d_mean, Tensor? d_class, "
+      "Tensor nll, Tensor lse, Tensor lse_low, Tensor mean, Tensor masses, Tensor summary, "
+      "Tensor? scale, Tensor d_nll, Tensor d_lse, Tensor? d_mean, Tensor? d_class, "
       "float softcap, float logit_scale, float temperature, int ignore_index, "
-      "bool allow_missing, bool need_e, bool need_c, bool need_bias) "
+      "bool allow_missing, int seed, bool need_e, bool need_c, bool need_bias) "
       "-> (Tensor de, Tensor dc, Tensor dbias)");
   m.def(
       "cce_fused(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor nll_coef, "
       "Tensor lse2_coef, float softcap, float logit_scale, float temperature, int ignore_index, "
       "bool need_e, bool need_c, bool need_bias) "
       "-> (Tensor loss, Tensor nll, Tensor lse, Tensor de, Tensor dc, Tensor dbias)");
-  m.def(
-      "cce_column_stats(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor lse, "
-      "float softcap, float logit_scale, float temperature, int ignore_index, float eps, "
-      "int max_rows) -> (Tensor count, Tensor prob)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) { Binding<Cpu>::register_in(m); }

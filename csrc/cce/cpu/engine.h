@@ -11,16 +11,15 @@ using gemma_ext::cpu::Workers;
 
 namespace cpu {
 
-// Nothing was computed where a label or the order is wrong.
+// Nothing was computed where a label is wrong.
 struct Status {
-  int64_t bad_label_at = -1, bad_label = 0, bad_order_at = -1;
-  bool ok() const { return bad_label_at < 0 && bad_order_at < 0; }
+  int64_t bad_label_at = -1, bad_label = 0;
+  bool ok() const { return bad_label_at < 0; }
 };
 
 Status run(const Forward&, Workers&);
 Status run(const Backward&, Workers&);
 Status run(const Fused&, Workers&);
-Status run(const ColumnStats&, Workers&);
 
 }  // namespace cpu
 }  // namespace gemma_ext::cce

@@ -2,21 +2,11 @@
 // Forward on the CPU: tiles in parallel, then one fixed-order combination per row.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 
 #include "rows.h"
 
 namespace gemma_ext::cce::cpu {
-
-StripStats stat_planes(float* memory, const Problem& p) {
-  const int64_t plane = p.tiles * p.n;
-  return {memory,
-          memory + plane,
-          memory + 2 * plane,
-          p.want_mean ? memory + 3 * plane : nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
-}
 
 void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers& workers) {
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
@@ -48,7 +38,8 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
       const int64_t row = row0 + r;
       const double lse = top[r] + std::log(total[r]);
       out.lse[row] = float(lse);
-      out.nll[row] = float(p.position[row] >= 0 ? lse - stats.target[row] : lse);
+      out.lse_low[row] = std::isfinite(out.lse[row]) ? float(lse - out.lse[row]) : 0.0f;
+      out.nll[row] = float(p.label[row] >= 0 ? lse - stats.target[row] : lse);
       if (p.want_mean) out.mean[row] = float(weighted[r] / total[r]);
       if (p.class_weight) out.class_sum[row] = float(classes[r]);
     }
@@ -57,77 +48,56 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
 
 namespace {
 
-// What the filter keeps when every row has the same weight.
-struct FilterReport {
-  double kept = 1, dropped_mean = 0, dropped_max = 0, eps = 0;
-};
+// Recomputing strips costs more than the exact form above this share of them.
+constexpr double kBreakEven = 0.6;
 
-FilterReport report(const Problem& p, const StripStats& stats, const RowResults& rows, double eps,
-                    Workers& workers) {
-  // Auto takes the largest of 2^-10 .. 2^-15 whose predicted gradient error is below kError. After
-  // compensation the entries p of a dropped strip remain as noise of energy sum p^2, at most
-  // peak * mass; the whole gradient has about (1 - p_label)^2 plus the peaks squared. The true error
-  // was 1.1 to 2 times this prediction on planted power laws and at random initialisation, so 2^-9
-  // keeps it under the 2^-8 of one bfloat16 rounding. Above kBreakEven of the strips, recomputing
-  // them costs more than the exact form.
-  constexpr int kCandidates = 6;
-  constexpr double kError = 0x1p-9, kBreakEven = 0.6;
-  const bool automatic = eps == kAutoEps;
-  const int candidates = automatic ? kCandidates : 1;
-  double threshold[kCandidates];
-  for (int i = 0; i < candidates; ++i) threshold[i] = automatic ? std::ldexp(1.0, -10 - i) : eps;
-
+// Masses in place of stats.slope, [tiles, n], and reaches, and what the filter does with them (sampling.h).
+FilterReport draw_by(const Problem& p, const StripStats& stats, const RowResults& rows,
+                     float* reaches, double eps, Workers& workers) {
   struct Tally {
-    double dropped[kCandidates] = {}, worst[kCandidates] = {}, noise[kCandidates] = {};
-    double energy = 0;
-    int64_t strips[kCandidates] = {};
+    double kept[kCandidates] = {}, noise[kCandidates] = {}, energy = 0;
   };
+  float tau[kCandidates];
+  for (int i = 0; i < kCandidates; ++i) tau[i] = float(tau_of(eps, i));
   std::vector<Tally> tallies(spans(p.n));
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
-    const int64_t row0 = span * kRowSpan, count = std::min(kRowSpan, p.n - row0);
+    const int64_t row0 = span * kRowSpan, row1 = std::min(p.n, row0 + kRowSpan);
     Tally& tally = tallies[span];
-    std::vector<double> mass(count * candidates);
     for (int64_t t = 0; t < p.tiles; ++t)
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = row0 + r, at = t * p.n + row;
-        const double peak = std::exp(stats.max[at] - rows.lse[row]);
-        const bool target = p.position[row] >= 0 && p.position[row] / kTile == t;
-        const double miss = target ? -std::expm1(-double(rows.nll[row])) : 0;
-        tally.energy += target ? miss * miss : peak * peak;
-        for (int i = 0; i < candidates; ++i)
-          if (peak < threshold[i] && !(target && miss >= threshold[i])) {
-            mass[r * candidates + i] += peak * stats.sum[at];
-            tally.noise[i] += peak * peak * stats.sum[at];
-            ++tally.strips[i];
-          }
-      }
-    for (int64_t r = 0; r < count; ++r)
-      for (int i = 0; i < candidates; ++i) {
-        tally.dropped[i] += mass[r * candidates + i];
-        tally.worst[i] = std::max(tally.worst[i], mass[r * candidates + i]);
+      for (int64_t row = row0; row < row1; ++row) {
+        const int64_t at = t * p.n + row;
+        const float peak = std::exp((stats.max[at] - rows.lse[row]) - rows.lse_low[row]);
+        const float mass = peak * stats.slope[at];
+        stats.slope[at] = mass;
+        if (p.want_mean)
+          reaches[at] = mass * std::max(1.0f, std::fabs(stats.max[at] - rows.mean[row]));
+        const bool here = p.label[row] >= 0 && p.label[row] / kTile == t;
+        const double miss = here ? -std::expm1(-double(rows.nll[row])) : 0;
+        tally.energy += here ? miss * miss : double(peak) * peak;
+        for (int i = 0; i < kCandidates; ++i) {
+          tally.kept[i] += here ? 1.0f : std::min(1.0f, mass / tau[i]);
+          tally.noise[i] += here ? 0.0f : peak * std::max(tau[i] - mass, 0.0f);
+        }
       }
   });
-
-  for (int i = 0; i < candidates; ++i) {
-    FilterReport result{.eps = threshold[i]};
-    int64_t strips = 0;
-    double noise = 0, energy = 0;
-    for (const Tally& tally : tallies) {
-      noise += tally.noise[i];
-      energy += tally.energy;
-      result.dropped_mean += tally.dropped[i];
-      result.dropped_max = std::max(result.dropped_max, tally.worst[i]);
-      strips += tally.strips[i];
+  Tally all;
+  for (const Tally& tally : tallies) {
+    all.energy += tally.energy;
+    for (int i = 0; i < kCandidates; ++i) {
+      all.kept[i] += tally.kept[i];
+      all.noise[i] += tally.noise[i];
     }
-    if (p.n) {
-      result.dropped_mean /= double(p.n);
-      result.kept = 1 - double(strips) / (double(p.n) * double(p.tiles));
-    }
-    if (!automatic || (noise <= kError * kError * energy && result.kept <= kBreakEven))
-      return result;
-    if (result.kept > kBreakEven) break;
   }
-  return {};
+  return choose_tau(eps, kBreakEven, double(p.n) * double(p.tiles), all.kept, all.noise,
+                    all.energy);
+}
+
+// [tiles, n] -> [tiles, N] in place, zero behind n.
+void spread(float* plane, int64_t tiles, int64_t n, int64_t N) {
+  for (int64_t t = tiles - 1; t >= 0; --t) {
+    std::memmove(plane + t * N, plane + t * n, n * sizeof(float));
+    std::fill(plane + t * N + n, plane + (t + 1) * N, 0.0f);
+  }
 }
 
 void forward_tiles(const Problem& p, StripStats stats, RowResults& out, Workers& workers) {
@@ -164,42 +134,31 @@ Status run(const Forward& f, Workers& workers) {
   Problem& p = valid.problem;
   p.want_mean = f.out.mean;
   p.want_argmax = f.out.argmax;
-  const int64_t planes = kStatPlanes + p.want_mean, used = planes * p.tiles * p.n;
-  // ignored rows have no strips: the rest is zero
-  if (f.stats) std::fill(f.stats + used, f.stats + planes * p.tiles * f.head.N, 0.0f);
-  std::vector<float> own(f.stats ? 0 : used);
-  const StripStats strips = stat_planes(f.stats ? f.stats : own.data(), p);
+  const int64_t plane = p.tiles * p.n;
+  std::vector<float> planes((2 + p.want_mean) * plane);
+  StripStats strips{};
+  strips.max = planes.data();
+  strips.sum = planes.data() + plane;
+  strips.slope = f.masses;
+  strips.weighted = p.want_mean ? planes.data() + 2 * plane : nullptr;
   RowResults out(p.n);
   forward_tiles(p, strips, out, workers);
 
   valid.scatter(out.nll, f.out.nll, 0.0f);
   valid.scatter(out.lse, f.out.lse, 0.0f);
+  valid.scatter(out.lse_low, f.out.lse_low, 0.0f);
   if (f.out.mean) valid.scatter(out.mean, f.out.mean, 0.0f);
   if (f.out.class_sum) valid.scatter(out.class_sum, f.out.class_sum, 0.0f);
   if (f.out.argmax) valid.scatter(out.argmax, f.out.argmax, int64_t{-1});
-  const FilterReport kept =
-      f.stats && f.eps != 0 ? report(p, strips, out, f.eps, workers) : FilterReport{};
-  const double summary[] = {kept.kept, kept.dropped_mean, kept.dropped_max, kept.eps};
-  std::copy(summary, summary + 4, f.summary);
-  return {};
-}
-
-Status run(const ColumnStats& c, Workers& workers) {
-  ValidRows valid(c.head);
-  if (!valid.status.ok()) return valid.status;
-  Problem& p = valid.problem;
-  const int64_t step = std::max<int64_t>(1, ceil_div(p.n, c.max_rows));
-  std::vector<int64_t> sample;
-  std::vector<float> lse;
-  for (int64_t i = 0; i < p.n; i += step) {
-    sample.push_back(valid.rows[i]);
-    lse.push_back(c.lse[valid.rows[i]]);
+  FilterReport report;
+  if (f.masses) {
+    float* reaches = f.masses + p.tiles * f.head.N;
+    report = draw_by(p, strips, out, reaches, f.eps, workers);
+    spread(f.masses, p.tiles, p.n, f.head.N);
+    if (p.want_mean) spread(reaches, p.tiles, p.n, f.head.N);
   }
-  p.rows = sample.data();
-  p.n = int64_t(sample.size());
-  workers.run(p.tiles, [&](int64_t tile, Scratch& s) {
-    kernels().column_tile(p, lse.data(), c.eps, c.count, c.prob, tile, s);
-  });
+  const double summary[] = {report.kept, report.error, report.tau};
+  std::copy(summary, summary + 3, f.summary);
   return {};
 }
 

@@ -23,9 +23,8 @@ struct Problem {
   Matrix e;                   // [*, D]; rows named by `rows`
   Matrix c;                   // [V, D]
   const float* bias;          // [V] or null
-  const int64_t* order;       // [V] vocabulary id at each position, or null for the identity
   const int64_t* rows;        // [n] row of e of each valid token
-  const int64_t* position;    // [n] position of its label, -1 where it has none in this vocabulary
+  const int64_t* label;       // [n] its label, -1 where it has none in this vocabulary
   const float* class_weight;  // [V] or null: asks for the weighted logit sum
   int64_t n, V, D, tiles;
   LogitMap map;
@@ -36,19 +35,19 @@ struct Problem {
 struct StripStats {
   float* max;        // max s
   float* sum;        // sum exp(s - max)
-  float* slope;      // sum exp(s - max) ds/da
+  float* slope;      // sum exp(s - max) T ds/da, or null
   float* weighted;   // sum exp(s - max) s, if want_mean
   float* class_sum;  // sum class_weight s, if class_weight
   int64_t* argmax;   // vocabulary id of the maximum, lowest on ties, if want_argmax
   float* target;     // [n] s at the label
 };
 
-// G[n, v] = (p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da
+// G[n, v] = (w p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da,  p = exp(s - lse - lse_low),
+// with w the weight of the strip's draw; at_label is p a - b there.
 struct RowCoefficients {
-  const float* lse;
+  const float *lse, *lse_low;
   const float* mean;  // null unless q
-  const float* a;
-  const float* b;
+  const float *a, *at_label;
   const float* q;           // null: no gradient of the entropy
   const float* class_coef;  // null: no gradient of the weighted logit sum
 };
@@ -56,24 +55,20 @@ struct RowCoefficients {
 struct GradTask {
   const Problem* problem;
   RowCoefficients coef;
-  const int32_t* list;     // rows of the kept strips, tile by tile, ascending; null: every row
-  const int64_t* begin;    // [tiles + 1] into list
-  int64_t slot0;           // list index of the first strip of this batch
-  void* strips;            // [batch strips, kTile] gradients in the strip type
-  const float* profile;    // [tiles * kTile] position's share of its tile; null: no compensation
-  const float* push;       // [tiles of a group, padded D] of dC before the share, or null
-  const float* bias_push;  // [tiles]
-  void* dc;                // [V, D] contiguous in c.dtype, or null
-  float* dc_sum;           // [V, D] fp32 running sum over row chunks, or null
-  bool dc_accumulate;      // add to dc_sum (or to a float dc)
-  float* dbias;            // [V] fp32, or null
+  const int32_t* list;   // rows of the kept strips, tile by tile, ascending; null: every row
+  const float* weight;   // of each entry of the list
+  const int64_t* begin;  // [tiles + 1] into list
+  int64_t slot0;         // list index of the first strip of this batch
+  void* strips;          // [batch strips, kTile] gradients in the strip type
+  void* dc;              // [V, D] contiguous in c.dtype, or null
+  float* dc_sum;         // [V, D] fp32 running sum over row chunks, or null
+  bool dc_accumulate;    // add to dc_sum (or to a float dc)
+  float* dbias;          // [V] fp32, or null
 };
 
 struct Kernels {
   void (*forward_tiles)(const Problem&, const StripStats&, int64_t tile0, int64_t tile1,
                         int64_t row0, int64_t row1, Scratch&);
-  void (*column_tile)(const Problem&, const float* lse, float eps, float* count, float* prob,
-                      int64_t tile, Scratch&);
   void (*grad_tile)(const GradTask&, int64_t tile, Scratch&);
   // de [n, kColumns] += G C of the tiles
   void (*grad_columns)(const GradTask&, int64_t tile0, int64_t tile1, int64_t column, float* de,
@@ -81,15 +76,6 @@ struct Kernels {
   void (*fused_tiles)(const Problem&, const StripStats&, void* strips, int64_t tile0, int64_t tile1,
                       Scratch&);
   void (*fused_grad_tile)(const GradTask&, const StripStats&, int64_t tile, Scratch&);
-
-  // Compensation by groups of kTile tiles, the first of them tile0; mean and push are
-  // [tiles of the group, padded D].
-  void (*tile_mean)(const Problem&, const float* profile, float* mean, int64_t tile, Scratch&);
-  void (*push_columns)(const Problem&, const float* mass, float* push, int64_t tile0,
-                       int64_t column, Scratch&);
-  // de [n, kColumns] += mass^T mean
-  void (*pull_columns)(const Problem&, const float* mass, const float* mean, float* de,
-                       int64_t tile0, int64_t column, Scratch&);
 };
 
 // Gradient strips are kept in bfloat16 where the inputs are: one more rounding of 2^-9, half the

@@ -16,7 +16,7 @@ inline int64_t tile_groups(const Problem& p) { return ceil_div(p.tiles, kForward
 struct ValidRows {
   Problem problem{};
   Status status;
-  std::vector<int64_t> rows, position, inverse;
+  std::vector<int64_t> rows, label;
 
   explicit ValidRows(const Head& h) {
     Problem& p = problem;
@@ -24,16 +24,14 @@ struct ValidRows {
     p.c = {h.c, h.dtype, h.V, h.D, h.c_stride, h.c_step};
     p.bias = h.bias;
     p.class_weight = h.class_weight;
-    p.order = h.order;
     p.V = h.V;
     p.D = h.D;
     p.tiles = tiles_of(h.V);
     p.map = h.map;
-    if (h.order) invert(h);
-    if (status.ok()) read_labels(h);
+    read_labels(h);
     p.n = int64_t(rows.size());
     p.rows = rows.data();
-    p.position = position.data();
+    p.label = label.data();
   }
 
   template <class T>
@@ -50,47 +48,31 @@ struct ValidRows {
   }
 
  private:
-  void invert(const Head& h) {
-    inverse.assign(h.V, -1);
-    for (int64_t i = 0; i < h.V; ++i) {
-      const int64_t id = h.order[i];
-      if (id < 0 || id >= h.V || inverse[id] >= 0) {
-        status.bad_order_at = i;
-        return;
-      }
-      inverse[id] = i;
-    }
-  }
-
   void read_labels(const Head& h) {
     for (int64_t i = 0; i < h.N; ++i) {
       const int64_t at = i * h.target_stride;
-      const int64_t label = h.wide_targets ? static_cast<const int64_t*>(h.targets)[at]
-                                           : static_cast<const int32_t*>(h.targets)[at];
-      if (label == h.ignore_index) continue;
-      const bool inside = label >= 0 && label < h.V;
+      const int64_t target = h.wide_targets ? static_cast<const int64_t*>(h.targets)[at]
+                                            : static_cast<const int32_t*>(h.targets)[at];
+      if (target == h.ignore_index) continue;
+      const bool inside = target >= 0 && target < h.V;
       if (!inside && !h.allow_missing) {
         status.bad_label_at = i;
-        status.bad_label = label;
+        status.bad_label = target;
         return;
       }
       rows.push_back(i);
-      position.push_back(!inside ? -1 : inverse.empty() ? label : inverse[label]);
+      label.push_back(inside ? target : -1);
     }
   }
 };
 
 // [n] each, compact.
 struct RowResults {
-  std::vector<float> nll, lse, mean, class_sum;
+  std::vector<float> nll, lse, lse_low, mean, class_sum;
   std::vector<int64_t> argmax;
 
-  explicit RowResults(int64_t n) : nll(n), lse(n), mean(n), class_sum(n), argmax(n) {}
+  explicit RowResults(int64_t n) : nll(n), lse(n), lse_low(n), mean(n), class_sum(n), argmax(n) {}
 };
-
-// Rows of [tiles, n] statistics inside one allocation: max, sum, slope, weighted (if want_mean).
-constexpr int kStatPlanes = 3;
-StripStats stat_planes(float* memory, const Problem& p);
 
 // The rows from their strips, in a fixed order.
 void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers& workers);

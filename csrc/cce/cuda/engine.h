@@ -17,20 +17,17 @@ using Status = int;    // cudaError_t
 // Rows of e and c start at multiples of 16 bytes and hold whole multiples of 16 bytes; columns lie side
 // by side.
 struct Memory {
-  void* workspace;
-  int64_t strip_bytes;  // bound on the memory for gradient strips; at least one tile's are held
-  int64_t copy_bytes;   // bound on the copy of tiles of c in another order; at least one is held
+  void* workspace = nullptr;
+  int64_t strip_bytes = 0;  // bound on the memory for gradient strips; at least one tile's are held
 };
 
 int64_t workspace(const Forward&, const Memory&);
 int64_t workspace(const Backward&, const Memory&);
 int64_t workspace(const Fused&, const Memory&);
-int64_t workspace(const ColumnStats&, const Memory&);
 
 Status run(const Forward&, const Memory&, Stream);
 Status run(const Backward&, const Memory&, Stream);
 Status run(const Fused&, const Memory&, Stream);
-Status run(const ColumnStats&, const Memory&, Stream);
 
 const char* status_text(Status);
 
