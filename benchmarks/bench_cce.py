@@ -44,18 +44,20 @@ from gemma_ext.bench.subject import DTYPES, Case, Subject
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SHAPES = tuple((n, 2304, v) for v in (32768, 256000) for n in (512, 2048, 8192))
-CARD_CASES = (  # rows, dtype, data; what matters most comes first
+CARD_CASES = (  # rows, dtype, data; what matters most comes first, and has all peers
     (8192, "bf16", "plaw-2.5"),
-    (8192, "bf16", "plaw-1.6"),
-    (8192, "bf16", "plaw-4"),
-    (8192, "bf16", "plaw-1.3"),
-    (8192, "bf16", "random-init"),
-    (2048, "bf16", "plaw-2.5"),
     (512, "bf16", "plaw-2.5"),
+    (8192, "bf16", "plaw-1.6"),
+    (8192, "bf16", "plaw-1.3"),
+    (8192, "bf16", "plaw-4"),
+    (2048, "bf16", "plaw-2.5"),
+    (512, "fp32", "plaw-2.5"),
+    (512, "fp16", "plaw-2.5"),
+    (8192, "bf16", "random-init"),
     (2048, "fp32", "plaw-2.5"),
     (2048, "fp16", "plaw-2.5"),
 )
-CARD_FIRST_ONLY = ("compile", "chunked")  # their place is known after one case
+FEW_ROWS = 512  # where a bar compares with torch.compile
 CARD_CASE_SECONDS = 100.0
 CARD_LEAST_SECONDS = 20.0  # to start a process, make the data and check one subject
 
@@ -87,7 +89,8 @@ def main() -> None:
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
     ran, failed = False, False
-    for rows in (run_card if options.device == "cuda" else run_cpu)(options, chosen, effort):
+    run = run_card if options.device == "cuda" or options.card else run_cpu
+    for rows in run(options, chosen, effort):
         ran = True
         failed |= not rows or any(
             known[row["name"]].ours and row["note"].startswith(("RED", "failed"))
@@ -97,7 +100,7 @@ def main() -> None:
         if options.csv:
             report.append_csv(options.csv, rows)
         if options.save and rows:
-            save(rows, facts, options.device)
+            report.save(RESULTS / facts["device"], "cce", rows, facts, layout(options.device))
     sys.exit(int(failed or not ran))
 
 
@@ -122,20 +125,27 @@ def run_card(
         if left < CARD_LEAST_SECONDS:
             print(f"\nnot run, out of time: {'; '.join(c.label() for c in cases[i:])}")
             return
-        subjects = [s for s in chosen if i == 0 or options.impl or s.name not in CARD_FIRST_ONLY]
+        subjects = [s for s in chosen if i == 0 or options.impl or worth_again(s, case)]
         yield run_card_case(case, subjects, effort, min(left, CARD_CASE_SECONDS))
+
+
+def worth_again(subject: Subject, case: Case) -> bool:
+    """Whether a subject runs on later cases too: the place of most peers is known after one."""
+    return subject.ours or (subject.name == "compile" and case.n <= FEW_ROWS)
 
 
 def card_cases(options: argparse.Namespace) -> list[Case]:
     """The cases that the options name, or CARD_CASES."""
     if options.shape or options.dtype or options.data:
         return [
-            Case(*shape, dtype, kind, device="cuda")
+            Case(*shape, dtype, kind, device=options.device)
             for shape in options.shape or [(8192, 2304, 256000)]
             for dtype in options.dtype or ["bf16"]
             for kind in options.data or ["plaw-2.5"]
         ]
-    return [Case(n, 2304, 256000, dtype, kind, device="cuda") for n, dtype, kind in CARD_CASES]
+    return [
+        Case(n, 2304, 256000, dtype, kind, device=options.device) for n, dtype, kind in CARD_CASES
+    ]
 
 
 def run_card_case(
@@ -259,10 +269,7 @@ def print_table(
         f"dE {yardstick['de']:.1e}, dC {yardstick['dc']:.1e}"
     )
     print(report.table(rows, columns_of(case.device)))
-    for row in rows:
-        if row["bars"]:
-            print(f"bars {row['name']}: {row['bars']}")
-    sys.stdout.flush()
+    print(report.verdicts(rows), flush=True)
 
 
 def checked(folder: Path, case: Case, name: str) -> tuple[dict[str, Any], str | None]:
@@ -300,32 +307,16 @@ def read(result: Path) -> dict[str, Any]:
     return json.loads(result.read_text()) if result.exists() else {}
 
 
-def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str], device: str) -> None:
-    """Merge rows into results/<device>/cce.json and write the tables of all of them beside it."""
-    folder = RESULTS / facts["device"]
-    stamp = {name: facts[name] for name in ("commit", "date", "load")}
-    stamped = [{**row, **stamp} for row in rows]
-    merged = report.merge_json(folder / "cce.json", stamped, KEY)
-    parts = [
-        "# Linear cross-entropy: forward and backward",
-        f"`python benchmarks/bench_cce.py --device {device} --save`; columns are explained in "
-        "`../../README.md`.",
-        report.header(
-            facts | dict.fromkeys(("commit", "date", "load"), "per row in cce.json")
-        ).replace("# ", "- "),
-    ]
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in merged:
-        cases.setdefault(tuple(row[k] for k in KEY[:-1]), []).append(row)
-    for (n, v, d, dtype, kind), lines in cases.items():
-        lines.sort(key=lambda row: place(row["name"]))
-        parts.append(f"## N={n} D={d} V={v} {dtype} {kind}")
-        runs = sorted({f"commit {r['commit']}, {r['date']}, load {r['load']}" for r in lines})
-        parts += ["\n".join(runs), report.table(lines, columns_of(device))]
-        met = [f"- {row['name']}: {row['bars']}" for row in lines if row["bars"]]
-        if met:
-            parts.append("\n".join(met))
-    (folder / "cce.md").write_text("\n\n".join(parts) + "\n")
+def layout(device: str) -> report.Layout:
+    return report.Layout(
+        title="Linear cross-entropy: forward and backward",
+        about=f"`python benchmarks/bench_cce.py --device {device} --save`; columns are explained "
+        "in `../../README.md`.",
+        case=KEY[:-1],
+        label=lambda row: "N={n} D={d} V={v} {dtype} {data}".format_map(row),
+        columns=columns_of(device),
+        place=place,
+    )
 
 
 def default_subjects(known: Mapping[str, Subject]) -> list[str]:
@@ -343,6 +334,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--data", nargs="+", choices=DATA_KINDS)
+    parser.add_argument(
+        "--card", action="store_true", help="as on a card: one process per case, within --budget"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--check", action="store_true", help="errors and memory, no times")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
