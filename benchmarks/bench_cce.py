@@ -21,12 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from cce_rows import (
+    FEW_ROWS,
     KEY,
     add_times,
     bars,
@@ -37,12 +37,14 @@ from cce_rows import (
     red,
 )
 
-from gemma_ext.bench import report, timing
+from gemma_ext.bench import report
 from gemma_ext.bench.data import DATA_KINDS
+from gemma_ext.bench.stages import LEAST_SECONDS, Effort, Stages
 from gemma_ext.bench.subject import DTYPES, Case, Subject
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+STAGES = Stages(HERE / "cce_stages.py")
 SHAPES = tuple((n, 2304, v) for v in (32768, 256000) for n in (512, 2048, 8192))
 CARD_CASES = (  # rows, dtype, data; what matters most comes first, and has all peers
     (8192, "bf16", "plaw-2.5"),
@@ -57,19 +59,7 @@ CARD_CASES = (  # rows, dtype, data; what matters most comes first, and has all 
     (2048, "fp32", "plaw-2.5"),
     (2048, "fp16", "plaw-2.5"),
 )
-FEW_ROWS = 512  # where a bar compares with torch.compile
 CARD_CASE_SECONDS = 100.0
-CARD_LEAST_SECONDS = 20.0  # to start a process, make the data and check one subject
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure."""
-
-    seconds: float
-    rounds: int
-    check_only: bool
-    warmup: int
 
 
 def main() -> None:
@@ -122,7 +112,7 @@ def run_card(
     cases = card_cases(options)
     for i, case in enumerate(cases):
         left = end - time.monotonic()
-        if left < CARD_LEAST_SECONDS:
+        if left < LEAST_SECONDS:
             print(f"\nnot run, out of time: {'; '.join(c.label() for c in cases[i:])}")
             return
         subjects = [s for s in chosen if i == 0 or options.impl or worth_again(s, case)]
@@ -131,7 +121,7 @@ def run_card(
 
 def worth_again(subject: Subject, case: Case) -> bool:
     """Whether a subject runs on later cases too: the place of most peers is known after one."""
-    return subject.ours or (subject.name == "compile" and case.n <= FEW_ROWS)
+    return subject.ours or (subject.name == "compile" and case.n < FEW_ROWS)
 
 
 def card_cases(options: argparse.Namespace) -> list[Case]:
@@ -151,45 +141,15 @@ def card_cases(options: argparse.Namespace) -> list[Case]:
 def run_card_case(
     case: Case, chosen: Sequence[Subject], effort: Effort, seconds: float
 ) -> list[dict[str, Any]]:
-    """All subjects on one case; prints a table. One that broke the card is left out of a retry."""
+    """All subjects on one case; prints a table."""
     print(f"\n## {case.label()}", flush=True)
-    end = time.monotonic() + seconds
-    names, broken, found = [s.name for s in chosen], [], {}
-    with tempfile.TemporaryDirectory(prefix="bench_cce_") as folder:
-        while names:
-            left = max(end - time.monotonic(), CARD_LEAST_SECONDS)
-            found = card_stage(Path(folder), case, names, effort, left)
-            if not found.get("lost"):
-                break
-            names.remove(found["lost"])
-            broken += [row for row in found["rows"] if row["name"] == found["lost"]]
+    found = STAGES.case(case.as_dict(), [s.name for s in chosen], effort, seconds)
     if not found:
         print("failed before the first subject, or stopped at its time limit", flush=True)
         return []
-    rows = sorted(
-        [*broken, *(r for r in found["rows"] if r["name"] in names or r["total"])],
-        key=lambda row: place(row["name"]),
-    )
+    rows = sorted(found["rows"], key=lambda row: place(row["name"]))
     print_table(rows, found["yardstick"], case)
     return rows
-
-
-def card_stage(
-    folder: Path, case: Case, names: Sequence[str], effort: Effort, seconds: float
-) -> dict[str, Any]:
-    """What ``cce_card.run`` wrote down, also if it failed or took too long; {} if it did not."""
-    times = {"seconds": effort.seconds, "least": effort.rounds, "warmup": effort.warmup}
-    checks = {"deadline": seconds, "check_only": effort.check_only}
-    job = {"case": case.as_dict(), "names": list(names), "effort": times | checks}
-    (folder / "job.json").write_text(json.dumps(job))
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "cce_stages.py"), "card", str(folder)]
-    try:
-        subprocess.run(command, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {seconds:.0f} s", flush=True)
-    return read(result)
 
 
 def run_shape(
@@ -205,7 +165,7 @@ def run_shape(
     with tempfile.TemporaryDirectory(prefix="bench_cce_") as name:
         folder = Path(name)
         case = Case(*shape, dtypes[0], kind, threads=threads)
-        stage("prepare", folder, {"case": case.as_dict(), "uncapped": uncapped})
+        STAGES.run("prepare", folder, {"case": case.as_dict(), "uncapped": uncapped})
         yardstick = json.loads((folder / "yardstick.json").read_text())
         for dtype in dtypes:
             case = Case(*shape, dtype, kind, threads=threads)
@@ -237,16 +197,9 @@ def run_case(
         row["note"] = "" if subject.capped else "no softcap: another loss, run uncapped"
         green.append(subject)
     if green and not effort.check_only:
-        job = {
-            "case": case.as_dict(),
-            "names": [s.name for s in green],
-            "timing": {
-                "seconds": effort.seconds,
-                "least": effort.rounds,
-                "warmup": effort.warmup,
-            },
-        }
-        add_times(case, rows, stage("time", folder, job))
+        names = [s.name for s in green]
+        job = {"case": case.as_dict(), "names": names, "timing": effort.timing}
+        add_times(case, rows, STAGES.run("time", folder, job))
     for subject in green:
         row = rows[subject.name]
         row["bars"] = "; ".join(bars(case, subject, row, yardstick))
@@ -275,36 +228,11 @@ def print_table(
 def checked(folder: Path, case: Case, name: str) -> tuple[dict[str, Any], str | None]:
     """Result of the check stage, or why there is none."""
     try:
-        return stage("check", folder, {"case": case.as_dict()}, name, memory=True), None
+        job = {"case": case.as_dict()}
+        return STAGES.run("check", folder, job, name, memory=True), None
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
         return {}, f"failed: {lines[-1] if lines else f'exit status {error.returncode}'}"
-
-
-def stage(
-    name: str, folder: Path, job: Mapping[str, Any], *more: str, memory: bool = False
-) -> dict[str, Any]:
-    """Run a stage in a fresh process and read what it found.
-
-    Raises:
-        subprocess.CalledProcessError: if the stage fails; ``stderr`` holds its words.
-    """
-    (folder / "job.json").write_text(json.dumps(job))
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    environment = os.environ | (timing.memory_environment() if memory else {})
-    command = [sys.executable, str(HERE / "cce_stages.py"), name, str(folder), *more]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        if name != "check":
-            sys.stderr.write(done.stderr)
-        raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-    return read(result)
-
-
-def read(result: Path) -> dict[str, Any]:
-    """What a stage wrote down, {} if nothing."""
-    return json.loads(result.read_text()) if result.exists() else {}
 
 
 def layout(device: str) -> report.Layout:
