@@ -38,7 +38,7 @@ from gemma_ext.integrations._deferred_logits import (
     DeferredLogitsError,
     LossOptions,
 )
-from gemma_ext.integrations._forwards import is_ours, layers, stand_in
+from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.ops._cce_inputs import check_impl
 
 __all__ = ["patch", "unpatch"]
@@ -108,10 +108,13 @@ def patch(
     if "labels" not in inspect.signature(cls.forward).parameters:
         raise ValueError(f"expected the forward of {cls.__name__} to take labels")
     present = vars(owner).get(_PATCH)
-    below = present.below if present else []
+    below = list(present.below) if present else []
     installed = vars(owner).get("forward")
-    if not is_ours(installed):
-        below = [*below, installed]
+    level = level_of(installed)
+    if level is None:
+        below.append(installed)
+    else:
+        below = [*below, *[None] * (level + 1)][: level + 1]
     if any("fused_lm_head" in _names(forward) for forward in layers(below[-1])):
         raise ValueError(
             "expected a model with its own forward, got one whose head a trainer of trl has fused; "
@@ -119,11 +122,9 @@ def patch(
         )
     head = _require_head(owner)
     setattr(owner, _PATCH, _Patch(below, impl, filter_eps, train_only))
-    if is_ours(installed):
-        return model_or_class_or_name
-    if owner is cls:
-        cls.forward = _class_forward(cls)
-    else:
+    if level is None and owner is cls:
+        cls.forward = _class_forward(cls, len(below) - 1)
+    elif level is None:
         owner.forward = PatchedForward(owner, len(below) - 1)
         prepare_head(head)
     return model_or_class_or_name
@@ -135,8 +136,10 @@ def unpatch(model_or_class_or_name: Target) -> Target:
     present = vars(owner).get(_PATCH)
     if present is None:
         return model_or_class_or_name
-    if is_ours(vars(owner).get("forward")):
-        replaced = present.below.pop()
+    level = level_of(vars(owner).get("forward"))
+    if level is not None:
+        replaced = present.below[level]
+        del present.below[level:]
         if replaced is None:
             del owner.forward
         else:
@@ -159,15 +162,14 @@ class PatchedForward:
 
     Args:
         model: patched.
-        level: which of the forwards below it calls.
+        level: of its function, in `_Patch.below` of the model.
     """
 
-    __slots__ = ("__func__", "__self__", "level")
+    __slots__ = ("__func__", "__self__")
 
     def __init__(self, model: nn.Module, level: int) -> None:
         self.__self__ = model
         self.__func__ = _instance_forward(type(model), level)
-        self.level = level
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.__func__(self.__self__, *args, **kwargs)
@@ -182,7 +184,7 @@ class PatchedForward:
         return inspect.signature(self.__func__.__get__(self.__self__))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PatchedForward, (self.__self__, self.level)
+        return PatchedForward, (self.__self__, level_of(self))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -241,10 +243,10 @@ def _instance_forward(cls: type, level: int) -> Forward:
         replaced = settings.below[level] if settings and level < len(settings.below) else None
         return replaced or functools.partial(_plain(type(model).forward), model)
 
-    return _forward(cls.forward, _instance_settings, below)
+    return _forward(cls.forward, level, _instance_settings, below)
 
 
-def _class_forward(cls: type) -> Forward:
+def _class_forward(cls: type, level: int) -> Forward:
     """The forward of a patched class, which calls the one that `cls` has now."""
     replaced = cls.forward
 
@@ -254,20 +256,21 @@ def _class_forward(cls: type) -> Forward:
     def below(model: nn.Module) -> Forward:
         return functools.partial(replaced, model)
 
-    forward = _forward(replaced, settings, below)
+    forward = _forward(replaced, level, settings, below)
     setattr(forward, _REPLACED, replaced)
     return forward
 
 
 def _forward(
     replaced: Forward,
+    level: int,
     settings_of: Callable[[nn.Module], _Patch | None],
     below_of: Callable[[nn.Module], Forward],
 ) -> Forward:
     """A forward in the place of the function `replaced` that defers the head."""
     position = list(inspect.signature(replaced).parameters).index("labels") - 1
 
-    @stand_in(replaced)
+    @stand_in(replaced, level)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         settings, below = settings_of(self), below_of(self)
         labels = args[position] if len(args) > position else kwargs.get("labels")
@@ -368,7 +371,7 @@ def _holds_logits(value: Any) -> bool:
 
 def _plain(forward: Forward) -> Forward:
     """A class's forward as it was before `patch`."""
-    while is_ours(forward):
+    while level_of(forward) is not None:
         forward = getattr(forward, _REPLACED)
     return forward
 

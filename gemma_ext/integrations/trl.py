@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gemma_ext.integrations._defer_head import defer_head
 from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
-from gemma_ext.integrations._forwards import is_ours, layers, stand_in
+from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.integrations.transformers import output_head, unwrap, warn_of_state
 from gemma_ext.ops._cce_inputs import check_impl
 from gemma_ext.ops.cce import cce_rows
@@ -31,7 +31,8 @@ from gemma_ext.ops.cce import cce_rows
 __all__ = ["patch", "unpatch"]
 
 Trainer = TypeVar("Trainer")
-_PATCH = "_gemma_ext_trl_patch"
+# of a model: its patches, more than one where trl has fused its head again for another trainer
+_PATCH = "_gemma_ext_trl_patches"
 _IGNORE = -100
 # what trl's fused forward closes over
 _CLOSURE = ("original_forward", "temperature", "cast_lm_head_to_fp32", "outputs")
@@ -39,7 +40,7 @@ _CLOSURE = ("original_forward", "temperature", "cast_lm_head_to_fp32", "outputs"
 
 @dataclasses.dataclass
 class _Patch:
-    """Options of a patched model.
+    """What one forward of ours does.
 
     Attributes:
         fused: the forward that trl installed; also answers calls without `fused_lm_head`.
@@ -85,24 +86,23 @@ def patch(
     warn_of_state(state)
     for index, model in enumerate(_models(trainer)):
         installed = vars(model).get("forward")
-        present = vars(model).get(_PATCH)
-        if present and any(is_ours(forward) for forward in layers(installed)):
-            setattr(
-                model,
-                _PATCH,
-                dataclasses.replace(present, impl=impl, filter_eps=filter_eps, enabled=True),
+        patches = vars(model).get(_PATCH, [])
+        levels = [level for f in layers(installed) if (level := _level_of(f)) is not None]
+        if levels:
+            patches[levels[0]] = dataclasses.replace(
+                patches[levels[0]], impl=impl, filter_eps=filter_eps, enabled=True
             )
             continue
-        code = getattr(getattr(installed, "__func__", None), "__code__", None)
-        if code is None or "fused_lm_head" not in code.co_varnames:
+        if not _takes_fused_head(getattr(installed, "__func__", None)):
             if index:
                 continue
             raise TypeError(
                 f"expected a trainer of trl >= 1.16 whose model has a fused head and has not been "
                 f"prepared for training yet, got {type(trainer).__name__}"
             )
-        setattr(model, _PATCH, _read(installed, impl, filter_eps))
-        model.forward = types.MethodType(_wrap(installed.__func__), model)
+        patches.append(_read(installed, impl, filter_eps))
+        setattr(model, _PATCH, patches)
+        model.forward = types.MethodType(_wrap(installed.__func__, len(patches) - 1), model)
     return trainer
 
 
@@ -122,14 +122,25 @@ def _read(fused: Callable[..., Any], impl: str, filter_eps: float | str | None) 
 def unpatch(trainer: Trainer) -> Trainer:
     """Give the trainer its own fused head back."""
     for model in _models(trainer):
-        present = vars(model).get(_PATCH)
-        if present is not None and is_ours(vars(model).get("forward")):
-            model.forward = present.fused
-            delattr(model, _PATCH)
-        elif present is not None:
+        patches = vars(model).get(_PATCH)
+        level = _level_of(vars(model).get("forward"))
+        if level is not None:
+            model.forward = patches[level].fused
+            del patches[level:]
+        elif patches:
             # wrapped by somebody, so our forward has to stay
-            present.enabled = False
+            patches[-1].enabled = False
     return trainer
+
+
+def _takes_fused_head(forward: Any) -> bool:
+    return "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ())
+
+
+def _level_of(forward: Callable[..., Any] | None) -> int | None:
+    """The level of a forward made here; one of `integrations.transformers` may lie below trl's."""
+    ours = _takes_fused_head(getattr(forward, "__func__", forward))
+    return level_of(forward) if ours else None
 
 
 def _models(trainer: Any) -> list[nn.Module]:
@@ -137,10 +148,10 @@ def _models(trainer: Any) -> list[nn.Module]:
     return [unwrap(model) for model in models if isinstance(model, nn.Module)]
 
 
-def _wrap(fused: Callable[..., Any]) -> Callable[..., Any]:
-    @stand_in(fused)
+def _wrap(fused: Callable[..., Any], level: int) -> Callable[..., Any]:
+    @stand_in(fused, level)
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        settings = vars(self)[_PATCH]
+        settings = vars(self)[_PATCH][level]
         if not fused_lm_head or not settings.enabled:
             return settings.fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _score(self, settings, args, kwargs)

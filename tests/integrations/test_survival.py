@@ -138,6 +138,29 @@ def test_wrappers_put_on_and_taken_off_between_patches(impl):
     assert fused(patch(model, impl=impl))
 
 
+def test_a_forward_put_back_after_unpatching(impl):
+    model = patch(gemma2(), impl=impl)
+    kept = model.forward
+    unpatch(model)
+    model.forward = kept
+    assert not fused(model)
+    assert fused(patch(model, impl=impl))
+    assert not fused(unpatch(model))
+    assert "forward" not in vars(model)
+
+
+def test_lower_forward_back_on_top(impl):
+    model = gemma2()
+    lower = patch(model, impl=impl).forward
+    model.forward = lambda *args, **kwargs: lower(*args, **kwargs)
+    assert fused(patch(model, impl=impl))
+    model.forward = lower
+    assert fused(model)
+    assert fused(patch(model, impl=impl))
+    assert not fused(unpatch(model))
+    assert "forward" not in vars(model)
+
+
 def test_a_class_and_an_instance_of_it_patched(impl):
     forward = Gemma2ForCausalLM.forward
     model = patch(gemma2(), impl=impl, train_only=True)

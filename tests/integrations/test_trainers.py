@@ -350,7 +350,7 @@ def test_grpo_hands_its_options_to_the_patch(cast, impl, tmp_path):
     torch.manual_seed(2)
     expected, _ = score(trainer, autocast=True)
     trl_patch.patch(trainer, impl=impl)
-    settings = vars(trainer.model)["_gemma_ext_trl_patch"]
+    settings = vars(trainer.model)[trl_patch._PATCH][-1]
     assert (settings.float32, settings.temperature) == (cast, 0.7)
     assert settings.fields == ("log_probs", "entropy")
     torch.manual_seed(2)
@@ -396,6 +396,39 @@ def test_trl_patch_survives_what_a_trainer_does(impl):
     assert trl_patch.unpatch(trainer).model.forward == theirs
     with pytest.warns(FutureWarning, match="state is ignored"):
         trl_patch.patch(trainer, impl=impl, state=False)
+
+
+def test_a_second_trainer_of_the_same_model(impl):
+    model = gemma2()
+    first = trl_patch.patch(with_fused_head(model), impl=impl)
+    second = with_fused_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    torch.manual_seed(2)
+    expected = score(second, autocast=False)[0]
+    theirs = model.forward
+    trl_patch.patch(second, impl=impl)
+    assert model.forward != theirs
+    torch.manual_seed(2)
+    torch.testing.assert_close(score(second, autocast=False)[0], expected)
+    ids = torch.arange(9)[None]
+    assert model(ids).logits.shape == (1, 9, VOCAB)
+    assert trl_patch.unpatch(second).model.forward == theirs
+    assert model(ids).logits.shape == (1, 9, VOCAB)
+    assert first.model is model
+
+
+def test_a_copy_scores_with_its_own_weights(impl):
+    trainer = with_fused_head(gemma2(), outputs=("log_probs", "entropy"))
+    twin = clone(trl_patch.patch(trainer, impl=impl).model)
+    with torch.no_grad():
+        twin.model.norm.weight.mul_(0.1)
+    expected = with_fused_head(gemma2(), outputs=("log_probs", "entropy"))
+    with torch.no_grad():
+        expected.model.model.norm.weight.mul_(0.1)
+    scores = []
+    for trainer in (types.SimpleNamespace(model=twin), expected):
+        torch.manual_seed(2)
+        scores.append(score(trainer, autocast=False)[0])
+    torch.testing.assert_close(*scores)
 
 
 def test_trl_unpatched_below_a_wrapper(impl):
