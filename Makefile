@@ -7,6 +7,7 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV ?= .venv
 OUT ?= out
 PYTEST_ARGS ?=
+JOBS ?= $(shell nproc)
 BENCH_ARGS ?=
 # ON or AUTO adds the CUDA kernels; `pip install .` alone builds them where it finds nvcc.
 GEMMA_EXT_CUDA ?= OFF
@@ -19,14 +20,17 @@ dev_stamp := $(VENV)/.installed-dev
 # the machine's own python3 unless PYTHON is given: the targets below make no .venv
 gpu_python = $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 
-.PHONY: demo test bench lint format wheel build install abi-audit abi-matrix clean
+.PHONY: demo test test-all bench lint format wheel build install abi-audit abi-matrix clean
 .PHONY: gpu gpu-build gpu-tests gpu-sanitizer gpu-profile gpu-bench gpu-peers
 
 demo: build
 	$(bin)/gemma-ext demo --out $(OUT)/demo
 
 test: build
-	$(bin)/python -m pytest $(PYTEST_ARGS)
+	$(bin)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+
+test-all: build
+	$(bin)/python -m pytest -n $(JOBS) --dist loadgroup --all $(PYTEST_ARGS)
 
 bench: build
 	$(bin)/python benchmarks/bench_cce.py $(BENCH_ARGS)

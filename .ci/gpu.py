@@ -4,7 +4,8 @@ Uses the python it is started with and the tools on PATH; installs nothing and n
 stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
 $OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
 
-Stages, all by default: build, tests, sanitizer, profile, bench (docs/gpu.md).
+Stages, all by default: build, tests, sanitizer, step, sweep, profile, bench (docs/gpu.md).
+GEMMA_EXT_GPU_TESTS_ON=cpu tries them without a card: no CUDA kernels, small shapes, nothing saved.
 """
 
 from __future__ import annotations
@@ -25,11 +26,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(os.environ.get("OUT") or "out").resolve() / "gpu"
 TOTAL = 525.0  # seconds for all stages; the bench takes what the others leave
-LIMITS = {"build": 150.0, "tests": 170.0, "sanitizer": 110.0, "profile": 30.0, "bench": 240.0}
+LIMITS = {
+    "build": 150.0,
+    "tests": 170.0,
+    "sanitizer": 110.0,
+    "step": 110.0,
+    "sweep": 45.0,
+    "profile": 30.0,
+    "bench": 240.0,
+}
 PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
 TESTS = ("values", "edges", "options", "filter", "sync", "graphs", "streams", "determinism")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
-BENCH_ENDS_EARLY = 25.0  # before its limit: room for the subject that is at work
+ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
+DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
+TRIAL_SHAPE = "64,96,1024"
 OPTIONAL = {"sanitizer"}  # not every toolkit has it
 CARD = "import torch; print('%d.%d' % torch.cuda.get_device_capability())"
 
@@ -117,10 +128,12 @@ def compute_capability() -> str:
 
 
 def build(stage: Stage) -> int:
+    target = {"GEMMA_EXT_CUDA": "OFF"}
+    if DEVICE == "cuda":
+        target = {"GEMMA_EXT_CUDA": "ON", "GEMMA_EXT_CUDA_ARCHS": card_arch()}
     status = stage.run(
-        sys.executable, "setup.py", "-q", "build_ext", "--inplace",
-        GEMMA_EXT_CUDA="ON", GEMMA_EXT_HOST="OFF", GEMMA_EXT_CUDA_ARCHS=card_arch(),
-    )  # fmt: skip
+        sys.executable, "setup.py", "-q", "build_ext", "--inplace", GEMMA_EXT_HOST="OFF", **target
+    )
     return status or stage.run(sys.executable, "-m", "gemma_ext.info", PYTHONPATH=import_path())
 
 
@@ -145,6 +158,9 @@ def test_files() -> list[Path]:
 
 
 def sanitizer(stage: Stage) -> int:
+    script = (sys.executable, "tests/gpu/small_shapes.py")
+    if DEVICE != "cuda":
+        return stage.run(*script, PYTHONPATH=import_path())
     tool = shutil.which("compute-sanitizer") or shutil.which(
         "compute-sanitizer",
         path=os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin"),
@@ -153,25 +169,48 @@ def sanitizer(stage: Stage) -> int:
         raise NotRun("there is no compute-sanitizer on PATH or in CUDA_HOME")
     return worst(
         stage.run(
-            tool, "--tool", check, "--error-exitcode", "1", "--print-limit", "20",
-            sys.executable, "tests/gpu/small_shapes.py",
+            tool, "--tool", check, "--error-exitcode", "1", "--print-limit", "20", *script,
             limit=PIECE, PYTHONPATH=import_path(), PYTORCH_NO_CUDA_MEMORY_CACHING="1",
         )
         for check in SANITIZERS
     )  # fmt: skip
 
 
+def step(stage: Stage) -> int:
+    if find_spec("transformers") is None:
+        raise NotRun(f"{sys.executable} has no transformers")
+    words = ["--impl", "eager", "liger", "ours", "--budget", int(stage.left - ENDS_EARLY)]
+    trial = ["--cases", "flat", "lora", "--batch", 1, "--tokens", 64, "--seconds", 0, "--rounds", 1]
+    return measure(stage, "bench_step.py", words, trial)
+
+
+def sweep(stage: Stage) -> int:
+    return measure(stage, "sweep_cce.py", [], ["--shape", TRIAL_SHAPE, "--seconds", 0])
+
+
 def profile(stage: Stage) -> int:
-    return stage.run(sys.executable, "benchmarks/profile_cce.py", PYTHONPATH=import_path())
+    words = ["--device", DEVICE]
+    trial = ["--shape", TRIAL_SHAPE] if DEVICE != "cuda" else []
+    return stage.run(
+        sys.executable, "benchmarks/profile_cce.py", *words, *trial, PYTHONPATH=import_path()
+    )
 
 
 def bench(stage: Stage) -> int:
-    budget, start = stage.left - BENCH_ENDS_EARLY, time.time()
+    words = ["--card", "--budget", int(stage.left - ENDS_EARLY)]
+    trial = ["--shape", TRIAL_SHAPE, "--seconds", 0, "--impl", "eager", "exact", "cce"]
+    return measure(stage, "bench_cce.py", words, trial)
+
+
+def measure(stage: Stage, script: str, words: Iterable[object], trial: Iterable[object]) -> int:
+    """Run a benchmark that saves its tables, and copy them; ``trial`` is for a run without a card,
+    which saves nothing."""
+    start = time.time()
     status = stage.run(
-        sys.executable, "benchmarks/bench_cce.py", "--device", "cuda", "--budget", int(budget),
-        "--save", PYTHONPATH=import_path(),
+        sys.executable, f"benchmarks/{script}", "--device", DEVICE, *words,
+        *(["--save"] if DEVICE == "cuda" else trial), PYTHONPATH=import_path(),
     )  # fmt: skip
-    for path in (ROOT / "benchmarks" / "results").glob("nvidia-*/cce.*"):
+    for path in (ROOT / "benchmarks" / "results").glob("nvidia-*/*.*"):
         if path.stat().st_mtime >= start:
             shutil.copy2(path, OUT)
     return status
@@ -191,6 +230,8 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
+    "step": step,
+    "sweep": sweep,
     "profile": profile,
     "bench": bench,
 }

@@ -21,12 +21,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from cce_rows import (
+    FEW_ROWS,
     KEY,
     add_times,
     bars,
@@ -37,37 +37,29 @@ from cce_rows import (
     red,
 )
 
-from gemma_ext.bench import report, timing
+from gemma_ext.bench import report
 from gemma_ext.bench.data import DATA_KINDS
+from gemma_ext.bench.stages import LEAST_SECONDS, Effort, Stages
 from gemma_ext.bench.subject import DTYPES, Case, Subject
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+STAGES = Stages(HERE / "cce_stages.py")
 SHAPES = tuple((n, 2304, v) for v in (32768, 256000) for n in (512, 2048, 8192))
-CARD_CASES = (  # rows, dtype, data; what matters most comes first
+CARD_CASES = (  # rows, dtype, data; what matters most comes first, and has all peers
     (8192, "bf16", "plaw-2.5"),
-    (8192, "bf16", "plaw-1.6"),
-    (8192, "bf16", "plaw-4"),
-    (8192, "bf16", "plaw-1.3"),
-    (8192, "bf16", "random-init"),
-    (2048, "bf16", "plaw-2.5"),
     (512, "bf16", "plaw-2.5"),
+    (8192, "bf16", "plaw-1.6"),
+    (8192, "bf16", "plaw-1.3"),
+    (8192, "bf16", "plaw-4"),
+    (2048, "bf16", "plaw-2.5"),
+    (512, "fp32", "plaw-2.5"),
+    (512, "fp16", "plaw-2.5"),
+    (8192, "bf16", "random-init"),
     (2048, "fp32", "plaw-2.5"),
     (2048, "fp16", "plaw-2.5"),
 )
-CARD_FIRST_ONLY = ("compile", "chunked")  # their place is known after one case
 CARD_CASE_SECONDS = 100.0
-CARD_LEAST_SECONDS = 20.0  # to start a process, make the data and check one subject
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure."""
-
-    seconds: float
-    rounds: int
-    check_only: bool
-    warmup: int
 
 
 def main() -> None:
@@ -87,7 +79,8 @@ def main() -> None:
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
     ran, failed = False, False
-    for rows in (run_card if options.device == "cuda" else run_cpu)(options, chosen, effort):
+    run = run_card if options.device == "cuda" or options.card else run_cpu
+    for rows in run(options, chosen, effort):
         ran = True
         failed |= not rows or any(
             known[row["name"]].ours and row["note"].startswith(("RED", "failed"))
@@ -97,7 +90,7 @@ def main() -> None:
         if options.csv:
             report.append_csv(options.csv, rows)
         if options.save and rows:
-            save(rows, facts, options.device)
+            report.save(RESULTS / facts["device"], "cce", rows, facts, layout(options.device))
     sys.exit(int(failed or not ran))
 
 
@@ -119,67 +112,44 @@ def run_card(
     cases = card_cases(options)
     for i, case in enumerate(cases):
         left = end - time.monotonic()
-        if left < CARD_LEAST_SECONDS:
+        if left < LEAST_SECONDS:
             print(f"\nnot run, out of time: {'; '.join(c.label() for c in cases[i:])}")
             return
-        subjects = [s for s in chosen if i == 0 or options.impl or s.name not in CARD_FIRST_ONLY]
+        subjects = [s for s in chosen if i == 0 or options.impl or worth_again(s, case)]
         yield run_card_case(case, subjects, effort, min(left, CARD_CASE_SECONDS))
+
+
+def worth_again(subject: Subject, case: Case) -> bool:
+    """Whether a subject runs on later cases too: the place of most peers is known after one."""
+    return subject.ours or (subject.name == "compile" and case.n < FEW_ROWS)
 
 
 def card_cases(options: argparse.Namespace) -> list[Case]:
     """The cases that the options name, or CARD_CASES."""
     if options.shape or options.dtype or options.data:
         return [
-            Case(*shape, dtype, kind, device="cuda")
+            Case(*shape, dtype, kind, device=options.device)
             for shape in options.shape or [(8192, 2304, 256000)]
             for dtype in options.dtype or ["bf16"]
             for kind in options.data or ["plaw-2.5"]
         ]
-    return [Case(n, 2304, 256000, dtype, kind, device="cuda") for n, dtype, kind in CARD_CASES]
+    return [
+        Case(n, 2304, 256000, dtype, kind, device=options.device) for n, dtype, kind in CARD_CASES
+    ]
 
 
 def run_card_case(
     case: Case, chosen: Sequence[Subject], effort: Effort, seconds: float
 ) -> list[dict[str, Any]]:
-    """All subjects on one case; prints a table. One that broke the card is left out of a retry."""
+    """All subjects on one case; prints a table."""
     print(f"\n## {case.label()}", flush=True)
-    end = time.monotonic() + seconds
-    names, broken, found = [s.name for s in chosen], [], {}
-    with tempfile.TemporaryDirectory(prefix="bench_cce_") as folder:
-        while names:
-            left = max(end - time.monotonic(), CARD_LEAST_SECONDS)
-            found = card_stage(Path(folder), case, names, effort, left)
-            if not found.get("lost"):
-                break
-            names.remove(found["lost"])
-            broken += [row for row in found["rows"] if row["name"] == found["lost"]]
+    found = STAGES.case(case.as_dict(), [s.name for s in chosen], effort, seconds)
     if not found:
         print("failed before the first subject, or stopped at its time limit", flush=True)
         return []
-    rows = sorted(
-        [*broken, *(r for r in found["rows"] if r["name"] in names or r["total"])],
-        key=lambda row: place(row["name"]),
-    )
+    rows = sorted(found["rows"], key=lambda row: place(row["name"]))
     print_table(rows, found["yardstick"], case)
     return rows
-
-
-def card_stage(
-    folder: Path, case: Case, names: Sequence[str], effort: Effort, seconds: float
-) -> dict[str, Any]:
-    """What ``cce_card.run`` wrote down, also if it failed or took too long; {} if it did not."""
-    times = {"seconds": effort.seconds, "least": effort.rounds, "warmup": effort.warmup}
-    checks = {"deadline": seconds, "check_only": effort.check_only}
-    job = {"case": case.as_dict(), "names": list(names), "effort": times | checks}
-    (folder / "job.json").write_text(json.dumps(job))
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable, str(HERE / "cce_stages.py"), "card", str(folder)]
-    try:
-        subprocess.run(command, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        print(f"stopped after {seconds:.0f} s", flush=True)
-    return read(result)
 
 
 def run_shape(
@@ -195,7 +165,7 @@ def run_shape(
     with tempfile.TemporaryDirectory(prefix="bench_cce_") as name:
         folder = Path(name)
         case = Case(*shape, dtypes[0], kind, threads=threads)
-        stage("prepare", folder, {"case": case.as_dict(), "uncapped": uncapped})
+        STAGES.run("prepare", folder, {"case": case.as_dict(), "uncapped": uncapped})
         yardstick = json.loads((folder / "yardstick.json").read_text())
         for dtype in dtypes:
             case = Case(*shape, dtype, kind, threads=threads)
@@ -227,16 +197,9 @@ def run_case(
         row["note"] = "" if subject.capped else "no softcap: another loss, run uncapped"
         green.append(subject)
     if green and not effort.check_only:
-        job = {
-            "case": case.as_dict(),
-            "names": [s.name for s in green],
-            "timing": {
-                "seconds": effort.seconds,
-                "least": effort.rounds,
-                "warmup": effort.warmup,
-            },
-        }
-        add_times(case, rows, stage("time", folder, job))
+        names = [s.name for s in green]
+        job = {"case": case.as_dict(), "names": names, "timing": effort.timing}
+        add_times(case, rows, STAGES.run("time", folder, job))
     for subject in green:
         row = rows[subject.name]
         row["bars"] = "; ".join(bars(case, subject, row, yardstick))
@@ -259,73 +222,29 @@ def print_table(
         f"dE {yardstick['de']:.1e}, dC {yardstick['dc']:.1e}"
     )
     print(report.table(rows, columns_of(case.device)))
-    for row in rows:
-        if row["bars"]:
-            print(f"bars {row['name']}: {row['bars']}")
-    sys.stdout.flush()
+    print(report.verdicts(rows), flush=True)
 
 
 def checked(folder: Path, case: Case, name: str) -> tuple[dict[str, Any], str | None]:
     """Result of the check stage, or why there is none."""
     try:
-        return stage("check", folder, {"case": case.as_dict()}, name, memory=True), None
+        job = {"case": case.as_dict()}
+        return STAGES.run("check", folder, job, name, memory=True), None
     except subprocess.CalledProcessError as error:
         lines = [line for line in (error.stderr or "").splitlines() if line.strip()]
         return {}, f"failed: {lines[-1] if lines else f'exit status {error.returncode}'}"
 
 
-def stage(
-    name: str, folder: Path, job: Mapping[str, Any], *more: str, memory: bool = False
-) -> dict[str, Any]:
-    """Run a stage in a fresh process and read what it found.
-
-    Raises:
-        subprocess.CalledProcessError: if the stage fails; ``stderr`` holds its words.
-    """
-    (folder / "job.json").write_text(json.dumps(job))
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
-    environment = os.environ | (timing.memory_environment() if memory else {})
-    command = [sys.executable, str(HERE / "cce_stages.py"), name, str(folder), *more]
-    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
-    if done.returncode != 0:
-        if name != "check":
-            sys.stderr.write(done.stderr)
-        raise subprocess.CalledProcessError(done.returncode, command, stderr=done.stderr)
-    return read(result)
-
-
-def read(result: Path) -> dict[str, Any]:
-    """What a stage wrote down, {} if nothing."""
-    return json.loads(result.read_text()) if result.exists() else {}
-
-
-def save(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str], device: str) -> None:
-    """Merge rows into results/<device>/cce.json and write the tables of all of them beside it."""
-    folder = RESULTS / facts["device"]
-    stamp = {name: facts[name] for name in ("commit", "date", "load")}
-    stamped = [{**row, **stamp} for row in rows]
-    merged = report.merge_json(folder / "cce.json", stamped, KEY)
-    parts = [
-        "# Linear cross-entropy: forward and backward",
-        f"`python benchmarks/bench_cce.py --device {device} --save`; columns are explained in "
-        "`../../README.md`.",
-        report.header(
-            facts | dict.fromkeys(("commit", "date", "load"), "per row in cce.json")
-        ).replace("# ", "- "),
-    ]
-    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in merged:
-        cases.setdefault(tuple(row[k] for k in KEY[:-1]), []).append(row)
-    for (n, v, d, dtype, kind), lines in cases.items():
-        lines.sort(key=lambda row: place(row["name"]))
-        parts.append(f"## N={n} D={d} V={v} {dtype} {kind}")
-        runs = sorted({f"commit {r['commit']}, {r['date']}, load {r['load']}" for r in lines})
-        parts += ["\n".join(runs), report.table(lines, columns_of(device))]
-        met = [f"- {row['name']}: {row['bars']}" for row in lines if row["bars"]]
-        if met:
-            parts.append("\n".join(met))
-    (folder / "cce.md").write_text("\n\n".join(parts) + "\n")
+def layout(device: str) -> report.Layout:
+    return report.Layout(
+        title="Linear cross-entropy: forward and backward",
+        about=f"`python benchmarks/bench_cce.py --device {device} --save`; columns are explained "
+        "in `../../README.md`.",
+        case=KEY[:-1],
+        label=lambda row: "N={n} D={d} V={v} {dtype} {data}".format_map(row),
+        columns=columns_of(device),
+        place=place,
+    )
 
 
 def default_subjects(known: Mapping[str, Subject]) -> list[str]:
@@ -343,6 +262,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES))
     parser.add_argument("--impl", nargs="+", default=[], metavar="NAME", help="default: all")
     parser.add_argument("--data", nargs="+", choices=DATA_KINDS)
+    parser.add_argument(
+        "--card", action="store_true", help="as on a card: one process per case, within --budget"
+    )
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--check", action="store_true", help="errors and memory, no times")
     parser.add_argument("--threads", type=int, default=os.cpu_count())

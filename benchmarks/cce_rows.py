@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gemma_ext.bench import timing
+from gemma_ext.bench import rows as bench_rows
+from gemma_ext.bench.rows import Rows, verdict
 from gemma_ext.bench.subject import Case, Subject
 
 SPEED_BARS = {  # least ratio to eager, forward and backward
@@ -20,9 +21,13 @@ LOSS_LIMIT = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 1e-2}
 EXACT_FP32_LIMIT = 5e-5  # relative error of the gradients
 # Peers: wrong code is far above, rounding below. In fp32 torch's log-softmax adds V terms in fp32.
 PEER_LIMIT = {"fp32": 1e-3, "bf16": 1e-1, "fp16": 1e-1}
-CARD_FORWARD_BAR = 0.85  # of the rate of the bare product, on 90a
-CARD_PEER_BAR = 2.0  # times the best peer, forward and backward, on trained-like rows
-CARD_MEMORY_BAR = 0.01  # of the gradients
+# On an H100 or H200, D=2304 V=256000 bf16: most time as a multiple of another row, and bytes.
+FULL_ROWS, FEW_ROWS = 8192, 1024
+FORWARD_BAR = 1.06  # of the bare product, filtered
+FILTERED_MS, PEER_BAR = 18.5, 2.2  # at FULL_ROWS with plaw-2.5; times faster than the best peer
+FEW_ROWS_BAR = 1.1  # of torch.compile, below FEW_ROWS
+EXACT_BARS = {8192: 1.42, 2048: 1.3}  # of the three bare products, by rows
+EXACT_MB = 300
 FLOOR = "torch.mm"  # the bare products, without a loss
 ORDER = (
     FLOOR,
@@ -35,7 +40,6 @@ ORDER = (
     "quack",
     "exact",
     "cce",
-    "cce+state",
     "auto",
     "reference",
 )
@@ -54,7 +58,6 @@ COLUMNS = {
     **{f"x_{peer}": (f"x {peer}", ".2f") for peer in RATIOS},
     "x_eager_cpu": ("x eager, cpu time", ".2f"),
     "kept": ("kept", ".3f"),
-    "dropped": ("dropped", ".4f"),
     "de_error": ("dE err", ".1e"),
     "dc_error": ("dC err", ".1e"),
     "note": ("note", ""),
@@ -73,7 +76,6 @@ CARD_COLUMNS = {
     "of_gradients": ("of grads", ".1%"),
     "of_logits": ("of logits", ".1%"),
     "kept": ("kept", ".3f"),
-    "dropped": ("dropped", ".4f"),
     "de_error": ("dE err", ".1e"),
     "dc_error": ("dC err", ".1e"),
     "note": ("note", ""),
@@ -92,7 +94,7 @@ def blank_row(case: Case) -> dict[str, Any]:
     row |= dict.fromkeys(
         [*COLUMNS, *columns_of(case.device), "loss", "loss_error", "cpu", "rounds", "eps"]
     )
-    row |= dict.fromkeys(["dropped_max", "gemm_fp32", "gemm_bf16", "copy"])
+    row |= dict.fromkeys(["gemm_fp32", "gemm_bf16", "copy"])
     row |= {"note": "", "bars": ""}
     return row
 
@@ -111,8 +113,6 @@ def check_columns(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
             {"of_gradients": result["extra"] / case.gradient_bytes} if case.device == "cuda" else {}
         ),
         "kept": figures.get("kept_fraction"),
-        "dropped": figures.get("dropped_mass"),
-        "dropped_max": figures.get("dropped_mass_max"),
         "eps": figures.get("eps"),
     }
 
@@ -137,37 +137,9 @@ def red(
     return None
 
 
-def add_times(case: Case, rows: Mapping[str, dict[str, Any]], timed: Mapping[str, Any]) -> None:
-    """Fill times, rates and ratios."""
-    timings = {
-        name: timing.Timing(tuple(timing.Measurement(**run) for run in runs))
-        for name, runs in timed["timings"].items()
-    }
-    ceiling = max(timed["ceilings"]["gemm_fp32"], timed["ceilings"]["gemm_bf16"])
-    for name, own in timings.items():
-        row = rows[name]
-        rate = case.flops / own.total / 1e9
-        row |= timed["ceilings"]
-        row |= {"forward": own.forward, "total": own.total, "cpu": own.cpu}
-        row |= {"spread": own.spread, "rounds": len(own.runs)}
-        row |= {"gflops": rate, "of_ceiling": rate / ceiling}
-        for peer in RATIOS:
-            if peer in timings and peer != name:
-                row[f"x_{peer}"] = timing.paired_ratio(timings[peer], own)
-        if "eager" in timings and name != "eager":
-            row["x_eager_cpu"] = timing.paired_ratio(timings["eager"], own, "cpu")
-        if case.device == "cuda" and FLOOR in timings and name != FLOOR:
-            floor = timings[FLOOR]
-            row["of_floor_forward"] = timing.paired_ratio(floor, own, "forward")
-            row["of_floor"] = timing.paired_ratio(floor, own)
-
-
-def compare_with_best(rows: Mapping[str, dict[str, Any]], peers: Collection[str]) -> None:
-    """Fill the ratio to the fastest of the peers that have a time."""
-    times = [rows[name]["total"] for name in peers if rows[name]["total"] is not None]
-    for name, row in rows.items():
-        if times and name not in peers and name != FLOOR and row["total"] is not None:
-            row["x_best"] = min(times) / row["total"]
+def add_times(case: Case, rows: Rows, timed: Mapping[str, Any]) -> None:
+    floor = FLOOR if FLOOR in rows else None
+    bench_rows.add_times(rows, timed, flops=case.flops, peers=RATIOS, floor=floor)
 
 
 def cpu_bars(case: Case, kind: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
@@ -181,14 +153,25 @@ def cpu_bars(case: Case, kind: str, row: Mapping[str, Any]) -> Iterator[tuple[st
 
 
 def card_bars(case: Case, kind: str, row: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """As ``cpu_bars``, on a card."""
-    rate, ratio, share = row["of_floor_forward"], row["x_best"], row["of_gradients"]
-    if kind == "filtered" and rate is not None:
-        bar = CARD_FORWARD_BAR
-        yield f"forward {rate:.0%} >= {bar:.0%} of the bare product", rate >= bar
-    if kind == "filtered" and case.data.startswith("plaw") and ratio is not None:
-        yield f"{ratio:.2f} >= {CARD_PEER_BAR}x best peer", ratio >= CARD_PEER_BAR
-    yield f"{share:.1%} < {CARD_MEMORY_BAR:.0%} of gradients", share < CARD_MEMORY_BAR
+    """As ``cpu_bars``, on a card; those of time are for bf16."""
+    if case.dtype != "bf16":
+        return
+    forward, floor, ms = row["of_floor_forward"], row["of_floor"], row["total"]
+    if kind == "exact":
+        limit = EXACT_BARS.get(case.n)
+        if limit is not None and floor is not None:
+            yield f"{1 / floor:.2f} <= {limit}x the bare products", floor * limit >= 1
+        yield f"{row['extra_mb']:.0f} <= {EXACT_MB} MB", row["extra_mb"] <= EXACT_MB
+        return
+    if forward is not None and case.n >= FEW_ROWS:
+        yield f"forward {1 / forward:.2f} <= {FORWARD_BAR}x torch.mm", forward * FORWARD_BAR >= 1
+    if row["x_compile"] is not None and case.n < FEW_ROWS:
+        slower = 1 / row["x_compile"]
+        yield f"{slower:.2f} <= {FEW_ROWS_BAR}x compile", slower <= FEW_ROWS_BAR
+    if case.data == "plaw-2.5" and case.n == FULL_ROWS and ms is not None:
+        yield f"{1e3 * ms:.1f} <= {FILTERED_MS} ms", 1e3 * ms <= FILTERED_MS
+        if row["x_best"] is not None:
+            yield f"{row['x_best']:.2f} >= {PEER_BAR}x best peer", row["x_best"] >= PEER_BAR
 
 
 def bars(
@@ -197,10 +180,6 @@ def bars(
     """Each bar that applies to a row, with pass or MISS."""
     if not subject.ours or subject.bar is None:
         return []
-
-    def verdict(text: str, passed: bool) -> str:
-        return f"{text} {'pass' if passed else 'MISS'}"
-
     found = [
         verdict(*bar)
         for bar in (card_bars if case.device == "cuda" else cpu_bars)(case, subject.bar, row)

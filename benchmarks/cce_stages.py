@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,10 @@ import torch
 from baselines.eager import eager_loss
 from torch import Tensor
 
-from gemma_ext.bench import data, timing, truth
+from gemma_ext.bench import data, one_process, timing, truth
 from gemma_ext.bench.ceilings import measure_ceilings
-from gemma_ext.bench.subject import DTYPES, Case, Step, Subject, Warm
+from gemma_ext.bench.subject import DTYPES, Case, Step, Subject
 
-WARM_ROWS = 512
 YARDSTICK_ROWS = 512
 WARM_MEMORY_ROWS = 16
 
@@ -39,17 +39,12 @@ def prepare(folder: Path, case: Case, *, uncapped: bool) -> None:
     """Write data.pt and truth.pt; float32 whatever the dtype of the case."""
     torch.set_num_threads(case.threads)
     head = data.head_data(case.data, case.n, case.d, case.v, softcap=case.softcap, seed=case.seed)
-    warm_e, warm_targets = data.batch(
-        head.c, case.data, WARM_ROWS, softcap=case.softcap, seed=case.seed + 2
-    )
     truths, yardstick = truths_of(head, case, uncapped=uncapped)
     torch.save(
         {
             "e": head.e,
             "c": head.c,
             "targets": head.targets,
-            "warm_e": warm_e,
-            "warm_targets": warm_targets,
         },
         folder / "data.pt",
     )
@@ -88,8 +83,8 @@ def check(folder: Path, case: Case, name: str) -> dict[str, Any]:
     """One step of a subject: loss, errors, peak memory, figures."""
     torch.set_num_threads(case.threads)
     subject = subjects()[name]
-    e, c, targets, warm = load(folder, case.dtype)
-    step = subject.make(case, warm)
+    e, c, targets = load(folder, case.dtype)
+    step = subject.make(case)
     if subject.settle:
         step(e, c, targets).backward()
     else:
@@ -135,9 +130,9 @@ def run_times(
     """Interleaved times of the named subjects."""
     torch.set_num_threads(case.threads)
     ceilings = measure_ceilings()
-    e, c, targets, warm = load(folder, case.dtype)
+    e, c, targets = load(folder, case.dtype)
     known = subjects()
-    steps = {name: _both_passes(known[name].make(case, warm), e, c, targets) for name in names}
+    steps = {name: _both_passes(known[name].make(case), e, c, targets) for name in names}
     timings = timing.interleave(steps, seconds=seconds, least=least, warmup=warmup)
     return {
         "ceilings": ceilings.as_dict(),
@@ -145,14 +140,13 @@ def run_times(
     }
 
 
-def load(folder: Path, dtype: str) -> tuple[Tensor, Tensor, Tensor, Warm]:
-    """Leaves e and c in the dtype of the case, targets, and the batch to warm state on."""
+def load(folder: Path, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Leaves e and c in the dtype of the case, and targets."""
     stored = torch.load(folder / "data.pt", mmap=True, weights_only=True)
     kind = DTYPES[dtype]
     e = stored["e"].to(kind, copy=True).requires_grad_()
     c = stored["c"].to(kind, copy=True).requires_grad_()
-    warm = Warm(stored["warm_e"].to(kind, copy=True), c, stored["warm_targets"].clone())
-    return e, c, stored["targets"].clone(), warm
+    return e, c, stored["targets"].clone()
 
 
 def truth_of(folder: Path, capped: bool) -> truth.Truth:
@@ -204,7 +198,11 @@ def main(arguments: list[str]) -> None:
     elif stage == "card":
         import cce_card  # which leans on this module
 
-        cce_card.run(folder / "result.json", case, job["names"], **job["effort"])
+        known = subjects()
+        chosen = [known[name] for name in job["names"]]
+        uncapped = any(not subject.capped for subject in chosen)
+        make = partial(cce_card.Head, case, uncapped=uncapped)
+        one_process.run(folder / "result.json", chosen, make, **job["effort"])
         return
     else:
         raise SystemExit(f"stage: expected prepare, check, time or card, got {stage}")

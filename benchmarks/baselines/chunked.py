@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 from gemma_ext.bench.timing import total_memory
 
 CHUNKS = 8
@@ -38,7 +38,7 @@ def refuse(case: Case) -> str | None:
     return None
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     return Plain(lambda e, c, targets: chunked_loss(e, c, targets, case.softcap))
 
 

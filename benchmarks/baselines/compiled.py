@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 
 from .eager import eager_loss, too_large
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     torch.compiler.reset()
     compiled = torch.compile(eager_loss, fullgraph=True)
     return Plain(lambda e, c, targets: compiled(e, c, targets, case.softcap))

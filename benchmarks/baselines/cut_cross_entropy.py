@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 
 from . import refuse_without
 
@@ -11,7 +11,7 @@ def refuse(case: Case) -> str | None:
     return refuse_without(case, "cut-cross-entropy", "cut_cross_entropy", "triton")
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     from cut_cross_entropy import linear_cross_entropy
 
     return Plain(lambda e, c, targets: linear_cross_entropy(e, c, targets, softcap=case.softcap))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 from gemma_ext.bench.timing import total_memory
 
 
@@ -26,7 +26,7 @@ def too_large(case: Case) -> str | None:
     return None
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     return Plain(lambda e, c, targets: eager_loss(e, c, targets, case.softcap))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 
 from . import refuse_without
 
@@ -11,7 +11,7 @@ def refuse(case: Case) -> str | None:
     return refuse_without(case, "liger-kernel", "liger_kernel", "triton")
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     loss = LigerFusedLinearCrossEntropyLoss(softcap=case.softcap)

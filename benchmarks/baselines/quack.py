@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 
 from . import refuse_without
 
@@ -11,7 +11,7 @@ def refuse(case: Case) -> str | None:
     return refuse_without(case, "quack-kernels", "quack", "cutlass", "tvm_ffi")
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return Plain(chunked_linear_cross_entropy)

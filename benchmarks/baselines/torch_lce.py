@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from gemma_ext.bench.subject import Case, Plain, Subject, Warm
+from gemma_ext.bench.subject import Case, Plain, Subject
 
 
 def refuse(case: Case) -> str | None:
@@ -18,7 +18,7 @@ def refuse(case: Case) -> str | None:
     return None
 
 
-def make(case: Case, warm: Warm) -> Plain:
+def make(case: Case) -> Plain:
     options = torch.nn.LinearCrossEntropyOptions()
     return Plain(lambda e, c, targets: F.linear_cross_entropy(e, c, targets, options=options))
 

@@ -43,6 +43,11 @@ class Tile {
 
   // Element e of 64: row_of(e / 16, e / 2 % 2), column_of(e / 4 % 4, e % 2).
   DEVICE float& flat(int e) { return acc[e / 16][e / 4 % 4][e % 4]; }
+  // The thread's eight rows by eight columns.
+  DEVICE float& at(int r, int i) { return acc[r / 2][i / 2][r % 2 * 2 + i % 2]; }
+  DEVICE static int row(int r) { return row_of(r / 2, r % 2); }
+  DEVICE static int column(int i) { return column_of(i / 2, i % 2); }
+
   DEVICE static int row_of(int block, int half) {
     return simt::warp_idx() / 4 * 64 + block * 16 + half * 8 + simt::lane_idx() / 4;
   }

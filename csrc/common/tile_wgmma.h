@@ -55,6 +55,10 @@ DEVICE int row_of(int half) {
   return (simt::warp_idx() - kWarpsPerGroup) * 16 + half * 8 + simt::lane_idx() / 4;
 }
 DEVICE int column_of(int block, int odd) { return block * 8 + simt::lane_idx() % 4 * 2 + odd; }
+// The 64 elements of row_of(half): their register and their column.
+constexpr int kRowElements = kColumns / 4;
+HOST_DEVICE constexpr int element(int half, int i) { return i / 2 * 4 + half * 2 + i % 2; }
+DEVICE int column(int i) { return column_of(i / 2, i % 2); }
 
 #if defined(SIMT_HOPPER)
 template <class T, Major kA, Major kB>

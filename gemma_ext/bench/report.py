@@ -8,7 +8,8 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -190,3 +191,55 @@ def merge_json(path: Path, rows: Sequence[Row], key: Sequence[str]) -> list[dict
     beside.write_text(json.dumps(merged, indent=1) + "\n")
     beside.replace(path)
     return merged
+
+
+def verdicts(rows: Sequence[Row]) -> str:
+    """The bars of rows, a line each."""
+    return "\n".join(f"bars {row['name']}: {row['bars']}" for row in rows if row["bars"])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the results of a benchmark are laid out on their page.
+
+    Attributes:
+        title: of the page. about: the line below it: the command, where columns are explained.
+        case: columns that make rows one table; with "name" they are the key of a row.
+        label: heading of a table, from one of its rows.
+        columns: as in `table`.
+        place: position of a row in its table, from its name.
+    """
+
+    title: str
+    about: str
+    case: Sequence[str]
+    label: Callable[[Row], str]
+    columns: Mapping[str, tuple[str, str]]
+    place: Callable[[str], int]
+
+
+def save(
+    folder: Path, stem: str, rows: Sequence[Row], facts: Mapping[str, str], layout: Layout
+) -> None:
+    """Merge rows into <stem>.json of a folder and write the page of all of them beside it."""
+    stamp = {name: facts[name] for name in ("commit", "date", "load")}
+    stamped = [{**row, **stamp} for row in rows]
+    merged = merge_json(folder / f"{stem}.json", stamped, [*layout.case, "name"])
+    (folder / f"{stem}.md").write_text(page(merged, facts, layout))
+
+
+def page(rows: Sequence[Row], facts: Mapping[str, str], layout: Layout) -> str:
+    """The page of a list of saved rows: a table per case, its runs above, its bars below."""
+    once = dict.fromkeys(("commit", "date", "load"), "per row in the json file")
+    parts = [f"# {layout.title}", layout.about, header({**facts, **once}).replace("# ", "- ")]
+    cases: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        cases.setdefault(tuple(row[k] for k in layout.case), []).append(row)
+    for lines in cases.values():
+        lines.sort(key=lambda row: layout.place(row["name"]))
+        runs = sorted({f"commit {r['commit']}, {r['date']}, load {r['load']}" for r in lines})
+        parts += [f"## {layout.label(lines[0])}", "\n".join(runs), table(lines, layout.columns)]
+        met = [f"- {row['name']}: {row['bars']}" for row in lines if row["bars"]]
+        if met:
+            parts.append("\n".join(met))
+    return "\n\n".join(parts) + "\n"

@@ -65,7 +65,7 @@ class Step(Protocol):
     def __call__(self, e: Tensor, c: Tensor, targets: Tensor) -> Tensor: ...
 
     def figures(self) -> dict[str, float]:
-        """Numbers of the last call besides the loss (kept fraction, dropped mass), or nothing."""
+        """Numbers of the last call besides the loss (kept fraction), or nothing."""
         ...
 
 
@@ -82,15 +82,6 @@ class Plain:
         return {}
 
 
-@dataclass(frozen=True)
-class Warm:
-    """A second batch over the same classifier, for subjects that carry state between steps."""
-
-    e: Tensor  # [M, D]
-    c: Tensor  # [V, D]
-    targets: Tensor  # [M]
-
-
 def no_objection(case: Case) -> str | None:
     return None
 
@@ -101,7 +92,7 @@ class Subject:
 
     Attributes:
         name: name of the row.
-        make: builds the step for a case; the second argument is a batch to warm state on.
+        make: builds the step for a case.
         refuse: a sentence when the case cannot run here, else None.
         capped: False when the implementation has no softcap and is run without it.
         ours: True for gemma_ext.
@@ -111,7 +102,7 @@ class Subject:
     """
 
     name: str
-    make: Callable[[Case, Warm], Step]
+    make: Callable[[Case], Step]
     refuse: Callable[[Case], str | None] = no_objection
     capped: bool = True
     ours: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,16 +12,80 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions, check_weight
+from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions, Product
+from gemma_ext.integrations._head_checks import check_head, check_weight, describe
 
-_DEFERRING = "_gemma_ext_deferring"
+
+class _Thread(threading.local):
+    """What the heads called by this thread are to do.
+
+    Like the stack of modes that it drives, this belongs to a thread. It is no ContextVar, because
+    torch.compile cannot trace the `set` of one.
+    """
+
+    def __init__(self) -> None:
+        self.mode: Deferring | None = None
+
+
+class Deferring(TorchFunctionMode):
+    """Replaces `F.linear` into the vocabulary by its description while `head` runs.
+
+    Attributes:
+        entered: whether the head was called.
+    """
+
+    def __init__(self, head: nn.Module, options: LossOptions, on_loss: Callable[[], None]) -> None:
+        super().__init__()
+        self.head: nn.Module | None = head
+        self.vocab = head.weight.shape[0]
+        self.options = options
+        self.on_loss = on_loss
+        self.entered = False
+        self.depth = 0
+
+    def push(self) -> None:
+        self.entered = True
+        self.depth += 1
+        self.__enter__()
+
+    def pop(self) -> None:
+        self.depth -= 1
+        self.__exit__(None, None, None)
+
+    def finish(self) -> None:
+        """Leave the head wherever it was interrupted."""
+        self.head = None
+        while self.depth:
+            self.pop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.linear or self.head is None:
+            return func(*args, **kwargs)
+        return self._linear(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+        if weight.dim() != 2 or weight.shape[0] != self.vocab:
+            return F.linear(input, weight, bias)
+        check_weight(weight, self.options.owner)
+        kind = weight.device.type
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        product = Product(input, weight, dtype)
+        return DeferredLogits((product,), bias, dtype, self.options, self.on_loss)
+
+
+_THREAD = _Thread()
 
 
 @contextlib.contextmanager
 def defer_head(
     head: nn.Module, options: LossOptions, on_loss: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Within the block, calls of `head` return `DeferredLogits`.
+) -> Iterator[Deferring]:
+    """Within the block, and in this thread, calls of `head` return `DeferredLogits`.
 
     The head runs as it is, hooks and adapters included; only its products into the vocabulary are
     deferred.
@@ -31,15 +96,24 @@ def defer_head(
         on_loss: called whenever a loss was computed from the deferred logits.
 
     Raises:
-        TypeError: the head has no [V, D] weight, or did not use `F.linear` with it.
+        TypeError: the head has no [V, D] weight in memory, or did not use `F.linear` with it.
     """
-    mode = _Deferring(vocab_size(head, options.owner), options, on_loss)
+    check_head(head, options.owner)
     prepare_head(head)
-    setattr(head, _DEFERRING, mode)
+    mode = Deferring(head, options, on_loss)
+    outer = _THREAD.mode
     try:
-        yield
+        _THREAD.mode = mode
+        yield mode
     finally:
-        setattr(head, _DEFERRING, None)
+        _THREAD.mode = outer
+        # Ctrl-C inside the head skips its hooks
+        mode.finish()
+
+
+def is_deferred(head: nn.Module) -> bool:
+    """Whether this thread is inside `defer_head` of `head`."""
+    return _THREAD.mode is not None and _THREAD.mode.head is head
 
 
 def prepare_head(head: nn.Module) -> None:
@@ -59,65 +133,20 @@ def release_head(head: nn.Module) -> None:
         for key in [key for key, hook in hooks.items() if hook in (_enter, _leave)]:
             del hooks[key]
             head._forward_hooks_always_called.pop(key, None)
-    vars(head).pop(_DEFERRING, None)
-
-
-def vocab_size(head: nn.Module, owner: str) -> int:
-    """V of a head with a [V, D] weight; TypeError for any other head of the model `owner`."""
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2:
-        raise TypeError(
-            f"expected the head of {owner} to have a [V, D] weight, got {type(head).__name__}; "
-            f"a quantised head has no fused loss, keep it unquantised"
-        )
-    return weight.shape[0]
-
-
-class _Deferring(TorchFunctionMode):
-    """Replaces `F.linear` into the vocabulary by its description."""
-
-    def __init__(self, vocab: int, options: LossOptions, on_loss: Callable[[], None]) -> None:
-        super().__init__()
-        self.vocab = vocab
-        self.options = options
-        self.on_loss = on_loss
-        self.entered = 0
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.linear:
-            return func(*args, **kwargs)
-        return self._linear(*args, **kwargs)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-        if weight.dim() != 2 or weight.shape[0] != self.vocab:
-            return F.linear(input, weight, bias)
-        check_weight(weight, self.options.owner)
-        kind = weight.device.type
-        dtype = weight.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        return DeferredLogits(((input, weight),), bias, dtype, self.options, self.on_loss)
 
 
 def _enter(head: nn.Module, args: tuple[Any, ...]) -> None:
-    mode = getattr(head, _DEFERRING, None)
-    if mode is not None:
-        mode.entered += 1
-        mode.__enter__()
+    if is_deferred(head):
+        _THREAD.mode.push()
 
 
 def _leave(head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    mode = getattr(head, _DEFERRING, None)
-    # not entered if a hook before ours raised
-    if mode is None or not mode.entered:
+    # depth 0: a hook before ours raised
+    if not is_deferred(head) or not _THREAD.mode.depth:
         return
-    mode.entered -= 1
-    mode.__exit__(None, None, None)
+    _THREAD.mode.pop()
     if output is not None and not isinstance(output, DeferredLogits):
         raise TypeError(
-            f"expected the head of {mode.options.owner} to be a product by F.linear, got "
-            f"{type(head).__name__}; a quantised head has no fused loss, keep it unquantised"
+            f"expected the head of {_THREAD.mode.options.owner} to be a product by F.linear, "
+            f"got {describe(head)}"
         )

@@ -5,7 +5,7 @@ Under `gemma_ext.integrations._defer_head`, a head returns a `DeferredLogits` in
     logits = scale * (sum_k x_k W_k^T + b)                      before a cap
     logits = cap * tanh(scale * (sum_k x_k W_k^T + b))          after one
 
-The model's own code then scales, caps, casts, slices and reshapes that description, and the
+The model's own code then scales, shifts, caps, casts, slices and reshapes that description, and the
 cross-entropy it ends in becomes `gemma_ext.linear_cross_entropy` of (x, W). Nothing is assumed
 about what a model does between head and loss: an operation that has no place in the two forms above
 raises `DeferredLogitsError` with its name, so a loss is either the model's own or an error.
@@ -14,20 +14,25 @@ raises `DeferredLogitsError` with its name, so a loss is either the model's own 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gemma_ext.integrations._head_checks import check_weight
 from gemma_ext.ops.cce import linear_cross_entropy
 
 
 class DeferredLogitsError(NotImplementedError):
     """A model or its head does something to its logits that cannot be deferred."""
+
+
+class _MissingAttribute(DeferredLogitsError, AttributeError):
+    """The same for an attribute, so that `hasattr` and `getattr` with a default go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +41,20 @@ class LossOptions:
 
     Attributes:
         owner: class name of the model, for messages.
-        impl, filter_eps, state: as in `gemma_ext.linear_cross_entropy`.
+        impl, filter_eps: as in `gemma_ext.linear_cross_entropy`.
     """
 
     owner: str
     impl: str = "auto"
     filter_eps: float | str | None = "auto"
-    state: Any = None
+
+
+class Product(NamedTuple):
+    """hidden [..., D] times weight [V, D], computed in `dtype` as autocast had it at the head."""
+
+    hidden: Tensor
+    weight: Tensor
+    dtype: torch.dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +62,7 @@ class DeferredLogits:
     """Stand-in for the [..., V] logits of a head; see the module for the formula.
 
     Attributes:
-        terms: pairs of hidden states [..., D_k] and weights [V, D_k].
+        terms: products whose sum is taken, of equal [..., V].
         bias: [V] or None.
         numerator, denominator: scale = numerator / denominator, kept apart so that dividing by a
             cap and multiplying by it again gives back exactly 1.
@@ -59,7 +71,7 @@ class DeferredLogits:
         options: of the loss; on_loss: called when a loss was computed from these logits.
     """
 
-    terms: tuple[tuple[Tensor, Tensor], ...]
+    terms: tuple[Product, ...]
     bias: Tensor | None
     dtype: torch.dtype
     options: LossOptions
@@ -70,11 +82,11 @@ class DeferredLogits:
 
     @property
     def vocab(self) -> int:
-        return self.terms[0][1].shape[0]
+        return self.terms[0].weight.shape[0]
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.terms[0][0].shape[:-1], self.vocab))
+        return torch.Size((*self.terms[0].hidden.shape[:-1], self.vocab))
 
     @property
     def ndim(self) -> int:
@@ -82,7 +94,7 @@ class DeferredLogits:
 
     @property
     def device(self) -> torch.device:
-        return self.terms[0][1].device
+        return self.terms[0].weight.device
 
     def size(self, dim: int | None = None) -> torch.Size | int:
         return self.shape if dim is None else self.shape[dim]
@@ -147,33 +159,31 @@ class DeferredLogits:
             self._refuse("indexing of the vocabulary")
         return dataclasses.replace(
             self,
-            terms=tuple((x[rows], w[columns]) for x, w in self.terms),
+            terms=tuple(Product(x[rows], w[columns], dtype) for x, w, dtype in self.terms),
             bias=None if self.bias is None else self.bias[columns],
-            options=dataclasses.replace(self.options, state=None),
         )
 
-    def __mul__(self, factor: Any) -> DeferredLogits:
-        return self._scale(factor, lambda a, b: a * b, "multiplication")
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __mul__(self, other: Any) -> DeferredLogits:
+        return self._scale(other, lambda a, b: a * b, "multiplication")
 
     __rmul__ = __mul__
 
-    def __truediv__(self, divisor: Any) -> DeferredLogits:
-        return self._scale(divisor, lambda a, b: a / b, "division")
+    def __truediv__(self, other: Any) -> DeferredLogits:
+        return self._scale(other, lambda a, b: a / b, "division")
 
     def __add__(self, other: Any) -> DeferredLogits:
-        """Sum of two deferred projections, as in an adapter on the head."""
-        if not isinstance(other, DeferredLogits) or self.cap is not None or other.cap is not None:
-            self._refuse("addition")
-        a, b = self._unscaled(), other._unscaled()
-        if a.shape != b.shape:
-            self._refuse(f"addition of {list(b.shape)} to {list(a.shape)}")
-        biases = [bias for bias in (a.bias, b.bias) if bias is not None]
-        return dataclasses.replace(
-            a,
-            terms=a.terms + b.terms,
-            bias=sum(biases[1:], biases[0]) if biases else None,
-            dtype=torch.promote_types(a.dtype, b.dtype),
-        )
+        """Sum of two deferred projections, as in an adapter, or with a bias [V] or [1, ..., V]."""
+        if self.cap is None and isinstance(other, DeferredLogits) and other.cap is None:
+            return self._unscaled()._join(other._unscaled())
+        if self.cap is None and isinstance(other, Tensor) and self._is_bias(other):
+            return self._unscaled()._shift(other)
+        shape = list(other.shape) if isinstance(other, (Tensor, DeferredLogits)) else None
+        self._refuse(f"addition of {shape or type(other).__name__} to {list(self.shape)}")
+
+    __radd__ = __add__
 
     def tanh(self) -> DeferredLogits:
         if self.cap is not None:
@@ -184,11 +194,11 @@ class DeferredLogits:
         """Float32 log-sum-exp over the vocabulary, differentiable."""
         if dim % self.ndim != self.ndim - 1:
             self._refuse(f"logsumexp over dim {dim}")
-        head = self.head()
         labels = torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device)
-        lse = linear_cross_entropy(
-            **head, targets=labels, reduction="none", return_lse=True, ignore_index=-100
-        ).lse
+        with self.autocast_of_the_head():
+            lse = linear_cross_entropy(
+                **self.head(), targets=labels, reduction="none", return_lse=True, ignore_index=-100
+            ).lse
         return lse.unsqueeze(-1) if keepdim else lse
 
     def cross_entropy(
@@ -210,14 +220,15 @@ class DeferredLogits:
                 f"{list(target.shape)}"
             )
         self.on_loss()
-        return linear_cross_entropy(
-            **self.head(),
-            targets=target.to(self.device),
-            ignore_index=ignore_index,
-            reduction=reduction,
-            weight=weight,
-            label_smoothing=label_smoothing,
-        )
+        with self.autocast_of_the_head():
+            return linear_cross_entropy(
+                **self.head(),
+                targets=target.to(self.device),
+                ignore_index=ignore_index,
+                reduction=reduction,
+                weight=weight,
+                label_smoothing=label_smoothing,
+            )
 
     def head(self) -> dict[str, Any]:
         """Arguments of `linear_cross_entropy` that stand for these logits, without the targets.
@@ -225,16 +236,16 @@ class DeferredLogits:
         Several terms are joined along D, so that sum_k x_k W_k^T is one product; this copies the
         weights once.
         """
-        for _, weight in self.terms:
+        lead = self.terms[0]
+        for term in self.terms:
             # again: it may have been resharded since the head ran
-            check_weight(weight, self.options.owner)
-        lead = self.terms[0][1]
-        for _, weight in self.terms:
-            lead = weight if weight.shape[1] > lead.shape[1] else lead
-        pairs = [_like(x, w, lead) for x, w in self.terms]
-        state = self.options.state
-        if state is not None and state.order.device != lead.device:
-            state.to(lead.device)  # the model was moved, or its head was offloaded before the loss
+            check_weight(term.weight, self.options.owner)
+            lead = term if term.weight.shape[1] > lead.weight.shape[1] else lead
+        # hidden states come to the head's device
+        pairs = [
+            (x.to(lead.weight.device, lead.dtype), w.to(lead.weight.device, lead.dtype))
+            for x, w, _ in self.terms
+        ]
         scale = self.numerator / self.denominator
         if self.cap is not None:
             scale = self.numerator * self.cap / self.denominator
@@ -246,19 +257,29 @@ class DeferredLogits:
             "logit_scale": scale,
             "impl": self.options.impl,
             "filter_eps": self.options.filter_eps,
-            "state": state,
         }
+
+    def autocast_of_the_head(self) -> torch.autocast:
+        """A block without autocast: `head` has cast as autocast did where the head was called."""
+        return torch.autocast(self.device.type, enabled=False)
+
+    def in_float32(self) -> DeferredLogits:
+        """The same logits with products of float32 hidden states and weights."""
+        terms = tuple(term._replace(dtype=torch.float32) for term in self.terms)
+        return dataclasses.replace(self, terms=terms, dtype=torch.float32)
 
     def materialize(self) -> Tensor:
         """The logits themselves, [..., V]."""
-        total = sum(F.linear(x.to(w.dtype), w).to(self.dtype) for x, w in self.terms)
+        with self.autocast_of_the_head():
+            total = sum(F.linear(x.to(d), w.to(d)).to(self.dtype) for x, w, d in self.terms)
         if self.bias is not None:
             total = total + self.bias.to(self.dtype)
         total = total * self.numerator / self.denominator
         return total if self.cap is None else torch.tanh(total) * self.cap
 
     def _map_hidden(self, change: Callable[[Tensor], Tensor]) -> DeferredLogits:
-        return dataclasses.replace(self, terms=tuple((change(x), w) for x, w in self.terms))
+        terms = tuple(term._replace(hidden=change(term.hidden)) for term in self.terms)
+        return dataclasses.replace(self, terms=terms)
 
     def _scale(self, factor: Any, apply: Callable[[Any, Any], Any], what: str) -> DeferredLogits:
         if isinstance(factor, Tensor):
@@ -289,27 +310,59 @@ class DeferredLogits:
         bias = None if self.bias is None else self.bias * scale
         return dataclasses.replace(scaled, bias=bias, numerator=1.0, denominator=1.0)
 
-    def _refuse(self, what: str) -> None:
-        raise DeferredLogitsError(_refusal(self.options.owner, what))
+    def _join(self, other: DeferredLogits) -> DeferredLogits:
+        if self.shape != other.shape:
+            self._refuse(f"addition of {list(other.shape)} to {list(self.shape)}")
+        biases = [bias for bias in (self.bias, other.bias) if bias is not None]
+        return dataclasses.replace(
+            self,
+            terms=self.terms + other.terms,
+            bias=sum(biases[1:], biases[0]) if biases else None,
+            dtype=torch.promote_types(self.dtype, other.dtype),
+        )
+
+    def _is_bias(self, other: Tensor) -> bool:
+        """Whether `other` adds the same number to one column of every row."""
+        fits = 1 <= other.dim() <= self.ndim and other.shape[-1] == self.vocab == other.numel()
+        return fits and other.is_floating_point()
+
+    def _shift(self, row: Tensor) -> DeferredLogits:
+        bias = row.reshape(-1).to(self.device)
+        return dataclasses.replace(
+            self,
+            bias=bias if self.bias is None else self.bias + bias,
+            dtype=torch.promote_types(self.dtype, row.dtype),
+        )
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise DeferredLogitsError(refusal(self.options.owner, what))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
-        raise AttributeError(_refusal(self.options.owner, f"Tensor.{name}"))
+        raise _MissingAttribute(refusal(self.options.owner, f"Tensor.{name}"))
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        named = dict(kwargs or {})
+        operands = (named.pop("input"), *args) if "input" in named else tuple(args)
+        logits = _first((*operands, *named.values()))
+        if func in _COMMUTATIVE and operands[0] is not logits:
+            operands = operands[::-1]
         handler = _HANDLERS.get(func)
-        if handler is not None:
-            return handler(*args, **kwargs)
-        owner = next(a for a in args if isinstance(a, cls)).options.owner
-        raise DeferredLogitsError(_refusal(owner, getattr(func, "__name__", str(func))))
+        name = getattr(func, "__name__", str(func))
+        if handler is None or not isinstance(next(iter(operands), None), cls):
+            logits._refuse(name)
+        unknown = [key for key in named if key not in _KEYWORDS[func]]
+        if unknown:
+            logits._refuse(f"{name} with {', '.join(unknown)}")
+        return handler(*operands, **named)
 
 
-def _refusal(owner: str, what: str) -> str:
+def refusal(owner: str, what: str) -> str:
+    """The one sentence that every refused operation raises."""
     return (
         f"{owner} or its head applies {what} to its logits, which has no fused form; "
         f"unpatch the model to train it with materialised logits"
@@ -324,58 +377,82 @@ def _axes(item: Any) -> int:
     return 1
 
 
-def _like(hidden: Tensor, weight: Tensor, lead: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states on the head's device; both in the head's dtype unless autocast chooses it."""
-    if torch.is_autocast_enabled(lead.device.type):
-        return hidden.to(lead.device), weight.to(lead.device)
-    return hidden.to(lead), weight.to(lead)
+def _first(values: Any) -> DeferredLogits | None:
+    """The first deferred logits among arguments, looking into lists as those of `torch.cat`."""
+    for value in values:
+        if isinstance(value, DeferredLogits):
+            return value
+        if isinstance(value, (list, tuple)) and (found := _first(value)) is not None:
+            return found
+    return None
 
-
-def check_weight(weight: Tensor, owner: str) -> None:
-    """Raise unless `weight` is a tensor whose values can be read now, in a floating dtype."""
-    sharded = type(weight).__name__ == "DTensor"
-    if not weight.is_floating_point() or (is_traceable_wrapper_subclass(weight) and not sharded):
-        raise TypeError(
-            f"expected the head of {owner} to have a floating weight, got {weight.dtype} "
-            f"({type(weight).__name__}); a quantised head has no fused loss, keep it unquantised"
-        )
-    if hasattr(weight, "ds_id") or weight.device.type == "meta":
-        raise TypeError(
-            f"expected the weight of the head of {owner} to be in memory during the loss, got a "
-            f"partitioned or offloaded one; keep the head out of ZeRO-3 and of offloading"
-        )
-    if not sharded and weight.numel() and weight.untyped_storage().size() == 0:
-        raise RuntimeError(
-            f"expected the weight of the head of {owner} to be in memory during the loss, but it "
-            f"was resharded; leave the head in the root FSDP unit"
-        )
-
-
-def _cross_entropy(input: DeferredLogits, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return input.cross_entropy(target, *args, **kwargs)
-
-
-def _commute(operation: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    return lambda a, b: operation(a, b) if isinstance(a, DeferredLogits) else operation(b, a)
-
-
-_multiply = _commute(DeferredLogits.__mul__)
-_add = _commute(DeferredLogits.__add__)
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
-    F.cross_entropy: _cross_entropy,
+    F.cross_entropy: DeferredLogits.cross_entropy,
     torch.tanh: DeferredLogits.tanh,
     F.tanh: DeferredLogits.tanh,
     torch.logsumexp: DeferredLogits.logsumexp,
     torch.reshape: DeferredLogits.reshape,
     torch.flatten: DeferredLogits.flatten,
-    torch.mul: _multiply,
-    Tensor.mul: _multiply,
-    Tensor.__mul__: _multiply,
-    Tensor.__rmul__: _multiply,
-    torch.add: _add,
-    Tensor.add: _add,
-    Tensor.__add__: _add,
-    Tensor.__radd__: _add,
+    torch.mul: DeferredLogits.__mul__,
+    torch.multiply: DeferredLogits.__mul__,
+    Tensor.mul: DeferredLogits.__mul__,
+    Tensor.__mul__: DeferredLogits.__mul__,
+    Tensor.__rmul__: DeferredLogits.__mul__,
+    torch.add: DeferredLogits.__add__,
+    Tensor.add: DeferredLogits.__add__,
+    Tensor.__add__: DeferredLogits.__add__,
+    Tensor.__radd__: DeferredLogits.__add__,
     torch.div: DeferredLogits.__truediv__,
+    torch.divide: DeferredLogits.__truediv__,
+    torch.true_divide: DeferredLogits.__truediv__,
 }
+_COMMUTATIVE = frozenset(
+    func
+    for func, handler in _HANDLERS.items()
+    if handler in (DeferredLogits.__mul__, DeferredLogits.__add__)
+)
+_KEYWORDS = {func: frozenset(inspect.signature(h).parameters) for func, h in _HANDLERS.items()}
+
+_REFUSED = {
+    "subtraction": ("__sub__", "__rsub__"),
+    "negation": ("__neg__",),
+    "an absolute value": ("__abs__",),
+    "a reciprocal": ("__rtruediv__",),
+    "floor division": ("__floordiv__", "__rfloordiv__"),
+    "a remainder": ("__mod__", "__rmod__", "__divmod__", "__rdivmod__"),
+    "a power": ("__pow__", "__rpow__"),
+    "a matrix product": ("__matmul__", "__rmatmul__"),
+    "a comparison": ("__lt__", "__le__", "__eq__", "__ne__", "__gt__", "__ge__", "__contains__"),
+    "a bitwise operation": (
+        *("__and__", "__rand__", "__or__", "__ror__", "__xor__", "__rxor__", "__invert__"),
+        *("__lshift__", "__rlshift__", "__rshift__", "__rrshift__"),
+    ),
+    "item assignment": ("__setitem__", "__delitem__"),
+    "conversion to a number": ("__bool__", "__int__", "__float__", "__complex__", "__index__"),
+    "conversion to an array": ("__array__", "__dlpack__"),
+    "rounding": ("__round__", "__trunc__", "__floor__", "__ceil__"),
+}
+
+
+def _refusing(what: str) -> Callable[..., NoReturn]:
+    def operator(self: DeferredLogits, *args: Any, **kwargs: Any) -> NoReturn:
+        self._refuse(what)
+
+    return operator
+
+
+def _method(func: Callable[..., Any]) -> Callable[..., DeferredLogits]:
+    def method(self: DeferredLogits, *args: Any, **kwargs: Any) -> DeferredLogits:
+        return self.__torch_function__(func, (), (self, *args), kwargs)
+
+    return method
+
+
+for _what, _names in _REFUSED.items():
+    for _name in _names:
+        setattr(DeferredLogits, _name, _refusing(_what))
+for _func in (torch.mul, torch.multiply, torch.div, torch.divide, torch.true_divide, torch.add):
+    setattr(DeferredLogits, _func.__name__, _method(_func))
+# else numpy would multiply the rows one by one
+DeferredLogits.__array_ufunc__ = None

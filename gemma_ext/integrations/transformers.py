@@ -10,7 +10,8 @@ Soft-caps, logit scales, shifted labels, `num_items_in_batch`, `logits_to_keep`,
 adapters on the head are therefore the model's, not a copy of them, and a model that treats its
 logits in a way that cannot be deferred raises instead of training on another loss.
 
-With `labels`, outputs carry `logits=None`; without, nothing changes.
+With `labels`, outputs carry `logits=None`; without, nothing changes. An evaluation in which a
+`Trainer` collects logits (`predict`, `compute_metrics`) keeps them.
 """
 
 from __future__ import annotations
@@ -18,27 +19,34 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import types
+import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from gemma_ext.integrations._defer_head import (
     defer_head,
+    is_deferred,
     prepare_head,
     release_head,
-    vocab_size,
 )
-from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.integrations._deferred_logits import (
+    DeferredLogits,
+    DeferredLogitsError,
+    LossOptions,
+)
+from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.ops.cce import inputs
-from gemma_ext.ops.vocab_state import VocabState
 
 __all__ = ["patch", "unpatch"]
 
 Target = TypeVar("Target", bound="nn.Module | type | str")
+Forward = Callable[..., Any]
 _PATCH = "_gemma_ext_patch"
-_STATE = "_gemma_ext_vocab_state"
+_REPLACED = "_gemma_ext_replaced"
 
 
 @dataclasses.dataclass
@@ -46,16 +54,18 @@ class _Patch:
     """Options of one patched model or class.
 
     Attributes:
-        original: the forward that the model or class had in its own namespace, if any.
-        impl, filter_eps, state, train_only: as in `patch`.
+        below: the forwards that ours replaced, each in the namespace of the model or class, None
+            for none. There is more than one if others wrapped our forward before it was patched
+            again.
+        impl, filter_eps, train_only: as in `patch`.
     """
 
-    original: Callable[..., Any] | None
+    below: list[Forward | None]
     impl: str
     filter_eps: float | str | None
-    state: bool
-    train_only: bool
+    train_only: bool | None
     enabled: bool = True
+    warned: bool = False
 
 
 def patch(
@@ -63,50 +73,60 @@ def patch(
     *,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
-    state: bool = True,
-    train_only: bool = False,
+    state: object = None,
+    train_only: bool | None = None,
 ) -> Target:
-    """Make a causal language model compute its loss with `gemma_ext.linear_cross_entropy`.
+    """Make a language model compute its loss with `gemma_ext.linear_cross_entropy`.
+
+    A patched model is pickled, copied and unwrapped with its patch; a patched class is the matter
+    of its process.
 
     Args:
         model_or_class_or_name: a model (wrappers are looked through), a model class, or the name of
             one: a class name such as "Gemma2ForCausalLM" or a model type such as "gemma2".
         impl, filter_eps: as in `gemma_ext.linear_cross_entropy`.
-        state: carry a vocabulary order and profile from step to step, one per model. It is not
-            part of the model's checkpoints; the first step of a run fills it.
-        train_only: leave evaluation as it is, logits included (needed by `compute_metrics`).
+        state: ignored; there is no state any more.
+        train_only: True leaves evaluation as it is, logits included; False drops the logits of
+            every call with labels; None keeps them where a `Trainer` collects them, and warns once
+            of other evaluations.
 
     Returns:
         The argument. Patching again replaces the options.
 
     Raises:
         ValueError: unknown name or option, or a class whose forward takes no labels.
-        TypeError: not a model, a class or a name.
+        TypeError: not a model, a class or a name; a model without a head into the vocabulary.
 
     Example:
         >>> model = patch(AutoModelForCausalLM.from_pretrained("google/gemma-2-2b"))
         >>> Trainer(model=model, ...).train()
     """
-    if impl not in inputs.IMPLS:
-        raise ValueError(f"expected impl to be one of {', '.join(inputs.IMPLS)}, got {impl!r}")
-    inputs.check_filter_eps(filter_eps)
+    inputs.Method(impl, filter_eps)
+    warn_of_state(state)
     owner = _resolve(model_or_class_or_name)
     cls = owner if isinstance(owner, type) else type(owner)
-    if _labels_position(cls) is None:
+    if "labels" not in inspect.signature(cls.forward).parameters:
         raise ValueError(f"expected the forward of {cls.__name__} to take labels")
     present = vars(owner).get(_PATCH)
-    original = present.original if present else vars(owner).get("forward")
-    if _is_fused_by_trl(original):
+    below = list(present.below) if present else []
+    installed = vars(owner).get("forward")
+    level = level_of(installed)
+    if level is None:
+        below.append(installed)
+    else:
+        below = [*below, *[None] * (level + 1)][: level + 1]
+    if any("fused_lm_head" in _names(forward) for forward in layers(below[-1])):
         raise ValueError(
             "expected a model with its own forward, got one whose head a trainer of trl has fused; "
             "use gemma_ext.integrations.trl.patch(trainer)"
         )
-    setattr(owner, _PATCH, _Patch(original, impl, filter_eps, state, train_only))
-    if present is None:
-        forward = _wrap(cls.forward, per_instance=owner is not cls)
-        # a bound method, because copy.deepcopy of the model binds it to the copy
-        owner.forward = forward if owner is cls else types.MethodType(forward, owner)
-        _on_head(owner, prepare_head)
+    head = _require_head(owner)
+    setattr(owner, _PATCH, _Patch(below, impl, filter_eps, train_only))
+    if level is None and owner is cls:
+        cls.forward = _class_forward(cls, len(below) - 1)
+    elif level is None:
+        owner.forward = PatchedForward(owner, len(below) - 1)
+        prepare_head(head)
     return model_or_class_or_name
 
 
@@ -116,17 +136,55 @@ def unpatch(model_or_class_or_name: Target) -> Target:
     present = vars(owner).get(_PATCH)
     if present is None:
         return model_or_class_or_name
-    if getattr(vars(owner).get("forward"), _PATCH, False):
-        if present.original is None:
+    level = level_of(vars(owner).get("forward"))
+    if level is not None:
+        replaced = present.below[level]
+        del present.below[level:]
+        if replaced is None:
             del owner.forward
         else:
-            owner.forward = present.original
-        delattr(owner, _PATCH)
-        _on_head(owner, release_head)
-    else:
-        # somebody wrapped our forward, so it has to stay, but only passes calls through
+            owner.forward = replaced
+    if present.below:
+        # somebody wrapped a forward of ours, so it has to stay, but only passes calls through
         present.enabled = False
+    else:
+        delattr(owner, _PATCH)
+    if not isinstance(owner, type) and (head := owner.get_output_embeddings()) is not None:
+        release_head(head)
     return model_or_class_or_name
+
+
+class PatchedForward:
+    """`model.forward` of a patched model.
+
+    In place of a bound method, which is pickled by its name and so comes back as the forward of the
+    class.
+
+    Args:
+        model: patched.
+        level: of its function, in `_Patch.below` of the model.
+    """
+
+    __slots__ = ("__func__", "__self__")
+
+    def __init__(self, model: nn.Module, level: int) -> None:
+        self.__self__ = model
+        self.__func__ = _instance_forward(type(model), level)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__func__(self.__self__, *args, **kwargs)
+
+    @property
+    def __wrapped__(self) -> Forward:
+        # accelerate's unwrap_model binds the innermost of these to the model
+        return self.__func__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.__func__.__get__(self.__self__))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PatchedForward, (self.__self__, level_of(self))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -142,17 +200,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def loss_options(model: nn.Module, head: nn.Module, settings: Any) -> LossOptions:
-    """Options of a loss of `model`, with the vocabulary state it carries."""
-    owner = type(model).__name__
-    size = vocab_size(head, owner)
-    state = None
-    if settings.state:
-        state = vars(model).get(_STATE)
-        if state is None or len(state.order) != size:
-            # beside the model's modules, so that checkpoints of the model stay as they are
-            state = vars(model)[_STATE] = VocabState(size, device=head.weight.device)
-    return LossOptions(owner, settings.impl, settings.filter_eps, state)
+def warn_of_state(state: object) -> None:
+    """Warn whoever still passes the vocabulary state of earlier releases."""
+    if state is not None:
+        warnings.warn(
+            "state is ignored and will be refused from the next release on: the loss carries "
+            "nothing from step to step",
+            FutureWarning,
+        )
 
 
 def output_head(model: nn.Module) -> nn.Module:
@@ -163,84 +218,168 @@ def output_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _on_head(owner: nn.Module | type, action: Callable[[nn.Module], None]) -> None:
-    head = None if isinstance(owner, type) else owner.get_output_embeddings()
-    if head is not None:
-        action(head)
+def _require_head(owner: nn.Module | type) -> nn.Module | None:
+    """The head of a model; of a class, whether its models can have one."""
+    if not isinstance(owner, type):
+        return output_head(owner)
+    # the accessor that all models inherit knows no head but `lm_head`
+    inherited = owner.get_output_embeddings.__qualname__.startswith("EmbeddingAccessMixin.")
+    makers = [vars(base)["__init__"] for base in owner.__mro__ if "__init__" in vars(base)]
+    if inherited and not any("lm_head" in _names(inspect.unwrap(make)) for make in makers):
+        raise TypeError(f"expected {owner.__name__} to have output embeddings, got None")
+    return None
 
 
-def _wrap(class_forward: Callable[..., Any], per_instance: bool) -> Callable[..., Any]:
-    """A forward that defers the head, for an instance or for the class of `class_forward`."""
+def _instance_settings(model: nn.Module) -> _Patch | None:
+    return vars(model).get(_PATCH)
 
-    @functools.wraps(class_forward)
+
+@functools.cache
+def _instance_forward(cls: type, level: int) -> Forward:
+    """The forward of patched models of class `cls`, for all of them."""
+
+    def below(model: nn.Module) -> Forward:
+        settings = vars(model).get(_PATCH)
+        replaced = settings.below[level] if settings and level < len(settings.below) else None
+        return replaced or functools.partial(_plain(type(model).forward), model)
+
+    return _forward(cls.forward, level, _instance_settings, below)
+
+
+def _class_forward(cls: type, level: int) -> Forward:
+    """The forward of a patched class, which calls the one that `cls` has now."""
+    replaced = cls.forward
+
+    def settings(model: nn.Module) -> _Patch | None:
+        return vars(cls).get(_PATCH)
+
+    def below(model: nn.Module) -> Forward:
+        return functools.partial(replaced, model)
+
+    forward = _forward(replaced, level, settings, below)
+    setattr(forward, _REPLACED, replaced)
+    return forward
+
+
+def _forward(
+    replaced: Forward,
+    level: int,
+    settings_of: Callable[[nn.Module], _Patch | None],
+    below_of: Callable[[nn.Module], Forward],
+) -> Forward:
+    """A forward in the place of the function `replaced` that defers the head."""
+    position = list(inspect.signature(replaced).parameters).index("labels") - 1
+
+    @stand_in(replaced, level)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if per_instance:
-            settings = vars(self)[_PATCH]
-            original = settings.original or functools.partial(_plain(type(self).forward), self)
-        else:
-            settings = next(vars(c)[_PATCH] for c in type(self).__mro__ if _PATCH in vars(c))
-            original = functools.partial(class_forward, self)
-        return _run(self, settings, original, args, kwargs)
+        settings, below = settings_of(self), below_of(self)
+        labels = args[position] if len(args) > position else kwargs.get("labels")
+        if labels is None or settings is None or not settings.enabled:
+            return below(*args, **kwargs)
+        return _run(self, settings, below, args, kwargs)
 
-    setattr(forward, _PATCH, True)
     return forward
 
 
 def _run(
     model: nn.Module,
     settings: _Patch,
-    original: Callable[..., Any],
+    below: Forward,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    position = _labels_position(type(model))
-    labels = args[position] if len(args) > position else kwargs.get("labels")
-    skip = settings.train_only and not model.training
-    if labels is None or skip or not settings.enabled:
-        return original(*args, **kwargs)
-    losses: list[None] = []
+    """What `below` returns when the head of `model` is deferred."""
     head = output_head(model)
-    options = loss_options(model, head, settings)
-    with defer_head(head, options, lambda: losses.append(None)):
-        output = original(*args, **kwargs)
+    # deferred already: by another forward of ours, above this one
+    if is_deferred(head) or (not model.training and _keeps_logits(model, settings)):
+        return below(*args, **kwargs)
+    losses: list[None] = []
+    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps)
+    with defer_head(head, options, lambda: losses.append(None)) as mode:
+        output = below(*args, **kwargs)
+    if not mode.entered:
+        raise DeferredLogitsError(
+            f"expected {options.owner} to compute its logits by calling its head, a "
+            f"{type(head).__name__}, which a forward with labels never did; unpatch the model to "
+            f"train it with materialised logits"
+        )
     return _resolve_logits(output, drop=bool(losses))
+
+
+def _keeps_logits(model: nn.Module, settings: _Patch) -> bool:
+    """Whether an evaluation is to return its logits."""
+    if settings.train_only is not None:
+        return settings.train_only
+    if torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        _warn_of_compiled_evaluation(type(model).__name__)
+        return False
+    wanted = _trainer_wants_logits()
+    if wanted is None and not settings.warned:
+        settings.warned = True
+        _warn_of_evaluation(type(model).__name__)
+    return bool(wanted)
+
+
+def _trainer_wants_logits() -> bool | None:
+    """Whether the `Trainer` above this call collects logits; None if none is to be seen.
+
+    It tells nobody but its own `prediction_step`, which subclasses replace.
+    """
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
+            return not frame.f_locals["prediction_loss_only"]
+        frame = frame.f_back
+    return None
+
+
+def _warn_of_evaluation(owner: str) -> None:
+    warnings.warn(
+        f"{owner} was evaluated with labels and returned no logits; patch(model, train_only=True) "
+        f"keeps them, for Trainer.predict and compute_metrics, and train_only=False ends this "
+        f"warning"
+    )
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_compiled_evaluation(owner: str) -> None:
+    # runs while the graph is traced, where no caller can be asked
+    _warn_of_evaluation(owner)
 
 
 def _resolve_logits(output: Any, drop: bool) -> Any:
     """`output` without its deferred logits, or with their values where no loss used them."""
-
-    def resolve(value: Any) -> Any:
-        if not isinstance(value, DeferredLogits):
-            return value
-        return None if drop else value.materialize()
-
     if isinstance(output, DeferredLogits):
-        return resolve(output)
-    if isinstance(output, tuple):
-        resolved = ((value, resolve(value)) for value in output)
-        return tuple(new for old, new in resolved if new is not None or old is None)
+        return None if drop else output.materialize()
+    if not _holds_logits(output):
+        return output
     if isinstance(output, dict):
-        return type(output)(**{key: resolve(value) for key, value in output.items()})
-    return output
+        return type(output)(**{key: _resolve_logits(output[key], drop) for key in output})
+    resolved = ((value, _resolve_logits(value, drop)) for value in output)
+    return type(output)(new for old, new in resolved if new is not None or old is None)
 
 
-def _plain(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _holds_logits(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_logits(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_logits(item) for item in value)
+    return isinstance(value, DeferredLogits)
+
+
+def _plain(forward: Forward) -> Forward:
     """A class's forward as it was before `patch`."""
-    while getattr(forward, _PATCH, False):
-        forward = forward.__wrapped__
+    while level_of(forward) is not None:
+        forward = getattr(forward, _REPLACED)
     return forward
 
 
-@functools.cache
-def _labels_position(cls: type) -> int | None:
-    """Position of `labels` in the forward of a model class, after self; None without it."""
-    names = list(inspect.signature(cls.forward).parameters)
-    return names.index("labels") - 1 if "labels" in names else None
-
-
-def _is_fused_by_trl(forward: Callable[..., Any] | None) -> bool:
-    code = getattr(getattr(forward, "__func__", None), "__code__", None)
-    return code is not None and "fused_lm_head" in code.co_varnames
+def _names(function: Any) -> tuple[str, ...]:
+    """Local variables and attributes that a plain function uses."""
+    code = getattr(function, "__code__", None)
+    return () if code is None else code.co_varnames + code.co_names
 
 
 def _resolve(target: nn.Module | type | str) -> nn.Module | type:

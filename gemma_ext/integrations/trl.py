@@ -13,7 +13,6 @@ from `lm_head.weight` in chunks. That call never reaches the model's forward, so
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -23,35 +22,40 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.integrations._defer_head import defer_head
-from gemma_ext.integrations._deferred_logits import DeferredLogits
-from gemma_ext.integrations.transformers import loss_options, output_head, unwrap
+from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.integrations._forwards import layers, level_of, stand_in
+from gemma_ext.integrations.transformers import output_head, unwrap, warn_of_state
 from gemma_ext.ops.cce import cce_rows, inputs
 
 __all__ = ["patch", "unpatch"]
 
 Trainer = TypeVar("Trainer")
-_PATCH = "_gemma_ext_trl_patch"
+# of a model: its patches, more than one where trl has fused its head again for another trainer
+_PATCH = "_gemma_ext_trl_patches"
 _IGNORE = -100
+# what trl's fused forward closes over
+_CLOSURE = ("original_forward", "temperature", "cast_lm_head_to_fp32", "outputs")
 
 
 @dataclasses.dataclass
 class _Patch:
-    """Options of a patched model.
+    """What one forward of ours does.
 
     Attributes:
         fused: the forward that trl installed; also answers calls without `fused_lm_head`.
         native: the forward below it.
-        temperature, fields: what trl asked its own head for.
-        impl, filter_eps, state: as in `patch`.
+        temperature, float32, fields: what trl asked its own head for.
+        impl, filter_eps: as in `patch`.
     """
 
     fused: Callable[..., Any]
     native: Callable[..., Any]
     temperature: float
+    float32: bool
     fields: tuple[str, ...]
     impl: str
     filter_eps: float | str | None
-    state: bool
+    enabled: bool = True
 
 
 def patch(
@@ -59,62 +63,83 @@ def patch(
     *,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
-    state: bool = True,
+    state: object = None,
 ) -> Trainer:
     """Replace the fused head of a trl trainer, and of its reference model, by this package's.
 
-    Call it after the trainer is built and before `train()`.
+    Call it after the trainer is built and before `train()`. Its temperature and its float32 head
+    (`cast_lm_head_to_fp32`) are kept.
 
     Args:
         trainer: of trl, with a model that has a fused head.
         impl, filter_eps, state: as in `gemma_ext.integrations.transformers.patch`.
 
     Returns:
-        The trainer.
+        The trainer. Patching again replaces the options.
 
     Raises:
-        TypeError: the trainer's model has no fused head of trl.
-        ValueError: unknown option, or a head that trl was told to run in float32.
+        TypeError: the trainer's model has no fused head of trl, or one of an unknown release.
+        ValueError: unknown option.
     """
-    if impl not in inputs.IMPLS:
-        raise ValueError(f"expected impl to be one of {', '.join(inputs.IMPLS)}, got {impl!r}")
-    inputs.check_filter_eps(filter_eps)
+    inputs.Method(impl, filter_eps)
+    warn_of_state(state)
     for index, model in enumerate(_models(trainer)):
-        present = vars(model).get(_PATCH)
-        fused = present.fused if present else vars(model).get("forward")
-        code = getattr(getattr(fused, "__func__", None), "__code__", None)
-        if code is None or "fused_lm_head" not in code.co_varnames:
+        installed = vars(model).get("forward")
+        patches = vars(model).get(_PATCH, [])
+        levels = [level for f in layers(installed) if (level := _level_of(f)) is not None]
+        if levels:
+            patches[levels[0]] = dataclasses.replace(
+                patches[levels[0]], impl=impl, filter_eps=filter_eps, enabled=True
+            )
+            continue
+        if not _takes_fused_head(getattr(installed, "__func__", None)):
             if index:
                 continue
             raise TypeError(
                 f"expected a trainer of trl >= 1.16 whose model has a fused head and has not been "
                 f"prepared for training yet, got {type(trainer).__name__}"
             )
-        closed = inspect.getclosurevars(fused.__func__).nonlocals
-        if closed.get("fp32_lm_head"):
-            raise ValueError("expected the head to run in its own dtype, got a float32 head")
-        settings = _Patch(
-            fused,
-            closed["original_forward"],
-            closed.get("temperature", 1.0),
-            tuple(closed.get("outputs", ("log_probs",))),
-            impl,
-            filter_eps,
-            state,
-        )
-        setattr(model, _PATCH, settings)
-        model.forward = types.MethodType(_wrap(fused.__func__), model)
+        patches.append(_read(installed, impl, filter_eps))
+        setattr(model, _PATCH, patches)
+        model.forward = types.MethodType(_wrap(installed.__func__, len(patches) - 1), model)
     return trainer
+
+
+def _read(fused: Callable[..., Any], impl: str, filter_eps: float | str | None) -> _Patch:
+    """The settings that trl's fused forward closes over."""
+    closed = inspect.getclosurevars(fused.__func__).nonlocals
+    missing = [name for name in _CLOSURE if name not in closed]
+    if missing:
+        raise TypeError(
+            f"expected the fused head of trl 1.16, which closes over {', '.join(_CLOSURE)}, "
+            f"got one without {', '.join(missing)}"
+        )
+    native, temperature, float32, fields = (closed[name] for name in _CLOSURE)
+    return _Patch(fused, native, temperature, float32, tuple(fields), impl, filter_eps)
 
 
 def unpatch(trainer: Trainer) -> Trainer:
     """Give the trainer its own fused head back."""
     for model in _models(trainer):
-        present = vars(model).get(_PATCH)
-        if present is not None:
-            model.forward = present.fused
-            delattr(model, _PATCH)
+        patches = vars(model).get(_PATCH)
+        level = _level_of(vars(model).get("forward"))
+        if level is not None:
+            model.forward = patches[level].fused
+            del patches[level:]
+        elif patches:
+            # wrapped by somebody, so our forward has to stay
+            patches[-1].enabled = False
     return trainer
+
+
+def _takes_fused_head(forward: Any) -> bool:
+    return "fused_lm_head" in getattr(getattr(forward, "__code__", None), "co_varnames", ())
+
+
+def _level_of(forward: Callable[..., Any] | None) -> int | None:
+    """The level of a forward made here; one of `integrations.transformers` may lie below trl's."""
+    ours = _takes_fused_head(getattr(forward, "__func__", forward))
+    return level_of(forward) if ours else None
 
 
 def _models(trainer: Any) -> list[nn.Module]:
@@ -122,12 +147,12 @@ def _models(trainer: Any) -> list[nn.Module]:
     return [unwrap(model) for model in models if isinstance(model, nn.Module)]
 
 
-def _wrap(fused: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(fused)
+def _wrap(fused: Callable[..., Any], level: int) -> Callable[..., Any]:
+    @stand_in(fused, level)
     def forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        settings = vars(self)[_PATCH]
-        if not fused_lm_head:
-            return settings.fused(*args, **kwargs)
+        settings = vars(self)[_PATCH][level]
+        if not fused_lm_head or not settings.enabled:
+            return settings.fused(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _score(self, settings, args, kwargs)
 
     return forward
@@ -142,11 +167,14 @@ def _score(
     items = kwargs.pop("num_items_in_batch", None)
     kwargs.update(use_cache=False, return_dict=True)
     head = output_head(model)
-    with defer_head(head, loss_options(model, head, settings)):
+    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps)
+    with defer_head(head, options):
         output = settings.native(*args, **kwargs)
     logits = output.logits
     if not isinstance(logits, DeferredLogits):
         raise TypeError(f"expected {type(model).__name__} to return the logits of its head")
+    if settings.float32:
+        logits = logits.in_float32()
     if settings.temperature != 1.0:
         logits = logits / settings.temperature
     if aligned is None:
@@ -177,27 +205,23 @@ def per_token(logits: DeferredLogits, labels: Tensor, fields: tuple[str, ...]) -
     head = logits.head()
     e, c, bias = head.pop("e"), head.pop("c"), head.pop("bias")
     e, flat = e.reshape(-1, e.shape[-1]), labels.reshape(-1)
-    rows = cce_rows(
-        e,
-        c,
-        flat,
-        bias,
-        want_entropy="entropy" in fields,
-        want_argmax="is_top1" in fields,
-        **head,
-    )
-    values = {"log_probs": -rows.nll}
+
+    def rows(**options: Any) -> Any:
+        with logits.autocast_of_the_head():
+            return cce_rows(e, c, flat, bias, **head, **options)
+
+    scored = rows(want_entropy="entropy" in fields, want_argmax="is_top1" in fields)
+    values = {"log_probs": -scored.nll}
     if "entropy" in fields:
-        values["entropy"] = rows.lse - rows.mean_logit
+        values["entropy"] = scored.lse - scored.mean_logit
     if "is_top1" in fields:
-        values["is_top1"] = (rows.argmax == flat) & (flat != _IGNORE)
+        values["is_top1"] = (scored.argmax == flat) & (flat != _IGNORE)
     with torch.no_grad():
         if "log_sum_sq_probs" in fields:
             # sum_v p_v^2 = sum_v exp(2 s_v) / exp(2 lse); halving the temperature doubles s
-            squared = cce_rows(e, c, flat, bias, temperature=0.5, **head)
-            values["log_sum_sq_probs"] = squared.lse - 2 * rows.lse.detach()
+            squared = rows(temperature=0.5)
+            values["log_sum_sq_probs"] = squared.lse - 2 * scored.lse.detach()
         if "mean_logits" in fields:
             even = c.new_full((c.shape[0],), 1 / c.shape[0], dtype=torch.float32)
-            averaged = cce_rows(e, c, flat, bias, class_weight=even, **head)
-            values["mean_logits"] = averaged.weighted_logit_sum
+            values["mean_logits"] = rows(class_weight=even).weighted_logit_sum
     return {name: value.view(labels.shape) for name, value in values.items()}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gemma_ext.bench import report
+from gemma_ext.bench import one_process, report, stages
+from gemma_ext.bench.rows import compare_with_best
 from gemma_ext.bench.subject import Case
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
@@ -17,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import bench_cce
 import cce_card
 import cce_rows
+import cce_stages
 import profile_cce
 
 CASE = Case(256, 128, 2048, "bf16", "plaw-2.5", device="cuda")
@@ -39,30 +42,51 @@ def test_rows_are_compared_with_the_floor_and_the_best_peer():
         },
     }
     cce_rows.add_times(CASE, rows, timed)
-    cce_rows.compare_with_best(rows, {"eager", "cut-ce"})
+    compare_with_best(rows, {"eager", "cut-ce"}, cce_rows.FLOOR)
     own = rows["cce"]
     assert own["of_floor_forward"] == pytest.approx(0.8)
     assert own["of_floor"] == pytest.approx(1.5)
     assert own["x_eager"] == pytest.approx(5)
     assert own["x_best"] == pytest.approx(2)
     assert rows["eager"]["x_best"] is None
-    own["of_gradients"] = 0.005
-    assert list(cce_rows.card_bars(CASE, "filtered", own)) == [
-        ("forward 80% >= 85% of the bare product", False),
-        ("2.00 >= 2.0x best peer", True),
-        ("0.5% < 1% of gradients", True),
-    ]
+    assert list(cce_rows.card_bars(CASE, "filtered", own)) == []  # too few rows for times
     text = report.table(list(rows.values()), cce_rows.columns_of("cuda"))
     assert "| 12.50  | 20.00      |" in text
 
 
+@pytest.mark.parametrize(
+    ("n", "kind", "row", "expected"),
+    [
+        (8192, "filtered", {"total": 0.0184, "x_best": 2.3, "of_floor_forward": 0.95}, [1, 1, 1]),
+        (8192, "filtered", {"total": 0.0186, "x_best": 2.1, "of_floor_forward": 0.93}, [0, 0, 0]),
+        (512, "filtered", {"total": 0.0037, "x_compile": 0.92, "of_floor_forward": 0.5}, [1]),
+        (512, "filtered", {"total": 0.0037, "x_compile": 0.90, "of_floor_forward": 0.5}, [0]),
+        (8192, "exact", {"total": 0.05, "of_floor": 0.71, "extra_mb": 299}, [1, 1]),
+        (8192, "exact", {"total": 0.05, "of_floor": 0.70, "extra_mb": 301}, [0, 0]),
+        (2048, "exact", {"total": 0.01, "of_floor": 0.76, "extra_mb": 299}, [0, 1]),
+    ],
+)
+def test_bars_of_a_card(n, kind, row, expected):
+    case = Case(n, 2304, 256000, "bf16", "plaw-2.5", device="cuda")
+    found = cce_rows.card_bars(case, kind, cce_rows.blank_row(case) | row)
+    assert [passed for _, passed in found] == list(map(bool, expected))
+
+
+EFFORT = {"deadline": 200, "check_only": False, "seconds": 0, "least": 1, "warmup": 0}
+
+
+def run_here(result: Path, *names: str, problem=cce_card.Head) -> dict:
+    """What `one_process` finds on the CPU."""
+    known = cce_stages.subjects()
+    case = Case(64, 64, 1024, "fp32", "plaw-2.5", device="cpu")
+    make = partial(problem, case, uncapped=False)
+    one_process.run(result, [known[name] for name in names], make, **EFFORT)
+    return stages.read(result)
+
+
 def test_a_case_is_checked_and_written_down(tmp_path):
     """The same process on the CPU, with a peer that is not there."""
-    result = tmp_path / "result.json"
-    case = Case(64, 64, 1024, "fp32", "plaw-2.5", device="cpu")
-    effort = {"deadline": 200, "check_only": False, "seconds": 0, "least": 1, "warmup": 0}
-    cce_card.run(result, case, ["eager", "cut-ce", "exact"], **effort)
-    found = bench_cce.read(result)
+    found = run_here(tmp_path / "result.json", "eager", "cut-ce", "exact")
     notes = {row["name"]: row["note"] for row in found["rows"]}
     assert found["lost"] is None
     assert notes["exact"] == notes["eager"] == ""
@@ -71,42 +95,55 @@ def test_a_case_is_checked_and_written_down(tmp_path):
     assert timed == {"eager", "exact", cce_rows.FLOOR}
 
 
-def test_a_subject_that_breaks_the_card_is_named(tmp_path, monkeypatch):
-    def breaks(*_):
+class Breaking(cce_card.Head):
+    def check(self, subject, row):
         raise RuntimeError("an illegal memory access\nwas encountered")
 
-    monkeypatch.setattr(cce_card, "check", breaks)
-    monkeypatch.setattr(cce_card, "usable", lambda device: False)
-    case = Case(64, 64, 1024, "fp32", "plaw-2.5", device="cpu")
-    effort = {"deadline": 200, "check_only": False, "seconds": 0, "least": 1, "warmup": 0}
-    with pytest.raises(SystemExit):
-        cce_card.run(tmp_path / "result.json", case, ["exact"], **effort)
-    found = bench_cce.read(tmp_path / "result.json")
-    assert found["lost"] == "exact"
+
+def test_a_subject_that_fails_is_a_row(tmp_path):
+    found = run_here(tmp_path / "result.json", "exact", problem=Breaking)
+    assert found["lost"] is None
     assert found["rows"][0]["note"] == "failed: RuntimeError: an illegal memory access"
+
+
+def test_a_subject_that_breaks_the_card_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(one_process, "usable", lambda device: False)
+    with pytest.raises(SystemExit):
+        run_here(tmp_path / "result.json", "exact", problem=Breaking)
+    assert stages.read(tmp_path / "result.json")["lost"] == "exact"
 
 
 def test_a_retry_leaves_out_what_broke_the_card(monkeypatch, capsys):
     asked = []
 
-    def stage(folder, case, names, effort, seconds):
-        asked.append(list(names))
-        rows = [{**cce_rows.blank_row(case), "name": name} for name in names]
-        lost = "cce" if "cce" in names else None
+    def card(self, folder, job, seconds):
+        asked.append(job["names"][:])
+        rows = [{**cce_rows.blank_row(CASE), "name": name} for name in job["names"]]
+        lost = "cce" if "cce" in job["names"] else None
         return {"rows": rows, "yardstick": {"de": 1.0, "dc": 1.0}, "lost": lost}
 
-    monkeypatch.setattr(bench_cce, "card_stage", stage)
-    chosen = [s for s in cce_card.cce_stages.subjects().values() if s.name in ("cce", "eager")]
-    effort = bench_cce.Effort(1, 1, False, 1)
-    rows = bench_cce.run_card_case(CASE, chosen, effort, 60)
+    monkeypatch.setattr(stages.Stages, "card", card)
+    chosen = [s for s in cce_stages.subjects().values() if s.name in ("cce", "eager")]
+    rows = bench_cce.run_card_case(CASE, chosen, stages.Effort(1, 1, False, 1), 60)
     assert asked == [["eager", "cce"], ["eager"]]
     assert [row["name"] for row in rows] == ["eager", "cce"]
 
 
+def test_peers_run_once_and_compile_where_a_bar_needs_it():
+    known = cce_stages.subjects()
+
+    def again(n: int) -> set[str]:
+        case = Case(n, 2304, 256000, "bf16", "plaw-2.5", device="cuda")
+        return {name for name, subject in known.items() if bench_cce.worth_again(subject, case)}
+
+    assert again(8192) == {"cce", "exact", "auto", "reference"}
+    assert again(512) == again(8192) | {"compile"}
+
+
 def test_cases_of_a_card():
-    nothing = argparse.Namespace(shape=None, dtype=None, data=None)
+    nothing = argparse.Namespace(shape=None, dtype=None, data=None, device="cuda")
     assert bench_cce.card_cases(nothing)[0].label() == "N=8192 D=2304 V=256000 bf16 plaw-2.5"
-    one = argparse.Namespace(shape=[(8, 16, 300)], dtype=None, data=["random-init"])
+    one = argparse.Namespace(shape=[(8, 16, 300)], dtype=None, data=["random-init"], device="cuda")
     assert [c.label() for c in bench_cce.card_cases(one)] == ["N=8 D=16 V=300 bf16 random-init"]
 
 

@@ -29,7 +29,7 @@ def test_rounds_alternate_and_ratios_pair() -> None:
         return run
 
     found = timing.interleave(
-        {"slow": step("slow", 0.02), "fast": step("fast", 0.005)}, seconds=0, least=3, warmup=0
+        {"slow": step("slow", 0.1), "fast": step("fast", 0.005)}, seconds=0, least=3, warmup=0
     )
     assert calls == ["slow", "fast", "fast", "slow", "slow", "fast"]
     assert timing.paired_ratio(found["slow"], found["fast"]) > 2

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 SCRIPT = Path(__file__).resolve().parents[2] / "python_examples" / "finetune_with_cce.py"
+NANO = pytest.param("nano", marks=[pytest.mark.exhaustive, pytest.mark.timeout(1500)])
 
 
-@pytest.fixture
-def run(pocket_nano, tmp_path):
+@pytest.fixture(params=["tiny", NANO])
+def run(request, tmp_path):
+    request.getfixturevalue({"tiny": "tiny_size", "nano": "pocket_nano"}[request.param])
     text = tmp_path / "notes.txt"
     text.write_text("".join(f"{i} green bottles hanging on the wall\n" for i in range(400)))
     spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
@@ -24,7 +26,8 @@ def run(pocket_nano, tmp_path):
 
     def run(*options: str):
         paths = ("--text", str(text), "--out", str(tmp_path / "out"))
-        return CliRunner().invoke(app, [*paths, *options])
+        model = ("--model", f"pocket:{request.param}")
+        return CliRunner().invoke(app, [*paths, *model, *options])
 
     return run
 
@@ -35,7 +38,7 @@ def losses(stdout: str) -> tuple[float, float]:
 
 
 def test_finetuning_lowers_the_loss_and_resumes(run, tmp_path):
-    options = ("--steps", "27", "--batch", "2", "--context", "32")
+    options = ("--steps", "27", "--batch", "2", "--context", "32", "--learning-rate", "3e-2")
     first = run(*options)
     assert first.exit_code == 0, first.exception
     before, after = losses(first.stdout)

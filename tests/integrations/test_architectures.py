@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import assert_same_training, batch, build, clone, gemma2, loss_and_gradients
+import transformers
+from tiny_models import (
+    BASE,
+    VOCAB,
+    assert_same_training,
+    batch,
+    build,
+    clone,
+    gemma2,
+    loss_and_gradients,
+)
 
 from gemma_ext.integrations.transformers import patch
 
@@ -30,6 +40,9 @@ ARCHITECTURES = {
     "ModernBertDecoder": {},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
 }
+
+
+SIDES = ("layers", "attention_heads", "ffn_dim")
 
 
 def model_of(name: str):
@@ -71,6 +84,37 @@ def test_gemma2_past_its_cap(dtype, tied, impl):
     patch(model, impl=impl)
     tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     assert_same_training(loss_and_gradients(model, **batch()), expected, tolerance)
+
+
+BART_FAMILY = (
+    "BartForConditionalGeneration",
+    "BigBirdPegasusForConditionalGeneration",
+    "BlenderbotForConditionalGeneration",
+    "BlenderbotSmallForConditionalGeneration",
+    "LEDForConditionalGeneration",
+    "MarianMTModel",
+    "MBartForConditionalGeneration",
+    "MvpForConditionalGeneration",
+    "PegasusForConditionalGeneration",
+    "PLBartForConditionalGeneration",
+)
+
+
+@pytest.mark.parametrize("name", BART_FAMILY)
+def test_bart_family_with_a_bias_of_its_logits(name, impl):
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    sizes = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in SIDES}
+    # decoder_start_token_id: shifts the labels to the decoder's inputs
+    options = {"d_model": 32, "decoder_start_token_id": 1, "attention_window": 4}
+    model = cls(cls.config_class(**{**BASE, **sizes, **options})).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_(std=1.0)
+        model.final_logits_bias.copy_(torch.linspace(-3, 3, VOCAB))
+    expected = loss_and_gradients(clone(model), **batch())
+    patch(model, impl=impl)
+    assert_same_training(loss_and_gradients(model, **batch()), expected)
+    assert model(**batch()).logits is None
 
 
 def test_router_loss_is_part_of_the_loss(impl):

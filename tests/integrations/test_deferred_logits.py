@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gemma_ext.integrations._defer_head import defer_head, release_head
+from gemma_ext.integrations._defer_head import defer_head, prepare_head, release_head
 from gemma_ext.integrations._deferred_logits import (
     DeferredLogits,
     DeferredLogitsError,
@@ -17,6 +20,7 @@ from gemma_ext.integrations.trl import per_token
 
 B, T, D, V = 2, 5, 7, 11
 OPTIONS = LossOptions("Toy", impl="reference")
+BIAS = torch.linspace(-2, 3, V)
 
 STEPS = {
     "nothing": lambda x: x,
@@ -25,6 +29,16 @@ STEPS = {
     "softcap as a function": lambda x: 2.0 * F.tanh(x.float() / 2.0),
     "scaled softcap": lambda x: torch.mul((x * 0.25 / 1.5).tanh() * 1.5, 2),
     "tensor scale": lambda x: torch.tensor(0.3) * x * torch.tensor([0.5]),
+    "bias": lambda x: x + BIAS,
+    "bias of one row": lambda x: BIAS.view(1, V) + x,
+    "bias, scaled": lambda x: (x + BIAS) * 3.0 / torch.tensor(2.0),
+    "scaled, then bias": lambda x: torch.add(0.25 * x, BIAS) + 2 * BIAS.view(1, 1, V),
+    "bias inside a cap": lambda x: torch.tanh((x + BIAS) / 2.5) * 2.5,
+    "scaled bias inside a scaled cap": lambda x: ((x * 0.5 + BIAS) * 2.0 / 3.0).tanh() * 3.0 * 0.5,
+    "bias of a shorter vocabulary": lambda x: x[..., :6] + BIAS[:6],
+    "bias of another dtype": lambda x: x + BIAS.double(),
+    "methods": lambda x: x.mul(0.5).div(2).add(BIAS),
+    "functions with keywords": lambda x: torch.div(input=torch.multiply(x, other=3), other=2.0),
     "tensor scale of a cap": lambda x: x.tanh() * torch.tensor(3.0),
     "casts": lambda x: x.to(torch.float32).to("cpu").contiguous().type_as(torch.zeros(1)),
     "shift": lambda x: x[..., :-1, :],
@@ -57,10 +71,11 @@ def test_step_equals_the_step_on_logits(step, bias):
     assert deferred.shape == true.shape
     assert deferred.ndim == deferred.dim() == true.ndim
     assert deferred.size(-1) == true.size(-1)
+    assert len(deferred) == len(true)
     assert (deferred.dtype, deferred.device) == (true.dtype, true.device)
     torch.testing.assert_close(deferred.materialize(), true)
 
-    flat = true.reshape(-1, true.shape[-1])
+    flat = true.float().reshape(-1, true.shape[-1])
     labels = torch.arange(flat.shape[0]) % flat.shape[1]
     parameters = (hidden, *head.parameters())
     expected = F.cross_entropy(flat, labels)
@@ -68,7 +83,7 @@ def test_step_equals_the_step_on_logits(step, bias):
     torch.testing.assert_close(loss, expected)
     gradients = torch.autograd.grad(loss, parameters)
     torch.testing.assert_close(gradients, torch.autograd.grad(expected, parameters))
-    torch.testing.assert_close(torch.logsumexp(deferred, -1), true.logsumexp(-1))
+    torch.testing.assert_close(torch.logsumexp(deferred, -1), true.float().logsumexp(-1))
 
 
 def test_dividing_by_a_cap_and_multiplying_again_is_exact():
@@ -93,39 +108,103 @@ def test_trained_scale_gets_its_gradient():
     torch.testing.assert_close(torch.autograd.grad(loss, scale), expected)
 
 
-@pytest.mark.parametrize(
-    "step",
-    [
+@pytest.mark.parametrize("softcap", [None, 2.5], ids=["plain", "capped"])
+def test_trained_bias_gets_its_gradient(softcap):
+    hidden, head = toy(True)
+    row = BIAS.clone().requires_grad_()
+    labels = torch.arange(B * T)
+
+    def loss(logits):
+        logits = (logits * 0.5 + row) * 3.0
+        logits = logits if softcap is None else torch.tanh(logits / softcap) * softcap
+        return F.cross_entropy(logits.view(-1, V), labels)
+
+    parameters = (row, hidden, *head.parameters())
+    expected = torch.autograd.grad(loss(head(hidden)), parameters)
+    with defer_head(head, OPTIONS):
+        got = loss(head(hidden))
+    torch.testing.assert_close(torch.autograd.grad(got, parameters), expected)
+
+
+def assign(logits):
+    logits[..., 3] = -1e9
+
+
+REFUSED = {
+    "addition": [
         lambda x: x + 1,
-        lambda x: torch.zeros(V) + x,
-        lambda x: x * torch.ones(V),
-        lambda x: x.tanh().tanh(),
-        lambda x: x.view(-1),
-        lambda x: x[..., 0],
-        lambda x: torch.softmax(x, -1),
-        lambda x: torch.where(torch.ones(B, T, V, dtype=torch.bool), x, 0.0),
-        lambda x: x.logsumexp(0),
+        lambda x: 1 + x,
+        lambda x: x + torch.zeros(T, V),
+        lambda x: x + torch.zeros(B, T, V),
+        lambda x: x + torch.zeros(1),
+        lambda x: x + torch.zeros(1, 1, 1, V),
+        lambda x: x + torch.zeros(V, dtype=torch.int64),
+        lambda x: x.tanh() + BIAS,
+        lambda x: sum([x, x]),
+    ],
+    "add with alpha": [lambda x: torch.add(x, BIAS, alpha=2), lambda x: x.add(BIAS, alpha=2)],
+    "multiplication": [lambda x: x * torch.ones(V), lambda x: x * x, lambda x: x * True],
+    "division": [lambda x: x / BIAS],
+    "div with rounding_mode": [lambda x: torch.div(x, 2, rounding_mode="floor")],
+    "a reciprocal": [lambda x: 1 / x],
+    r"\w*div": [lambda x: torch.ones(1) / x, lambda x: torch.div(torch.ones(1), x)],
+    "subtraction": [lambda x: x - 1.0, lambda x: 1.0 - x, lambda x: x - BIAS],
+    r"\w*sub\w*": [lambda x: BIAS - x],
+    "negation": [lambda x: -x],
+    "an absolute value": [lambda x: abs(x)],
+    "a power": [lambda x: x**2, lambda x: 2**x],
+    "a remainder": [lambda x: x % 2],
+    "floor division": [lambda x: x // 2],
+    "a matrix product": [lambda x: x @ torch.ones(V, 2)],
+    "a comparison": [lambda x: x > 0, lambda x: x == 0, lambda x: x != 0, lambda x: x >= 0],
+    "a bitwise operation": [lambda x: x & 1, lambda x: ~x],
+    "item assignment": [assign],
+    "conversion to a number": [bool, float, int],
+    "conversion to an array": [np.asarray],
+    "cat": [lambda x: torch.cat([x, x]), lambda x: torch.cat(tensors=(torch.ones(B, T, V), x))],
+    "stack": [lambda x: torch.stack([x, x])],
+    "a second tanh": [lambda x: x.tanh().tanh()],
+    r"view\(-1\)": [lambda x: x.view(-1)],
+    "indexing of the vocabulary": [lambda x: x[..., 0]],
+    "softmax": [lambda x: torch.softmax(x, -1), lambda x: F.softmax(x, dim=-1)],
+    "where": [lambda x: torch.where(torch.ones(B, T, V, dtype=torch.bool), x, 0.0)],
+    "add_": [lambda x: torch.zeros(B, T, V).add_(x)],
+    "logsumexp over dim 0": [lambda x: x.logsumexp(0)],
+    "cross_entropy": [
         lambda x: F.cross_entropy(x, torch.zeros(B, V, dtype=torch.long)),
         lambda x: F.cross_entropy(x[0], torch.rand(T, V)),
-        lambda x: x.flatten(),
+        lambda x: F.cross_entropy(torch.ones(T, V), x[0]),
     ],
+    r"flatten\(0, -1\)": [lambda x: x.flatten()],
+    r"Tensor\.sort": [lambda x: x.sort()],
+    r"Tensor\.masked_fill_": [lambda x: x.masked_fill_(x, 0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [(name, step) for name, steps in REFUSED.items() for step in steps],
 )
-def test_other_steps_are_refused(step):
+def test_other_steps_are_refused_by_name(name, step):
     hidden, head = toy(False)
-    with (
-        defer_head(head, OPTIONS),
-        pytest.raises(DeferredLogitsError, match="Toy or its head applies"),
-    ):
-        step(head(hidden))
+    message = (
+        f"^Toy or its head applies {name}.* to its logits, which has no fused form; "
+        "unpatch the model to train it with materialised logits$"
+    )
+    with defer_head(head, OPTIONS):
+        deferred = head(hidden)
+    with pytest.raises(DeferredLogitsError, match=message):
+        step(deferred)
 
 
 def test_unknown_attributes_are_refused():
     hidden, head = toy(False)
     with defer_head(head, OPTIONS):
         deferred = head(hidden)
-    with pytest.raises(AttributeError, match=r"applies Tensor\.sort to its logits"):
-        deferred.sort()
-    assert not hasattr(deferred, "no_such_thing")
+    assert not hasattr(deferred, "sort")
+    assert getattr(deferred, "is_sparse", None) is None
+    with pytest.raises(AttributeError, match=r"^no_such_thing$"):
+        deferred.no_such_thing  # noqa: B018
 
 
 def test_only_the_head_is_deferred():
@@ -144,20 +223,85 @@ def test_only_the_head_is_deferred():
     assert not head._forward_hooks_always_called
 
 
-def test_an_error_inside_the_head_leaves_nothing_behind():
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("place", ["before", "inside", "after"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "last"])
+def test_an_interrupted_head_leaves_nothing_behind(error, place, first):
     hidden, head = toy(False)
+    prepare_head(head)
 
-    def fail(module, args):
-        raise KeyError("from another hook")
+    def fail(*args):
+        raise error
 
-    before = head.register_forward_pre_hook(fail)
-    with pytest.raises(KeyError), defer_head(head, OPTIONS):
+    if place == "before":
+        head.register_forward_pre_hook(fail, prepend=first)
+    elif place == "after":
+        head.register_forward_hook(fail, prepend=first)
+    else:
+        head.forward = fail
+    with pytest.raises(error), defer_head(head, OPTIONS):
         head(hidden)
-    before.remove()
-    with pytest.raises(TypeError), defer_head(head, OPTIONS):
-        head(hidden, hidden)
-    assert isinstance(nn.Linear(D, V)(hidden), torch.Tensor)
-    assert isinstance(head(hidden), torch.Tensor)
+    assert type(nn.Linear(D, V)(hidden)) is torch.Tensor
+    release_head(head)
+    head._forward_pre_hooks.clear()
+    head._forward_hooks.clear()
+    vars(head).pop("forward", None)
+    assert type(head(hidden)) is torch.Tensor
+    with defer_head(head, OPTIONS):
+        assert isinstance(head(hidden), DeferredLogits)
+
+
+def test_a_thread_defers_for_itself():
+    hidden, head = toy(False)
+    inside, done = threading.Event(), threading.Event()
+    found = {}
+
+    def score():
+        inside.wait(10)
+        found["head"], found["other"] = type(head(hidden)), type(nn.Linear(D, V)(hidden))
+        done.set()
+
+    def pause(module, args):
+        if threading.current_thread() is threading.main_thread():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    prepare_head(head)
+    head.register_forward_pre_hook(pause)
+    with defer_head(head, OPTIONS):
+        assert isinstance(head(hidden), DeferredLogits)
+    thread.join()
+    assert found == {"head": torch.Tensor, "other": torch.Tensor}
+
+
+def test_blocks_may_be_nested():
+    hidden, head = toy(False)
+    other = nn.Linear(D, V)
+    with defer_head(head, OPTIONS):
+        with defer_head(other, OPTIONS):
+            assert isinstance(other(hidden), DeferredLogits)
+            assert type(head(hidden)) is torch.Tensor
+        assert isinstance(head(hidden), DeferredLogits)
+        assert type(other(hidden)) is torch.Tensor
+
+
+def test_precision_is_that_of_the_head_not_of_the_loss():
+    hidden, head = toy(True)
+    labels = torch.arange(B * T)
+    with torch.autocast("cpu", torch.bfloat16), defer_head(head, OPTIONS):
+        low = head(hidden).view(-1, V)
+        with torch.autocast("cpu", enabled=False):
+            full = head(hidden).view(-1, V)
+        assert (low.dtype, full.dtype) == (torch.bfloat16, torch.float32)
+        precise = F.cross_entropy(full, labels)
+        rounded = F.cross_entropy(low, labels)
+    expected = F.cross_entropy(head(hidden).view(-1, V), labels)
+    torch.testing.assert_close(precise, expected, rtol=1e-6, atol=0)
+    assert abs(rounded - expected) > 1e-5
+    torch.testing.assert_close(full.materialize(), head(hidden).view(-1, V))
+    torch.testing.assert_close(F.cross_entropy(low.in_float32(), labels), expected)
 
 
 def test_per_token_fields_of_trl():

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
-from tiny_models import assert_same_training, batch, build, clone, gemma2, loss_and_gradients
+from tiny_models import (
+    BASE,
+    VOCAB,
+    assert_same_training,
+    batch,
+    build,
+    clone,
+    gemma2,
+    loss_and_gradients,
+)
 from torch import nn
+from transformers import BertForSequenceClassification, MobileBertConfig, MobileBertForMaskedLM
 
 from gemma_ext.integrations._defer_head import defer_head
-from gemma_ext.integrations._deferred_logits import LossOptions
+from gemma_ext.integrations._deferred_logits import DeferredLogitsError, LossOptions
 from gemma_ext.integrations.transformers import patch, unpatch
 
 BACKBONE = ["q_proj", "v_proj"]
@@ -132,15 +144,53 @@ def test_quantised_head_is_refused(impl):
         model(**batch())
 
 
-def test_head_that_is_no_linear_is_refused(impl):
-    class Matmul(nn.Linear):
-        def forward(self, x):
-            return x @ self.weight.T
+class Matmul(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
 
+
+class Bare(nn.Module):
+    def forward(self, x):
+        return x.repeat(1, 1, 4)[..., :VOCAB]
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (Matmul(32, VOCAB, bias=False), r"a product by F\.linear, got Matmul"),
+        (nn.Embedding(VOCAB, 32), r"a projection with a \[V, D\] weight, got Embedding, a lookup"),
+        (nn.Sequential(nn.Linear(32, VOCAB)), "got Sequential, a module of Linear"),
+        (nn.ModuleList([nn.GELU(), nn.Linear(32, VOCAB)]), "got ModuleList, a module of GELU, Lin"),
+        (Bare(), "got Bare, a module without a weight"),
+        (nn.LayerNorm(32), "got LayerNorm"),
+    ],
+)
+def test_other_kinds_of_heads_are_refused_by_name(head, kind, impl):
     model = patch(gemma2(tie_word_embeddings=False), impl=impl)
-    model.lm_head = Matmul(32, 101, bias=False)
-    with pytest.raises(TypeError, match=r"to be a product by F\.linear, got Matmul"):
+    model.lm_head = head
+    with pytest.raises(TypeError, match=f"{kind}.*; unpatch the model to train it") as refusal:
         model(**batch())
+    assert "quantised" not in str(refusal.value)
+
+
+def test_offloaded_head_is_refused(impl):
+    model = gemma2(tie_word_embeddings=False)
+    cpu_offload(model)
+    with pytest.raises(TypeError, match=r"to be in memory during the loss.*keep the head out of"):
+        patch(model, impl=impl)(**batch())
+    assert unpatch(model)(**batch()).logits is not None
+
+
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_offloaded_backbone_below_a_head_in_memory(patched_first, impl):
+    model = gemma2(tie_word_embeddings=False)
+    expected = model(**batch()).loss
+    if patched_first:
+        patch(model, impl=impl)
+    cpu_offload(model.model)
+    output = patch(model, impl=impl)(**batch())
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected)
 
 
 def test_integer_and_absent_weights_are_refused():
@@ -160,7 +210,39 @@ def test_integer_and_absent_weights_are_refused():
             deferred.head()
 
 
-def test_model_without_a_head_is_refused(impl):
+def test_model_that_never_calls_its_head_is_refused(impl):
+    config = MobileBertConfig(vocab_size=VOCAB, num_hidden_layers=1, pad_token_id=0)
+    model = patch(MobileBertForMaskedLM(config), impl=impl)
+    message = "expected MobileBertForMaskedLM to compute its logits by calling its head, a Linear"
+    with pytest.raises(DeferredLogitsError, match=message):
+        model(**batch())
+    assert model(batch()["input_ids"]).logits is not None
+    assert unpatch(model)(**batch()).loss > 0
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_classifiers_are_refused_when_patched(kind):
+    cls = getattr(transformers, f"Gemma2For{kind}")
+    forward = cls.forward
+    for target in (cls(cls.config_class(**BASE)), cls, cls.__name__):
+        with pytest.raises(TypeError, match=f"expected Gemma2For{kind} to have output embeddings"):
+            patch(target)
+    assert cls.forward is forward
+    with pytest.raises(TypeError, match="BertForSequenceClassification to have output embeddings"):
+        patch(BertForSequenceClassification)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["BertForMaskedLM", "GPT2LMHeadModel", "T5ForConditionalGeneration", "GPTNeoXForCausalLM"],
+)
+def test_classes_with_a_head_of_any_name_are_accepted(name):
+    cls = getattr(transformers, name)
+    assert patch(cls) is cls
+    unpatch(cls)
+
+
+def test_model_that_lost_its_head_is_refused(impl):
     model = patch(gemma2(), impl=impl)
     model.get_output_embeddings = lambda: None
     with pytest.raises(TypeError, match="to have output embeddings, got None"):

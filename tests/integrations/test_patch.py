@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import warnings
 
 import pytest
 import torch
@@ -183,6 +184,44 @@ def test_train_only(impl):
     assert model.train()(**batch()).logits is None
 
 
+def test_an_evaluation_without_logits_warns_once(impl):
+    model = patch(gemma2(), impl=impl)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"patch\(model, train_only=True\) keeps"):
+        model(**batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.inference_mode():
+            assert model(**batch()).logits is None
+        assert model(**batch()).logits is None
+        for train_only in (False, True):
+            patch(model, impl=impl, train_only=train_only)
+            with torch.no_grad():
+                assert (model(**batch()).logits is None) != train_only
+        patch(model, impl=impl).train()
+        with torch.no_grad():
+            model(**batch())
+
+
+def test_a_compiled_evaluation_without_logits_warns(impl):
+    model = patch(gemma2(num_hidden_layers=1), impl=impl)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match=r"patch\(model, train_only=True\) keeps"):
+        assert compiled(**batch()).logits is None
+
+
+def test_state_is_ignored_with_a_warning(impl):
+    model = gemma2()
+    expected = loss_and_gradients(clone(model), **batch())
+    for state in (True, False):
+        with pytest.warns(FutureWarning, match="state is ignored"):
+            patch(model, impl=impl, state=state)
+        assert_same_training(loss_and_gradients(model, **batch()), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patch(model, impl=impl, state=None)
+
+
 def test_unpatch_restores_the_model(pair):
     eager, patched = pair
     assert unpatch(patched) is patched
@@ -243,7 +282,7 @@ def test_a_deep_copy_trains_itself(pair):
     assert all(p.grad is not None for p in twin.parameters())
 
 
-def test_the_state_stays_out_of_checkpoints(pair, tmp_path):
+def test_checkpoints_hold_the_model_alone(pair, tmp_path):
     eager, patched = pair
     patched(**batch()).loss.backward()
     assert patched.state_dict().keys() == eager.state_dict().keys()

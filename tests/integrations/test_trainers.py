@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import types
+import warnings
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -17,9 +21,11 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from gemma_ext.integrations import trl as trl_patch
+from gemma_ext.integrations._deferred_logits import DeferredLogits
 from gemma_ext.integrations.transformers import patch
 
 STEPS = 3
@@ -123,22 +129,55 @@ def test_trainer(options, impl, tmp_path):
     assert_same_run(got, expected, tolerance=3e-2 if options.get("bf16") else 1e-5)
 
 
-def test_trainer_evaluates(impl, tmp_path):
+def evaluation(model, tmp_path, trainer=Trainer, **options):
+    arguments = TrainingArguments(tmp_path, **ARGUMENTS)
+    return trainer(model, arguments, eval_dataset=examples(), **options)
+
+
+def accuracy(prediction):
+    right = prediction.predictions[:, :-1].argmax(-1) == prediction.label_ids[:, 1:]
+    return {"accuracy": float(right.mean())}
+
+
+class OwnStep(Trainer):
+    """As subclasses do, without `super`."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            output = model(**inputs)
+        if prediction_loss_only:
+            return output.loss, None, None
+        return output.loss, output.logits, inputs["labels"]
+
+
+@pytest.mark.parametrize("trainer", [Trainer, OwnStep])
+@pytest.mark.parametrize("train_only", [None, True])
+def test_logits_are_kept_where_a_trainer_collects_them(trainer, train_only, impl, tmp_path):
     model = gemma2()
-
-    def evaluate(model, **options):
-        arguments = TrainingArguments(tmp_path, **ARGUMENTS)
-        return Trainer(model, arguments, eval_dataset=examples(), **options).evaluate()
-
-    def accuracy(prediction):
-        return {"accuracy": float((prediction.predictions.argmax(-1) >= 0).mean())}
-
-    eager = evaluate(clone(model))
-    assert evaluate(patch(clone(model), impl=impl))["eval_loss"] == pytest.approx(
-        eager["eval_loss"], rel=1e-5
+    patched = patch(clone(model), impl=impl, train_only=train_only)
+    eager, ours = (
+        evaluation(model, tmp_path, trainer, compute_metrics=accuracy) for model in (model, patched)
     )
-    patched = patch(model, impl=impl, train_only=True)
-    assert evaluate(patched, compute_metrics=accuracy)["eval_accuracy"] == 1.0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*train_only")
+        expected, got = eager.evaluate(), ours.evaluate()
+        for name in ("eval_loss", "eval_accuracy"):
+            assert got[name] == pytest.approx(expected[name], rel=1e-5)
+        predictions = ours.predict(examples()).predictions
+    assert predictions == pytest.approx(eager.predict(examples()).predictions, rel=1e-5, abs=1e-5)
+
+
+def test_trainer_that_wants_the_loss_alone_holds_no_logits(impl, tmp_path):
+    model = gemma2()
+    shapes = []
+    patched = patch(clone(model), impl=impl)
+    patched.lm_head.register_forward_hook(lambda head, args, logits: shapes.append(type(logits)))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*train_only")
+        got = evaluation(patched, tmp_path).evaluate()
+    expected = evaluation(model, tmp_path).evaluate()
+    assert got["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-5)
+    assert set(shapes) == {DeferredLogits}
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -243,6 +282,171 @@ def test_dpo_trainer(impl, tmp_path):
     for name in ("logits/chosen", "rewards/margins", "logps/chosen", "mean_token_accuracy"):
         ours, theirs = float(got.logs[-1][name]), float(expected.logs[-1][name])
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+def with_fused_head(model, **options):
+    """What `trl_patch` sees of a trainer, with a head that trl has just fused."""
+    add_fused_lm_head(model, **options)
+    return types.SimpleNamespace(model=model)
+
+
+def score(trainer, autocast: bool):
+    """Log-probabilities, entropies and the gradients of their sum."""
+    model = trainer.model
+    inputs = dict(zip(("input_ids", "labels"), torch.randint(3, VOCAB, (2, 2, 11)), strict=True))
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        output = model(**inputs, fused_lm_head=True)
+    total = output.log_probs.sum() + output.entropy.sum()
+    total.backward()
+    values = torch.stack([output.log_probs, output.entropy]).detach()
+    return values, (total.detach(), {n: p.grad.clone() for n, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "plain"])
+def test_trl_float32_head(tied, dtype, autocast, impl):
+    """The head in float32 below a backbone in bfloat16, under autocast or of its own."""
+    options = {
+        "cast_lm_head_to_fp32": True,
+        "temperature": 0.7,
+        "outputs": ("log_probs", "entropy"),
+    }
+    model = gemma2(tie_word_embeddings=tied).to(dtype)
+
+    def scored(ours, **changes):
+        trainer = with_fused_head(clone(model), **{**options, **changes})
+        torch.manual_seed(2)
+        return score(trl_patch.patch(trainer, impl=impl) if ours else trainer, autocast)
+
+    (expected, gradients), (got, ours) = scored(False), scored(True)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    # the weight's gradient comes back in bfloat16
+    assert_same_training(ours, gradients, tolerance=1e-4 if dtype == torch.float32 else 2e-2)
+    if autocast and dtype == torch.float32:
+        rounded = scored(True, cast_lm_head_to_fp32=False)[0]
+        assert (rounded - expected).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("cast", [True, False])
+def test_grpo_hands_its_options_to_the_patch(cast, impl, tmp_path):
+    arguments = GRPOConfig(
+        tmp_path,
+        bf16=True,
+        gradient_checkpointing=False,
+        cast_lm_head_to_fp32=cast,
+        temperature=0.7,
+        num_generations=2,
+        **{**ARGUMENTS, "gradient_accumulation_steps": 1},
+    )
+    trainer = GRPOTrainer(
+        gemma2(tie_word_embeddings=False),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "w5 w9"}] * 4),
+        processing_class=tokenizer(),
+    )
+    torch.manual_seed(2)
+    expected, _ = score(trainer, autocast=True)
+    trl_patch.patch(trainer, impl=impl)
+    settings = vars(trainer.model)[trl_patch._PATCH][-1]
+    assert (settings.float32, settings.temperature) == (cast, 0.7)
+    assert settings.fields == ("log_probs", "entropy")
+    torch.manual_seed(2)
+    torch.testing.assert_close(
+        score(trainer, autocast=True)[0], expected, rtol=0, atol=1e-3 if cast else 0.3
+    )
+
+
+def test_the_installed_trl_has_the_names_we_read():
+    options = inspect.signature(add_fused_lm_head).parameters
+    assert set(options) == {"model", "temperature", "cast_lm_head_to_fp32", "outputs"}
+    trainer = with_fused_head(gemma2())
+    closed = inspect.getclosurevars(trainer.model.forward.__func__).nonlocals
+    assert set(trl_patch._CLOSURE) <= set(closed)
+
+
+def test_trl_whose_names_moved_is_refused(impl):
+    model = gemma2()
+
+    def install(original_forward, temperature, fp32_lm_head, outputs):
+        def forward(self, *args, fused_lm_head=False, **kwargs):
+            return original_forward, temperature, fp32_lm_head, outputs
+
+        model.forward = types.MethodType(forward, model)
+
+    install(model.forward, 1.0, True, ("log_probs",))
+    with pytest.raises(TypeError, match="got one without cast_lm_head_to_fp32"):
+        trl_patch.patch(types.SimpleNamespace(model=model), impl=impl)
+
+
+def test_trl_patch_survives_what_a_trainer_does(impl):
+    trainer = with_fused_head(gemma2(), outputs=("log_probs", "entropy"))
+    torch.manual_seed(2)
+    expected = score(trainer, autocast=False)[0]
+    theirs = trainer.model.forward
+    trl_patch.patch(trainer, impl="reference")
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    accelerator.prepare(trainer.model)
+    trl_patch.patch(trainer, impl=impl)
+    assert accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False) is trainer.model
+    torch.manual_seed(2)
+    torch.testing.assert_close(score(trainer, autocast=False)[0], expected)
+    assert trl_patch.unpatch(trainer).model.forward == theirs
+    with pytest.warns(FutureWarning, match="state is ignored"):
+        trl_patch.patch(trainer, impl=impl, state=False)
+
+
+def test_a_second_trainer_of_the_same_model(impl):
+    model = gemma2()
+    first = trl_patch.patch(with_fused_head(model), impl=impl)
+    second = with_fused_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
+    torch.manual_seed(2)
+    expected = score(second, autocast=False)[0]
+    theirs = model.forward
+    trl_patch.patch(second, impl=impl)
+    assert model.forward != theirs
+    torch.manual_seed(2)
+    torch.testing.assert_close(score(second, autocast=False)[0], expected)
+    ids = torch.arange(9)[None]
+    assert model(ids).logits.shape == (1, 9, VOCAB)
+    assert trl_patch.unpatch(second).model.forward == theirs
+    assert model(ids).logits.shape == (1, 9, VOCAB)
+    assert first.model is model
+
+
+def test_a_copy_scores_with_its_own_weights(impl):
+    trainer = with_fused_head(gemma2(), outputs=("log_probs", "entropy"))
+    twin = clone(trl_patch.patch(trainer, impl=impl).model)
+    with torch.no_grad():
+        twin.model.norm.weight.mul_(0.1)
+    expected = with_fused_head(gemma2(), outputs=("log_probs", "entropy"))
+    with torch.no_grad():
+        expected.model.model.norm.weight.mul_(0.1)
+    scores = []
+    for trainer in (types.SimpleNamespace(model=twin), expected):
+        torch.manual_seed(2)
+        scores.append(score(trainer, autocast=False)[0])
+    torch.testing.assert_close(*scores)
+
+
+def test_trl_unpatched_below_a_wrapper(impl):
+    trainer = trl_patch.patch(with_fused_head(gemma2()), impl=impl)
+    inner = trainer.model.forward
+    calls = []
+
+    def wrapper(*args, **kwargs):
+        calls.append(kwargs)
+        return inner(*args, **kwargs)
+
+    trainer.model.forward = wrapper
+    inputs = dict.fromkeys(("input_ids", "labels"), torch.arange(9)[None])
+    ours = trainer.model(**inputs, fused_lm_head=True)
+    trl_patch.unpatch(trainer)
+    theirs = trainer.model(**inputs, fused_lm_head=True)
+    assert len(calls) == 2
+    torch.testing.assert_close(ours.log_probs, theirs.log_probs)
 
 
 def test_trl_patch_can_be_undone(impl, tmp_path):

@@ -8,6 +8,12 @@ import torch.distributed as dist
 from tiny_models import assert_same_training, batch, clone, gemma2, loss_and_gradients
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from gemma_ext.integrations.transformers import patch, unpatch
@@ -58,6 +64,17 @@ def test_a_head_that_is_its_own_fsdp_unit_is_refused(group, impl):
     patch(model, impl=impl)
     with pytest.raises(RuntimeError, match="was resharded; leave the head in the root FSDP unit"):
         model(**batch())
+
+
+@pytest.mark.parametrize("style", [ColwiseParallel, RowwiseParallel])
+def test_a_tensor_parallel_head_is_refused(group, style, impl):
+    model = gemma2(tie_word_embeddings=False)
+    layouts = {"input_layouts": Replicate(), "output_layouts": Replicate()}
+    parallelize_module(model.lm_head, init_device_mesh("cpu", (1,)), style(**layouts))
+    expected = model(**batch()).loss
+    with pytest.raises(TypeError, match=r"got a DTensor.*gemma_ext\.distributed\.vocab_parallel"):
+        patch(model, impl=impl)(**batch())
+    torch.testing.assert_close(unpatch(model)(**batch()).loss, expected)
 
 
 def test_all_ignored_does_not_hang_ddp(group, impl):

@@ -63,6 +63,44 @@ def test_only_a_missing_sanitizer_is_no_failure(gpu, capfd, monkeypatch):
     assert gpu.main([]) == 1
 
 
+def commands_of(gpu, monkeypatch, name: str, device: str) -> list[list[str]]:
+    """What a stage would run on a device."""
+    ran = []
+
+    def note(stage, *command, **environment):
+        ran.append([str(word) for word in command])
+        return 0
+
+    monkeypatch.setattr(gpu, "DEVICE", device)
+    monkeypatch.setattr(gpu.Stage, "run", note)
+    assert gpu.STAGES[name](gpu.Stage(name, time.monotonic() + 60)) == 0
+    return ran
+
+
+@pytest.mark.parametrize("name", ["step", "sweep", "bench"])
+def test_only_what_a_card_measures_is_saved(gpu, monkeypatch, name):
+    (on_card,) = commands_of(gpu, monkeypatch, name, "cuda")
+    (on_cpu,) = commands_of(gpu, monkeypatch, name, "cpu")
+    assert on_card[2:4] == ["--device", "cuda"]
+    assert "--save" in on_card
+    assert on_cpu[2:4] == ["--device", "cpu"]
+    assert "--save" not in on_cpu
+
+
+def test_without_a_card_nothing_is_built_for_one(gpu, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu.Stage, "run", lambda stage, *words, **env: seen.append(env) or 0)
+    assert gpu.build(gpu.Stage("build", time.monotonic() + 60)) == 0
+    assert seen[0]["GEMMA_EXT_CUDA"] == "OFF"
+
+
+def test_a_step_needs_transformers(gpu, monkeypatch):
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    with pytest.raises(gpu.NotRun, match="transformers"):
+        gpu.step(gpu.Stage("step", time.monotonic() + 60))
+
+
 def test_unknown_stages_are_named(gpu):
     with pytest.raises(SystemExit, match="'fly'"):
         gpu.main(["fly"])

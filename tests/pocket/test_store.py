@@ -83,6 +83,8 @@ def test_a_missing_package_is_named_with_its_remedy(tiny_size, monkeypatch):
             call(tiny_size)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.timeout(1500)  # pocket_nano trains where no cache has it
 def test_nano_beats_the_bigram_model(pocket_nano):
     report = pocket_nano.report
     assert report["heldout_tokens"] > 20_000

@@ -5,6 +5,7 @@
 
 namespace {
 
+namespace cce = cce_test::cce;
 namespace cuda = cce_test::cuda;
 using cce_test::Data;
 using cce_test::error;
@@ -13,7 +14,8 @@ using cce_test::Options;
 
 struct Request {
   double eps = 0;
-  bool entropy = false, class_sum = false, profile = false;
+  bool entropy = false, class_sum = false, scale = false;
+  int64_t seed = 5;
   bool need_e = true, need_c = true, need_bias = true;
   int64_t strip_bytes = 64 << 20;
   double tolerance = 1e-2;  // two roundings to bf16
@@ -22,9 +24,10 @@ struct Request {
   bool sparse_chunks = false;  // as little memory as the sparse form needs, less than for one chunk
 };
 
-// [N] each: d_nll, d_lse, d_mean, d_class, of very different sizes; one row has none.
+// [N] each: d_nll, d_lse, d_mean, d_class, of very different sizes; one row has none. The scales are those
+// of a larger vocabulary.
 struct Upstreams {
-  std::vector<float> nll, lse, mean, classes;
+  std::vector<float> nll, lse, mean, classes, scale;
   explicit Upstreams(int64_t n) {
     for (int64_t i = 0; i < n; ++i) {
       const float size = i % 4 == 1 ? 0.0f : std::ldexp(1e-3f, int(i % 5));
@@ -32,76 +35,76 @@ struct Upstreams {
       lse.push_back(size * 0.3f);
       mean.push_back(size * 0.5f);
       classes.push_back(size * 0.1f);
+      scale.push_back(size * 4.0f);
     }
   }
 };
 
-// Gradients in float64, with dropped strips returned through tile means.
+// Gradients in float64, of the strips that the masses of a forward draw; all without one.
 struct Truth {
   std::vector<double> de, dc, dbias;
-  int64_t dropped = 0, kept = 0, label_kept = 0;
+  int64_t dropped = 0, kept = 0, drawn = 0;
 
   template <class T>
-  Truth(const Data<T>& d, const Request& q, const Upstreams& up)
+  Truth(const Data<T>& d, const Request& q, const Upstreams& up,
+        const ForwardRun<T>* rows = nullptr)
       : de(d.o.N * d.o.D), dc(d.o.V * d.o.D), dbias(d.o.V) {
-    double mean_scale = 0, rows = 0;
+    double mean_scale = 0, valid = 0;
     const auto coefficient = [&](const std::vector<float>& x, bool wanted, int64_t n) {
-      return wanted ? double(x[n]) : 0.0;
+      return wanted ? x[n] : 0.0f;
+    };
+    const auto a_of = [&](int64_t n) {
+      return up.nll[n] + up.lse[n] + coefficient(up.mean, q.entropy, n);
     };
     const auto scale_of = [&](int64_t n) {
-      const double b = up.nll[n], dm = coefficient(up.mean, q.entropy, n);
-      const double dk = coefficient(up.classes, q.class_sum, n);
-      const double a = b + up.lse[n] + dm;
+      const float b = up.nll[n], dm = coefficient(up.mean, q.entropy, n);
+      const float dk = coefficient(up.classes, q.class_sum, n);
+      if (q.scale) return up.scale[n];
       return std::max(
-          {std::fabs(a), d.has_label(n) ? std::fabs(b) : 0.0, std::fabs(dm), std::fabs(dk)});
+          {std::fabs(a_of(n)), d.has_label(n) ? std::fabs(b) : 0.0f, std::fabs(dm), std::fabs(dk)});
     };
     for (int64_t n = 0; n < d.o.N; ++n) {
-      if (d.valid(n)) mean_scale += scale_of(n), rows += 1;
+      if (d.valid(n)) mean_scale += scale_of(n), valid += 1;
     }
-    mean_scale /= std::max(rows, 1.0);
+    mean_scale /= std::max(valid, 1.0);
+    int64_t at = -1;
     for (int64_t n = 0; n < d.o.N; ++n) {
       if (!d.valid(n)) continue;
-      const double dm = coefficient(up.mean, q.entropy, n), mean = q.entropy ? d.mean(n) : 0;
+      ++at;
+      const float a = a_of(n), q_n = coefficient(up.mean, q.entropy, n);
+      const double mean = q.entropy ? d.mean(n) : 0;
       const double dk = coefficient(up.classes, q.class_sum, n);
-      const double b = d.has_label(n) ? up.nll[n] : 0, a = double(up.nll[n]) + up.lse[n] + dm;
-      const double threshold = q.eps * std::min(scale_of(n), mean_scale);
+      const double b = d.has_label(n) ? up.nll[n] : 0;
       if (scale_of(n) == 0) continue;
-      for (int64_t first = 0; first < d.o.V; first += kTile) {
-        const int64_t last = std::min(d.o.V, first + kTile);
-        double top = -INFINITY, mass = 0, weight = 0;
-        bool kept = false;
-        for (int64_t i = first; i < last; ++i) {
-          const double x = d.s[n][d.id(i)], p = std::exp(x - d.lse_of[n]);
-          top = std::max(top, x);
-          mass += p * d.slope(x) * a;
-          weight += p;
-          if (d.targets[n] == d.id(i) && std::fabs(a * p - b) >= threshold) kept = true;
-        }
-        const double bound = std::fabs(a) + std::fabs(dm) * std::max(std::fabs(top - mean), 1.0);
-        label_kept += kept;
-        kept |= std::exp(top - d.lse_of[n]) * bound >= threshold;
-        if (q.eps == 0) kept = true;
-        if (!kept && q.entropy) {
-          double weighted = 0, slope = 0;
-          for (int64_t i = first; i < last; ++i) {
-            const double x = d.s[n][d.id(i)], p = std::exp(x - d.lse_of[n]);
-            weighted += p * x;
-            slope += p * d.slope(x);
+      const float threshold =
+          static_cast<float>(q.eps) * std::min(scale_of(n), static_cast<float>(mean_scale));
+      uint32_t phase =
+          rows ? cce::first_phase(static_cast<uint32_t>(n), simt::bits_of(rows->lse[n]), q.seed)
+               : 0;
+      for (int64_t tile = 0; tile < d.tiles(); ++tile) {
+        const int64_t first = tile * kTile, last = std::min(d.o.V, first + kTile);
+        const bool label = d.has_label(n) && d.targets[n] / kTile == tile;
+        double weight = 1;
+        if (rows && !label) {
+          const int64_t strip = tile * d.o.N + at;
+          float x = std::fabs(a) * rows->masses[strip];
+          if (q.entropy) x = fmaf(std::fabs(q_n), rows->masses[d.tiles() * d.o.N + strip], x);
+          const float u = x / threshold;
+          if (u < 1) {
+            const auto step = static_cast<uint32_t>(std::max(u * 0x1p32f, u > 0 ? 1.0f : 0.0f));
+            const uint64_t sum = uint64_t{phase} + step;
+            phase = static_cast<uint32_t>(sum);
+            weight = sum >> 32 ? 0x1p32 / step : 0;
+            drawn += weight > 0;
           }
-          mass = slope * (a + dm * (weighted / weight - mean));
         }
-        (kept ? this->kept : dropped) += 1;
-        double total = 0;
-        for (int64_t i = first; i < last; ++i) total += q.profile ? d.prob[d.id(i)] : 1.0;
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t v = d.id(i);
+        (weight > 0 ? kept : dropped) += 1;
+        for (int64_t v = first; v < last; ++v) {
           const double x = d.s[n][v], p = std::exp(x - d.lse_of[n]);
-          double g = mass * (q.profile ? d.prob[v] : 1.0) / total;
-          if (kept) {
-            g = p * (a + dm * (x - mean)) + (q.class_sum ? dk * d.class_weight[v] : 0.0);
-            if (d.targets[n] == v) g -= b;
-            g *= d.slope(x);
-          }
+          double g = weight * p * (a + double(q_n) * (x - mean));
+          if (q.class_sum) g += dk * d.class_weight[v];
+          if (d.targets[n] == v) g -= b;
+          g *= d.slope(x);
           dbias[v] += g;
           for (int64_t j = 0; j < d.o.D; ++j) {
             de[n * d.o.D + j] += g * d.o.scale * cce_test::value_of(d.c[v * d.o.D + j]);
@@ -111,7 +114,7 @@ struct Truth {
       }
     }
   }
-  static constexpr int64_t kTile = gemma_ext::kTile;
+  static constexpr int64_t kTile = cce::kTile;
 };
 
 void close(const char* name, double found, double tolerance) {
@@ -125,35 +128,37 @@ void gradients_match(const Options& options, const Request& q) {
   Data<T> d(options);
   d.remember();
   const Upstreams up(d.o.N);
-  const Truth truth(d, q, up);
   const ForwardRun<T> rows(d, q.eps);
+  const Truth truth(d, q, up, q.eps > 0 ? &rows : nullptr);
   std::vector<T> de(d.o.N * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<T> dc(d.o.V * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<float> dbias(d.o.V, NAN);
-  cuda::Backward b{};
+  cce::Backward b{};
   b.head = d.head();
   b.up = {rows.nll.data(),
           rows.lse.data(),
+          rows.lse_low.data(),
           rows.mean.data(),
           up.nll.data(),
           up.lse.data(),
           q.entropy ? up.mean.data() : nullptr,
-          q.class_sum ? up.classes.data() : nullptr};
-  b.stats = rows.stats.data();
+          q.class_sum ? up.classes.data() : nullptr,
+          q.scale ? up.scale.data() : nullptr};
+  b.masses = rows.masses.data();
   b.summary = q.eps > 0 || q.with_summary ? rows.summary.data() : nullptr;
-  b.prob = q.profile ? d.prob.data() : nullptr;
+  b.seed = q.seed;
   b.out = {q.need_e ? de.data() : nullptr, q.need_c ? dc.data() : nullptr,
            q.need_bias ? dbias.data() : nullptr};
-  b.strip_bytes = q.strip_bytes;
+  cuda::Memory memory{.strip_bytes = q.strip_bytes};
   if (q.sparse_chunks) {
-    const int64_t capacity = d.o.N + truth.kept / 3 + 1;
-    EXPECT(capacity < truth.kept);
-    b.strip_bytes = capacity * (256 * sizeof(T) + 256 * sizeof(float));
+    const int64_t capacity = 2 * d.o.N + truth.kept / 4;
+    EXPECT(cuda::Capacity(d.o.N, d.tiles(), capacity * (256 * sizeof(T) + 1024), 256 * sizeof(T),
+                          1024, true)
+               .stride < truth.kept);
+    memory.strip_bytes = capacity * (256 * sizeof(T) + 256 * sizeof(float));
   }
-  cce_test::Workspace workspace(cuda::backward_workspace(b));
-  b.workspace = workspace.data();
-  EXPECT(cuda::backward(b, nullptr) == cuda::Status{});
-  if (q.eps > 0) EXPECT(truth.dropped > 0 && truth.label_kept > 0);
+  cce_test::run(b, memory);
+  if (q.eps > 0) EXPECT(truth.dropped > 0 && truth.drawn > 0);
   EXPECT(truth.kept <= q.most_kept * (truth.kept + truth.dropped));
   if (q.need_e) close("dE", error(de, truth.de), q.tolerance);
   if (q.need_c) close("dC", error(dc, truth.dc), q.tolerance);
@@ -180,7 +185,7 @@ void fused_matches(const Options& options, bool gradients, double tolerance,
   std::vector<T> dc(d.o.V * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<float> dbias(d.o.V, NAN), nll(d.o.N, NAN), lse(d.o.N, NAN);
   float found = NAN;
-  cuda::Fused f{};
+  cce::Fused f{};
   f.head = d.head();
   f.nll_coef = up.nll.data();
   f.lse2_coef = z.data();
@@ -188,10 +193,7 @@ void fused_matches(const Options& options, bool gradients, double tolerance,
   f.nll = nll.data();
   f.lse = lse.data();
   if (gradients) f.out = {de.data(), dc.data(), dbias.data()};
-  f.strip_bytes = strip_bytes;
-  cce_test::Workspace workspace(cuda::fused_workspace(f));
-  f.workspace = workspace.data();
-  EXPECT(cuda::fused(f, nullptr) == cuda::Status{});
+  cce_test::run(f, {.strip_bytes = strip_bytes});
   close("loss", std::fabs(found - loss) / (1e-30 + std::fabs(loss)), 1e-5);
   if (!gradients) return;
   close("dE", error(de, truth.de), tolerance);
@@ -203,20 +205,26 @@ Options peaked() {
   Options o;
   o.spread = 12;
   o.softcap = 80;
-  o.order = o.missing = true;
+  o.missing = true;
   return o;
 }
 
 }  // namespace
 
-CASE(cce_backward_bf16) { gradients_match<simt::bf16>(peaked(), {0x1p-2}); }
-CASE(cce_backward_bf16_in_chunks_with_profile_and_entropy) {
+// By lists of every row, without Hopper: there the dense kernels would take what keeps so much.
+CASE(cce_backward_bf16) {
+  simt::host::options.hopper = false;
+  gradients_match<simt::bf16>(peaked(), {0x1p-2});
+}
+CASE(cce_backward_bf16_in_chunks_with_entropy) {
+  simt::host::options.hopper = false;
   Request q{0x1p-2};
-  q.entropy = q.profile = true;
+  q.entropy = q.scale = true;
   q.strip_bytes = 1;  // a tile at a time
   gradients_match<simt::bf16>(peaked(), q);
 }
 CASE(cce_backward_bf16_exact_with_everything) {
+  simt::host::options.hopper = false;
   Options o = peaked();
   o.class_weight = true;
   Request q;
@@ -224,7 +232,7 @@ CASE(cce_backward_bf16_exact_with_everything) {
   q.strip_bytes = 2 * 150 * 256 * 2;  // two tiles at a time
   gradients_match<simt::bf16>(o, q);
 }
-// At most an eighth of the strips: dE strip by strip, in one chunk and in three.
+// Few strips: dE strip by strip, in one chunk and in several.
 Options sparse() {
   Options o = peaked();
   o.spread = 60;
@@ -237,7 +245,9 @@ Options sparse() {
 CASE(cce_backward_sparse_bf16) {
   simt::host::options.multiprocessors = 2;  // blocks take turns
   Request q{0x1p-2};
-  q.most_kept = 0.125;
+  q.most_kept = cuda::kListedShare;
+  gradients_match<simt::bf16>(sparse(), q);
+  q.entropy = q.scale = true;
   gradients_match<simt::bf16>(sparse(), q);
 }
 CASE(cce_backward_sparse_in_chunks) {
@@ -247,11 +257,12 @@ CASE(cce_backward_sparse_in_chunks) {
   o.D = 264;  // two slices
   o.ignored = 0;
   Request q{0x1p-3};
-  q.most_kept = 0.125;
+  q.most_kept = cuda::kListedShare;
   q.sparse_chunks = true;
   gradients_match<simt::bf16>(o, q);
 }
 CASE(cce_backward_f16) {
+  simt::host::options.hopper = false;
   Request q{0x1p-2};
   q.tolerance = 2e-3;
   gradients_match<simt::f16>(peaked(), q);
@@ -261,7 +272,6 @@ CASE(cce_backward_float) {
   o.D = 140;  // two blocks of columns
   o.N = 40;
   Request q{0x1p-2};
-  q.profile = true;
   q.tolerance = 1e-4;
   gradients_match<float>(o, q);
 }
@@ -295,8 +305,8 @@ CASE(cce_backward_of_nothing) {
   gradients_match<simt::bf16>(o, {});
 }
 CASE(cce_fused_bf16) {
+  simt::host::options.hopper = false;
   Options o;
-  o.order = true;
   fused_matches<simt::bf16>(o, true, 1e-2);
 }
 CASE(cce_fused_wgmma) {
@@ -325,9 +335,6 @@ CASE(cce_backward_wgmma) {
   q.class_sum = true;
   q.with_summary = false;
   gradients_match<simt::bf16>(o, q);
-  o = peaked();
-  o.order = false;
-  gradients_match<simt::bf16>(o, {0x1p-2});
 }
 // All strips fit: the forward leaves them.
 CASE(cce_fused_in_three_products) {

@@ -6,14 +6,15 @@
 #include <limits>
 #include <random>
 
-#include "cce/cuda/launch.h"
+#include "cce/cuda/engine.h"
 #include "check.h"
 
 namespace cce_test {
 
-namespace cuda = gemma_ext::cce::cuda;
+namespace cce = gemma_ext::cce;
+namespace cuda = cce::cuda;
 using gemma_ext::DType;
-using gemma_ext::kTile;
+using gemma_ext::cce::kTile;
 
 constexpr int64_t kIgnore = -100;
 
@@ -55,7 +56,7 @@ struct Options {
   int64_t N = 150, V = 600, D = 40;
   double softcap = 5, temperature = 1.25, scale = 0.75;  // of the logits
   double spread = 3;                                     // of the logits before the cap
-  bool bias = true, order = false, class_weight = false, missing = false;
+  bool bias = true, class_weight = false, missing = false;
   int ignored = 5;  // every fifth row; 1: all, 0: none
 };
 
@@ -64,8 +65,8 @@ template <class T>
 struct Data {
   Options o;
   std::vector<T> e, c;
-  std::vector<int64_t> targets, order;
-  std::vector<float> bias, class_weight, prob;
+  std::vector<int64_t> targets;
+  std::vector<float> bias, class_weight;
   std::vector<std::vector<double>> s;  // [N][V] logits, empty in ignored rows
 
   explicit Data(const Options& options, int seed = 1) : o(options) {
@@ -80,11 +81,6 @@ struct Data {
     fill(c, o.V * o.D, 1.0);
     if (o.bias) fill(bias, o.V, 0.5);
     if (o.class_weight) fill(class_weight, o.V, 1.0);
-    for (int64_t v = 0; v < o.V; ++v) prob.push_back(float(1 + random() % 7));
-    if (o.order) {
-      for (int64_t v = 0; v < o.V; ++v) order.push_back(v);
-      std::shuffle(order.begin(), order.end(), random);
-    }
     for (int64_t n = 0; n < o.N; ++n) {
       int64_t label = random() % o.V;
       if (n == 0) label = o.V - 1;
@@ -108,8 +104,7 @@ struct Data {
 
   bool valid(int64_t n) const { return targets[n] != kIgnore; }
   bool has_label(int64_t n) const { return targets[n] >= 0 && targets[n] < o.V; }
-  int64_t tiles() const { return cuda::tiles_of(o.V); }
-  int64_t id(int64_t position) const { return o.order ? order[position] : position; }
+  int64_t tiles() const { return cce::tiles_of(o.V); }
   double slope(double x) const {
     const double t = o.softcap > 0 ? x * o.temperature / o.softcap : 0;
     return (1 - t * t) / o.temperature;
@@ -130,22 +125,22 @@ struct Data {
     for (int64_t n = 0; n < o.N; ++n) lse_of.push_back(valid(n) ? lse(n) : 0);
   }
 
-  cuda::Head head() const {
-    cuda::Head h{};
+  cce::Head head() const {
+    cce::Head h{};
     h.e = e.data();
     h.c = c.data();
     h.e_stride = h.c_stride = static_cast<int>(o.D);
+    h.e_step = h.c_step = 1;
     h.dtype = kType<T>;
     h.targets = targets.data();
     h.target_stride = 1;
     h.wide_targets = true;
     h.bias = o.bias ? bias.data() : nullptr;
     h.class_weight = o.class_weight ? class_weight.data() : nullptr;
-    h.order = o.order ? order.data() : nullptr;
     h.N = o.N;
     h.V = o.V;
     h.D = o.D;
-    h.map = gemma_ext::logit_map(o.softcap, o.scale, o.temperature);
+    h.map = cce::logit_map(o.softcap, o.scale, o.temperature);
     h.ignore_index = kIgnore;
     h.allow_missing = o.missing;
     return h;
@@ -159,32 +154,41 @@ struct Workspace {
   void* data() { return bytes.data(); }
 };
 
+template <class Call>
+void run(const Call& call, cuda::Memory memory) {
+  Workspace workspace(cuda::workspace(call, memory));
+  memory.workspace = workspace.data();
+  EXPECT(cuda::run(call, memory, nullptr) == cuda::Status{});
+}
+
 // The results of a forward, poisoned before it.
 template <class T>
 struct ForwardRun {
-  std::vector<float> nll, lse, mean, class_sum, stats;
+  std::vector<float> nll, lse, lse_low, mean, class_sum, masses;
   std::vector<int64_t> argmax;
   std::vector<double> summary;
 
-  ForwardRun(const Data<T>& d, double eps, bool want_stats = true, bool want_mean = true)
+  ForwardRun(const Data<T>& d, double eps, bool want_masses = true, bool want_mean = true)
       : nll(d.o.N, NAN),
         lse(d.o.N, NAN),
+        lse_low(d.o.N, NAN),
         mean(want_mean ? d.o.N : 0, NAN),
         class_sum(d.o.class_weight ? d.o.N : 0, NAN),
-        stats(want_stats ? (want_mean ? 4 : 3) * d.tiles() * d.o.N : 0, NAN),
+        masses(want_masses ? (1 + want_mean) * d.tiles() * d.o.N : 0, NAN),
         argmax(d.o.N, -7),
-        summary(4, NAN) {
-    cuda::Forward f{};
+        summary(3, NAN) {
+    cce::Forward f{};
     f.head = d.head();
-    f.out = {nll.data(), lse.data(), want_mean ? mean.data() : nullptr,
-             d.o.class_weight ? class_sum.data() : nullptr, argmax.data()};
-    f.stats = want_stats ? stats.data() : nullptr;
+    f.out = {nll.data(),
+             lse.data(),
+             lse_low.data(),
+             want_mean ? mean.data() : nullptr,
+             d.o.class_weight ? class_sum.data() : nullptr,
+             argmax.data()};
+    f.masses = want_masses ? masses.data() : nullptr;
     f.summary = summary.data();
     f.eps = eps;
-    f.copy_bytes = 1;  // a tile at a time
-    Workspace workspace(cuda::forward_workspace(f));
-    f.workspace = workspace.data();
-    EXPECT(cuda::forward(f, nullptr) == cuda::Status{});
+    run(f, {});
   }
 };
 

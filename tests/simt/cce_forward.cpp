@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cce/cuda/column_stats.cu"
 #include "cce/cuda/forward.cu"
+#include "cce/cuda/plan.cuh"
 #include "cce/cuda/rows.cu"
 
 #include "cce_data.h"
 
 namespace {
 
+namespace cce = cce_test::cce;
 namespace cuda = cce_test::cuda;
 using cce_test::Data;
 using cce_test::ForwardRun;
@@ -25,15 +26,17 @@ void forward_matches(const Options& options, double tolerance = 2e-5) {
   d.remember();
   const double eps = 0x1p-7;
   const ForwardRun<T> run(d, eps);
-  int64_t rows = 0, dropped_strips = 0;
-  double dropped = 0, worst = 0;
+  int64_t rows = 0;
+  double kept = 0, noise = 0, energy = 0;
   for (int64_t n = 0; n < d.o.N; ++n) {
     if (!d.valid(n)) {
-      EXPECT(run.nll[n] == 0 && run.lse[n] == 0 && run.mean[n] == 0 && run.argmax[n] == -1);
+      EXPECT(run.nll[n] == 0 && run.lse[n] == 0 && run.lse_low[n] == 0 && run.mean[n] == 0 &&
+             run.argmax[n] == -1);
       if (d.o.class_weight) EXPECT(run.class_sum[n] == 0);
       continue;
     }
     near(run.lse[n], d.lse_of[n], tolerance);
+    EXPECT(std::fabs(run.lse_low[n]) <= 0x1p-23 * std::fabs(run.lse[n]));
     if (d.has_label(n) || d.o.missing) {
       near(run.nll[n], d.lse_of[n] - (d.has_label(n) ? d.s[n][d.targets[n]] : 0.0), tolerance);
     } else {
@@ -47,83 +50,40 @@ void forward_matches(const Options& options, double tolerance = 2e-5) {
       for (int64_t v = 0; v < d.o.V; ++v) sum += d.class_weight[v] * d.s[n][v];
       near(run.class_sum[n], sum, 100 * tolerance);
     }
-    double of_row = 0;
     for (int64_t tile = 0; tile < d.tiles(); ++tile) {
-      double largest = -INFINITY, sum = 0, slope = 0, weighted = 0;
+      double largest = -INFINITY, mass = 0;
       bool label = false;
       for (int64_t i = tile * 256; i < std::min(d.o.V, (tile + 1) * 256); ++i) {
-        largest = std::max(largest, d.s[n][d.id(i)]);
-        label |= d.targets[n] == d.id(i);
-      }
-      for (int64_t i = tile * 256; i < std::min(d.o.V, (tile + 1) * 256); ++i) {
-        const double x = d.s[n][d.id(i)], p = std::exp(x - largest);
-        sum += p;
-        slope += p * d.slope(x);
-        weighted += p * x;
+        const double x = d.s[n][i];
+        largest = std::max(largest, x);
+        label |= d.targets[n] == i;
+        mass += std::exp(x - d.lse_of[n]) * d.slope(x) * d.o.temperature;
       }
       const int64_t at = tile * d.o.N + rows, plane = d.tiles() * d.o.N;
-      near(run.stats[at], largest, tolerance);
-      near(run.stats[plane + at], sum, 2 * tolerance);
-      near(run.stats[2 * plane + at], slope, 2 * tolerance);
-      near(run.stats[3 * plane + at], weighted, 20 * tolerance);
+      near(run.masses[at], mass, 4 * tolerance);
+      near(run.masses[plane + at], mass * std::max(1.0, std::fabs(largest - d.mean(n))),
+           20 * tolerance);
       const double peak = std::exp(largest - d.lse_of[n]);
       const double miss = d.has_label(n) ? 1 - std::exp(d.s[n][d.targets[n]] - d.lse_of[n]) : 0;
-      if (peak < eps && !(label && miss >= eps)) {
-        ++dropped_strips;
-        of_row += peak * sum;
-      }
+      kept += label ? 1 : std::min(1.0, mass / eps);
+      noise += label ? 0 : peak * std::max(eps - mass, 0.0);
+      energy += label ? miss * miss : peak * peak;
     }
-    dropped += of_row;
-    worst = std::max(worst, of_row);
     ++rows;
   }
-  for (int64_t plane = 0; plane < 4 * d.tiles(); ++plane) {
-    for (int64_t r = rows; r < d.o.N; ++r) EXPECT(run.stats[plane * d.o.N + r] == 0);
+  for (int64_t plane = 0; plane < 2 * d.tiles(); ++plane) {
+    for (int64_t r = rows; r < d.o.N; ++r) EXPECT(run.masses[plane * d.o.N + r] == 0);
   }
-  const bool whole = rows == 0;
-  near(run.summary[0], whole ? 1 : 1 - dropped_strips / double(rows * d.tiles()), 1e-6);
-  near(run.summary[1], whole ? 0 : dropped / rows, 1e-5);
-  near(run.summary[2], worst, 1e-5);
-  EXPECT(run.summary[3] == (d.o.N > 0 ? eps : 0));  // no memory for statistics: nothing to look at
-}
-
-template <class T>
-void columns_match(int64_t max_rows) {
-  Options options;
-  options.N = 300;
-  options.V = 130;
-  options.order = true;
-  Data<T> d(options);
-  d.remember();
-  const ForwardRun<T> run(d, 0);
-  std::vector<float> count(d.o.V, NAN), prob(d.o.V, NAN);
-  cuda::ColumnStats stats{d.head(),     run.lse.data(), 0x1p-7f, max_rows,
-                          count.data(), prob.data(),    nullptr};
-  cce_test::Workspace workspace(cuda::column_stats_workspace(stats));
-  stats.workspace = workspace.data();
-  EXPECT(cuda::column_stats(stats, nullptr) == cuda::Status{});
-  std::vector<int64_t> rows;
-  for (int64_t n = 0; n < d.o.N; ++n) {
-    if (d.valid(n)) rows.push_back(n);
-  }
-  const size_t step = (rows.size() + max_rows - 1) / max_rows;
-  for (int64_t v = 0; v < d.o.V; ++v) {
-    double hits = 0, mass = 0;
-    for (size_t i = 0; i < rows.size(); i += step) {
-      const double p = std::exp(d.s[rows[i]][v] - d.lse_of[rows[i]]);
-      hits += p >= 0x1p-7;
-      mass += p;
-    }
-    EXPECT(count[v] == hits);
-    near(prob[v], mass, 1e-5);
-  }
+  near(run.summary[0], rows == 0 ? 1 : kept / double(rows * d.tiles()), 1e-4);
+  near(run.summary[1], energy > 0 ? std::sqrt(noise / energy) : 0, 1e-3);
+  EXPECT(run.summary[2] == (d.o.N > 0 ? eps : 0));  // no memory for masses: nothing to look at
 }
 
 }  // namespace
 
 CASE(cce_forward_bf16) {
   Options o;
-  o.order = o.class_weight = o.missing = true;
+  o.class_weight = o.missing = true;
   forward_matches<simt::bf16>(o);
 }
 CASE(cce_forward_wgmma) {
@@ -153,7 +113,6 @@ CASE(cce_forward_f16_without_cap) {
 CASE(cce_forward_float) {
   Options o;
   o.D = 36;
-  o.order = true;
   o.N = 70;
   forward_matches<float>(o, 5e-5);
 }
@@ -213,17 +172,57 @@ CASE(cce_forward_of_nan) {
   const ForwardRun<simt::bf16> run(d, 0, false, false);
   EXPECT(std::isnan(run.nll[3]) && std::isnan(run.lse[3]) && !std::isnan(run.lse[4]));
 }
-// Of the six thresholds the largest that is accurate, or none.
+// Of the seven tau the largest that is accurate, or none.
 CASE(cce_forward_auto) {
   Options o;
   o.softcap = 0;
-  o.spread = 300;
-  o.V = 1024;
-  const ForwardRun<simt::bf16> sharp(Data<simt::bf16>(o), cuda::kAutoEps);
-  EXPECT(sharp.summary[3] == 0x1p-10 && sharp.summary[0] < 0.6 && sharp.summary[1] > 0);
+  o.spread = 40;
+  o.N = 40;
+  o.V = 16384;
+  const ForwardRun<simt::bf16> sharp(Data<simt::bf16>(o), cce::kAutoEps);
+  EXPECT(sharp.summary[2] > 0 && sharp.summary[0] < cuda::kListedShare);
+  EXPECT(sharp.summary[1] > 0 && sharp.summary[1] <= cce::kAutoError);
   o.spread = 0.1;
-  const ForwardRun<simt::bf16> flat(Data<simt::bf16>(o), cuda::kAutoEps);
-  EXPECT(flat.summary[3] == 0 && flat.summary[0] == 1);
+  o.V = 1024;  // a tau of 2^-6 would keep all of the few strips
+  const ForwardRun<simt::bf16> flat(Data<simt::bf16>(o), cce::kAutoEps);
+  EXPECT(flat.summary[2] == 0 && flat.summary[1] == 0 && flat.summary[0] == 1);
 }
-CASE(cce_columns_bf16) { columns_match<simt::bf16>(100); }
-CASE(cce_columns_float) { columns_match<float>(1000); }
+CASE(cce_philox) {
+  EXPECT(cce::philox(0, 0, 0) == 0xff1dae59);
+  EXPECT(cce::philox(0xffffffff, 0xffffffff, 0xffffffff) == 0x2c3f628b);
+  EXPECT(cce::philox(0x243f6a88, 0x85a308d3, 0x13198a2e) == 0xdd7ce038);
+}
+CASE(cce_choose_tau) {
+  double kept[cce::kCandidates], noise[cce::kCandidates];
+  for (int i = 0; i < cce::kCandidates; ++i) {
+    kept[i] = 10 * (i + 1);
+    noise[i] = std::ldexp(1.0, -10 - i);
+  }
+  // sqrt(2^-12 / 1) is the bound: the third
+  const auto chosen = [&](double eps, double break_even) {
+    return cce::choose_tau(eps, break_even, 100, kept, noise, 1.0);
+  };
+  EXPECT(chosen(cce::kAutoEps, 0.6).tau == 0x1p-8 && chosen(cce::kAutoEps, 0.6).kept == 0.3);
+  EXPECT(chosen(cce::kAutoEps, 0.2).tau == 0 && chosen(cce::kAutoEps, 0.2).kept == 1);
+  EXPECT(chosen(0.5, 0.01).tau == 0.5 && chosen(0.5, 0.01).error == 0x1p-5);
+  noise[6] = noise[5] = noise[4] = noise[3] = noise[2] = 1;
+  EXPECT(chosen(cce::kAutoEps, 0.6).tau == 0);
+}
+// Every chunk of strips fits the memory there is, whatever is kept.
+CASE(cce_capacity) {
+  for (const int64_t N : {1, 100, 8192}) {
+    for (const int64_t tiles : {1, 7, 1000}) {
+      for (const int64_t bytes : {int64_t{1}, int64_t{1} << 20, int64_t{256} << 20}) {
+        const cuda::Capacity c(N, tiles, bytes, 512, 1024, true);
+        EXPECT(c.dense_tiles * c.dense_chunks >= tiles && c.dense_tiles >= 1);
+        EXPECT(c.dense_tiles == 1 || c.dense_tiles * N * 512 <= bytes);
+        EXPECT(c.sparse * (512 + 1024) <= bytes || c.sparse == 0);
+        if (c.sparse == 0) continue;
+        EXPECT(c.stride + N <= c.sparse || c.sparse == N * tiles);
+        EXPECT(c.fits(static_cast<int64_t>(cuda::kListedShare * double(N * tiles))));
+      }
+    }
+  }
+  const cuda::Capacity usual(8192, 1000, int64_t{256} << 20, 512, 1024, true);
+  EXPECT(usual.sparse_chunks == 9);
+}

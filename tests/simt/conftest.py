@@ -1,30 +1,30 @@
-"""The checker's tests, the ops and the device code are compiled once per session."""
+"""The checker's tests and the ops are compiled when a source has changed, the device code once."""
 
 import shutil
 
 import pytest
-from toolchain import build_checker, build_cuda_guard, build_op_library, nvcc
+from toolchain import build_checker, build_cuda_guard, build_op_library, made_once, nvcc
 
 
 @pytest.fixture(scope="session")
-def checker(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    return build_checker(tmp_path_factory.mktemp("simt"))
+def checker():
+    return _made_by_gcc(build_checker)
 
 
 @pytest.fixture(scope="session")
-def op_library(tmp_path_factory):
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++")
-    return build_op_library(tmp_path_factory.mktemp("ops_on_host"))
+def op_library():
+    return _made_by_gcc(build_op_library)
 
 
 @pytest.fixture(scope="session")
-def cuda_guard(tmp_path_factory):
+def cuda_guard():
+    return _made_by_gcc(build_cuda_guard)
+
+
+def _made_by_gcc(build):
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
-    return build_cuda_guard(tmp_path_factory.mktemp("cuda_guard"))
+    return made_once(build)
 
 
 @pytest.fixture(scope="session")

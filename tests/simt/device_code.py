@@ -2,7 +2,7 @@
 
 Tensors stay on the CPU, but Python treats their values like those of a CUDA tensor, which it must
 not look at. GEMMA_EXT_TEST_OPS names the library; with GEMMA_EXT_TEST_HOPPER=0 its kernels are
-those before Hopper.
+those before Hopper. GEMMA_EXT_SCHEDULE_SEED is the seed each test starts with.
 """
 
 import ctypes
@@ -27,8 +27,11 @@ def schedule(seed: int) -> None:
     _library.schedule(ctypes.c_uint64(seed), ctypes.c_bool(hopper))
 
 
-schedule(0)
 _devices.is_readable = lambda t: False
+
+
+def pytest_runtest_setup() -> None:
+    schedule(int(os.environ["GEMMA_EXT_SCHEDULE_SEED"]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -56,7 +56,7 @@ def test_ops(op_library, part):
     run_on_device_code(op_library, files, "-k", chosen)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1500)
 def test_all_ops(op_library):
     # without filter and fuzz, whose bounds in fp32 are below what split products keep (2^-16)

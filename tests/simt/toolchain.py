@@ -1,12 +1,20 @@
 """How the kernels of this folder are compiled: by g++ for the checker, by nvcc for the device."""
 
+import fcntl
+import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC = ROOT / "csrc"
 INCLUDES = [f"-I{CSRC}", f"-I{HERE}"]
 # -ftrivial-auto-var-init: registers start as 0xfefefefe, -1.7e38 in fp32 and in bf16
 HOST_FLAGS = [
@@ -20,6 +28,39 @@ HOST_FLAGS = [
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
 ]
+
+
+def made_once(build: Callable[[Path], Path]) -> Path:
+    """What `build` makes in build/tests, by one of all processes, until something changes.
+
+    What counts: every source, this file, the compiler and torch.
+    """
+    kept = ROOT / "build" / "tests"
+    kept.mkdir(parents=True, exist_ok=True)
+    with open(kept / f"{build.__name__}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        folder = kept / f"{build.__name__}-{_inputs()}"
+        result = folder / "result"
+        if not result.is_file():
+            for older in kept.glob(f"{build.__name__}-*"):
+                shutil.rmtree(older)
+            with tempfile.TemporaryDirectory(dir=kept) as partial:
+                built = build(Path(partial))
+                folder.mkdir()
+                os.replace(built, result)
+        return result
+
+
+@cache
+def _inputs() -> str:
+    import torch
+
+    version = subprocess.run(["g++", "-v"], capture_output=True, check=True).stderr
+    found = hashlib.sha256(version + torch.__version__.encode())
+    for path in sorted([*CSRC.rglob("*.*"), *HERE.rglob("*.h"), *HERE.glob("*.cpp")]):
+        found.update(f"{path}\n".encode() + path.read_bytes())
+    found.update(Path(__file__).read_bytes())
+    return found.hexdigest()[:16]
 
 
 def build_checker(out: Path) -> Path:
@@ -52,13 +93,18 @@ def build_op_library(out: Path) -> Path:
         *("-O1", "-DGEMMA_EXT_ON_HOST", "-DTORCH_STABLE_ONLY"),
         *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch / "include"),
     ]
-    objects = []
-    for source, flags in (
-        (kernels, ["-O2", "-ftrivial-auto-var-init=pattern"]),
-        (binding, host_binding),
-    ):
-        objects.append(out / f"{source.stem}.o")
-        subprocess.run([*compile_host, *flags, source, "-o", objects[-1]], check=True)
+
+    def compiled(source: Path, flags: list[object]) -> Path:
+        made = out / f"{source.stem}.o"
+        subprocess.run([*compile_host, *flags, source, "-o", made], check=True)
+        return made
+
+    sources_and_flags = {
+        kernels: ["-O2", "-ftrivial-auto-var-init=pattern"],
+        binding: host_binding,
+    }
+    with ThreadPoolExecutor() as side_by_side:
+        objects = list(side_by_side.map(compiled, *zip(*sources_and_flags.items(), strict=True)))
     link = ["g++", "-shared", *objects, "-o", library]
     subprocess.run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"], check=True)
     return library

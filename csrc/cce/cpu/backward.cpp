@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Backward on the CPU. Survival is decided from the forward's strip statistics before anything is
-// recomputed; what is dropped returns its probability mass through tile means:
-//   dE_n += sum_j W_nj mean_j(C),  dC_v += q_jv sum_n W_nj E_n,  W_nj = mass of G in strip (n, j)
+// Backward on the CPU. What is computed is drawn from the forward's masses before anything is recomputed
+// (sampling.h).
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 
-#include "plan.h"
+#include "rows.h"
 
-namespace gemma_ext::cce {
+namespace gemma_ext::cce::cpu {
 namespace {
 
 // Gradient strips of a batch of tiles: they are written by the first product and read once per 128
@@ -18,105 +18,109 @@ constexpr int64_t kBatchBytes = int64_t{2} << 20;
 // dC takes in fp32, and every step reads and writes that dC once.
 int64_t fused_rows(int64_t d) { return std::max<int64_t>(512, d / 2 / kRowSpan * kRowSpan); }
 
+// [n] each, compact: the row's results and the coefficients of its gradient (kernels.h).
+struct Coefficients {
+  std::vector<float> lse, lse_low, a, at_label, scale;
+  std::vector<float> mean, q, class_coef;  // empty where there is none
+
+  Coefficients(const ValidRows& valid, const Upstream& up)
+      : lse(valid.gather(up.lse)),
+        lse_low(valid.gather(up.lse_low)),
+        a(valid.gather(up.d_lse)),
+        at_label(a.size()),
+        scale(a.size()) {
+    const std::vector<float> nll = valid.gather(up.nll), d_nll = valid.gather(up.d_nll);
+    if (up.d_mean) {
+      mean = valid.gather(up.mean);
+      q = valid.gather(up.d_mean);
+    }
+    if (up.d_class) class_coef = valid.gather(up.d_class);
+    if (up.scale) scale = valid.gather(up.scale);
+    for (size_t r = 0; r < a.size(); ++r) {
+      const float b = valid.label[r] < 0 ? 0 : d_nll[r];
+      a[r] += d_nll[r];
+      if (up.d_mean) a[r] += q[r];
+      // of p near 1, p - 1 would lose what nll still knows
+      at_label[r] = a[r] * std::expm1(-nll[r]) + (a[r] - b);
+      if (!up.scale) {
+        scale[r] = std::max(std::fabs(a[r]), std::fabs(b));
+        if (up.d_mean) scale[r] = std::max(scale[r], std::fabs(q[r]));
+        if (up.d_class) scale[r] = std::max(scale[r], std::fabs(class_coef[r]));
+      }
+      if (std::isnan(a[r]) || std::isnan(d_nll[r])) scale[r] = INFINITY;
+    }
+  }
+
+  RowCoefficients pointers() const {
+    const auto or_null = [](const std::vector<float>& x) { return x.empty() ? nullptr : x.data(); };
+    return {lse.data(),      lse_low.data(), or_null(mean),      a.data(),
+            at_label.data(), or_null(q),     or_null(class_coef)};
+  }
+};
+
 struct Plan {
   std::vector<int64_t> begin;
   std::vector<int32_t> list;
-  std::vector<float> mass;  // [tiles, n], W; empty if nothing is compensated
-  std::vector<float> bias_push;
+  std::vector<float> weight;
 };
 
-// The size of a row's coefficients and the reference its probabilities are weighed against: rows
-// far above the average upstream gradient are filtered at a finer threshold.
-struct RowScale {
-  std::vector<float> scale, reference;
-};
-
-RowScale row_scales(const Problem& p, const Upstream& up) {
-  RowScale out{std::vector<float>(p.n), std::vector<float>(p.n)};
+// [tiles, n] weight of each strip, 0 where it is not computed.
+std::vector<float> draw(const Problem& p, const Backward& b, const Coefficients& coef,
+                        Workers& workers) {
+  const float tau = b.summary ? float(b.summary[2]) : 0;
   double total = 0;
-  for (int64_t r = 0; r < p.n; ++r) {
-    float x = std::max(std::fabs(up.a[r]), std::fabs(up.b[r]));
-    if (up.q) x = std::max(x, std::fabs(up.q[r]));
-    if (up.class_coef) x = std::max(x, std::fabs(up.class_coef[r]));
-    if (std::isnan(up.a[r]) || std::isnan(up.b[r])) x = INFINITY;
-    out.scale[r] = x;
-    total += x;
-  }
-  const float mean = p.n ? float(total / double(p.n)) : 0;
-  for (int64_t r = 0; r < p.n; ++r) out.reference[r] = std::min(out.scale[r], mean);
-  return out;
-}
-
-Plan plan_strips(const Problem& p, const StripStats& stats, const Upstream& up, double eps,
-                 Workers& workers) {
-  const RowScale rows = row_scales(p, up);
-  const bool exact = eps == 0;
-  Plan plan;
-  std::vector<uint8_t> keep(p.tiles * p.n);
-  if (!exact) plan.mass.resize(p.tiles * p.n);
+  for (float x : coef.scale) total += x;
+  const float mean_scale = p.n ? float(total / double(p.n)) : 0;
+  std::vector<float> weight(p.tiles * p.n);
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
-    const int64_t row0 = span * kRowSpan, row1 = std::min(p.n, row0 + kRowSpan);
+    const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);
+    float threshold[kRowSpan];
+    uint32_t phase[kRowSpan];
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t r = row0 + i;
+      threshold[i] = tau * std::min(coef.scale[r], mean_scale);
+      phase[i] = first_phase(uint32_t(p.rows[r]), bits_of(coef.lse[r]), b.seed);
+    }
     for (int64_t t = 0; t < p.tiles; ++t)
-      for (int64_t r = row0; r < row1; ++r) {
-        const int64_t at = t * p.n + r;
-        if (rows.scale[r] == 0) continue;
-        if (exact) {
-          keep[at] = 1;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t r = row0 + i, at = t * b.head.N + r;
+        if (coef.scale[r] == 0) continue;
+        float& w = weight[t * p.n + r];
+        if (tau == 0 || (p.label[r] >= 0 && p.label[r] / kTile == t)) {
+          w = 1;
           continue;
         }
-        const float lse = up.lse[r], peak = std::exp(stats.max[at] - lse);
-        const float threshold = float(eps) * rows.reference[r];
-        float bound = std::fabs(up.a[r]);
-        if (up.q)
-          bound += std::fabs(up.q[r]) * std::max(std::fabs(stats.max[at] - up.mean[r]), 1.0f);
-        bool kept = !(peak * bound < threshold);
-        if (!kept && p.position[r] >= 0 && p.position[r] / kTile == t) {
-          const float prob = std::exp(-up.nll[r]);
-          kept = !(std::fabs(up.a[r] * prob - up.b[r]) < threshold);
-        }
-        keep[at] = kept;
-        if (kept) continue;
-        float coef = up.a[r];
-        if (up.q && stats.sum[at] > 0)
-          coef += up.q[r] * (stats.weighted[at] / stats.sum[at] - up.mean[r]);
-        plan.mass[at] = peak * stats.slope[at] * coef * p.map.scale;
+        float x = std::fabs(coef.a[r]) * b.masses[at];
+        if (p.want_mean) x += std::fabs(coef.q[r]) * b.masses[p.tiles * b.head.N + at];
+        const float u = x / threshold[i];
+        const uint32_t step = phase_step(u);
+        phase[i] += step;
+        if (is_certain(u) || is_drawn(phase[i], step)) w = draw_weight(step);
       }
   });
+  return weight;
+}
 
+Plan plan_strips(const Problem& p, const std::vector<float>& weight, Workers& workers) {
+  Plan plan;
   plan.begin.resize(p.tiles + 1);
-  plan.bias_push.resize(p.tiles);
   std::vector<int64_t> count(p.tiles);
   workers.run(p.tiles, [&](int64_t t, Scratch&) {
-    double pushed = 0;
-    for (int64_t r = 0; r < p.n; ++r) {
-      count[t] += keep[t * p.n + r];
-      if (!exact) pushed += plan.mass[t * p.n + r];
-    }
-    plan.bias_push[t] = float(pushed / p.map.scale);
+    for (int64_t r = 0; r < p.n; ++r) count[t] += weight[t * p.n + r] > 0;
   });
   for (int64_t t = 0; t < p.tiles; ++t) plan.begin[t + 1] = plan.begin[t] + count[t];
   plan.list.resize(plan.begin[p.tiles]);
+  plan.weight.resize(plan.begin[p.tiles]);
   workers.run(p.tiles, [&](int64_t t, Scratch&) {
-    int32_t* to = plan.list.data() + plan.begin[t];
-    for (int64_t r = 0; r < p.n; ++r)
-      if (keep[t * p.n + r]) *to++ = int32_t(r);
+    int64_t at = plan.begin[t];
+    for (int64_t r = 0; r < p.n; ++r) {
+      const float w = weight[t * p.n + r];
+      if (!(w > 0)) continue;
+      plan.list[at] = int32_t(r);
+      plan.weight[at++] = w;
+    }
   });
   return plan;
-}
-
-// Weight of each position inside its tile; uniform without a profile.
-std::vector<float> tile_profile(const Problem& p, const float* prob) {
-  std::vector<float> out(p.tiles * kTile);
-  for (int64_t t = 0; t < p.tiles; ++t) {
-    const int64_t first = t * kTile, last = std::min(p.V, first + kTile);
-    const auto weight = [&](int64_t i) { return prob[p.order ? p.order[i] : i]; };
-    double total = 0;
-    if (prob)
-      for (int64_t i = first; i < last; ++i) total += weight(i);
-    for (int64_t i = first; i < last; ++i)
-      out[i] = total > 0 ? float(weight(i) / total) : 1.0f / float(last - first);
-  }
-  return out;
 }
 
 // de [n, kColumns] -> kColumns columns of the result.
@@ -127,25 +131,16 @@ void store_columns(const Problem& p, const float* de, int64_t column, const Grad
               de + r * kColumns, width);
 }
 
-}  // namespace
-
-void backward(const Problem& p, const StripStats& stats, const Upstream& up, const float* prob,
-              double eps, const Gradients& out, Workers& workers) {
-  const Plan plan = plan_strips(p, stats, up, eps, workers);
+void backward(const Problem& p, const Backward& b, const Gradients& out, const Coefficients& coef,
+              Workers& workers) {
+  const Plan plan = plan_strips(p, draw(p, b, coef, workers), workers);
   const int64_t columns = padded(p.D), blocks = columns / kColumns;
-  const bool compensated = !plan.mass.empty();
-  const std::vector<float> profile = compensated ? tile_profile(p, prob) : std::vector<float>();
-  // of the kTile tiles at hand: what they push into dC, then their means
-  std::vector<float> group(compensated ? std::min<int64_t>(p.tiles, kTile) * columns : 0);
-
   GradTask task{};
   task.problem = &p;
-  task.coef = {up.lse, up.mean, up.a, up.b, up.q, up.class_coef};
+  task.coef = coef.pointers();
   task.list = plan.list.data();
+  task.weight = plan.weight.data();
   task.begin = plan.begin.data();
-  task.profile = compensated ? profile.data() : nullptr;
-  task.push = compensated && out.dc ? group.data() : nullptr;
-  task.bias_push = plan.bias_push.data();
   task.dc = out.dc;
   task.dbias = out.dbias;
 
@@ -153,61 +148,44 @@ void backward(const Problem& p, const StripStats& stats, const Upstream& up, con
   // dE is summed in fp32, a batch of tiles at a time.
   const int64_t strip_bytes = kTile * size_of(strip_type(p.c.dtype));
   const int64_t all_bytes = plan.begin[p.tiles] * strip_bytes;
-  const bool at_once = p.tiles <= kTile && all_bytes <= p.n * columns * int64_t{sizeof(float)};
+  const bool at_once = all_bytes <= p.n * columns * int64_t{sizeof(float)};
   const int64_t batch_bytes = at_once ? all_bytes : kBatchBytes;
   std::vector<float> de(out.de && !at_once ? p.n * columns : 0);
   size_t capacity = 0;
   std::unique_ptr<char[]> strips;
-  for (int64_t group0 = 0; group0 < p.tiles; group0 += kTile) {
-    const int64_t group1 = std::min(p.tiles, group0 + kTile);
-    if (compensated && out.dc)
-      workers.run(blocks, [&](int64_t b, Scratch& s) {
-        kernels().push_columns(p, plan.mass.data(), group.data(), group0, b * kColumns, s);
-      });
-    for (int64_t tile0 = group0, tile1; tile0 < group1; tile0 = tile1) {
-      for (tile1 = tile0 + 1; tile1 < group1; ++tile1)
-        if ((plan.begin[tile1 + 1] - plan.begin[tile0]) * strip_bytes > batch_bytes &&
-            tile1 - tile0 >= 2 * workers.threads())
-          break;
-      task.slot0 = plan.begin[tile0];
-      const size_t bytes = (plan.begin[tile1] - plan.begin[tile0]) * strip_bytes;
-      if (capacity < bytes) {
-        strips = std::make_unique_for_overwrite<char[]>(bytes);
-        capacity = bytes;
-      }
-      task.strips = strips.get();
-      workers.run(tile1 - tile0,
-                  [&](int64_t t, Scratch& s) { kernels().grad_tile(task, tile0 + t, s); });
-      if (out.de && !at_once)
-        workers.run(blocks, [&](int64_t b, Scratch& s) {
-          kernels().grad_columns(task, tile0, tile1, b * kColumns, &de[b * kColumns * p.n], s);
-        });
+  for (int64_t tile0 = 0, tile1; tile0 < p.tiles; tile0 = tile1) {
+    for (tile1 = tile0 + 1; tile1 < p.tiles; ++tile1)
+      if ((plan.begin[tile1 + 1] - plan.begin[tile0]) * strip_bytes > batch_bytes &&
+          tile1 - tile0 >= 2 * workers.threads())
+        break;
+    task.slot0 = plan.begin[tile0];
+    const size_t bytes = (plan.begin[tile1] - plan.begin[tile0]) * strip_bytes;
+    if (capacity < bytes) {
+      strips = std::make_unique_for_overwrite<char[]>(bytes);
+      capacity = bytes;
     }
-    if (compensated && out.de) {
-      workers.run(group1 - group0, [&](int64_t t, Scratch& s) {
-        kernels().tile_mean(p, profile.data(), group.data(), group0 + t, s);
+    task.strips = strips.get();
+    workers.run(tile1 - tile0,
+                [&](int64_t t, Scratch& s) { kernels().grad_tile(task, tile0 + t, s); });
+    if (out.de && !at_once)
+      workers.run(blocks, [&](int64_t block, Scratch& s) {
+        kernels().grad_columns(task, tile0, tile1, block * kColumns, &de[block * kColumns * p.n],
+                               s);
       });
-      if (!at_once)
-        workers.run(blocks, [&](int64_t b, Scratch& s) {
-          kernels().pull_columns(p, plan.mass.data(), group.data(), &de[b * kColumns * p.n], group0,
-                                 b * kColumns, s);
-        });
-    }
   }
   if (out.de)
-    workers.run(blocks, [&](int64_t b, Scratch& s) {
-      const int64_t column = b * kColumns;
+    workers.run(blocks, [&](int64_t block, Scratch& s) {
+      const int64_t column = block * kColumns;
       if (!at_once) return store_columns(p, &de[column * p.n], column, out);
       std::vector<float> sums(p.n * kColumns);
-      if (compensated)
-        kernels().pull_columns(p, plan.mass.data(), group.data(), sums.data(), 0, column, s);
       kernels().grad_columns(task, 0, p.tiles, column, sums.data(), s);
       store_columns(p, sums.data(), column, out);
     });
 }
 
-double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef,
-             const RowOutputs& rows, const Gradients& out, Workers& workers) {
+double fused(const Problem& whole, const std::vector<float>& nll_coef,
+             const std::vector<float>& lse2_coef, RowResults& rows, const Gradients& out,
+             Workers& workers) {
   const int64_t n = whole.n, strip_bytes = kTile * size_of(strip_type(whole.c.dtype));
   const bool narrow = whole.c.dtype != DType::kFloat32;
   // 16-bit dC wants all rows at once; more rows than that and partial sums in fp32 cost less
@@ -222,14 +200,14 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
   const int64_t tiles = whole.tiles;
   const auto strips =
       std::make_unique_for_overwrite<char[]>(std::min(n, step) * tiles * strip_bytes);
-  std::vector<float> planes(2 * tiles * std::min(n, step)), a(step), target(step);
+  std::vector<float> planes(2 * tiles * std::min(n, step)), a(step), at_label(step), target(step);
   std::vector<int64_t> begin(tiles + 1);
   double loss = 0;
   for (int64_t row = 0; row < n; row += step) {
     Problem p = whole;
     p.n = std::min(step, n - row);
     p.rows += row;
-    p.position += row;
+    p.label += row;
     for (int64_t t = 0; t <= tiles; ++t) begin[t] = t * p.n;
     StripStats stats{};
     stats.max = planes.data();
@@ -239,17 +217,20 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
       const int64_t tile = t * kForwardTiles;
       kernels().fused_tiles(p, stats, strips.get(), tile, std::min(tiles, tile + kForwardTiles), s);
     });
-    const RowOutputs chunk{rows.nll + row, rows.lse + row, nullptr, nullptr, nullptr};
+    RowResults chunk(p.n);
     combine(p, stats, chunk, workers);
-    const float *lse = chunk.lse, *b = nll_coef + row;
+    std::copy(chunk.nll.begin(), chunk.nll.end(), rows.nll.begin() + row);
+    std::copy(chunk.lse.begin(), chunk.lse.end(), rows.lse.begin() + row);
+    const float *lse = chunk.lse.data(), *b = nll_coef.data() + row;
     for (int64_t r = 0; r < p.n; ++r) {
       a[r] = b[r] + 2 * lse2_coef[row + r] * lse[r];
+      at_label[r] = a[r] * std::expm1(-chunk.nll[r]) + (a[r] - b[r]);
       loss += double(b[r]) * chunk.nll[r] + double(lse2_coef[row + r]) * lse[r] * lse[r];
     }
 
     GradTask task{};
     task.problem = &p;
-    task.coef = {lse, nullptr, a.data(), b, nullptr, nullptr};
+    task.coef = {lse, chunk.lse_low.data(), nullptr, a.data(), at_label.data(), nullptr, nullptr};
     task.begin = begin.data();
     task.strips = strips.get();
     task.dc = out.dc;
@@ -277,4 +258,40 @@ double fused(const Problem& whole, const float* nll_coef, const float* lse2_coef
   return loss;
 }
 
-}  // namespace gemma_ext::cce
+// Nothing where no row is valid.
+Gradients wanted(const ValidRows& valid, const Gradients& out) {
+  const Problem& p = valid.problem;
+  const int64_t size = size_of(p.e.dtype);
+  if (out.de && p.n < p.e.rows) memset(out.de, 0, p.e.rows * p.D * size);
+  if (p.n > 0) return out;
+  if (out.dc) memset(out.dc, 0, p.V * p.D * size);
+  if (out.dbias) memset(out.dbias, 0, p.V * sizeof(float));
+  return {};
+}
+
+}  // namespace
+
+Status run(const Backward& b, Workers& workers) {
+  ValidRows valid(b.head);
+  if (!valid.status.ok()) return valid.status;
+  Problem& p = valid.problem;
+  p.want_mean = b.up.d_mean;
+  const Gradients out = wanted(valid, b.out);
+  if (p.n == 0) return {};
+  backward(p, b, out, Coefficients(valid, b.up), workers);
+  return {};
+}
+
+Status run(const Fused& f, Workers& workers) {
+  const ValidRows valid(f.head);
+  if (!valid.status.ok()) return valid.status;
+  RowResults rows(valid.problem.n);
+  const Gradients out = wanted(valid, f.out);
+  *f.loss = float(fused(valid.problem, valid.gather(f.nll_coef), valid.gather(f.lse2_coef), rows,
+                        out, workers));
+  valid.scatter(rows.nll, f.nll, 0.0f);
+  valid.scatter(rows.lse, f.lse, 0.0f);
+  return {};
+}
+
+}  // namespace gemma_ext::cce::cpu

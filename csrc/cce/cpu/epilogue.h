@@ -2,10 +2,12 @@
 // What happens to a strip of kTile raw products while it is in L1: logits, sums, gradients.
 #pragma once
 
-#include "../../common/vec.h"
-#include "../params.h"
+#include "../../common/cpu/vec.h"
+#include "../contract.h"
 
-namespace gemma_ext::GEMMA_EXT_ISA {
+namespace gemma_ext::cce::GEMMA_EXT_ISA {
+
+using namespace gemma_ext::cpu::GEMMA_EXT_ISA;
 
 constexpr float kInfinity = __builtin_inff();
 
@@ -41,28 +43,34 @@ GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, const
     sum_slope += e > 0.0f ? e * (1.0f - t * t) : Vf{};
     if (want_mean) sum_s += e > 0.0f ? e * x : Vf{};
   }
-  return {top, sum(sum_e), sum(sum_slope) * map.inv_t, sum(sum_s)};
+  return {top, sum(sum_e), sum(sum_slope), sum(sum_s)};
 }
 
+struct StripCoefficients {
+  float lse, lse_low, a, at_label, mean, q, class_coef;
+};
+
 // G in place of s for one row; `target` is the label's place in this tile or -1.
-GEMMA_EXT_INLINE void strip_gradient(const LogitMap& map, float lse, float a, float b, float q,
-                                     float mean, float class_coef, const float* class_weight,
-                                     int target, float* s) {
-  float at_target = 0;
-  if (target >= 0) {
-    const float t = s[target] * map.t_over_cap;
-    at_target = -b * (1.0f - t * t) * map.inv_t;
-  }
+GEMMA_EXT_INLINE void strip_gradient(const LogitMap& map, const StripCoefficients& c,
+                                     const float* class_weight, int target, float* s) {
+  const float at_target = target >= 0 ? s[target] : 0.0f;
   for (int i = 0; i < kTile; i += kLanes) {
-    const Vf x = load(s + i), p = exp(x - lse), t = x * map.t_over_cap;
+    const Vf x = load(s + i), p = exp((x - c.lse) - c.lse_low), t = x * map.t_over_cap;
     const Vi outside = x == -kInfinity;
-    Vf g = p * a;
-    if (q != 0.0f) g += p * (x - mean) * q;
-    if (class_coef != 0.0f) g += load(class_weight + i) * class_coef;
+    Vf g = p * c.a;
+    if (c.q != 0.0f) g += p * (x - c.mean) * c.q;
+    if (c.class_coef != 0.0f) g += load(class_weight + i) * c.class_coef;
     g *= (1.0f - t * t) * map.inv_t;
     store(s + i, outside ? Vf{} : g);
   }
-  if (target >= 0) s[target] += at_target;
+  if (target >= 0) {
+    const float t = at_target * map.t_over_cap;
+    float g = c.at_label;
+    if (c.q != 0.0f)
+      g += exp(set1((at_target - c.lse) - c.lse_low))[0] * (at_target - c.mean) * c.q;
+    if (c.class_coef != 0.0f) g += class_weight[target] * c.class_coef;
+    s[target] = g * (1.0f - t * t) * map.inv_t;
+  }
 }
 
-}  // namespace gemma_ext::GEMMA_EXT_ISA
+}  // namespace gemma_ext::cce::GEMMA_EXT_ISA

@@ -1,68 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward on the CPU: tiles in parallel, then one fixed-order combination per row.
-#include <stdlib.h>
-
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <cstring>
 
-#include "plan.h"
+#include "rows.h"
 
-namespace gemma_ext::cce {
-Workers::Workers(int threads, ParallelFor parallel_for)
-    : scratch_(std::max(threads, 1)), parallel_for_(std::move(parallel_for)) {}
+namespace gemma_ext::cce::cpu {
 
-Workers::~Workers() {
-  for (Scratch& s : scratch_)
-    for (void* part : s.part) free(part);
-}
-
-void Workers::run(int64_t tasks, const std::function<void(int64_t, Scratch&)>& task) {
-  std::atomic<int64_t> next{0};
-  parallel_for_(threads(), [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t t = next++; t < tasks; t = next++) task(t, scratch_[worker]);
-  });
-}
-
-StripStats stat_planes(float* memory, const Problem& p) {
-  const int64_t plane = p.tiles * p.n;
-  return {memory,
-          memory + plane,
-          memory + 2 * plane,
-          p.want_mean ? memory + 3 * plane : nullptr,
-          nullptr,
-          nullptr,
-          nullptr};
-}
-
-void forward(const Problem& p, StripStats stats, const RowOutputs& out, Workers& workers) {
-  std::vector<float> target(p.n), class_sum;
-  std::vector<int64_t> argmax;
-  stats.target = target.data();
-  if (p.class_weight) {
-    class_sum.resize(p.tiles * p.n);
-    stats.class_sum = class_sum.data();
-  }
-  if (p.want_argmax) {
-    argmax.resize(p.tiles * p.n);
-    stats.argmax = argmax.data();
-  }
-
-  // few tiles: split the rows too, at the price of packing a tile once per part
-  const int64_t groups = tile_groups(p), wanted = 4 * workers.threads();
-  const int64_t parts = std::clamp<int64_t>((wanted + groups - 1) / groups, 1, spans(p.n) + 1);
-  const int64_t part = (p.n + parts - 1) / parts;
-  workers.run(p.n ? groups * parts : 0, [&](int64_t t, Scratch& s) {
-    const int64_t row = t % parts * part, tile = t / parts * kForwardTiles;
-    if (row < p.n)
-      kernels().forward_tiles(p, stats, tile, std::min(p.tiles, tile + kForwardTiles), row,
-                              std::min(p.n, row + part), s);
-  });
-  combine(p, stats, out, workers);
-}
-
-void combine(const Problem& p, const StripStats& stats, const RowOutputs& out, Workers& workers) {
+void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers& workers) {
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
     const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);
     float top[kRowSpan];
@@ -92,86 +38,128 @@ void combine(const Problem& p, const StripStats& stats, const RowOutputs& out, W
       const int64_t row = row0 + r;
       const double lse = top[r] + std::log(total[r]);
       out.lse[row] = float(lse);
-      out.nll[row] = float(p.position[row] >= 0 ? lse - stats.target[row] : lse);
+      out.lse_low[row] = std::isfinite(out.lse[row]) ? float(lse - out.lse[row]) : 0.0f;
+      out.nll[row] = float(p.label[row] >= 0 ? lse - stats.target[row] : lse);
       if (p.want_mean) out.mean[row] = float(weighted[r] / total[r]);
       if (p.class_weight) out.class_sum[row] = float(classes[r]);
     }
   });
 }
 
-FilterReport report(const Problem& p, const StripStats& stats, const RowOutputs& rows, double eps,
-                    Workers& workers) {
-  // Auto takes the largest of 2^-10 .. 2^-15 whose predicted gradient error is below kError. After
-  // compensation the entries p of a dropped strip remain as noise of energy sum p^2, at most
-  // peak * mass; the whole gradient has about (1 - p_label)^2 plus the peaks squared. The true error
-  // was 1.1 to 2 times this prediction on planted power laws and at random initialisation, so 2^-9
-  // keeps it under the 2^-8 of one bfloat16 rounding. Above kBreakEven of the strips, recomputing
-  // them costs more than the exact form.
-  constexpr int kCandidates = 6;
-  constexpr double kError = 0x1p-9, kBreakEven = 0.6;
-  const bool automatic = eps == kAutoEps;
-  const int candidates = automatic ? kCandidates : 1;
-  double threshold[kCandidates];
-  for (int i = 0; i < candidates; ++i) threshold[i] = automatic ? std::ldexp(1.0, -10 - i) : eps;
+namespace {
 
+// Recomputing strips costs more than the exact form above this share of them.
+constexpr double kBreakEven = 0.6;
+
+// Masses in place of stats.slope, [tiles, n], and reaches, and what the filter does with them (sampling.h).
+FilterReport draw_by(const Problem& p, const StripStats& stats, const RowResults& rows,
+                     float* reaches, double eps, Workers& workers) {
   struct Tally {
-    double dropped[kCandidates] = {}, worst[kCandidates] = {}, noise[kCandidates] = {};
-    double energy = 0;
-    int64_t strips[kCandidates] = {};
+    double kept[kCandidates] = {}, noise[kCandidates] = {}, energy = 0;
   };
+  float tau[kCandidates];
+  for (int i = 0; i < kCandidates; ++i) tau[i] = float(tau_of(eps, i));
   std::vector<Tally> tallies(spans(p.n));
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
-    const int64_t row0 = span * kRowSpan, count = std::min(kRowSpan, p.n - row0);
+    const int64_t row0 = span * kRowSpan, row1 = std::min(p.n, row0 + kRowSpan);
     Tally& tally = tallies[span];
-    std::vector<double> mass(count * candidates);
     for (int64_t t = 0; t < p.tiles; ++t)
-      for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = row0 + r, at = t * p.n + row;
-        const double peak = std::exp(stats.max[at] - rows.lse[row]);
-        const bool target = p.position[row] >= 0 && p.position[row] / kTile == t;
-        const double miss = target ? -std::expm1(-double(rows.nll[row])) : 0;
-        tally.energy += target ? miss * miss : peak * peak;
-        for (int i = 0; i < candidates; ++i)
-          if (peak < threshold[i] && !(target && miss >= threshold[i])) {
-            mass[r * candidates + i] += peak * stats.sum[at];
-            tally.noise[i] += peak * peak * stats.sum[at];
-            ++tally.strips[i];
-          }
-      }
-    for (int64_t r = 0; r < count; ++r)
-      for (int i = 0; i < candidates; ++i) {
-        tally.dropped[i] += mass[r * candidates + i];
-        tally.worst[i] = std::max(tally.worst[i], mass[r * candidates + i]);
+      for (int64_t row = row0; row < row1; ++row) {
+        const int64_t at = t * p.n + row;
+        const float peak = std::exp((stats.max[at] - rows.lse[row]) - rows.lse_low[row]);
+        const float mass = peak * stats.slope[at];
+        stats.slope[at] = mass;
+        if (p.want_mean)
+          reaches[at] = mass * std::max(1.0f, std::fabs(stats.max[at] - rows.mean[row]));
+        const bool here = p.label[row] >= 0 && p.label[row] / kTile == t;
+        const double miss = here ? -std::expm1(-double(rows.nll[row])) : 0;
+        tally.energy += here ? miss * miss : double(peak) * peak;
+        for (int i = 0; i < kCandidates; ++i) {
+          tally.kept[i] += here ? 1.0f : std::min(1.0f, mass / tau[i]);
+          tally.noise[i] += here ? 0.0f : peak * std::max(tau[i] - mass, 0.0f);
+        }
       }
   });
-
-  for (int i = 0; i < candidates; ++i) {
-    FilterReport result{.eps = threshold[i]};
-    int64_t strips = 0;
-    double noise = 0, energy = 0;
-    for (const Tally& tally : tallies) {
-      noise += tally.noise[i];
-      energy += tally.energy;
-      result.dropped_mean += tally.dropped[i];
-      result.dropped_max = std::max(result.dropped_max, tally.worst[i]);
-      strips += tally.strips[i];
+  Tally all;
+  for (const Tally& tally : tallies) {
+    all.energy += tally.energy;
+    for (int i = 0; i < kCandidates; ++i) {
+      all.kept[i] += tally.kept[i];
+      all.noise[i] += tally.noise[i];
     }
-    if (p.n) {
-      result.dropped_mean /= double(p.n);
-      result.kept = 1 - double(strips) / (double(p.n) * double(p.tiles));
-    }
-    if (!automatic || (noise <= kError * kError * energy && result.kept <= kBreakEven))
-      return result;
-    if (result.kept > kBreakEven) break;
   }
+  return choose_tau(eps, kBreakEven, double(p.n) * double(p.tiles), all.kept, all.noise,
+                    all.energy);
+}
+
+// [tiles, n] -> [tiles, N] in place, zero behind n.
+void spread(float* plane, int64_t tiles, int64_t n, int64_t N) {
+  for (int64_t t = tiles - 1; t >= 0; --t) {
+    std::memmove(plane + t * N, plane + t * n, n * sizeof(float));
+    std::fill(plane + t * N + n, plane + (t + 1) * N, 0.0f);
+  }
+}
+
+void forward_tiles(const Problem& p, StripStats stats, RowResults& out, Workers& workers) {
+  std::vector<float> target(p.n), class_sum;
+  std::vector<int64_t> argmax;
+  stats.target = target.data();
+  if (p.class_weight) {
+    class_sum.resize(p.tiles * p.n);
+    stats.class_sum = class_sum.data();
+  }
+  if (p.want_argmax) {
+    argmax.resize(p.tiles * p.n);
+    stats.argmax = argmax.data();
+  }
+
+  // few tiles: split the rows too, at the price of packing a tile once per part
+  const int64_t groups = tile_groups(p), wanted = 4 * workers.threads();
+  const int64_t parts = std::clamp<int64_t>((wanted + groups - 1) / groups, 1, spans(p.n) + 1);
+  const int64_t part = (p.n + parts - 1) / parts;
+  workers.run(p.n ? groups * parts : 0, [&](int64_t t, Scratch& s) {
+    const int64_t row = t % parts * part, tile = t / parts * kForwardTiles;
+    if (row < p.n)
+      kernels().forward_tiles(p, stats, tile, std::min(p.tiles, tile + kForwardTiles), row,
+                              std::min(p.n, row + part), s);
+  });
+  combine(p, stats, out, workers);
+}
+
+}  // namespace
+
+Status run(const Forward& f, Workers& workers) {
+  ValidRows valid(f.head);
+  if (!valid.status.ok()) return valid.status;
+  Problem& p = valid.problem;
+  p.want_mean = f.out.mean;
+  p.want_argmax = f.out.argmax;
+  const int64_t plane = p.tiles * p.n;
+  std::vector<float> planes((2 + p.want_mean) * plane);
+  StripStats strips{};
+  strips.max = planes.data();
+  strips.sum = planes.data() + plane;
+  strips.slope = f.masses;
+  strips.weighted = p.want_mean ? planes.data() + 2 * plane : nullptr;
+  RowResults out(p.n);
+  forward_tiles(p, strips, out, workers);
+
+  valid.scatter(out.nll, f.out.nll, 0.0f);
+  valid.scatter(out.lse, f.out.lse, 0.0f);
+  valid.scatter(out.lse_low, f.out.lse_low, 0.0f);
+  if (f.out.mean) valid.scatter(out.mean, f.out.mean, 0.0f);
+  if (f.out.class_sum) valid.scatter(out.class_sum, f.out.class_sum, 0.0f);
+  if (f.out.argmax) valid.scatter(out.argmax, f.out.argmax, int64_t{-1});
+  FilterReport report;
+  if (f.masses) {
+    float* reaches = f.masses + p.tiles * f.head.N;
+    report = draw_by(p, strips, out, reaches, f.eps, workers);
+    spread(f.masses, p.tiles, p.n, f.head.N);
+    if (p.want_mean) spread(reaches, p.tiles, p.n, f.head.N);
+  }
+  const double summary[] = {report.kept, report.error, report.tau};
+  std::copy(summary, summary + 3, f.summary);
   return {};
 }
 
-void column_stats(const Problem& p, const float* lse, float eps, float* count, float* prob,
-                  Workers& workers) {
-  workers.run(p.tiles, [&](int64_t tile, Scratch& s) {
-    kernels().column_tile(p, lse, eps, count, prob, tile, s);
-  });
-}
-
-}  // namespace gemma_ext::cce
+}  // namespace gemma_ext::cce::cpu

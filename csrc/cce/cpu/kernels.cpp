@@ -4,34 +4,23 @@
 //   lse[n]  = log sum_v exp(s),   G = dloss/d(e.c),   dE = scale G C,   dC = scale G^T E
 // The logits of a tile live in one worker's L2 as strips of 256 columns, never as an N x V matrix.
 // Compiled once per instruction set; the namespace is the set's name.
-#include <stdlib.h>
 #include <string.h>
 
+#include "../../common/cpu/gemm.h"
 #include "epilogue.h"
-#include "gemm.h"
+#include "kernels.h"
 
-namespace gemma_ext::GEMMA_EXT_ISA {
+namespace gemma_ext::cce::GEMMA_EXT_ISA {
 namespace {
+
+static_assert(kTile == kDepth, "strips are read in place as rows of A");
+constexpr int kSlices = kTile / kSlice;
 
 enum Part { kPacked, kRaw, kBlockA, kStrips, kPackedA, kBlockB, kSums, kSmall };
 
 template <class T>
 T* scratch(Scratch& s, Part part, int64_t count) {
-  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-  if (s.size[part] < bytes) {
-    free(s.part[part]);
-    s.part[part] = aligned_alloc(64, bytes);
-    if (!s.part[part]) abort();
-    s.size[part] = bytes;
-  }
-  return static_cast<T*>(s.part[part]);
-}
-
-GEMMA_EXT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-int64_t depth(int64_t d) {
-  return (d + kPair<T> - 1) / kPair<T> * kPair<T>;
+  return static_cast<T*>(s.part(part, count * sizeof(T)));
 }
 
 struct Tile {
@@ -44,50 +33,21 @@ GEMMA_EXT_INLINE Tile tile_at(const Problem& p, int64_t tile) {
   return {first, int(least(kTile, p.V - first))};
 }
 
-GEMMA_EXT_INLINE int64_t column_id(const Problem& p, int64_t position) {
-  return p.order ? p.order[position] : position;
+void gather(const Tile& tile, const float* from, float* to) {
+  for (int i = 0; i < kTile; ++i) to[i] = from && i < tile.valid ? from[tile.first + i] : 0.0f;
 }
 
-void gather(const Problem& p, const Tile& tile, const float* from, float* to) {
-  for (int i = 0; i < kTile; ++i)
-    to[i] = from && i < tile.valid ? from[column_id(p, tile.first + i)] : 0.0f;
-}
-
-// C[tile]^T as slices ready for the micro-kernel: [kSlices][D / pair, kSlice, pair]. Rows are read in
-// place where they hold words of T or, for a float T, bfloat16 to be widened on the way.
-template <class T>
-void pack_tile(const Problem& p, const Tile& tile, T* packed, Scratch& s) {
-  const int64_t d = depth<T>(p.D), words = d / kPair<T>;
-  const bool widen = sizeof(T) == 4 && p.c.dtype == DType::kBFloat16 && p.c.col_stride == 1;
-  const bool plain = widen || (is_plain<T>(p.c) && d == p.D);
-  T* raw = scratch<T>(s, kRaw, kLanes * d);
-  for (int v = 0; v < kTile; v += kLanes) {
-    const void* row[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const int64_t id = v + i < tile.valid ? column_id(p, tile.first + v + i) : -1;
-      if (id >= 0 && plain) {
-        row[i] = static_cast<const char*>(p.c.data) + id * p.c.row_stride * size_of(p.c.dtype);
-        continue;
-      }
-      T* to = raw + i * d;
-      memset(to, 0, d * sizeof(T));
-      if (id >= 0) load_row<T>(p.c, id, 0, p.D, to);
-      row[i] = to;
-    }
-    uint32_t* to = reinterpret_cast<uint32_t*>(packed + v / kSlice * kSlice * d) + v % kSlice;
-    if (widen)
-      transpose_words<bf16>(row, words, to);
-    else
-      transpose_words<uint32_t>(row, words, to);
-  }
-}
-
+// C[tiles]^T, each ready for the product.
 template <class T>
 T* pack_tiles(const Problem& p, int64_t tile0, int64_t tile1, Scratch& s) {
   const int64_t size = depth<T>(p.D) * kTile;
   T* packed = scratch<T>(s, kPacked, (tile1 - tile0) * size);
-  for (int64_t t = tile0; t < tile1; ++t)
-    pack_tile<T>(p, tile_at(p, t), packed + (t - tile0) * size, s);
+  T* spare = scratch<T>(s, kRaw, kLanes * depth<T>(p.D));
+  for (int64_t t = tile0; t < tile1; ++t) {
+    const Tile tile = tile_at(p, t);
+    const auto id = [&](int v) { return v < tile.valid ? tile.first + v : -1; };
+    pack_rows<T>(p.c, kTile, id, packed + (t - tile0) * size, spare);
+  }
   return packed;
 }
 
@@ -111,18 +71,14 @@ float* products(const Problem& p, const T* packed, int64_t tiles, int64_t rows, 
 }
 
 int target_in(const Problem& p, const Tile& tile, int64_t row) {
-  const int64_t at = p.position[row] - tile.first;
-  return p.position[row] >= 0 && at >= 0 && at < kTile ? int(at) : -1;
+  const int64_t at = p.label[row] - tile.first;
+  return p.label[row] >= 0 && at >= 0 && at < kTile ? int(at) : -1;
 }
 
-int64_t strip_argmax(const Problem& p, const Tile& tile, const float* s, float top) {
-  int64_t best = -1;
+int64_t strip_argmax(const Tile& tile, const float* s, float top) {
   for (int i = 0; i < tile.valid; ++i)
-    if (s[i] == top) {
-      const int64_t id = column_id(p, tile.first + i);
-      if (best < 0 || id < best) best = id;
-    }
-  return best;
+    if (s[i] == top) return tile.first + i;
+  return -1;
 }
 
 void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t index, int64_t row,
@@ -138,7 +94,7 @@ void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t i
     for (int i = 0; i < tile.valid; ++i) total += weights[i] * s[i];
     out.class_sum[at] = total;
   }
-  if (p.want_argmax) out.argmax[at] = strip_argmax(p, tile, s, sums.max);
+  if (p.want_argmax) out.argmax[at] = strip_argmax(tile, s, sums.max);
   const int target = target_in(p, tile, row);
   if (target >= 0) out.target[row] = s[target];
 }
@@ -152,8 +108,8 @@ void forward_rows(const Problem& p, const StripStats& out, int64_t tile0, int64_
   float* bias = scratch<float>(s, kSmall, 2 * tiles * kTile);
   float* weights = bias + tiles * kTile;
   for (int64_t t = 0; t < tiles; ++t) {
-    gather(p, tile_at(p, tile0 + t), p.bias, bias + t * kTile);
-    gather(p, tile_at(p, tile0 + t), p.class_weight, weights + t * kTile);
+    gather(tile_at(p, tile0 + t), p.bias, bias + t * kTile);
+    gather(tile_at(p, tile0 + t), p.class_weight, weights + t * kTile);
   }
   for (int64_t row = row0; row < row1; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, row1 - row);
@@ -168,55 +124,6 @@ void forward_rows(const Problem& p, const StripStats& out, int64_t tile0, int64_
   }
 }
 
-// Column statistics of a sample of rows: how often p >= eps, and the sum of p.
-template <class T>
-void column_rows(const Problem& p, const float* lse, float eps, float* count, float* prob,
-                 int64_t index, Scratch& s) {
-  const Tile tile = tile_at(p, index);
-  const T* packed = pack_tiles<T>(p, index, index + 1, s);
-  float* bias = scratch<float>(s, kSmall, 3 * kTile);
-  float *hits = bias + kTile, *mass = hits + kTile;
-  gather(p, tile, p.bias, bias);
-  memset(hits, 0, 2 * kTile * sizeof(float));
-  for (int64_t row = 0; row < p.n; row += kBlockRows) {
-    const int64_t rows = least(kBlockRows, p.n - row);
-    float* strips = products<T>(p, packed, 1, rows, [&](int64_t r) { return row + r; }, s);
-    for (int64_t r = 0; r < rows; ++r) {
-      float* x = strips + r * kTile;
-      strip_logits(p.map, bias, tile.valid, x);
-      for (int i = 0; i < kTile; i += kLanes) {
-        const Vf q = exp(load(x + i) - lse[row + r]);
-        store(mass + i, load(mass + i) + q);
-        store(hits + i, load(hits + i) + (q >= eps ? set1(1.0f) : Vf{}));
-      }
-    }
-  }
-  for (int i = 0; i < tile.valid; ++i) {
-    count[column_id(p, tile.first + i)] = hits[i];
-    prob[column_id(p, tile.first + i)] = mass[i];
-  }
-}
-
-constexpr int kTileGroups = (kTile + kGroup - 1) / kGroup;
-constexpr int64_t kPackedStrips = int64_t{kTileGroups} * kGroup * kTile;  // of one K-block
-
-// Strips [rows, kTile] as the A of a product over their rows: [K-block][group of columns][row].
-template <class T, class S>
-const T* pack_strips(const S* strips, int64_t rows, Scratch& s) {
-  constexpr int kWords = kTileGroups * kGroup;
-  T* packed = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kPackedStrips);
-  alignas(64) T line[kWords * kPair<T>] = {};
-  for (int64_t r = 0; r < rows; r += kPair<T>) {
-    const S* even = strips + r * kTile;
-    for (int i = 0; i < kTile; i += kSlice)
-      interleave(even + i, r + 1 < rows ? even + kTile + i : nullptr, line + kPair<T> * i);
-    T* to = packed + r / kTile * kPackedStrips + r % kTile * kGroup;
-    for (int g = 0; g < kTileGroups; ++g)
-      memcpy(to + g * kGroup * kTile, line + g * kGroup * kPair<T>, kGroup * kPair<T> * sizeof(T));
-  }
-  return packed;
-}
-
 // At most kBlockRows strips as the A of a product over their columns.
 template <class T, class S>
 const T* widen_strips(const S* strips, int64_t rows, Scratch& s) {
@@ -229,57 +136,37 @@ const T* widen_strips(const S* strips, int64_t rows, Scratch& s) {
   }
 }
 
-// kColumns columns of `rows` rows of m as slices for the micro-kernel:
-// [kColumns / kSlice][rows / pair, kSlice, pair], slices kTile rows apart. Row -1 is zero.
+// kColumns columns of at most kTile rows of m, ready for the product.
 template <class T, class RowAt>
-T* pack_columns(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scratch& s) {
-  const int64_t width = least(kColumns, m.cols - column);
-  T* raw = scratch<T>(s, kRaw, 2 * kColumns);
+T* pack_block(const Matrix& m, int64_t column, int64_t rows, RowAt row_at, Scratch& s) {
   T* packed = scratch<T>(s, kBlockB, kTile * kColumns);
-  const bool plain = is_plain<T>(m) && width == kColumns;
-  const auto row = [&](int64_t r, T* spare) -> const T* {
-    const int64_t id = row_at(r);
-    if (id >= 0 && plain) return static_cast<const T*>(m.data) + id * m.row_stride + column;
-    memset(spare, 0, kColumns * sizeof(T));
-    if (id >= 0) load_row<T>(m, id, column, width, spare);
-    return spare;
-  };
-  for (int64_t r = 0; r < rows; r += kPair<T>) {
-    const T* even = row(r, raw);
-    const T* odd = kPair<T> == 2 && r + 1 < rows ? row(r + 1, raw + kColumns) : nullptr;
-    for (int i = 0; i < kColumns; i += kSlice)
-      interleave(even + i, odd ? odd + i : nullptr, packed + i * kTile + r * kSlice);
-  }
+  T* spare = scratch<T>(s, kRaw, 2 * kColumns);
+  pack_columns<T, kColumns>(m, column, rows, row_at, packed, spare);
   return packed;
 }
 
-// dC of one tile from the gradient strips [rows, kTile] of its rows, plus the compensation.
+// dC of one tile from the gradient strips [rows, kTile] of its rows.
 template <class T, class S, class RowAt>
 void write_dc(const GradTask& task, int64_t index, const S* strips, int64_t rows, RowAt row_at,
               Scratch& s) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
-  const T* a = pack_strips<T>(strips, rows, s);
+  T* a = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kGroupsSize);
+  pack_transposed(strips, rows, a);
   float* sums = scratch<float>(s, kSums, kTile * kColumns);
-  const float* profile = task.push ? task.profile + tile.first : nullptr;
   for (int64_t column = 0; column < p.D; column += kColumns) {
     const int64_t width = least(kColumns, p.D - column);
     for (int64_t k = 0; k < rows; k += kTile) {
       const int64_t step = least(kTile, rows - k);
       const T* b =
-          pack_columns<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
-      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step,
-                                        a + k / kTile * kPackedStrips, b, kSlice * kTile, sums,
-                                        kColumns, k > 0);
+          pack_block<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
+      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step, a + k / kTile * kGroupsSize,
+                                        b, kSlice * kTile, sums, kColumns, k > 0);
     }
     if (rows == 0) memset(sums, 0, kTile * kColumns * sizeof(float));
     for (int v = 0; v < tile.valid; ++v) {
-      float* x = sums + v * kColumns;
-      const int64_t at = column_id(p, tile.first + v) * p.D + column;
-      if (task.push) {
-        const float* push = task.push + index % kTile * padded(p.D) + column;
-        for (int64_t i = 0; i < width; ++i) x[i] += profile[v] * push[i];
-      }
+      const float* x = sums + v * kColumns;
+      const int64_t at = (tile.first + v) * p.D + column;
       if (task.dc_sum) {
         float* to = task.dc_sum + at;
         if (task.dc_accumulate)
@@ -297,9 +184,8 @@ void write_dbias(const GradTask& task, int64_t index, const float* sums) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
   for (int v = 0; v < tile.valid; ++v) {
-    float* to = task.dbias + column_id(p, tile.first + v);
-    const float pushed = task.profile ? task.profile[tile.first + v] * task.bias_push[index] : 0;
-    *to = (task.dc_accumulate ? *to : 0.0f) + sums[v] + pushed;
+    float& to = task.dbias[tile.first + v];
+    to = (task.dc_accumulate ? to : 0.0f) + sums[v];
   }
 }
 
@@ -315,8 +201,8 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
   S* slots = static_cast<S*>(task.strips) + (task.begin[index] - task.slot0) * kTile;
   float* bias = scratch<float>(s, kSmall, 3 * kTile);
   float *weights = bias + kTile, *bias_sums = weights + kTile;
-  gather(p, tile, p.bias, bias);
-  gather(p, tile, p.class_weight, weights);
+  gather(tile, p.bias, bias);
+  gather(tile, p.class_weight, weights);
   memset(bias_sums, 0, kTile * sizeof(float));
   const T* packed = kept ? pack_tiles<T>(p, index, index + 1, s) : nullptr;
   for (int64_t first = 0; first < kept; first += kBlockRows) {
@@ -326,10 +212,15 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
       const int64_t row = list[first + r];
       float* g = strips + r * kTile;
       strip_logits(p.map, bias, tile.valid, g);
-      strip_gradient(p.map, coef.lse[row], coef.a[row], coef.b[row], coef.q ? coef.q[row] : 0.0f,
-                     coef.mean ? coef.mean[row] : 0.0f,
-                     coef.class_coef ? coef.class_coef[row] : 0.0f, weights,
-                     target_in(p, tile, row), g);
+      const float weight = task.weight[task.begin[index] + first + r];
+      const StripCoefficients c{coef.lse[row],
+                                coef.lse_low[row],
+                                coef.a[row] * weight,
+                                coef.at_label[row],
+                                coef.mean ? coef.mean[row] : 0.0f,
+                                coef.q ? coef.q[row] * weight : 0.0f,
+                                coef.class_coef ? coef.class_coef[row] : 0.0f};
+      strip_gradient(p.map, c, weights, target_in(p, tile, row), g);
       S* slot = slots + (first + r) * kTile;
       for (int i = 0; i < kTile; i += kLanes) {
         const Vf x = load(g + i);
@@ -356,14 +247,14 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
       const int64_t last = least(task.begin[index + 1] - begin, row0 + span);
       if (last <= row0) continue;
       const Tile tile = tile_at(p, index);
-      const T* b = pack_columns<T>(
-          p.c, column, kTile,
-          [&](int64_t v) { return v < tile.valid ? column_id(p, tile.first + v) : -1; }, s);
+      const T* b = pack_block<T>(
+          p.c, column, kTile, [&](int64_t v) { return v < tile.valid ? tile.first + v : -1; }, s);
       const S* g = static_cast<const S*>(task.strips) + (begin - task.slot0) * kTile;
       for (int64_t first = row0; first < last; first += kBlockRows) {
         const int64_t rows = least(kBlockRows, last - first);
         const T* a = widen_strips<T>(g + first * kTile, rows, s);
-        if (!task.list) {
+        // in place where the strips' own rounding hides that of one sum over all of V
+        if (!task.list && sizeof(S) == 2) {
           const T* next = sizeof(T) == sizeof(S) ? a + rows * kTile : nullptr;
           block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile,
                            de + first * kColumns, kColumns, true, next);
@@ -372,7 +263,8 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
         block_product<T>(rows, kColumns / kSlice, kTile, a, b, kSlice * kTile, sums, kColumns,
                          false);
         for (int64_t r = 0; r < rows; ++r) {
-          float* to = de + task.list[begin + first + r] * kColumns;
+          const int64_t row = task.list ? task.list[begin + first + r] : first + r;
+          float* to = de + row * kColumns;
           for (int i = 0; i < kColumns; i += kLanes)
             store(to + i, load(to + i) + load(sums + r * kColumns + i));
         }
@@ -387,7 +279,7 @@ void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile
   const int64_t tiles = tile1 - tile0;
   const T* packed = pack_tiles<T>(p, tile0, tile1, s);
   float* bias = scratch<float>(s, kSmall, tiles * kTile);
-  for (int64_t t = 0; t < tiles; ++t) gather(p, tile_at(p, tile0 + t), p.bias, bias + t * kTile);
+  for (int64_t t = 0; t < tiles; ++t) gather(tile_at(p, tile0 + t), p.bias, bias + t * kTile);
   for (int64_t row = 0; row < p.n; row += kBlockRows) {
     const int64_t rows = least(kBlockRows, p.n - row);
     float* strips = products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
@@ -422,15 +314,13 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
   for (int64_t row = 0; row < p.n; ++row) {
     S* slot = slots + row * kTile;
     const float top = stats.max[index * p.n + row], base = top == -kInfinity ? 0.0f : top;
-    const Vf factor = exp(set1(base - coef.lse[row])) * coef.a[row] * p.map.scale;
+    const Vf factor =
+        exp(set1((base - coef.lse[row]) - coef.lse_low[row])) * coef.a[row] * p.map.scale;
     const int target = target_in(p, tile, row);
     for (int i = 0; i < kTile; i += kLanes) store(slot + i, load(slot + i) * factor);
     if (target >= 0) {
-      // p - 1 needs fp32: a rounded p near 1 would leave nothing of the difference
-      const float z = stats.target[row], t = z * p.map.t_over_cap;
-      const float prob = exp(set1(z - coef.lse[row]))[0];
-      put(slot + target,
-          (coef.a[row] * prob - coef.b[row]) * (1.0f - t * t) * p.map.inv_t * p.map.scale);
+      const float t = stats.target[row] * p.map.t_over_cap;
+      put(slot + target, coef.at_label[row] * (1.0f - t * t) * p.map.inv_t * p.map.scale);
     }
     if (task.dbias)
       for (int i = 0; i < kTile; i += kLanes)
@@ -438,54 +328,6 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
   }
   if (want_dc) write_dc<T>(task, index, slots, p.n, [](int64_t k) { return k; }, s);
   if (task.dbias) write_dbias(task, index, bias_sums);
-}
-
-// mean[tile] = sum_v profile_v c_v
-void tile_mean(const Problem& p, const float* profile, float* mean, int64_t index, Scratch& s) {
-  const Tile tile = tile_at(p, index);
-  float* row = scratch<float>(s, kRaw, p.D);
-  float* to = mean + index % kTile * padded(p.D);
-  memset(to, 0, padded(p.D) * sizeof(float));
-  for (int v = 0; v < tile.valid; ++v) {
-    load_row<float>(p.c, column_id(p, tile.first + v), 0, p.D, row);
-    const float w = profile[tile.first + v];
-    for (int64_t i = 0; i < p.D; ++i) to[i] += w * row[i];
-  }
-}
-
-// push[tiles of the group, 128 columns] = mass [tiles, n] . E
-void push_columns(const Problem& p, const float* mass, float* push, int64_t tile0, int64_t column,
-                  Scratch& s) {
-  const int64_t stride = padded(p.D), tiles = least(kTile, p.tiles - tile0);
-  float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
-  for (int64_t k = 0; k < p.n; k += kTile) {
-    const int64_t step = least(kTile, p.n - k);
-    const float* b =
-        pack_columns<float>(p.e, column, step, [&](int64_t r) { return p.rows[k + r]; }, s);
-    for (int64_t tile = 0; tile < tiles; tile += kBlockRows) {
-      const int64_t rows = least(kBlockRows, tiles - tile);
-      for (int64_t r = 0; r < rows; ++r)
-        memcpy(a + r * kTile, mass + (tile0 + tile + r) * p.n + k, step * sizeof(float));
-      block_product<float>(rows, kColumns / kSlice, step, a, b, kSlice * kTile,
-                           push + tile * stride + column, stride, k > 0);
-    }
-  }
-}
-
-// dE[n, 128 columns] += mass^T . mean [tiles of the group, D]
-void pull_columns(const Problem& p, const float* mass, const float* mean, float* de, int64_t tile0,
-                  int64_t column, Scratch& s) {
-  const int64_t stride = padded(p.D), tiles = least(kTile, p.tiles - tile0);
-  const Matrix means{mean, DType::kFloat32, tiles, stride, stride, 1};
-  float* a = scratch<float>(s, kBlockA, kBlockRows * kTile);
-  const float* b = pack_columns<float>(means, column, tiles, [](int64_t r) { return r; }, s);
-  for (int64_t row = 0; row < p.n; row += kBlockRows) {
-    const int64_t rows = least(kBlockRows, p.n - row);
-    for (int64_t t = 0; t < tiles; ++t)
-      for (int64_t r = 0; r < rows; ++r) a[r * kTile + t] = mass[(tile0 + t) * p.n + row + r];
-    block_product<float>(rows, kColumns / kSlice, tiles, a, b, kSlice * kTile, de + row * kColumns,
-                         kColumns, true);
-  }
 }
 
 // What bfloat16 is multiplied in; strips are kept as strip_type says.
@@ -499,21 +341,13 @@ using Narrow = float;
 #define GEMMA_EXT_STRIPS(storage, call) \
   ((storage) == DType::kBFloat16 ? (call<Narrow, bf16>) : (call<float, float>))
 
-#define GEMMA_EXT_QUOTE(x) #x
-#define GEMMA_EXT_NAME(x) GEMMA_EXT_QUOTE(x)
-
 }  // namespace
 
 extern const Kernels kKernels;
 const Kernels kKernels = {
-    GEMMA_EXT_NAME(GEMMA_EXT_ISA),
     [](const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1, int64_t row0,
        int64_t row1, Scratch& s) {
       GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile0, tile1, row0, row1, s);
-    },
-    [](const Problem& p, const float* lse, float eps, float* count, float* prob, int64_t tile,
-       Scratch& s) {
-      GEMMA_EXT_COMPUTE(p.c.dtype, column_rows)(p, lse, eps, count, prob, tile, s);
     },
     [](const GradTask& t, int64_t tile, Scratch& s) {
       GEMMA_EXT_STRIPS(t.problem->c.dtype, grad_rows)(t, tile, s);
@@ -526,9 +360,6 @@ const Kernels kKernels = {
     [](const GradTask& t, const StripStats& stats, int64_t tile, Scratch& s) {
       GEMMA_EXT_STRIPS(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
     },
-    tile_mean,
-    push_columns,
-    pull_columns,
 };
 
-}  // namespace gemma_ext::GEMMA_EXT_ISA
+}  // namespace gemma_ext::cce::GEMMA_EXT_ISA

@@ -3,73 +3,48 @@
 // kept. Where all strips fit the workspace, the forward leaves them there: three products instead of four.
 #include <algorithm>
 
-#include "dense_sm90.cuh"
 #include "gradients.cuh"
+#include "sm90/dense.cuh"
 
 namespace gemma_ext::cce::cuda {
 namespace {
 
-// Whether exact gradients go by wgmma.
-bool is_dense(const Head& h) { return by_wgmma(h) && !h.order; }
-
 struct BackwardMemory {
   Plan plan;
-  void *mean, *e;
-  float *profile, *push, *de_sum;
+  float* de_sum;
+  void* e;  // a copy of the valid rows, for wgmma
 
-  BackwardMemory(Arena& memory, const Backward& b)
-      : plan(memory, b.head, b.strip_bytes, b.out.de != nullptr,
-             is_dense(b.head) ? DenseChunk(b.head, b.strip_bytes).bytes : 0) {
-    const Head& h = b.head;
-    const int64_t size = size_of(h.dtype), tiles = plan.tiles;
-    const bool filtered = b.summary != nullptr;
-    mean = memory.take<char>(filtered && b.out.de ? tiles * h.D * size : 0);
-    profile = memory.take<float>(filtered ? tiles * kTile : 0);
-    push = memory.take<float>(filtered && b.out.dc ? tiles * h.D : 0);
-    de_sum = memory.take<float>(b.out.de ? h.N * h.D : 0);
-    e = memory.take<char>(is_dense(h) ? h.N * h.D * size : 0);
-  }
+  BackwardMemory(Arena& memory, const Backward& b, int64_t strip_bytes)
+      : plan(memory, b.head, strip_bytes, b.out.de != nullptr,
+             by_wgmma(b.head) ? DenseChunk(b.head, strip_bytes).bytes : 0),
+        de_sum(memory.take<float>(b.out.de ? b.head.N * b.head.D : 0)),
+        e(memory.take<uint16_t>(by_wgmma(b.head) ? b.head.N * b.head.D : 0)) {}
 };
 
-// Where the forward's summary says on the device what is kept, both this and the dense kernels are
-// launched, and one of them leaves at once.
+// On Hopper only the device knows whether it is these or the dense kernels: both are launched, and one of
+// them leaves at once.
 template <class T>
 void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
   constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
   const Head& h = b.head;
   const Plan& plan = m.plan;
   const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
-  const int64_t row_blocks = ceil_div(h.N, kBlockRows);
-  const bool filtered = b.summary != nullptr, exact_elsewhere = is_dense(h);
-  const PlanParams planning{h, plan, exact_elsewhere, b.stats, b.summary};
-  launches.add(keep_kernel<T>, tiles * ceil_div(h.N, kPlanThreads), kPlanThreads, 0, planning);
-  launches.add(count_kernel<T>, tiles, simt::kWarpSize, 0, planning);
-  launches.add(chunk_kernel, 1, kPlanThreads, kPlanThreads * 4, planning);
+  const int64_t row_blocks = ceil_div(h.N, kBlockRows), halves = 2 * tiles * row_blocks;  // at most
+  const bool exact_elsewhere = by_wgmma(h);
+  PlanParams planning{h,      plan, exact_elsewhere, b.masses, b.up.d_mean != nullptr, b.summary,
+                      b.seed, 0};
+  launches.add(sample_kernel, plan.words, kSampleThreads, kSampleThreads * sizeof(uint32_t),
+               planning);
+  launches.add(count_kernel, tiles, simt::kWarpSize, 0, planning);
+  launches.add(chunk_kernel, 1, kChunkThreads, sizeof(ChunkShared), planning);
 
-  GradientParams p{h,
-                   plan,
-                   b.summary,
-                   b.prob,
-                   m.profile,
-                   m.mean,
-                   m.push,
-                   m.de_sum,
-                   b.out,
-                   exact_elsewhere,
-                   static_cast<int>(column_blocks),
-                   0};
-  if (filtered) launches.add(profile_kernel, tiles, kTile, kTile * 4, p);
-  if (filtered && b.out.dc) {
-    launches.add(push_kernel<T>, ceil_div(tiles, mma::kSide) * column_blocks, mma::kThreads,
-                 kTileShared, p);
-  }
-  if (filtered && b.out.de) launches.add(tile_mean_kernel<T>, tiles, kPlanThreads, 0, p);
-  for (int chunk = 0; chunk < plan.chunks; ++chunk) {
-    p.chunk = chunk;
-    launches.add(list_kernel, tiles, kPlanThreads, 0, {plan, chunk});
-    const int64_t halves = 2 * tiles * row_blocks;  // at most
+  GradientParams p{h, plan, m.de_sum, b.out, static_cast<int>(column_blocks), 0};
+  const int chunks = exact_elsewhere ? plan.capacity.sparse_chunks : plan.chunks;
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    p.chunk = planning.chunk = chunk;
+    launches.add(list_kernel, tiles, kPlanThreads, 0, planning);
     launches.add(strip_gradient_kernel<T>, taking_turns(halves), mma::kThreads,
-                 kStripSharedBytes<T>, {h, plan, chunk});
+                 kStripSharedBytes<T>, planning);
     if (b.out.dc) {
       launches.add(dc_kernel<T>, taking_turns(2 * tiles * column_blocks), mma::kThreads,
                    kTileShared, p);
@@ -77,24 +52,56 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
     if (b.out.dbias) {
       launches.add(dbias_kernel<T>, tiles * kSumParts, kSumThreads, kSumSharedBytes, p);
     }
-    if (b.out.de) {
+    if (b.out.de && !exact_elsewhere) {
       launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
       launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
     }
-    for (int slice = 0; chunk < plan.sparse_chunks && slice * kSlice < h.D; ++slice) {
+    for (int slice = 0; chunk < plan.capacity.sparse_chunks && slice * kSlice < h.D; ++slice) {
       const SliceParams slices{h, plan, m.de_sum, chunk, slice};
       launches.add(parts_kernel<T>, taking_turns(halves), mma::kThreads, kTileShared, slices);
-      launches.add(add_parts_kernel, h.N, kPlanThreads, sizeof(RowSlots), slices);
+      launches.add(add_parts_kernel, taking_turns(h.N), kPlanThreads, sizeof(RowSlots), slices);
     }
   }
-  if (b.out.de) {
-    launches.add(finish_de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
+  if (b.out.de) launches.add(finish_de_kernel<T>, h.N, kPlanThreads, 0, p);
+}
+
+// Its rows are listed and their coefficients known.
+template <class T>
+void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
+  const Head& h = p.tma.head;
+  constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
+  const DenseChunk chunk(h, strip_bytes);
+  p.stride = chunk.stride;
+  p.tiles = static_cast<int>(tiles_of(h.V));
+  p.chunk_tiles = chunk.tiles;
+  p.slices = static_cast<int>(ceil_div(h.D, kTile));
+  const int64_t strips = chunk.tiles * chunk.stride, pairs = ceil_div(h.N, kPairRows);
+  launches.check(wgmma::make_map<T, kMn>(&p.g_map, p.strips, strips, kTile, kTile));
+  launches.check(wgmma::make_map<T, kMn>(&p.e_map, p.tma.e, h.N, h.D, h.D));
+  launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, p.strips, strips, kTile, kTile));
+  launches.check(wgmma::make_map<T, kMn>(&p.c_map, h.c, h.V, h.D, h.c_stride));
+  for (p.chunk = 0; p.chunk * p.chunk_tiles < p.tiles; ++p.chunk) {
+    if (p.max) {
+      launches.add(scale_strips_kernel<T>, p.tiles * (p.stride / kScaleRows), kPlanThreads, 0, p);
+    } else {
+      add_wgmma(launches,
+                general ? dense_general_strips_wgmma_kernel<T> : dense_strips_wgmma_kernel<T>,
+                pairs * p.chunk_tiles, p);
+    }
+    if (p.out.dc) {
+      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.chunk_tiles} * p.slices, p);
+    }
+    if (p.out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
+    if (p.out.dbias) {
+      launches.add(dense_dbias_kernel<T>, p.chunk_tiles * kSumParts, kSumThreads, kSumSharedBytes,
+                   p);
+    }
   }
 }
 
-// kept_max: of a forward that left its strips in the plan's memory, or null.
+// kept: of a forward that left its strips in the plan's memory, or without any.
 void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
-                  const float* lse2_coef, const float* kept_max) {
+                  int64_t strip_bytes, const float* lse2_coef, const KeptStrips& kept) {
   const Head& h = b.head;
   const Plan& plan = m.plan;
   gather_rows(launches, h, plan.rows);
@@ -105,18 +112,19 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
       launches.add(clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0,
                    {b.out.de, h.N * h.D});
     }
-    if (b.summary || !is_dense(h)) add_lists<T>(launches, m, b);
+    if (b.summary || !by_wgmma(h)) add_lists<T>(launches, m, b);
     if constexpr (!std::is_same_v<T, float>) {
-      if (!is_dense(h)) return;
+      if (!by_wgmma(h)) return;
       Dense dense(gather_e<T>(launches, h, plan.rows, m.e));
       dense.row = plan.row;
       dense.unit = plan.unit;
       dense.strips = plan.strips;
       dense.de_sum = m.de_sum;
       dense.out = b.out;
-      dense.summary = b.summary;
-      dense.max = kept_max;
-      add_dense<T>(launches, dense, b.up.d_mean || b.up.d_class, b.strip_bytes);
+      dense.listed = b.summary ? plan.listed : nullptr;
+      dense.max = kept.max;
+      dense.target = kept.target;
+      add_dense<T>(launches, dense, b.up.d_mean || b.up.d_class, strip_bytes);
     }
   });
 }
@@ -144,87 +152,93 @@ KERNEL void loss_kernel(LossParams p) {
   *p.loss = static_cast<float>(sum);
 }
 
-Forward forward_of(const Fused& f) {
+Forward forward_of(const Fused& f, float* lse_low) {
   Forward r{};
   r.head = f.head;
   r.out.nll = f.nll;
   r.out.lse = f.lse;
+  r.out.lse_low = lse_low;
   return r;
 }
 
 bool wants_any(const Gradients& out) { return out.de || out.dc || out.dbias; }
 
-Backward backward_of(const Fused& f) {
+Backward backward_of(const Fused& f, const float* lse_low) {
   Backward r{};
   r.head = f.head;
   r.up.nll = f.nll;
   r.up.lse = f.lse;
+  r.up.lse_low = lse_low;
   r.up.d_nll = f.nll_coef;
   r.out = f.out;
-  r.strip_bytes = f.strip_bytes;
   return r;
 }
 
 struct FusedMemory {
   double* summary;
+  float* lse_low;
   Arena shared;  // by forward and backward, unless strips are kept
+  Backward call;
   BackwardMemory backward;
-  Forward forward;  // with its workspace
-  bool keep;        // all strips
+  Forward forward;
+  Memory of_forward;
+  KeptStrips kept;  // all strips
 
-  FusedMemory(Arena& memory, const Fused& f)
-      : summary(memory.take<double>(4)),
+  FusedMemory(Arena& memory, const Fused& f, int64_t strip_bytes)
+      : summary(memory.take<double>(3)),
+        lse_low(memory.take<float>(f.head.N)),
         shared(memory),
-        backward(memory, backward_of(f)),
-        forward(forward_of(f)),
-        keep(false) {
+        call(backward_of(f, lse_low)),
+        backward(memory, call, strip_bytes),
+        forward(forward_of(f, lse_low)),
+        of_forward{} {
     const Head& h = f.head;
     forward.summary = summary;
-    if (is_dense(h) && wants_any(f.out)) {
-      const DenseChunk chunk(h, f.strip_bytes);
-      keep = chunk.tiles == backward.plan.tiles;
-      forward.strips = keep ? backward.plan.strips : nullptr;
-      forward.strip_rows = chunk.stride;
+    if (by_wgmma(h) && wants_any(f.out)) {
+      const DenseChunk chunk(h, strip_bytes);
+      if (chunk.tiles == backward.plan.tiles) {
+        kept = {backward.plan.strips, chunk.stride, memory.take<float>(h.N * chunk.tiles),
+                memory.take<float>(h.N)};
+      }
     }
-    if (keep) forward.stats = memory.take<float>(3 * h.N * backward.plan.tiles);
-    forward.workspace = (keep ? memory : shared).take<char>(forward_workspace(forward));
+    Arena& arena = kept.rows ? memory : shared;
+    of_forward.workspace = arena.take<char>(workspace(forward, of_forward));
     memory.cover(shared);
   }
 };
 
 }  // namespace
 
-int64_t backward_workspace(const Backward& b) {
+int64_t workspace(const Backward& b, const Memory& memory) {
   Arena arena(nullptr);
-  BackwardMemory memory(arena, b);
+  BackwardMemory all(arena, b, memory.strip_bytes);
   return arena.bytes();
 }
 
-Status backward(const Backward& b, Stream stream) {
-  Arena arena(b.workspace);
-  const BackwardMemory memory(arena, b);
+Status run(const Backward& b, const Memory& memory, Stream stream) {
+  Arena arena(memory.workspace);
+  const BackwardMemory m(arena, b, memory.strip_bytes);
   Launches launches(stream);
-  add_backward(launches, memory, b, nullptr, nullptr);
+  add_backward(launches, m, b, memory.strip_bytes, nullptr, {});
   return launches.status();
 }
 
-int64_t fused_workspace(const Fused& f) {
+int64_t workspace(const Fused& f, const Memory& memory) {
   Arena arena(nullptr);
-  FusedMemory memory(arena, f);
+  FusedMemory all(arena, f, memory.strip_bytes);
   return arena.bytes();
 }
 
-Status fused(const Fused& f, Stream stream) {
-  Arena arena(f.workspace);
-  const FusedMemory m(arena, f);
-  const Status status = forward(m.forward, stream);
+Status run(const Fused& f, const Memory& memory, Stream stream) {
+  Arena arena(memory.workspace);
+  const FusedMemory m(arena, f, memory.strip_bytes);
+  const Status status = forward(m.forward, m.of_forward, m.kept, stream);
   if (status != Status{}) return status;
 
   Launches launches(stream);
   const Rows& rows = m.backward.plan.rows;
   if (wants_any(f.out)) {
-    add_backward(launches, m.backward, backward_of(f), f.lse2_coef,
-                 m.keep ? m.forward.stats : nullptr);
+    add_backward(launches, m.backward, m.call, memory.strip_bytes, f.lse2_coef, m.kept);
   } else {
     gather_rows(launches, f.head, rows);
   }

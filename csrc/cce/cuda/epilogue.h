@@ -2,7 +2,7 @@
 // From a tile of products e.c to logits, while they are in registers.
 #pragma once
 
-#include "../params.h"
+#include "../contract.h"
 #include "common/tile_mma.h"
 
 namespace gemma_ext::cce::cuda {

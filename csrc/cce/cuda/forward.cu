@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "combine.cuh"
-#include "forward_sm90.cuh"
+#include "sm90/forward.cuh"
 
 namespace gemma_ext::cce::cuda {
 namespace {
@@ -10,55 +10,67 @@ struct ForwardMemory {
   StripPlanes strips{};
   float* target;
   double* tallies;
-  void *e = nullptr, *ordered = nullptr;  // copies of rows, for wgmma
+  void* e;  // a copy of the valid rows, for wgmma
   int tiles;
   int64_t blocks;
 
   ForwardMemory(Arena& memory, const Forward& f)
       : rows(memory, f.head),
         target(memory.take<float>(f.head.N)),
+        e(memory.take<uint16_t>(by_wgmma(f.head) ? f.head.N * f.head.D : 0)),
         tiles(static_cast<int>(tiles_of(f.head.V))),
         blocks(ceil_div(f.head.N, kCombineRows)) {
     const int64_t plane = f.head.N * tiles;
-    float* planes = f.stats ? f.stats : memory.take<float>((f.out.mean ? 4 : 3) * plane);
-    strips.max = planes;
-    strips.sum = planes + plane;
-    strips.slope = planes + 2 * plane;
-    if (f.out.mean) strips.weighted = planes + 3 * plane;
+    strips.max = memory.take<float>(plane);
+    strips.sum = memory.take<float>(plane);
+    strips.slope = f.masses;
+    if (f.out.mean) strips.weighted = memory.take<float>(plane);
     if (f.out.class_sum) strips.class_sum = memory.take<float>(plane);
     if (f.out.argmax) strips.argmax = memory.take<int>(plane);
-    if (by_wgmma(f.head)) {
-      e = memory.take<uint16_t>(f.head.N * f.head.D);
-      if (f.head.order) {
-        const int64_t columns = int64_t{ordered_tiles(f.head, f.copy_bytes)} * kTile;
-        ordered = memory.take<uint16_t>(columns * (f.head.D + 2));  // and the bias
-      }
-    }
-    tallies = memory.take<double>(blocks * kValues);
+    tallies = memory.take<double>(f.masses ? blocks * kValues : 0);
   }
 };
 
+// Above this share of strips the exact form costs less. On Hopper its products run by wgmma, twice as fast
+// as the lists', and it sums dE without parts; elsewhere both run by mma.sync and the lists only lose what
+// fills their last 128 rows.
+double break_even(const Head& h) { return by_wgmma(h) ? kListedShare : 0.6; }
+
 }  // namespace
 
-int64_t forward_workspace(const Forward& f) {
+int64_t workspace(const Forward& f, const Memory&) {
   Arena arena(nullptr);
-  ForwardMemory memory(arena, f);
+  ForwardMemory all(arena, f);
   return arena.bytes();
 }
 
-Status forward(const Forward& f, Stream stream) {
-  Arena arena(f.workspace);
-  const ForwardMemory m(arena, f);
+Status run(const Forward& f, const Memory& memory, Stream stream) {
+  return forward(f, memory, {}, stream);
+}
+
+Status forward(const Forward& f, const Memory& memory, const KeptStrips& kept, Stream stream) {
+  Arena arena(memory.workspace);
+  ForwardMemory m(arena, f);
   const Head& h = f.head;
   Launches launches(stream);
   gather_rows(launches, h, m.rows);
+  if (kept.strips) {
+    m.strips.max = kept.max;
+    m.target = kept.target;
+  }
 
   const int row_blocks = static_cast<int>(ceil_div(h.N, kBlockRows));
   const StripParams strips{h, m.rows, m.strips, m.target, m.tiles, row_blocks};
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     if constexpr (!std::is_same_v<T, float>) {
-      if (by_wgmma(h)) return add_strips_wgmma<T>(launches, f, strips, m.e, m.ordered);
+      if (by_wgmma(h)) {
+        const StripTmaParams p{strips, gather_e<T>(launches, h, m.rows, m.e), kept.strips,
+                               static_cast<int>(kept.rows)};
+        return add_wgmma(launches,
+                         kept.strips ? keep_strips_wgmma_kernel<T> : strip_stats_wgmma_kernel<T>,
+                         ceil_div(h.N, kPairRows) * m.tiles, p);
+      }
     }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,
                  kHeadSharedBytes<T>, strips);
@@ -68,15 +80,23 @@ Status forward(const Forward& f, Stream stream) {
   launches.add(clear_rows_kernel, ceil_div(h.N, kCombineThreads), kCombineThreads, 0, rows);
   launches.add(combine_kernel, m.blocks, kCombineThreads, sizeof(CombineShared), rows);
 
-  const TallyParams tally{m.rows,    m.strips,  f.out,
-                          m.tallies, f.summary, f.eps,
-                          h.N,       m.tiles,   static_cast<int>(m.blocks)};
-  if (f.stats && f.eps != 0) {
-    launches.add(tally_kernel, m.blocks, kCombineThreads, sizeof(TallyShared), tally);
+  const MassParams masses{m.rows,
+                          m.strips,
+                          f.out,
+                          f.masses,
+                          m.tallies,
+                          f.summary,
+                          f.eps,
+                          break_even(h),
+                          h.N,
+                          m.tiles,
+                          static_cast<int>(m.blocks)};
+  if (f.masses && f.eps != 0) {
+    launches.add(mass_kernel, m.blocks, kCombineThreads, sizeof(MassShared), masses);
     launches.add(report_kernel, 1, kReportThreads, kValues * simt::kWarpSize * sizeof(double),
-                 tally);
+                 masses);
   } else {
-    launches.add(keep_all_kernel, 1, simt::kWarpSize, 0, tally);
+    launches.add(keep_all_kernel, 1, simt::kWarpSize, 0, masses);
   }
   return launches.status();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of one strip block: 128 rows against a tile of 256 columns, as two products of 128 x 128.
-//   s = softcap(scale e.c + bias) / T;   per row: max s, sum exp(s - max), sum exp(s - max) ds/da, ...
+//   s = softcap(scale e.c + bias) / T;   per row: max s, sum exp(s - max), sum exp(s - max) T ds/da, ...
 // The logits never leave the registers.
 #pragma once
 
@@ -55,17 +55,18 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
   const float base = r.max == -kInfinity ? 0.0f : r.max;
+  const bool sloped = p.out.slope && map.inv_cap > 0.0f;
   float squares = 0.0f;
   UNROLL
   for (int i = 0; i < kCount; ++i) {
     const float x = at(i), e = simt::exp2_approx(x - base);
     r.sum += e;
-    if (map.inv_cap > 0.0f) squares += e * (x * x);
+    if (sloped) squares += e * (x * x);
     if (p.out.weighted && e > 0.0f) r.weighted += e * x;
   }
   r.sum = quad_sum(r.sum);
   const float t = map.t_over_cap * kLn2;  // of s log2(e)
-  r.slope = (r.sum - quad_sum(squares) * t * t) * map.inv_t;
+  r.slope = sloped ? r.sum - quad_sum(squares) * t * t : r.sum;
   if (p.out.weighted) r.weighted = quad_sum(r.weighted) * kLn2;
   if (p.out.class_sum) {
     UNROLL
@@ -90,7 +91,7 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   const int64_t to = tile * p.head.N + row;
   p.out.max[to] = sums.max;
   p.out.sum[to] = sums.sum;
-  p.out.slope[to] = sums.slope;
+  if (p.out.slope) p.out.slope[to] = sums.slope;
   if (p.out.weighted) p.out.weighted[to] = sums.weighted;
   if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
@@ -98,23 +99,23 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
 
 // The lane that holds the logit of a row's label writes it, rounded as the maximum is: nll >= 0.
 template <class T>
-DEVICE void write_targets(const mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
+DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
                           float* target) {
   const int warp_column = simt::warp_idx() % 4 * 32;
   bool here = false;
   UNROLL
   for (int r = 0; r < 8; ++r) {
-    const int64_t at = s.position[mma::Tile<T>::row_of(r / 2, r % 2)] - first_column - warp_column;
+    const int64_t at = s.label[mma::Tile<T>::row(r)] - first_column - warp_column;
     here |= at >= 0 && at < 32;
   }
   if (!simt::any(here)) return;
   UNROLL
   for (int r = 0; r < 8; ++r) {
-    const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+    const int row = mma::Tile<T>::row(r);
     UNROLL
     for (int i = 0; i < 8; ++i) {
-      if (s.position[row] == first_column + mma::Tile<T>::column_of(i / 2, i % 2)) {
-        target[row] = tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2] * kLog2E * kLn2;
+      if (s.label[row] == first_column + mma::Tile<T>::column(i)) {
+        target[row] = tile.at(r, i) * kLog2E * kLn2;
       }
     }
   }
@@ -144,12 +145,12 @@ void strip_stats_kernel(StripParams p) {
     });
     UNROLL
     for (int r = 0; r < 8; ++r) {
-      const auto column = [](int i) { return mma::Tile<T>::column_of(i / 2, i % 2); };
-      const auto id = [&](int i) { return s.column[column(i)]; };
+      const auto id = [&](int i) { return s.column[mma::Tile<T>::column(i)]; };
       const StripSums part = quad_sums<8>(
-          p, [&](int i) { return tile.acc[r / 2][i / 2][r % 2 * 2 + i % 2]; }, id,
-          [&](int i) { return s.weight[column(i)]; }, [&](int i) { return id(i) >= 0; });
-      const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+          p, [&](int i) { return tile.at(r, i); }, id,
+          [&](int i) { return s.weight[mma::Tile<T>::column(i)]; },
+          [&](int i) { return id(i) >= 0; });
+      const int row = mma::Tile<T>::row(r);
       if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
     }
     simt::sync_block();

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // From gradient strips to gradients, each written by one block in one order:
-//   dC_v = sum_n G_nv e_n + q_v sum_n W_nj e_n,   dE_n = sum_v G_nv c_v + sum_j W_nj mean_j
-// with W the masses of dropped strips, q the profile of a tile, mean_j = sum_v q_v c_v.
+//   dC_v = sum_n G_nv e_n,   dE_n = sum_v G_nv c_v
 #pragma once
 
 #include "strips.cuh"
@@ -11,14 +10,8 @@ namespace gemma_ext::cce::cuda {
 struct GradientParams {
   Head head;
   Plan plan;
-  const double* summary;
-  const float* prob;  // [V] or null
-  float* profile;     // [tiles, kTile]
-  void* mean;         // [tiles, D] in the head's dtype, rows of whole 16-byte words
-  float* push;        // [tiles, D]
-  float* de_sum;      // [N, D], compact rows
+  float* de_sum;  // [N, D], compact rows
   Gradients out;
-  bool exact_elsewhere;
   int column_blocks;  // of 128 columns of D
   int chunk;
 };
@@ -29,74 +22,6 @@ struct SliceParams {
   float* de_sum;
   int chunk, slice;
 };
-
-// A block per tile; its share of each column, uniform without a profile.
-KERNEL void profile_kernel(GradientParams p) {
-  if (eps_of(p.summary) == 0) return;
-  float* s_weight = simt::shared<float>();
-  const int t = simt::thread_idx();
-  const int64_t first = int64_t{simt::block_idx()} * kTile;
-  const int valid = static_cast<int>(p.head.V - first < kTile ? p.head.V - first : kTile);
-  s_weight[t] = p.prob && t < valid ? p.prob[column_id(p.head, first + t)] : 0.0f;
-  simt::sync_block();
-  double total = 0;
-  for (int i = 0; i < kTile; ++i) total += s_weight[i];
-  const float uniform = 1.0f / static_cast<float>(valid);
-  p.profile[first + t] = t >= valid  ? 0.0f
-                         : total > 0 ? static_cast<float>(s_weight[t] / total)
-                                     : uniform;
-}
-
-// A block per tile.
-template <class T>
-KERNEL void tile_mean_kernel(GradientParams p) {
-  if (eps_of(p.summary) == 0) return;
-  const int64_t tile = simt::block_idx(), first = tile * kTile;
-  const int valid = static_cast<int>(p.head.V - first < kTile ? p.head.V - first : kTile);
-  T* mean = static_cast<T*>(p.mean) + tile * p.head.D;
-  for (int64_t d = 2 * simt::thread_idx(); d < p.head.D; d += 2 * kPlanThreads) {
-    float x = 0.0f, y = 0.0f;
-    for (int v = 0; v < valid; ++v) {
-      const T* c =
-          static_cast<const T*>(p.head.c) + int64_t{column_id(p.head, first + v)} * p.head.c_stride;
-      const float share = p.profile[first + v];
-      x += share * widen(c[d]);
-      y += share * widen(c[d + 1]);
-    }
-    store_pair(mean + d, x, y);
-  }
-}
-
-// push[tile, d] = sum_n mass[tile, n] e[n, d]; a block per 128 tiles and 128 columns.
-template <class T>
-KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
-void push_kernel(GradientParams p) {
-  if (eps_of(p.summary) == 0) return;
-  const Plan& plan = p.plan;
-  const int64_t tile0 = simt::block_idx() / p.column_blocks * mma::kSide;
-  const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide;
-  const int64_t D = p.head.D, stride = plan.mass_stride;
-  const int count = *plan.rows.count;
-  const T *mass = static_cast<const T*>(plan.mass), *e = static_cast<const T*>(p.head.e);
-  mma::Tile<T> tile;
-  tile.clear();
-  tile.template multiply<simt::Major::kK, simt::Major::kMn>(
-      count,
-      [&](int line, int k) {
-        return tile0 + line < plan.tiles && k < stride ? mass + (tile0 + line) * stride + k
-                                                       : nullptr;
-      },
-      [&](int at, int k) {
-        return k < count && d0 + at < D ? e + int64_t{plan.rows.row[k]} * p.head.e_stride + d0 + at
-                                        : nullptr;
-      },
-      simt::shared<T>());
-  tile.each([&](int row, int column, float x) {
-    if (tile0 + row < plan.tiles && d0 + column < D) {
-      p.push[(tile0 + row) * D + d0 + column] = x;
-    }
-  });
-}
 
 // A unit is a half tile of the chunk and 128 columns of D.
 template <class T>
@@ -111,7 +36,7 @@ void dc_kernel(GradientParams p) {
     const int64_t index = first_tile + unit / p.column_blocks / 2;
     const int64_t first_column = index * kTile + half * kHalf;
     const int64_t d0 = unit % p.column_blocks * mma::kSide, D = p.head.D;
-    const int64_t begin = plan.begin[index];
+    const int64_t begin = plan.first_slot(p.chunk, index);
     const int count = plan.count[index];
     const T* strips = static_cast<const T*>(p.plan.strips) + begin * kTile + half * kHalf;
     const T* e = static_cast<const T*>(p.head.e);
@@ -126,24 +51,16 @@ void dc_kernel(GradientParams p) {
                                           : nullptr;
         },
         simt::shared<T>());
-    const bool pushed = eps_of(p.summary) != 0;
     const float size = plan.unit[0];
     UNROLL
     for (int r = 0; r < 8; ++r) {
-      const int64_t position = first_column + mma::Tile<T>::row_of(r / 2, r % 2);
-      if (position >= p.head.V) continue;
-      T* to = static_cast<T*>(p.out.dc) + int64_t{column_id(p.head, position)} * D;
-      const float share = pushed ? p.profile[position] : 0.0f;
+      const int64_t v = first_column + mma::Tile<T>::row(r);
+      if (v >= p.head.V) continue;
+      T* to = static_cast<T*>(p.out.dc) + v * D;
       UNROLL
       for (int j = 0; j < 4; ++j) {
-        const int64_t d = d0 + mma::Tile<T>::column_of(j, 0);
-        if (d >= D) continue;
-        float x = tile.acc[r / 2][j][r % 2 * 2], y = tile.acc[r / 2][j][r % 2 * 2 + 1];
-        if (pushed) {
-          x += share * p.push[index * D + d];
-          y += share * p.push[index * D + d + 1];
-        }
-        store_pair(to + d, x * size, y * size);
+        const int64_t d = d0 + mma::Tile<T>::column(2 * j);
+        if (d < D) store_pair(to + d, tile.at(r, 2 * j) * size, tile.at(r, 2 * j + 1) * size);
       }
     }
   }
@@ -155,13 +72,12 @@ KERNEL void dbias_kernel(GradientParams p) {
   const Plan& plan = p.plan;
   const int64_t index = plan.chunk_tile[p.chunk] + simt::block_idx() / kSumParts;
   if (index >= plan.chunk_tile[p.chunk + 1]) return;
-  float sum = column_sum(static_cast<const T*>(plan.strips) + int64_t{plan.begin[index]} * kTile,
-                         plan.count[index]);
-  const int64_t position =
-      index * kTile + simt::block_idx() % kSumParts * kSumColumns + simt::lane_idx();
-  if (simt::warp_idx() > 0 || position >= p.head.V) return;
-  if (eps_of(p.summary) != 0) sum += p.profile[position] * plan.bias_push[index];
-  p.out.dbias[column_id(p.head, position)] = sum * plan.unit[0] / p.head.map.scale;
+  const int64_t begin = plan.first_slot(p.chunk, index);
+  const float sum =
+      column_sum(static_cast<const T*>(plan.strips) + begin * kTile, plan.count[index]);
+  const int64_t v = index * kTile + simt::block_idx() % kSumParts * kSumColumns + simt::lane_idx();
+  if (simt::warp_idx() > 0 || v >= p.head.V) return;
+  p.out.dbias[v] = sum * plan.unit[0] / p.head.map.scale;
 }
 
 // Of each block of 128 rows, the tiles of the chunk of which one of them kept a strip; a block per block.
@@ -179,7 +95,7 @@ KERNEL void block_tiles_kernel(GradientParams p) {
       const int64_t word = block * kBlockWords + w, at = tile * plan.words + word;
       if (tile >= tile1 || word >= plan.words) continue;
       found.keep[w] = plan.keep[at];
-      found.slot[w] = plan.begin[tile] + plan.before[at] - 1;
+      found.slot[w] = plan.first_slot(p.chunk, tile) + plan.before[at] - 1;
     }
     uint32_t any = 0;
     UNROLL
@@ -214,9 +130,8 @@ void de_kernel(GradientParams p) {
         return bits >> 31 ? strips + int64_t{slot} * kTile + k % kTile : nullptr;
       },
       [&](int at, int k) {
-        const int position = tiles[k / kTile].tile * kTile + k % kTile;
-        if (position >= p.head.V || d0 + at >= D) return static_cast<const T*>(nullptr);
-        return c + int64_t{column_id(p.head, position)} * p.head.c_stride + d0 + at;
+        const int v = tiles[k / kTile].tile * kTile + k % kTile;
+        return v < p.head.V && d0 + at < D ? c + int64_t{v} * p.head.c_stride + d0 + at : nullptr;
       },
       simt::shared<T>());
   tile.each([&](int row, int column, float x) {
@@ -233,70 +148,89 @@ void parts_kernel(SliceParams p) {
   const Plan& plan = p.plan;
   if (!*plan.sparse) return;
   const T *strips = static_cast<const T*>(plan.strips), *c = static_cast<const T*>(p.head.c);
-  const int D = static_cast<int>(p.head.D), halves = 2 * plan.chunk_tasks[p.chunk];
+  const int D = static_cast<int>(p.head.D), halves = 2 * plan.tasks(p.chunk);
   mma::Tile<T> tile;
   NO_UNROLL
   for (int unit = simt::block_idx(); unit < halves; unit += simt::grid_dim()) {
     const int half = unit % 2 * mma::kSide, d0 = p.slice * kSlice + half;
     if (d0 >= D) continue;
     const int index = tile_of_task(plan, p.chunk, unit / 2);
-    const int first = (unit / 2 - plan.task[index]) * kBlockRows;
+    const int first = first_of_task(plan, p.chunk, index, unit / 2);
     const int left = plan.count[index] - first;  // strips from here on
-    const int64_t slot = plan.begin[index] + first;
+    const int64_t slot = plan.first_slot(p.chunk, index) + first;
     tile.clear();
     tile.template multiply<simt::Major::kK, simt::Major::kMn>(
         kTile,
         [&](int line, int k) { return line < left ? strips + (slot + line) * kTile + k : nullptr; },
         [&](int at, int k) {
-          const int64_t position = int64_t{index} * kTile + k;
-          if (position >= p.head.V || d0 + at >= D) return static_cast<const T*>(nullptr);
-          return c + int64_t{column_id(p.head, position)} * p.head.c_stride + d0 + at;
+          const int64_t v = int64_t{index} * kTile + k;
+          return v < p.head.V && d0 + at < D ? c + v * p.head.c_stride + d0 + at : nullptr;
         },
         simt::shared<T>());
     UNROLL
     for (int r = 0; r < 8; ++r) {
-      const int row = mma::Tile<T>::row_of(r / 2, r % 2);
+      const int row = mma::Tile<T>::row(r);
       if (row >= left) continue;
       UNROLL
       for (int j = 0; j < 4; ++j) {
-        store_pair(plan.parts + (slot + row) * kSlice + half + mma::Tile<T>::column_of(j, 0),
-                   tile.acc[r / 2][j][r % 2 * 2], tile.acc[r / 2][j][r % 2 * 2 + 1]);
+        store_pair(plan.parts + (slot + row) * kSlice + half + mma::Tile<T>::column(2 * j),
+                   tile.at(r, 2 * j), tile.at(r, 2 * j + 1));
       }
     }
   }
 }
 
+constexpr int kRowTiles = kWordTiles * simt::kWarpSize;  // looked at together
 struct RowSlots {
-  int slot[kPlanThreads];
-  int counts[kPlanThreads / simt::kWarpSize];
+  int slot[kRowTiles];
+  int count;
 };
 
-// de_sum[row, slice] += its parts, in order of the tiles; a block per row, a thread per column.
+// de_sum[row, slice] += its parts, in order of the tiles; blocks take turns over rows, a thread per column.
 KERNEL void add_parts_kernel(SliceParams p) {
   static_assert(kPlanThreads == kSlice);
   const Plan& plan = p.plan;
   RowSlots& s = *simt::shared<RowSlots>();
-  const int t = simt::thread_idx(), row = simt::block_idx();
+  const int t = simt::thread_idx(), lane = simt::lane_idx();
   const int tile0 = plan.chunk_tile[p.chunk], tile1 = plan.chunk_tile[p.chunk + 1];
-  if (!*plan.sparse || row >= *plan.rows.count || (p.chunk > 0 && tile0 == tile1)) return;
-  float sum = 0.0f;
-  for (int first = tile0; first < tile1; first += kPlanThreads) {
-    const int64_t tile = first + t, word = tile * plan.words + row / kWordRows;
-    const uint32_t bits = tile < tile1 ? plan.keep[word] << (31 - row % kWordRows) : 0;
-    int kept = 0;
-    const int at = block_rank<kPlanThreads>(bits >> 31, s.counts, kept);
-    if (bits >> 31) {
-      s.slot[at] = plan.begin[tile] + plan.before[word] + simt::popcount(bits) - 1;
-    }
-    simt::sync_block();
-    UNROLL
-    for (int i = 0; i < kept; ++i) sum += plan.parts[int64_t{s.slot[i]} * kSlice + t];
-    simt::sync_block();
-  }
+  if (!*plan.sparse || (p.chunk > 0 && tile0 == tile1)) return;
   const int64_t d = p.slice * kSlice + t;
-  if (d >= p.head.D) return;
-  float& to = p.de_sum[row * p.head.D + d];
-  to = p.chunk == 0 ? sum : to + sum;
+  for (int row = simt::block_idx(); row < *plan.rows.count; row += simt::grid_dim()) {
+    float sum = 0.0f;
+    for (int first = tile0 / kWordTiles; first * kWordTiles < tile1; first += simt::kWarpSize) {
+      if (simt::warp_idx() == 0) {
+        const int word = first + lane;
+        uint32_t bits = word < plan.tile_words ? plan.keep_row[row * plan.tile_words + word] : 0;
+        if (word * kWordTiles < tile0)
+          bits &= ~uint32_t{0} << lesser(tile0 - word * kWordTiles, 31);
+        if (word * kWordTiles >= tile1) bits = 0;
+        if (tile1 - word * kWordTiles < kWordTiles && bits)
+          bits &= (1u << (tile1 - word * kWordTiles)) - 1;
+        int at = simt::popcount(bits), total = at;
+        UNROLL
+        for (int delta = 1; delta < simt::kWarpSize; delta *= 2) {
+          const int other = simt::shfl_up(total, delta);
+          if (lane >= delta) total += other;
+        }
+        at = total - at;
+        for (; bits; bits &= bits - 1) {
+          const int tile = word * kWordTiles + simt::popcount((bits & (~bits + 1)) - 1);
+          const int64_t rows = int64_t{tile} * plan.words + row / kWordRows;
+          const uint32_t earlier = plan.keep[rows] & ((1u << row % kWordRows) - 1);
+          s.slot[at++] =
+              plan.first_slot(p.chunk, tile) + plan.before[rows] + simt::popcount(earlier);
+        }
+        if (lane == simt::kWarpSize - 1) s.count = total;
+      }
+      simt::sync_block();
+      UNROLL_BY(4)
+      for (int i = 0; i < s.count; ++i) sum += plan.parts[int64_t{s.slot[i]} * kSlice + t];
+      simt::sync_block();
+    }
+    if (d >= p.head.D) continue;
+    float& to = p.de_sum[row * p.head.D + d];
+    to = p.chunk == 0 ? sum : to + sum;
+  }
 }
 
 struct ClearParams {
@@ -311,45 +245,17 @@ KERNEL void clear_kernel(ClearParams p) {
   if (i < p.count) store_pair(static_cast<T*>(p.to) + i, 0.0f, 0.0f);
 }
 
-// dE = de_sum + mass^T mean, rounded once, to the rows it belongs to.
+// dE = unit de_sum, rounded once, to the rows it belongs to; a block per row.
 template <class T>
-KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
-void finish_de_kernel(GradientParams p) {
+KERNEL void finish_de_kernel(GradientParams p) {
   const Plan& plan = p.plan;
-  const int64_t first_row = int64_t{simt::block_idx() / p.column_blocks} * kBlockRows;
-  const int64_t d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = p.head.D;
-  const int count = *plan.rows.count;
-  if (first_row >= count || (p.exact_elsewhere && eps_of(p.summary) == 0)) return;
-  const T *mass = static_cast<const T*>(plan.mass), *mean = static_cast<const T*>(p.mean);
-  mma::Tile<T> tile;
-  tile.clear();
-  if (eps_of(p.summary) != 0) {
-    tile.template multiply<simt::Major::kMn, simt::Major::kMn>(
-        plan.tiles,
-        [&](int at, int k) {
-          return k < plan.tiles && first_row + at < plan.mass_stride
-                     ? mass + k * plan.mass_stride + first_row + at
-                     : nullptr;
-        },
-        [&](int at, int k) {
-          return k < plan.tiles && d0 + at < D ? mean + k * D + d0 + at : nullptr;
-        },
-        simt::shared<T>());
-  }
+  const int64_t row = simt::block_idx(), D = p.head.D;
+  if (row >= *plan.rows.count || !*plan.listed) return;
   const float unit = plan.unit[0];
-  UNROLL
-  for (int r = 0; r < 8; ++r) {
-    const int64_t row = first_row + mma::Tile<T>::row_of(r / 2, r % 2);
-    if (row >= count) continue;
-    T* to = static_cast<T*>(p.out.de) + plan.rows.row[row] * D;
-    UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t d = d0 + mma::Tile<T>::column_of(j, 0);
-      if (d >= D) continue;
-      const float* sum = p.de_sum + row * D + d;
-      store_pair(to + d, (tile.acc[r / 2][j][r % 2 * 2] + sum[0]) * unit,
-                 (tile.acc[r / 2][j][r % 2 * 2 + 1] + sum[1]) * unit);
-    }
+  const float* sum = p.de_sum + row * D;
+  T* to = static_cast<T*>(p.out.de) + plan.rows.row[row] * D;
+  for (int64_t d = 2 * simt::thread_idx(); d < D; d += 2 * kPlanThreads) {
+    store_pair(to + d, sum[d] * unit, sum[d + 1] * unit);
   }
 }
 

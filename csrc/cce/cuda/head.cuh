@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of a block of rows of e with half a tile of c: what forward, backward and column statistics
-// share. Rows and columns are named by indices in shared memory; -1 stands for a row of zeros.
+// Products of a block of rows of e with half a tile of c: what forward and backward share. Rows and columns are named by indices in shared memory; -1 stands for a row of zeros.
 #pragma once
 
 #include "epilogue.h"
@@ -12,6 +11,20 @@ constexpr int kBlockRows = mma::kSide;
 constexpr int kHalf = mma::kSide;  // columns of one product; a tile of the vocabulary has two
 static_assert(kTile == 2 * kHalf);
 
+// Where set, room for [tiles, rows, kTile] in the head's dtype: exp(s - max) ds/da T of compact rows, zero
+// behind the last; a 16-bit head on Hopper only.
+struct KeptStrips {
+  void* strips = nullptr;
+  int64_t rows = 0;
+  float *max = nullptr, *target = nullptr;  // [tiles, N], [N]
+};
+
+// The forward, which may keep its strips.
+Status forward(const Forward&, const Memory&, const KeptStrips&, Stream);
+
+// Of all strips, the most that are worth lists on Hopper.
+constexpr double kListedShare = 0.18;
+
 template <class T>
 constexpr int kMmaBlocks =
     sizeof(T) == 2 ? 2 : 1;  // per SM; the split product needs more registers
@@ -19,14 +32,14 @@ constexpr int kMmaBlocks =
 // Behind the stages of the product.
 template <class T>
 struct SharedHead {
-  int *row, *position;  // [128] row of e, position of its label
-  int* column;          // [128] vocabulary ids
+  int *row, *label;  // [128] row of e, its label
+  int* column;       // [128] vocabulary ids
   float *bias, *weight;
 
   DEVICE SharedHead() {
     row = simt::shared<int>(mma::Tile<T>::kSharedBytes);
-    position = row + kBlockRows;
-    column = position + kBlockRows;
+    label = row + kBlockRows;
+    column = label + kBlockRows;
     bias = reinterpret_cast<float*>(column + kHalf);
     weight = bias + kHalf;
   }
@@ -43,7 +56,7 @@ DEVICE void name_rows(const SharedHead<T>& s, const Rows& rows, const int* list,
     const bool valid = first + t < count;
     const int64_t at = !valid ? 0 : list ? list[first + t] : first + t;
     s.row[t] = valid ? rows.row[at] : -1;
-    s.position[t] = valid ? rows.position[at] : -1;
+    s.label[t] = valid ? rows.label[at] : -1;
   }
 }
 
@@ -51,9 +64,8 @@ template <class T>
 DEVICE void name_columns(const SharedHead<T>& s, const Head& h, int64_t first) {
   const int t = simt::thread_idx() - kBlockRows;
   if (t >= 0 && t < kHalf) {
-    int64_t id = first + t;
-    if (id < h.V && h.order) id = h.order[id];
-    const bool inside = first + t < h.V && id >= 0 && id < h.V;
+    const int64_t id = first + t;
+    const bool inside = id < h.V;
     s.column[t] = inside ? static_cast<int>(id) : -1;
     s.bias[t] = inside && h.bias ? h.bias[id] : 0.0f;
     s.weight[t] = inside && h.class_weight ? h.class_weight[id] : 0.0f;

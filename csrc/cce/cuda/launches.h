@@ -3,7 +3,7 @@
 #pragma once
 
 #include "common/simt/simt.h"
-#include "launch.h"
+#include "engine.h"
 
 namespace gemma_ext::cce::cuda {
 

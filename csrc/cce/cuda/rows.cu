@@ -11,13 +11,6 @@ struct RowsParams {
 
 constexpr int kRowThreads = 1024;
 
-KERNEL void invert_order_kernel(RowsParams p) {
-  const int64_t i = int64_t{simt::block_idx()} * kRowThreads + simt::thread_idx();
-  if (i >= p.head.V) return;
-  const int64_t id = p.head.order[i];
-  if (id >= 0 && id < p.head.V) p.rows.inverse[id] = static_cast<int>(i);
-}
-
 // One block.
 KERNEL void gather_rows_kernel(RowsParams p) {
   const Head& h = p.head;
@@ -35,9 +28,7 @@ KERNEL void gather_rows_kernel(RowsParams p) {
     if (!valid) continue;
     const bool inside = label >= 0 && label < h.V;
     p.rows.row[at] = static_cast<int>(i);
-    p.rows.position[at] = !inside          ? (h.allow_missing ? kMissing : kInvalid)
-                          : p.rows.inverse ? p.rows.inverse[label]
-                                           : static_cast<int>(label);
+    p.rows.label[at] = inside ? static_cast<int>(label) : h.allow_missing ? kMissing : kInvalid;
   }
   if (simt::thread_idx() == 0) *p.rows.count = total;
 }
@@ -46,8 +37,6 @@ KERNEL void gather_rows_kernel(RowsParams p) {
 
 void gather_rows(Launches& launches, const Head& head, const Rows& rows) {
   const RowsParams p{head, rows};
-  if (head.order)
-    launches.add(invert_order_kernel, ceil_div(head.V, kRowThreads), kRowThreads, 0, p);
   launches.add(gather_rows_kernel, 1, kRowThreads, kRowThreads / simt::kWarpSize * sizeof(int), p);
 }
 

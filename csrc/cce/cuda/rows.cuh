@@ -11,16 +11,12 @@ constexpr int kMissing = -1;  // no target in this vocabulary: nll = lse
 constexpr int kInvalid = -2;  // outside [0, V) though it must not be: nll = NaN
 
 struct Rows {
-  int* row;       // [N] row of e of each valid token, ascending
-  int* position;  // [N] position of its label in the tiled vocabulary, kMissing, kInvalid
-  int* count;     // how many
-  int* inverse;   // [V] of the order, or null
+  int* row;    // [N] row of e of each valid token, ascending
+  int* label;  // [N] its label, kMissing, kInvalid
+  int* count;  // how many
 
   Rows(Arena& memory, const Head& h)
-      : row(memory.take<int>(h.N)),
-        position(memory.take<int>(h.N)),
-        count(memory.take<int>(1)),
-        inverse(h.order ? memory.take<int>(h.V) : nullptr) {}
+      : row(memory.take<int>(h.N)), label(memory.take<int>(h.N)), count(memory.take<int>(1)) {}
 };
 
 // How many earlier threads of the block set their flag; adds the block's number to `total`. Two barriers.
@@ -37,14 +33,6 @@ DEVICE int block_rank(bool flag, int* s_counts, int& total) {
   }
   simt::sync_block();
   return rank;
-}
-
-// Vocabulary id at a position of the tiled vocabulary; what is no permutation leads to wrong numbers, never
-// out of bounds.
-DEVICE int column_id(const Head& h, int64_t position) {
-  if (!h.order) return static_cast<int>(position);
-  const int64_t id = h.order[position];
-  return id >= 0 && id < h.V ? static_cast<int>(id) : 0;
 }
 
 DEVICE int lesser(int a, int b) { return a < b ? a : b; }

@@ -266,6 +266,11 @@ inline unsigned ballot(bool predicate, unsigned mask = kFullMask, Where where = 
   return votes;
 }
 inline int popcount(unsigned x) { return __builtin_popcount(x); }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
 inline bool any(bool predicate, unsigned mask = kFullMask, Where where = Where::current()) {
   return ballot(predicate, mask, where) != 0;
 }

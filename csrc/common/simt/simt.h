@@ -26,6 +26,8 @@
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
 #define NO_UNROLL _Pragma("unroll 1")
+#define SIMT_PRAGMA(text) _Pragma(#text)
+#define UNROLL_BY(count) SIMT_PRAGMA(unroll count)
 #else
 #define KERNEL inline
 #define KERNEL_BOUNDS(threads, blocks) inline
@@ -34,6 +36,7 @@
 #define GRID_CONSTANT
 #define UNROLL
 #define NO_UNROLL
+#define UNROLL_BY(count)
 #endif
 
 // Where the instructions of sm_90a may stand: its own device pass, and the host backend.

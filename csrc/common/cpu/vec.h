@@ -18,7 +18,7 @@
 
 #define GEMMA_EXT_INLINE inline __attribute__((always_inline))
 
-namespace gemma_ext::GEMMA_EXT_ISA {
+namespace gemma_ext::cpu::GEMMA_EXT_ISA {
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -131,4 +131,4 @@ GEMMA_EXT_INLINE Vf tanh(Vf x) {
   return large ? signed_t : poly;
 }
 
-}  // namespace gemma_ext::GEMMA_EXT_ISA
+}  // namespace gemma_ext::cpu::GEMMA_EXT_ISA

@@ -4,8 +4,8 @@
 //   G as in strips.cuh,   dC = G^T E,   dE = sum over the chunks of G C
 #pragma once
 
-#include "head_sm90.cuh"
-#include "strips.cuh"
+#include "cce/cuda/strips.cuh"
+#include "head.cuh"
 
 namespace gemma_ext::cce::cuda {
 
@@ -17,9 +17,9 @@ struct Dense {
   void* strips{};
   float* de_sum{};  // [N, D]
   Gradients out{};
-  const double* summary{};  // of the forward, or null: nothing is done where it says to filter
-  const float* max{};       // [tiles, N] of a forward that kept its strips, or null
-  int64_t stride{};         // rows of a tile, whole blocks
+  const int* listed{};            // of the plan: nothing is done where lists are, or null
+  const float *max{}, *target{};  // [tiles, N] and [N] of a forward that kept its strips, or null
+  int64_t stride{};               // rows of a tile, whole blocks
   int tiles{}, chunk_tiles{}, slices{};
   int chunk{};
   // operands of dC = G^T E and of dE = G C
@@ -28,23 +28,25 @@ struct Dense {
   explicit Dense(const HeadTma& head) : tma(head) {}
 };
 
-DEVICE bool is_filtered(const Dense& p) { return eps_of(p.summary) != 0; }
+DEVICE bool is_listed(const Dense& p) { return p.listed && *p.listed; }
 DEVICE int first_tile_of(const Dense& p) { return p.chunk * p.chunk_tiles; }
-DEVICE int tiles_of(const Dense& p) { return lesser(p.chunk_tiles, p.tiles - first_tile_of(p)); }
+DEVICE int tiles_at_hand(const Dense& p) {
+  return lesser(p.chunk_tiles, p.tiles - first_tile_of(p));
+}
 
 #if defined(SIMT_HOPPER)
 // kGeneral: rows have a q or a class coefficient.
 template <class T, bool kGeneral>
 DEVICE void dense_strips(const Dense& p) {
-  if (is_filtered(p)) return;
+  if (is_listed(p)) return;
   const Head& h = p.tma.head;
   const Rows& rows = p.tma.rows;
   const int count = *rows.count, pairs = pairs_of(count), first_tile = first_tile_of(p);
   const float unscale = h.map.scale * h.map.inv_t / p.unit[0], t = h.map.t_over_cap * kLn2;
   head_products<T>(
-      p.tma, pairs * tiles_of(p),
+      p.tma, pairs * tiles_at_hand(p),
       [&](int item) {
-        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles_of(p));
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles_at_hand(p));
         return Raster{at.row_block, first_tile + at.tile};
       },
       [&](int first_row, int tile, Accumulators& acc) {
@@ -54,30 +56,31 @@ DEVICE void dense_strips(const Dense& p) {
         for (int half = 0; half < 2; ++half) {
           const int row = first_row + wgmma::row_of(half);
           // no probability and no label behind the last row
-          float lse = kInfinity, a = 0.0f, b = 0.0f, q = 0.0f, class_coef = 0.0f;
+          float lse = kInfinity, a = 0.0f, at_label = 0.0f, q = 0.0f, class_coef = 0.0f;
+          float mean = 0.0f;
           int label = -1;
           if (row < count) {
             const Coefficients& c = p.row[row];
             lse = c.lse * kLog2E;
-            a = (kGeneral ? c.a - c.q * c.mean : c.a) * unscale;
-            b = c.b * unscale;
+            a = c.a * unscale;
+            at_label = c.at_label * unscale;
             q = c.q * (kLn2 * unscale);
+            mean = c.mean * kLog2E;
             class_coef = c.class_coef * unscale;
-            label = rows.position[row] - first_column;
+            label = rows.label[row] - first_column;
           }
           UNROLL
-          for (int i = 0; i < kTile / 4; ++i) {
-            float& x = acc[i / 2 * 4 + half * 2 + i % 2];
-            const int column = wgmma::column_of(i / 2, i % 2);
+          for (int i = 0; i < wgmma::kRowElements; ++i) {
+            float& x = acc[wgmma::element(half, i)];
+            const int column = wgmma::column(i);
             const float prob = simt::exp2_approx(x - lse);
-            float g = prob * a;
+            float g = label == column ? at_label : prob * a;
             if constexpr (kGeneral) {
-              if (prob > 0.0f) g += prob * q * x;
+              if (prob > 0.0f) g += prob * q * (x - mean);
               if (h.class_weight && first_column + column < h.V) {
                 g += class_coef * h.class_weight[first_column + column];
               }
             }
-            if (label == column) g -= b;
             const float u = fmaxf(x, -1e30f) * t;  // t = 0 without a cap, where x may be -inf
             x = g * (1.0f - u * u);
           }
@@ -111,10 +114,10 @@ template <class T>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void dense_dc_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #if defined(SIMT_HOPPER)
-  if (is_filtered(p)) return;
+  if (is_listed(p)) return;
   constexpr simt::Major kMn = simt::Major::kMn;
   const Head& h = p.tma.head;
-  const int count = *p.tma.rows.count, items = tiles_of(p) * p.slices;
+  const int count = *p.tma.rows.count, items = tiles_at_hand(p) * p.slices;
   const int half_tile = simt::cluster_rank() * wgmma::kRows;
   const float unit = p.unit[0];
   // at least one step; what it gives is not looked at where there are no rows
@@ -144,16 +147,16 @@ template <class T>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #if defined(SIMT_HOPPER)
-  if (is_filtered(p)) return;
+  if (is_listed(p)) return;
   constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
   constexpr int kTileSteps = kTile / wgmma::kDepth;
   const Head& h = p.tma.head;
   const int count = *p.tma.rows.count, items = pairs_of(count) * p.slices;
   const int first_column = first_tile_of(p) * kTile;
   const float unit = p.unit[0];
-  const bool first = p.chunk == 0, last = first_tile_of(p) + tiles_of(p) == p.tiles;
+  const bool first = p.chunk == 0, last = first_tile_of(p) + tiles_at_hand(p) == p.tiles;
   wgmma::run<T, kK, kMn>(
-      p.g_rows_map, p.c_map, items, tiles_of(p) * kTileSteps,
+      p.g_rows_map, p.c_map, items, tiles_at_hand(p) * kTileSteps,
       [&](int item, int step) -> wgmma::Place {
         const int row = first_row_of(item / p.slices);
         const int in_tile = step % kTileSteps * wgmma::kDepth;
@@ -195,7 +198,7 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
 // kSumParts blocks per tile of the chunk.
 template <class T>
 KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
-  if (is_filtered(p)) return;
+  if (is_listed(p)) return;
   const Head& h = p.tma.head;
   const int64_t tile = simt::block_idx() / kSumParts;
   const float sum =
@@ -224,11 +227,11 @@ KERNEL void scale_strips_kernel(const GRID_CONSTANT Dense p) {
   for (int i = 2 * simt::lane_idx(); i < kTile; i += 2 * simt::kWarpSize) {
     store_pair(strip + i, widen(strip[i]) * factor, widen(strip[i + 1]) * factor);
   }
-  const int64_t label = p.tma.rows.position[row] - tile * kTile;
+  const int64_t label = p.tma.rows.label[row] - tile * kTile;
   simt::sync_warp();
   if (simt::lane_idx() != 0 || label < 0 || label >= kTile) return;
-  const float t = (c.lse - c.nll) * h.map.t_over_cap;
-  strip[label] = narrow<T>((expf(-c.nll) * c.a - c.b) * (1.0f - t * t) * unscale);
+  const float t = p.target[row] * h.map.t_over_cap;
+  strip[label] = narrow<T>(c.at_label * (1.0f - t * t) * unscale);
 }
 
 // Bytes of strips in one chunk, and its tiles.
@@ -238,45 +241,11 @@ struct DenseChunk {
 
   DenseChunk(const Head& h, int64_t strip_bytes)
       : stride(ceil_div(h.N, wgmma::kRows) * wgmma::kRows) {
-    const int64_t tile = stride * kTile * size_of(h.dtype), all = cuda::tiles_of(h.V);
+    const int64_t tile = stride * kTile * size_of(h.dtype), all = tiles_of(h.V);
     const int64_t fit = strip_bytes / tile;
     tiles = static_cast<int>(fit < 1 ? 1 : fit < all ? fit : all);
     bytes = tiles * tile;
   }
 };
-
-// Its rows are listed and their coefficients known.
-template <class T>
-void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
-  const Head& h = p.tma.head;
-  constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
-  const DenseChunk chunk(h, strip_bytes);
-  p.stride = chunk.stride;
-  p.tiles = static_cast<int>(cuda::tiles_of(h.V));
-  p.chunk_tiles = chunk.tiles;
-  p.slices = static_cast<int>(ceil_div(h.D, kTile));
-  const int64_t strips = chunk.tiles * chunk.stride, pairs = ceil_div(h.N, kPairRows);
-  launches.check(wgmma::make_map<T, kMn>(&p.g_map, p.strips, strips, kTile, kTile));
-  launches.check(wgmma::make_map<T, kMn>(&p.e_map, p.tma.e, h.N, h.D, h.D));
-  launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, p.strips, strips, kTile, kTile));
-  launches.check(wgmma::make_map<T, kMn>(&p.c_map, h.c, h.V, h.D, h.c_stride));
-  for (p.chunk = 0; p.chunk * p.chunk_tiles < p.tiles; ++p.chunk) {
-    if (p.max) {
-      launches.add(scale_strips_kernel<T>, p.tiles * (p.stride / kScaleRows), kPlanThreads, 0, p);
-    } else {
-      add_wgmma(launches,
-                general ? dense_general_strips_wgmma_kernel<T> : dense_strips_wgmma_kernel<T>,
-                pairs * p.chunk_tiles, p);
-    }
-    if (p.out.dc) {
-      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.chunk_tiles} * p.slices, p);
-    }
-    if (p.out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
-    if (p.out.dbias) {
-      launches.add(dense_dbias_kernel<T>, p.chunk_tiles * kSumParts, kSumThreads, kSumSharedBytes,
-                   p);
-    }
-  }
-}
 
 }  // namespace gemma_ext::cce::cuda

@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The head as wgmma reads it: valid rows of e side by side, pairs of row blocks against tiles of c. TMA
-// cannot gather: another order of the vocabulary means a copy of the tiles at hand.
+// The head as wgmma reads it: valid rows of e side by side, pairs of row blocks against tiles of c.
 #pragma once
 
+#include "cce/cuda/epilogue.h"
+#include "cce/cuda/rows.cuh"
 #include "common/tile_wgmma.h"
-#include "epilogue.h"
-#include "rows.cuh"
 
 namespace gemma_ext::cce::cuda {
 
@@ -17,8 +16,6 @@ struct HeadTma {
   SmallTanh tanh;  // to s log2(e)
   void* e;         // [N, D] the valid rows, then zeros
   simt::TensorMap e_map, c_map;
-  const float* bias;      // of the columns that c_map spans, or null
-  int first_tile, tiles;  // of these
 };
 
 inline bool by_wgmma(const Head& h) {
@@ -50,8 +47,7 @@ KERNEL void gather_e_kernel(const GRID_CONSTANT HeadTma p) {
 template <class T>
 HeadTma gather_e(Launches& launches, const Head& h, const Rows& rows, void* e) {
   constexpr simt::Major kK = simt::Major::kK;
-  HeadTma p{h,      rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {},
-            h.bias, 0,    static_cast<int>(tiles_of(h.V))};
+  HeadTma p{h, rows, SmallTanh(h.map.cap_over_t * kLog2E), e, {}, {}};
   launches.check(wgmma::make_map<T, kK>(&p.e_map, e, h.N, h.D, h.D));
   launches.check(wgmma::make_map<T, kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
   launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
@@ -106,7 +102,7 @@ DEVICE void head_products(const HeadTma& p, int items, const At& at, const F& f)
       [&](int item, int step) -> wgmma::Place {
         const int k = step * wgmma::kDepth;
         const Raster place = at(item);
-        return {k, first_row_of(place.row_block), k, (place.tile - p.first_tile) * kTile};
+        return {k, first_row_of(place.row_block), k, place.tile * kTile};
       },
       [&](int item, Accumulators& acc) {
         const Raster place = at(item);
@@ -122,12 +118,12 @@ DEVICE void strip_logits(Accumulators& acc, const HeadTma& p, int64_t first_colu
   const float inverse = capped ? map.inv_cap : map.inv_t * kLog2E, unit = map.scale * inverse;
   UNROLL
   for (float& x : acc) x *= unit;
-  if (p.bias) {
-    const int first = p.first_tile * kTile, last = static_cast<int>(h.V) - 1;
+  if (h.bias) {
+    const int last = static_cast<int>(h.V) - 1;
     UNROLL
     for (int i = 0; i < wgmma::kColumns / 2; ++i) {
       const int v = static_cast<int>(first_column) + wgmma::column_of(i / 4, i % 2);
-      acc[i] += p.bias[(v < last ? v : last) - first] * inverse;  // outside is replaced below
+      acc[i] += h.bias[v < last ? v : last] * inverse;  // outside is replaced below
     }
   }
   float largest = 0.0f;
