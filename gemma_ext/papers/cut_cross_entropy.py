@@ -17,8 +17,8 @@ What differs from the paper:
   inverse, so the gradient has no bias. What the published rule drops points the same way in every
   token, towards the mean of the frequent tokens' embeddings, while the gradients of different
   tokens largely cancel: on a trained Gemma an error of dE of 1 % that is biased became 16 % of the
-  gradient of the model's parameters, unbiased noise of 1 % became 2 %. The published rule left 8.4 %
-  at 45 % of the blocks kept, sampling 1.9 % at 2.9 %, bfloat16 throughout has 4.4 %.
+  gradient of the model's parameters, unbiased noise of 1 % became 2 %. The published rule left
+  8.4 % at 45 % of the blocks kept, sampling 1.9 % at 2.9 %; bfloat16 throughout has 4.4 %.
 - Blocks are one row and 256 columns and are drawn systematically along the row, so that the weights
   of a row add up to its mass within eps: on English text 1.5 % at 3.5 % kept, where independent
   draws have 4.9 %. The masses come from the forward; nothing is recomputed to decide.
