@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +33,9 @@ def main(
     ),
     steps: Annotated[int, typer.Option(help="Optimiser steps of each training.")] = 120,
     size: Annotated[str, typer.Option(help="Pocket size to train: nano or small.")] = "small",
-    tokens: Annotated[int, typer.Option(help="Tokens of the head that is measured.")] = 512,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens of the head that is measured, beside those of a step.")
+    ] = 2048,
     vocabulary: Annotated[int, typer.Option(help="Its vocabulary.")] = 256_000,
     dtype: Annotated[str, typer.Option(help="auto, bf16 or fp32, of that head.")] = "auto",
     fresh: Annotated[bool, typer.Option(help="Forget what earlier runs finished.")] = False,
@@ -83,18 +85,22 @@ def run(
         folder = out / f"training-{loss}-{_short(key)}"
         make = functools.partial(train, plan, loss, folder, show_progress)
         trainings[loss] = stage(out / f"training-{loss}.json", key, make)
-    with progress_bar("head of Gemma-2-2B's size", len(HEAD_LOSSES), show_progress) as update:
-        for done, loss in enumerate(HEAD_LOSSES):
-            update(done, loss)
-            key = {**common, **asdict(head), "loss": loss}
-            make = functools.partial(measure_apart, loss, head)
-            heads[loss] = stage(out / f"head-{loss}.json", key, make)
-        update(len(HEAD_LOSSES), "")
+    # at the N of a training step too: what pays depends on it
+    sizes = sorted({plan.tokens, head.tokens})
+    todo = [(replace(head, tokens=n), loss) for n in sizes for loss in HEAD_LOSSES]
+    with progress_bar("head of Gemma-2-2B's size", len(todo), show_progress) as update:
+        for done, (sized, loss) in enumerate(todo):
+            update(done, f"{loss}, N = {sized.tokens}")
+            key = {**common, **asdict(sized), "loss": loss}
+            make = functools.partial(measure_apart, loss, sized)
+            path = out / f"head-{loss}-{sized.tokens}.json"
+            heads.setdefault(sized.tokens, {})[loss] = stage(path, key, make)
+        update(len(todo), "")
     machine = {
         "processor": _processor(),
         "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used",
         "memory": f"{total_memory() / 2**30:.0f} GiB",
-        "kernels": torch.ops.gemma_ext.cpu_isa(),
+        "instruction set": torch.ops.gemma_ext.cpu_isa(),
         "torch": torch.__version__,
         "gemma_ext": f"{__version__}, commit {build['commit']}",
     }
@@ -112,7 +118,7 @@ def run(
 def _fast_dtype() -> str:
     """bf16 where torch has kernels for it, fp32 elsewhere."""
     _loader.load()
-    return "bf16" if torch.ops.gemma_ext.cpu_isa().startswith("avx512") else "fp32"
+    return "bf16" if torch.ops.gemma_ext.cpu_isa().startswith(("avx512", "amx")) else "fp32"
 
 
 def _short(key: dict[str, Any]) -> str:

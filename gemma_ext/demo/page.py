@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 _TEMPLATE = "report.html.jinja"
 _GREY, _BLUE, _INK = "#9aa5b1", "#1a73e8", "#202833"
-_NAMES = {"eager": "eager", "exact": "gemma_ext, exact", "ours": "gemma_ext"}
+_NAMES = {
+    "eager": "eager",
+    "ours": "gemma_ext",
+    "exact": "gemma_ext, exact",
+    "sampled": "gemma_ext, sampled",
+}
+_HEADS = ("eager", "exact", "sampled")
 _FIGURE_STYLE = {
     "font.size": 10,
     "font.family": "sans-serif",
@@ -38,7 +44,7 @@ def write_page(
     path: Path,
     *,
     trainings: dict[str, dict[str, Any]],
-    heads: dict[str, dict[str, Any]],
+    heads: dict[int, dict[str, dict[str, Any]]],
     plan: Plan,
     head: Head,
     machine: dict[str, str],
@@ -47,7 +53,8 @@ def write_page(
     """Draws and writes the page.
 
     Args:
-        trainings, heads: results of `training.train` and `head.measure_here`, by loss.
+        trainings: results of `training.train` by loss.
+        heads: results of `head.measure_here` by tokens and loss; the numbers are of `head.tokens`.
         plan, head: what was run.
         machine: rows of the machine table.
         seconds: wall time of this run.
@@ -57,7 +64,7 @@ def write_page(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    numbers = five_numbers(trainings, heads)
+    numbers = five_numbers(trainings, heads[head.tokens])
     environment = Environment(
         loader=PackageLoader("gemma_ext.demo", ""), autoescape=True, undefined=StrictUndefined
     )
@@ -65,14 +72,16 @@ def write_page(
     html = environment.get_template(_TEMPLATE).render(
         numbers=numbers,
         curves=_curves(trainings),
-        bars=_bars(heads, head),
+        bars={n: _bars(runs, n, head.vocabulary) for n, runs in heads.items()},
         trainings=trainings,
         heads=heads,
         plan=asdict(plan),
         recipe=asdict(recipe),
-        tokens=plan.steps * plan.batch * recipe.context,
+        tokens=plan.steps * plan.tokens,
+        step_tokens=plan.tokens,
         head=asdict(head),
         names=_NAMES,
+        head_losses=_HEADS,
         data=DATA,
         machine=machine,
         minutes=seconds / 60,
@@ -91,7 +100,7 @@ def five_numbers(
     eager, ours = trainings["eager"], trainings["ours"]
     gap = max(abs(a - b) for a, b in zip(eager["losses"], ours["losses"], strict=True))
     step = [median(run["seconds"]) for run in (eager, ours)]
-    a, b = heads["eager"], heads["ours"]
+    a, b = heads["eager"], heads["sampled"]
     extra = [_extra(run) for run in (a, b)]
     return [
         ("largest gap between the curves", f"{gap:.2g} nats"),
@@ -130,10 +139,10 @@ def _curves(trainings: dict[str, dict[str, Any]]) -> str:
     return _svg(figure, "Training loss of both runs and their difference, step by step")
 
 
-def _bars(heads: dict[str, dict[str, Any]], head: Head) -> str:
+def _bars(heads: dict[str, dict[str, Any]], tokens: int, vocabulary: int) -> str:
     figure, (time, memory) = _axes(1, 2, (7.6, 2.9), sharey=True)
-    labels = list(_NAMES.values())
-    runs = [heads[name] for name in _NAMES]
+    labels = [_NAMES[name] for name in _HEADS]
+    runs = [heads[name] for name in _HEADS]
     forward = [run["forward"] for run in runs]
     backward = [run["seconds"] - run["forward"] for run in runs]
     _stacked(time, labels, forward, backward, "{:.1f} s")
@@ -154,9 +163,7 @@ def _bars(heads: dict[str, dict[str, Any]], head: Head) -> str:
         va="bottom",
         fontsize=8,
     )
-    return _svg(
-        figure, f"Time and peak memory of the head, N = {head.tokens}, V = {head.vocabulary}"
-    )
+    return _svg(figure, f"Time and peak memory of the head, N = {tokens}, V = {vocabulary}")
 
 
 def _stacked(

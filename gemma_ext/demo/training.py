@@ -41,6 +41,11 @@ class Plan:
     learning_rate: float = 3e-3
     seed: int = 0
 
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * pocket_size(self.size).context
+
 
 def train(plan: Plan, loss: str, folder: Path, show_progress: bool = True) -> dict[str, Any]:
     """Trains from the same start on the same text with one of the two losses.

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gemma_ext.ops._derivatives import apply, once
+
 
 class RowStatistics(NamedTuple):
     """Per-row vectors [N], of one shard or of the whole vocabulary; None where not asked for."""
@@ -43,12 +45,12 @@ def merge_shards(local: RowStatistics, group: dist.ProcessGroup) -> RowStatistic
     SUM all-reduce: one round trip less, and the result does not depend on the backend's reduction
     algorithm. Costs 4 to 16 bytes per row and rank.
     """
-    return RowStatistics(*_MergeShards.apply(group, *local))
+    return RowStatistics(*apply(MergeShards, group, *local))
 
 
 def reduce_gradient(e: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity whose backward sums the gradient over the group in at least float32."""
-    return _ReduceGradient.apply(e, group)
+    return apply(ReduceGradient, e, group)
 
 
 def empty_shard_rows(e: Tensor, c: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -57,10 +59,10 @@ def empty_shard_rows(e: Tensor, c: Tensor, bias: Tensor | None, dtype: torch.dty
     The tie keeps the rank in the backward's collectives, which would otherwise wait for it for
     ever.
     """
-    return _EmptyShardRows.apply(e, c, bias, dtype)
+    return apply(EmptyShardRows, e, c, bias, dtype)
 
 
-class _MergeShards(torch.autograd.Function):
+class MergeShards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, group, lse, target_logit, mean_logit, weighted_logit_sum):
         local = (lse, target_logit, mean_logit, weighted_logit_sum)
@@ -92,6 +94,7 @@ class _MergeShards(torch.autograd.Function):
         )
 
     @staticmethod
+    @once
     def backward(ctx, d_lse, d_target, d_mean, d_weighted):
         share, mean_logit, mean_global = ctx.saved_tensors
         d_lse_local = None if d_lse is None else share * d_lse
@@ -103,13 +106,14 @@ class _MergeShards(torch.autograd.Function):
         return None, d_lse_local, d_target, d_mean_local, d_weighted
 
 
-class _ReduceGradient(torch.autograd.Function):
+class ReduceGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, e, group):
         ctx.group = group
         return e.view_as(e)
 
     @staticmethod
+    @once
     def backward(ctx, grad):
         wide = torch.promote_types(grad.dtype, torch.float32)
         total = grad.to(wide, copy=True, memory_format=torch.contiguous_format)
@@ -117,13 +121,14 @@ class _ReduceGradient(torch.autograd.Function):
         return total.to(grad.dtype), None
 
 
-class _EmptyShardRows(torch.autograd.Function):
+class EmptyShardRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, e, c, bias, dtype):
         ctx.save_for_backward(e, c, bias)
         return e.new_full(e.shape[:1], -torch.inf, dtype=dtype)
 
     @staticmethod
+    @once
     def backward(ctx, grad):
         zeros = [
             torch.zeros_like(tensor) if wanted else None

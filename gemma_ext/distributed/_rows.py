@@ -14,6 +14,7 @@ from gemma_ext.distributed._merge import (
     merge_shards,
     reduce_gradient,
 )
+from gemma_ext.distributed._sampled import shard_rows
 from gemma_ext.distributed._shards import VocabShard
 from gemma_ext.ops.cce import Head, Method, Rows, rows_of_head
 from gemma_ext.ops.cce.inputs import to_autocast
@@ -35,6 +36,7 @@ def vocab_parallel_rows(
     class_weight: Tensor | None,
     want_entropy: bool,
     want_argmax: bool,
+    want_stats: bool,
     reduce_e_grad: bool,
 ) -> Rows:
     """`gemma_ext.ops.cce.rows_of_head` over the union of the shards; the same on every rank.
@@ -43,19 +45,64 @@ def vocab_parallel_rows(
         e: [N, D], the same on every rank. c: [V_local, D]; bias, class_weight: [V_local] or None.
         targets: [N] labels in the whole vocabulary; one outside it has nll NaN.
     """
-    rows = shard.stop - shard.start
     valid = targets != head.ignore_index
     relative = targets.long() - shard.start
-    owned = valid & (relative >= 0) & (relative < rows)
+    owned = valid & (relative >= 0) & (relative < shard.stop - shard.start)
+    nowhere = valid & ((targets < 0) | (targets >= shard.vocab_size))
     e = reduce_gradient(e, shard.group) if reduce_e_grad else e
-    if rows:
-        local_e, local_c, local_bias = to_autocast(e, c, bias)
+    local_e, local_c, local_bias = to_autocast(e, c, bias)
+    problem = (
+        local_e,
+        local_c,
+        torch.where(owned, relative, torch.where(valid, _ELSEWHERE, _IGNORED)),
+        local_bias,
+    )
+    local_head = dataclasses.replace(head, ignore_index=_IGNORED)
+    wanted = {
+        "class_weight": class_weight,
+        "want_entropy": want_entropy,
+        "want_argmax": want_argmax,
+    }
+    if method.materialises:
+        rows = _materialised_rows(*problem, shard, local_head, method, owned, **wanted)
+    else:
+        rows = shard_rows(*problem, shard, local_head, method, want_stats=want_stats, **wanted)
+
+    zero = torch.zeros_like(rows.lse)
+    argmax = None
+    if want_argmax:
+        logit = _chosen_logit(e, c, bias, rows.argmax, head)
+        argmax = torch.where(valid, _merge_argmax(logit, rows.argmax, shard), -1)
+    return rows._replace(
+        nll=torch.where(valid, rows.nll, zero).masked_fill(nowhere, torch.nan),
+        lse=torch.where(valid, rows.lse, zero),
+        mean_logit=torch.where(valid, rows.mean_logit, zero) if want_entropy else None,
+        argmax=argmax,
+    )
+
+
+def _materialised_rows(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    shard: VocabShard,
+    head: Head,
+    method: Method,
+    owned: Tensor,
+    *,
+    class_weight: Tensor | None,
+    want_entropy: bool,
+    want_argmax: bool,
+) -> Rows:
+    """Rows in plain torch; argmax is that of the shard."""
+    if c.shape[0]:
         local = rows_of_head(
-            local_e,
-            local_c,
-            torch.where(owned, relative, torch.where(valid, _ELSEWHERE, _IGNORED)),
-            local_bias,
-            dataclasses.replace(head, ignore_index=_IGNORED),
+            e,
+            c,
+            targets,
+            bias,
+            head,
             method,
             class_weight=class_weight,
             want_entropy=want_entropy,
@@ -64,31 +111,23 @@ def vocab_parallel_rows(
         )
     else:
         local = _empty_rows(e, c, bias, class_weight, want_entropy, want_argmax)
-
-    zero = torch.zeros_like(local.lse)
-    nowhere = valid & ((targets < 0) | (targets >= shard.vocab_size))
     merged = merge_shards(
         RowStatistics(
             local.lse,
             # a row owned elsewhere stays out of the subtraction, whose backward would cost its
             # gradient x_r g the rounding of g + (x_r g - g)
-            torch.where(owned, local.lse - local.nll, zero),
+            torch.where(owned, local.lse - local.nll, torch.zeros_like(local.lse)),
             local.mean_logit,
             local.weighted_logit_sum,
         ),
         shard.group,
     )
-    argmax = None
-    if want_argmax:
-        logit = _chosen_logit(e, c, bias, local.argmax, head)
-        argmax = torch.where(valid, _merge_argmax(logit, local.argmax, shard), -1)
     return Rows(
-        torch.where(valid, merged.lse - merged.target_logit, zero).masked_fill(nowhere, torch.nan),
-        torch.where(valid, merged.lse, zero),
-        None if merged.mean_logit is None else torch.where(valid, merged.mean_logit, zero),
-        merged.weighted_logit_sum,
-        argmax,
-        local.stats,
+        nll=merged.lse - merged.target_logit,
+        lse=merged.lse,
+        mean_logit=merged.mean_logit,
+        weighted_logit_sum=merged.weighted_logit_sum,
+        argmax=local.argmax,
     )
 
 

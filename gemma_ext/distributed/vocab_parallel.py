@@ -8,8 +8,6 @@ dC stays local, dE is one SUM all-reduce in float32.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch.distributed as dist
 from torch import Tensor
 
@@ -26,6 +24,7 @@ from gemma_ext.distributed._shards import (
 from gemma_ext.ops.cce import Head, LinearCrossEntropyOutput, LossTerms, Method
 from gemma_ext.ops.cce.inputs import check_labels, check_problem, check_vector
 from gemma_ext.ops.cce.loss import Wanted, assemble, weigh
+from gemma_ext.ops.vocab_state import warn_ignored
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -56,12 +55,13 @@ def vocab_parallel_linear_cross_entropy(
     return_entropy: bool = False,
     return_argmax: bool = False,
     return_stats: bool = False,
-    state: object | None = None,
+    filter_seed: int = 0,
+    state: object = None,
 ) -> Tensor | LinearCrossEntropyOutput:
     """`gemma_ext.linear_cross_entropy` with the rows of the classifier spread over a group.
 
     Every rank passes the same `e`, `targets` and options, and its own rows of the classifier; every
-    rank gets the same loss, bit for bit. Communication: 8 to 16 bytes per token and rank forward,
+    rank gets the same loss, bit for bit. Communication: 12 to 20 bytes per token and rank forward,
     one [N, D] float32 sum backward.
 
     Args:
@@ -80,11 +80,12 @@ def vocab_parallel_linear_cross_entropy(
             `vocab_size` for a plain `c_local`, and makes the loss of a label outside [0, V) NaN.
         weight: [V] class weights of the whole vocabulary, on every rank.
         return_stats: what the gradient filter kept of this rank's columns.
-        state: `VocabState` of this rank's columns.
+        filter_seed: as in `gemma_ext.linear_cross_entropy`; ranks draw differently.
+        state: ignored, goes with the next release.
 
     The remaining arguments and the returned value are those of `gemma_ext.linear_cross_entropy`.
-    The gradient filter weighs a strip against its own shard's probability, which is the stricter
-    measure: it keeps at least what one process would keep at the same `filter_eps`.
+    The gradient filter samples strips by their part of the whole vocabulary's probability; "auto"
+    chooses the threshold of a shard by its own columns.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; ranks that disagree about tokens or
@@ -96,7 +97,9 @@ def vocab_parallel_linear_cross_entropy(
         >>> loss = vocab_parallel_linear_cross_entropy(hidden, head, labels, softcap=30.0)
     """
     head = Head(softcap, logit_scale, temperature, ignore_index)
-    method = Method(impl, filter_eps, state)
+    if state is not None:
+        warn_ignored("state")
+    method = Method(impl, filter_eps, filter_seed)
     terms = LossTerms(
         reduction=reduction,
         shift=shift,
@@ -126,6 +129,7 @@ def vocab_parallel_linear_cross_entropy(
         class_weight=None if smoothing is None else smoothing[shard.start : shard.stop],
         want_entropy=wanted.entropy,
         want_argmax=wanted.argmax,
+        want_stats=wanted.stats,
         reduce_e_grad=reduce_e_grad,
     )
     return assemble(tokens, rows, smoothing, terms, wanted)
@@ -149,7 +153,8 @@ def vocab_parallel_linear_logprobs(
     temperature: float = 1.0,
     filter_eps: float | str | None = "auto",
     impl: str = "auto",
-    state: object | None = None,
+    filter_seed: int = 0,
+    state: object = None,
 ) -> tuple[Tensor, Tensor]:
     """`gemma_ext.linear_logprobs` with the rows of the classifier spread over a group.
 
@@ -178,6 +183,7 @@ def vocab_parallel_linear_logprobs(
         filter_eps=filter_eps,
         impl=impl,
         return_entropy=True,
+        filter_seed=filter_seed,
         state=state,
     )
     return -output.loss, output.entropy
@@ -206,8 +212,7 @@ def _enter(
         start, _ = vocab_shard_range(head_vocab, dist.get_rank(group), dist.get_world_size(group))
         vocab_start = start if vocab_start is None else vocab_start
     if c.dim() == 2 and c.shape[0] == 0:  # a shard without columns is fine here, only here
-        one_column = dataclasses.replace(method, state=None)
-        check_problem(e, c.new_empty(1, c.shape[1]), targets, None, one_column)
+        check_problem(e, c.new_empty(1, c.shape[1]), targets, None, method)
         check_vector("bias", bias, 0, e.device)
     else:
         check_problem(e, c, targets, bias, method)

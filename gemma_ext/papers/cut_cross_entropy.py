@@ -8,15 +8,21 @@ E [N, D] hidden states, C [V, D] classifier, x_n the label of row n, S = softmax
 | indexed matrix multiplication (E C^T)_{n, x_n}         | `lse - nll` of `ops.cce.cce_rows`       |
 | linear-log-sum-exp, forward                            | `lse` of `ops.cce.cce_rows`             |
 | linear-log-sum-exp, backward: dE = G C, dC = G^T E     | backward of `ops.cce.cce_rows`          |
-| gradient filtering: drop a block with all G < eps      | `filter_threshold`, `filter_eps`        |
-| vocabulary sorting by mean logit                       | `VocabState` (by kept count instead)    |
+| gradient filtering: drop a block with all G < eps      | `filter_eps`, which samples instead     |
+| vocabulary sorting by mean logit                       | none: sampling needs no order           |
 | CCE, CCE-Kahan-FullC, CCE-Kahan-FullE, exact           | `PRESETS`, `CutCrossEntropyConfig`      |
 
 What differs from the paper:
-- Survival of a block (one row, 256 columns) is decided from maxima stored by the forward, before
-  anything is recomputed, and measured against each row's upstream gradient.
-- The probability mass of a dropped block is returned through its tile means, so the push-down half
-  of the gradient survives at random initialisation and for rare tokens.
+- A small block is not dropped: it is computed with probability mass / eps and weighed by the
+  inverse, so the gradient has no bias. What the published rule drops points the same way in every
+  token, towards the mean of the frequent tokens' embeddings, while the gradients of different
+  tokens largely cancel: on a trained Gemma an error of dE of 1 % that is biased became 16 % of the
+  gradient of the model's parameters, unbiased noise of 1 % became 2 %. The published rule left
+  8.4 % at 45 % of the blocks kept, sampling 1.9 % at 2.9 %; bfloat16 throughout has 4.4 %.
+- Blocks are one row and 256 columns and are drawn systematically along the row, so that the weights
+  of a row add up to its mass within eps: on English text 1.5 % at 3.5 % kept, where independent
+  draws have 4.9 %. The masses come from the forward; nothing is recomputed to decide.
+- `filter_eps` is relative to each row's upstream gradient.
 - Sums are always float32 and rounded once, so the Kahan variants equal the plain ones. Leaving one
   of the two gradients unfiltered (FullC, FullE) runs both unfiltered.
 - Results are bitwise reproducible.

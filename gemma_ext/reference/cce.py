@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def logits(
@@ -33,6 +34,26 @@ def logits(
         if softcap is not None:
             a = softcap * torch.tanh(a / softcap)
         return a / temperature
+
+
+def losses(s: Tensor, label: Tensor, owned: Tensor) -> tuple[Tensor, Tensor]:
+    """(nll, lse), [...], of scores s [..., V]; nll is lse where a row does not own its label.
+
+    Relative to the largest score of a row, so that a number common to all costs no digits, and nll
+    from the labels' rivals, so that neither it nor its gradient is a difference of near numbers.
+    """
+    top = s.detach().amax(-1, keepdim=True)
+    top = torch.where(torch.isneginf(top), 0.0, top)  # of a shard that its bias masks
+    s = s - top
+    top = top.squeeze(-1)
+    lse = torch.logsumexp(s, dim=-1) + top
+    label = label.unsqueeze(-1)
+    rivals = s.scatter(-1, label, -torch.inf)
+    alone = torch.isneginf(rivals.detach()).all(-1, keepdim=True)
+    rivals = torch.logsumexp(torch.where(alone, 0.0, rivals), dim=-1)
+    nll = functional.softplus(rivals - s.gather(-1, label).squeeze(-1), threshold=40.0)
+    nll = torch.where(alone.squeeze(-1), 0.0, nll)
+    return torch.where(owned, nll, lse), lse
 
 
 def rows(
@@ -67,12 +88,11 @@ def rows(
     e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
     s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     zero = s.new_zeros(())
-    lse = torch.logsumexp(s, dim=-1)
-    index = torch.where(owned, targets, torch.zeros_like(targets)).long().unsqueeze(-1)
-    target_logit = torch.where(owned, s.gather(-1, index).squeeze(-1), zero)
+    label = torch.where(owned, targets, torch.zeros_like(targets)).long()
+    nll, lse = losses(s, label, owned)
     mean_logit = None
     if want_entropy:
-        p = torch.exp(s - lse.unsqueeze(-1))
+        p = torch.softmax(s, -1)
         finite = torch.where(torch.isneginf(s), zero, s)  # 0 * -inf of a masked column is 0
         mean_logit = torch.where(valid, (p * finite).sum(-1), zero)
     weighted = None
@@ -82,7 +102,7 @@ def rows(
     if want_argmax:
         argmax = torch.where(valid, s.argmax(-1), torch.full_like(targets, -1, dtype=torch.int64))
     return (
-        torch.where(valid, lse - target_logit, zero),
+        torch.where(valid, nll, zero),
         torch.where(valid, lse, zero),
         mean_logit,
         weighted,
@@ -130,11 +150,10 @@ def linear_cross_entropy(
     label = torch.where(valid, targets, torch.zeros_like(targets)).long()
     e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
     s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    lse = torch.logsumexp(s, dim=-1)
+    nll, lse = losses(s, label, torch.ones_like(valid))
     w = s.new_ones(vocab) if weight is None else weight.to(s.dtype)
     t = torch.ones_like(lse) if token_weights is None else token_weights.to(s.dtype)
     t = torch.where(valid, t, torch.zeros_like(t))
-    nll = lse - s.gather(-1, label.unsqueeze(-1)).squeeze(-1)
     row = (1 - label_smoothing) * w[label] * nll + z_loss * lse**2
     if label_smoothing:
         row = row + label_smoothing / vocab * ((lse.unsqueeze(-1) - s) * w).sum(-1)
@@ -169,6 +188,6 @@ def linear_logprobs(
     s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
     logp = torch.log_softmax(s, dim=-1)
     entropy = -(logp.exp() * torch.where(torch.isneginf(logp), 0.0, logp)).sum(-1)
-    chosen = logp.gather(-1, label.unsqueeze(-1)).squeeze(-1)
-    zero = torch.zeros_like(chosen)
-    return torch.where(valid, chosen, zero), torch.where(valid, entropy, zero)
+    nll, _ = losses(s, label, torch.ones_like(valid))
+    zero = torch.zeros_like(nll)
+    return torch.where(valid, -nll, zero), torch.where(valid, entropy, zero)

@@ -1,20 +1,21 @@
-"""The filtered backward of cut cross-entropy, from its definition, with the logits materialised.
+"""The sampled backward of cut cross-entropy, from its definition, with the logits materialised.
 
-The vocabulary, in `order`, is cut into tiles of 256 columns; a strip is one row and one tile. With
-G_nv = p_nv [A_n + q_n (s_nv - m_n)] - B_n 1{v = target_n} the gradient of the logits s, where
+The vocabulary is cut into tiles of 256 consecutive ids; a strip is one row and one tile. With
+a = d_nll + d_lse + d_m, b = d_nll, q = d_m (upstream of nll, lse and the mean logit m) the gradient
+of the logits before cap and temperature is
 
-    A = d_nll + d_lse + d_m,  B = d_nll,  q = d_m   (upstream of nll, lse and the mean logit)
+    G_nv = w_nj p_nv (a + q (s_nv - m_n)) ds/da - b 1{v = label} ds/da
 
-and M_nj, S_nj, F_nj, R_nj = max s, sum exp(s - M), sum exp(s - M) ds/da, sum exp(s - M) s of a
-strip, a strip is computed in full iff
+where w is 1 in the exact backward, and here 0 or at least 1, with mean 1, drawn per strip:
 
-    exp(M_nj - lse_n) (|A_n| + |q_n| max(|M_nj - m_n|, 1)) >= eps ref_n,  or
-    the target lies in it and |A_n p_t - B_n| >= eps ref_n,
+    m_nj = sum_{v in j} p_nv T ds/da        r_nj = m_nj max(1, |max_{v in j} s_nv - m_n|)
+    x_nj = |a| m_nj + |q| r_nj              u_nj = x_nj / (tau ref_n)
+    scale_n = max(|a|, |b|, |q|)            ref_n = min(scale_n, mean of scale over valid rows)
 
-with scale_n = max(|A_n|, |B_n|, |q_n|), ref_n = min(scale_n, mean of scale over valid rows), and
-never for scale_n = 0. A dropped strip returns its mass through the tile's profile (prob normalised
-inside the tile): G ds/da is replaced by W_nj profile_v with
-W_nj = exp(M_nj - lse_n) F_nj (A_n + q_n (R_nj / S_nj - m_n)).
+The strip of the label and strips with u >= 1 are kept with w = 1. The others are sampled along the
+row: a phase that starts at the row's draw gains u at each of them, and a strip over which it passes
+a whole number is kept with w = 1 / u. So the weighted masses of a row sum to its mass within
+tau ref. Phases are 32-bit fractions of a turn; the draw is the first word of philox2x32-10.
 """
 
 from __future__ import annotations
@@ -24,40 +25,94 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_ext.reference.cce import logits
+from gemma_ext.reference.cce import logits, losses
 
 TILE = 256
-AUTO_EPS = tuple(2.0**-k for k in range(10, 16))
-AUTO_ERROR = 2.0**-9
-AUTO_KEPT = 0.6
+TAUS = tuple(2.0**-k for k in range(6, 13))
+AUTO_ERROR = 2.0**-6
+BREAK_EVEN = 0.6  # kept share above which exact is faster on a CPU
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIER, _INCREMENT = 0xD256D193, 0x9E3779B9  # Salmon et al., SC 2011
 
 
-class FilteredGradients(NamedTuple):
-    """Gradients of the filtered backward and what was dropped.
+class SampledGradients(NamedTuple):
+    """Gradients of the sampled backward and what they are made of.
 
     Attributes:
         de: [N, D]. dc: [V, D]. dbias: [V] (of a zero bias when there is none).
-        keep: [N, ceil(V / 256)] bool. dropped_mass: [N] probability in dropped strips, 0 in rows
-            that are ignored or have no upstream gradient.
+        weight: [N, ceil(V / 256)], 0 where a strip is left out.
+        size: [N, ceil(V / 256)] x of a strip; label: the same, bool, whether it holds the label.
         kept_fraction: kept strips over the strips of rows that have an upstream gradient.
     """
 
     de: Tensor
     dc: Tensor
     dbias: Tensor
-    keep: Tensor
-    dropped_mass: Tensor
+    weight: Tensor
+    size: Tensor
+    label: Tensor
     kept_fraction: float
 
 
+class Forecast(NamedTuple):
+    """What a threshold makes of rows of equal upstream gradient.
+
+    Attributes:
+        kept: share of the strips of valid rows, expected; 1 for no rows.
+        error: relative standard error of dE, were the rows of c orthogonal and of equal length.
+    """
+
+    kept: float
+    error: float
+
+
 class _Strips(NamedTuple):
-    top: Tensor
+    """m, max s and whether the label lies in a strip [N, tiles]; s, p, T ds/da [N, V]; nll [N]."""
+
     mass: Tensor
+    top: Tensor
+    label: Tensor
+    s: Tensor
+    p: Tensor
     slope: Tensor
-    first: Tensor
+    nll: Tensor
 
 
-def filtered_gradients(
+def philox(first: Tensor, second: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """philox2x32-10 of counters (first, second), int64 tensors of 32-bit words."""
+    for _ in range(10):
+        # the 64-bit product of two words in halves of the second, which int64 holds
+        low = _MULTIPLIER * (first & 0xFFFF)
+        high = _MULTIPLIER * (first >> 16) + (low >> 16)
+        first, second = (high >> 16) ^ key ^ second, (high & 0xFFFF) << 16 | low & 0xFFFF
+        key = key + _INCREMENT & _WORD
+    return first, second
+
+
+def draws(rows: Tensor, lse: Tensor, seed: int) -> Tensor:
+    """[N] int64, the 32-bit phase at which each row starts.
+
+    Args:
+        rows: [N] int64 position of the row in e. lse: [N], of which the float32 bits count.
+        seed: any int64.
+    """
+    bits = lse.float().contiguous().view(torch.int32).long() & _WORD
+    return philox(rows & _WORD, bits, (seed ^ seed >> 32) & _WORD)[0]
+
+
+def sample(u: Tensor, start: Tensor, taken: Tensor) -> Tensor:
+    """Weights [N, tiles] for inclusion probabilities u; 1 and outside the draw where `taken`."""
+    draw = ~taken & (u < 1)
+    step = (u.float().double() * 2.0**32).long().clamp(min=1)
+    step = torch.where(draw & (u > 0), step, torch.zeros_like(step))
+    after = start[:, None] + step.cumsum(1)
+    passed = (after >> 32) > (after - step >> 32)
+    weight = torch.where(passed, 2.0**32 / step.clamp(min=1), 0.0)
+    return torch.where(draw, weight, torch.ones_like(weight))
+
+
+def sampled_gradients(
     e: Tensor,
     c: Tensor,
     targets: Tensor,
@@ -66,129 +121,153 @@ def filtered_gradients(
     d_mean_logit: Tensor | None = None,
     bias: Tensor | None = None,
     *,
-    eps: float,
+    tau: float,
+    seed: int = 0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
     ignore_index: int = -100,
-    order: Tensor | None = None,
-    prob: Tensor | None = None,
-    compensate: bool = True,
-    tile: int = TILE,
-) -> FilteredGradients:
-    """Gradients of sum_n d_nll nll + d_lse lse + d_mean_logit mean_logit under the filter.
+    scale: Tensor | None = None,
+    lse: Tensor | None = None,
+) -> SampledGradients:
+    """Gradients of sum_n d_nll nll + d_lse lse + d_mean_logit mean_logit, sampled by strips.
 
     Args:
         e: [N, D]; c: [V, D]; targets: [N], outside [0, V) means no target here; bias: [V] or None.
         d_nll, d_lse, d_mean_logit: [N] upstream gradients.
-        eps: threshold; 0 keeps every strip of a row with an upstream gradient.
-        order: [V] int64, the vocabulary id at each position; identity if None.
-        prob: [V] mean probability by id, the profile of compensation; uniform if None.
-        compensate: return dropped mass through the profile (False: the published plain filter,
-            by strips).
+        tau: mass, relative to the upstream, from which a strip is always kept; 0 keeps every strip
+            of a row with an upstream gradient.
+        scale: [N] in place of max(|a|, |b|, |q|), for columns that are part of a vocabulary.
+        lse: [N], of which the float32 bits enter the draw; the twin's own if None.
     """
-    n, vocab = e.shape[0], c.shape[0]
     valid = targets != ignore_index
-    e = torch.where(valid[:, None], e, torch.zeros_like(e))
-    s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
-    zero = s.new_zeros(n)
-    d_nll = torch.where(valid, d_nll.to(s.dtype), zero)
-    d_lse = zero if d_lse is None else torch.where(valid, d_lse.to(s.dtype), zero)
-    q = zero if d_mean_logit is None else torch.where(valid, d_mean_logit.to(s.dtype), zero)
-    a, b = d_nll + d_lse + q, d_nll
+    strips = _strips(e, c, targets, bias, ignore_index, softcap, logit_scale, temperature)
+    s, p = strips.s, strips.p
+    zero = s.new_zeros(len(s))
 
-    dsda = torch.full_like(s, 1.0 / temperature)
-    if softcap is not None:
-        dsda = (1.0 - (s * temperature / softcap) ** 2) / temperature
-    lse = torch.logsumexp(s, dim=1)
-    p = torch.exp(s - lse[:, None])
-    m = (p * torch.where(torch.isneginf(s), torch.zeros_like(s), s)).sum(1)
-    owned = valid & (targets >= 0) & (targets < vocab)
-    label = torch.where(owned, targets, torch.zeros_like(targets)).long()
-    hot = torch.zeros_like(s).scatter_(1, label[:, None], owned.to(s.dtype)[:, None])
+    def rows(values: Tensor | None) -> Tensor:
+        return zero if values is None else torch.where(valid, values.to(s.dtype), zero)
 
-    ids = torch.arange(vocab, device=e.device) if order is None else order.long()
-    tile_of = torch.empty_like(ids)
-    tile_of[ids] = torch.arange(vocab, device=e.device) // tile
-    strips = _strips(s, dsda, tile_of)
+    owned = strips.label.any(1)
+    q, b = rows(d_mean_logit), torch.where(owned, rows(d_nll), zero)
+    a = rows(d_nll) + rows(d_lse) + q
+    scale = torch.stack((a.abs(), b.abs(), q.abs())).amax(0) if scale is None else rows(scale)
+    ref = torch.minimum(scale, scale.sum() / valid.sum().clamp(min=1))
 
-    scale = torch.stack((a.abs(), b.abs(), q.abs())).amax(0)
-    mean_scale = scale.sum() / valid.sum().clamp(min=1)
-    threshold = (eps * torch.minimum(scale, mean_scale))[:, None]
-    reach = (strips.top - m[:, None]).abs().clamp(1.0, torch.finfo(s.dtype).max)
-    bound = a.abs()[:, None] + q.abs()[:, None] * reach
-    keep = torch.exp(strips.top - lse[:, None]) * bound >= threshold
-    p_t = p.gather(1, label[:, None]).squeeze(1)
-    hot_kept = owned & ((a * p_t - b).abs() >= threshold.squeeze(1))
-    keep[hot_kept, tile_of[label[hot_kept]]] = True
-    keep &= (scale > 0)[:, None]
+    mean = (p * torch.where(p > 0, s, 0.0)).sum(1)
+    reach = (strips.top - mean[:, None]).abs().clamp(min=1.0)
+    reach = torch.where(strips.mass > 0, reach, 1.0)  # of a strip of masked columns
+    size = (a.abs()[:, None] + q.abs()[:, None] * reach) * strips.mass
+    weight = torch.ones_like(size)
+    if tau:
+        own = torch.logsumexp(s, 1) if lse is None else lse
+        index = torch.arange(len(s), device=s.device)
+        u = size / (tau * ref)[:, None]
+        weight = sample(u, draws(index, own, seed), strips.label)
+    weight = torch.where((scale > 0)[:, None], weight, 0.0)
 
-    away = torch.where(p > 0, s - m[:, None], torch.zeros_like(s))
-    g = (p * (a[:, None] + q[:, None] * away) - b[:, None] * hot) * dsda
-    g = torch.where(keep[:, tile_of], g, torch.zeros_like(g))
-    strip_mass = torch.exp(strips.top - lse[:, None]) * strips.mass
-    if compensate:
-        mean = strips.first / strips.mass.clamp(min=torch.finfo(s.dtype).tiny)
-        tilt = a[:, None] + q[:, None] * (mean - m[:, None])
-        w = torch.exp(strips.top - lse[:, None]) * strips.slope * tilt
-        w = torch.where(keep, torch.zeros_like(w), w)
-        g = g + w[:, tile_of] * _profile(vocab, prob, tile_of, s)
+    away = torch.where(p > 0, s - mean[:, None], 0.0)
+    whole = weight.repeat_interleave(TILE, 1)[:, : s.shape[1]]
+    g = whole * p * (a[:, None] + q[:, None] * away)
+    label = torch.where(owned, targets, 0).long()[:, None]
+    # p_y a - b = a (p_y - 1) + (a - b), without the digits that p_y - 1 loses near 1
+    at_label = a * torch.expm1(-strips.nll) + (a - b)
+    at_label = at_label + (q[:, None] * p * away).gather(1, label).squeeze(1)
+    at_label = torch.where(owned & (scale > 0), at_label, g.gather(1, label).squeeze(1))
+    g = g.scatter(1, label, at_label[:, None]) * strips.slope / temperature
+
+    e = torch.where(valid[:, None], e, torch.zeros_like(e)).to(s.dtype)
     active = scale > 0
-    dropped = torch.where(active[:, None] & ~keep, strip_mass, torch.zeros_like(strip_mass)).sum(1)
-    kept = float(keep[active].double().mean()) if bool(active.any()) else 0.0
-    return FilteredGradients(
-        logit_scale * (g @ c.to(g.dtype)),
-        logit_scale * (g.T @ e.to(g.dtype)),
+    kept = (weight[active] > 0).double().mean()
+    return SampledGradients(
+        logit_scale * (g @ c.to(s.dtype)),
+        logit_scale * (g.T @ e),
         g.sum(0),
-        keep,
-        dropped,
-        kept,
+        weight,
+        size,
+        strips.label,
+        float(kept) if bool(active.any()) else 0.0,
     )
 
 
-def auto_eps(s: Tensor, targets: Tensor, order: Tensor | None = None) -> float | None:
-    """eps that filter_eps="auto" takes for logits s [N, V] and targets [N]; None means exact.
+def forecast(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    tau: float,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> Forecast:
+    """What `tau` keeps of rows of equal upstream gradient, and at what error."""
+    strips = _strips(e, c, targets, bias, ignore_index, softcap, logit_scale, temperature)
+    return _forecast(strips, targets != ignore_index, tau)
 
-    The largest candidate whose predicted gradient error sqrt(sum peak * mass over dropped strips /
-    (sum (1 - p_target)^2 + sum peak^2)) is at most 2^-9, unless it keeps more than 0.6.
+
+def auto_tau(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> float:
+    """The largest of `TAUS` whose predicted error is at most `AUTO_ERROR`.
+
+    0, the exact backward, where there is none or where it would keep more than `BREAK_EVEN`.
     """
-    probs = torch.softmax(s, dim=1)
-    ids = torch.arange(s.shape[1]) if order is None else order
-    blocks = ids.split(TILE)
-    peak = torch.stack([probs[:, b].amax(1) for b in blocks], 1)
-    mass = torch.stack([probs[:, b].sum(1) for b in blocks], 1)
-    here = torch.stack([(targets[:, None] == b).any(1) for b in blocks], 1)
-    miss = 1 - probs.gather(1, targets[:, None])
-    energy = torch.where(here, miss**2, peak**2).sum()
-    for eps in AUTO_EPS:
-        dropped = (peak < eps) & ~(here & (miss >= eps))
-        if (peak * mass)[dropped].sum() <= AUTO_ERROR**2 * energy:
-            return None if (~dropped).double().mean() > AUTO_KEPT else eps
-    return None
+    strips = _strips(e, c, targets, bias, ignore_index, softcap, logit_scale, temperature)
+    for tau in TAUS:
+        found = _forecast(strips, targets != ignore_index, tau)
+        if found.error <= AUTO_ERROR:
+            return tau if found.kept <= BREAK_EVEN else 0.0
+    return 0.0
 
 
-def _strips(s: Tensor, dsda: Tensor, tile_of: Tensor) -> _Strips:
-    """max s, sum exp(s - max), the same times ds/da and times s, each [N, tiles]."""
-    tiles = int(tile_of.max()) + 1
-    index = tile_of.expand_as(s)
-    top = s.new_full((s.shape[0], tiles), -torch.inf).scatter_reduce(1, index, s, "amax")
-    masked = torch.isneginf(s)
-    weight = torch.where(masked, torch.zeros_like(s), torch.exp(s - top[:, tile_of]))
-    s = torch.where(masked, torch.zeros_like(s), s)
-    empty = s.new_zeros(s.shape[0], tiles)
-    mass = empty.scatter_add(1, index, weight)
-    slope = empty.scatter_add(1, index, weight * dsda)
-    first = empty.scatter_add(1, index, weight * s)
-    return _Strips(top, mass, slope, first)
+def _strips(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    logit_scale: float,
+    temperature: float,
+) -> _Strips:
+    vocab = c.shape[0]
+    valid = targets != ignore_index
+    e = torch.where(valid[:, None], e, torch.zeros_like(e))
+    s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    slope = torch.ones_like(s)
+    if softcap is not None:
+        slope = 1.0 - (s * temperature / softcap) ** 2
+    owned = valid & (targets >= 0) & (targets < vocab)
+    label = torch.where(owned, targets, torch.zeros_like(targets)).long()
+    nll, lse = losses(s, label, owned)
+    p = torch.exp(s - lse[:, None])
+    tiles = [slice(i, i + TILE) for i in range(0, vocab, TILE)]
+    mass = torch.stack([(p * slope)[:, tile].sum(1) for tile in tiles], 1)
+    top = torch.stack([s[:, tile].amax(1) for tile in tiles], 1)
+    index = torch.arange(len(tiles), device=s.device)
+    here = owned[:, None] & (label[:, None] // TILE == index)
+    return _Strips(mass, top, here, s, p, slope, torch.where(owned, nll, 0.0))
 
 
-def _profile(vocab: int, prob: Tensor | None, tile_of: Tensor, like: Tensor) -> Tensor:
-    """[V] share of each id inside its tile; uniform where the tile's `prob` sums to zero."""
-    ones = like.new_ones(vocab)
-    share = ones if prob is None else prob.to(like.dtype)
-    tiles = int(tile_of.max()) + 1
-    total = like.new_zeros(tiles).scatter_add(0, tile_of, share)
-    size = like.new_zeros(tiles).scatter_add(0, tile_of, ones)
-    empty = (total <= 0)[tile_of]
-    safe = torch.where(total <= 0, torch.ones_like(total), total)
-    return torch.where(empty, ones / size[tile_of], share / safe[tile_of])
+def _forecast(strips: _Strips, valid: Tensor, tau: float) -> Forecast:
+    if not bool(valid.any()):
+        return Forecast(1.0, 0.0)
+    mass, label = strips.mass[valid], strips.label[valid]
+    lse = torch.logsumexp(strips.s[valid], 1, keepdim=True)
+    peak = torch.where(label, 0.0, torch.exp(strips.top[valid] - lse))
+    chance = torch.ones_like(mass) if not tau else (mass / tau).clamp(max=1.0)
+    kept = torch.where(label, 1.0, chance).mean()
+    noise = (peak * (tau - mass).clamp(min=0.0)).sum()
+    energy = torch.expm1(-strips.nll[valid]).square().sum() + peak.square().sum()
+    error = torch.where(energy > 0, (noise / energy).sqrt(), 0.0)
+    return Forecast(float(kept), float(error))

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 
 from gemma_ext.demo import command, head, training
 from gemma_ext.demo.stages import stage
@@ -28,7 +29,10 @@ def test_both_trainings_agree_and_the_page_stands_alone(result, tmp_path, plan, 
     for name, value in result["numbers"]:
         assert name in page
         assert value in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 3
+    for tokens in (plan.tokens, HEAD.tokens):
+        assert f"{tokens:,} tokens" in page
+    assert torch.ops.gemma_ext.cpu_isa() in page
     links = set(re.findall(r'(?:src|href)="([^"#]+)"', page))
     assert not {link for link in links if not link.startswith("data:")}
     kept = {
@@ -80,11 +84,12 @@ def test_an_interrupted_training_is_taken_up(plan, tmp_path, monkeypatch):
 
 def test_head_measures_the_same_loss_every_way():
     runs = {loss: head.measure_apart(loss, HEAD) for loss in head.LOSSES}
-    for loss in ("exact", "ours"):
+    for loss in ("exact", "sampled"):
         assert runs[loss]["loss"] == pytest.approx(runs["eager"]["loss"], rel=1e-5)
     assert runs["eager"]["gradients"] == 4 * 96 * (32 + 1200)
     assert runs["eager"]["kept"] == runs["exact"]["kept"] == 1
-    assert 0 <= runs["ours"]["kept"] <= 1
+    assert 0 < runs["sampled"]["kept"] < 1
+    assert {run["isa"] for run in runs.values()} == {torch.ops.gemma_ext.cpu_isa()}
     for run in runs.values():
         assert run["seconds"] >= run["forward"] > 0
 
@@ -94,8 +99,8 @@ def test_head_passes_on_what_the_process_said(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\necho out of memory >&2\nexit 9\n")
     program.chmod(0o755)
     monkeypatch.setattr(head.sys, "executable", str(program))
-    with pytest.raises(RuntimeError, match="head, ours: exit status 9: out of memory"):
-        head.measure_apart("ours", HEAD)
+    with pytest.raises(RuntimeError, match="head, sampled: exit status 9: out of memory"):
+        head.measure_apart("sampled", HEAD)
 
 
 def test_stage_runs_again_only_for_another_key(tmp_path):

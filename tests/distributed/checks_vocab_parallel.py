@@ -303,12 +303,22 @@ def check_exact_kernels(rank, world):
         )
 
 
-def check_filtered_kernels(rank, world):
+def sampling_problem() -> Problem:
+    """Peaked rows: every shard has strips to leave out."""
     problem = Problem(
-        dtype=torch.float32, vocab=8192, width=16, shape=(96,), bias=True, scale=3.0, ignored=0.1
+        dtype=torch.float32, vocab=8192, width=16, shape=(48,), bias=True, scale=2.0, ignored=0.1
     )
-    problem.c = problem.c[torch.argsort(problem.c[:, 0])]  # strips worth dropping
+    ranks = torch.arange(1, problem.vocab + 1).double()
+    g = torch.Generator().manual_seed(5)
+    problem.b = (-1.3 * ranks.log())[torch.randperm(problem.vocab, generator=g)].float()
+    return problem
+
+
+def check_sampled_kernels(rank, world):
+    """The mean over seeds is the gradient of one process, dE, dC and dbias, entropy included."""
+    problem = sampling_problem()
     args = problem.e, problem.mine(problem.c), problem.mine(problem.b), problem.targets
+    options = {"return_lse": True, "return_entropy": True}
     one = solve(
         gemma_ext.linear_cross_entropy,
         problem.e,
@@ -316,35 +326,98 @@ def check_filtered_kernels(rank, world):
         problem.b,
         problem.targets,
         impl="exact",
-        return_entropy=True,
+        **options,
     )
-    state = gemma_ext.VocabState(problem.bounds[rank + 1] - problem.bounds[rank])
-    for carried in (None, state, state):
-        many = solve(
-            vocab_parallel_linear_cross_entropy,
-            *args,
-            filter_eps=2.0**-12,
-            impl="cce",
-            return_entropy=True,
-            state=carried,
-        )
+    truth = one.de, problem.mine(one.dc), problem.mine(one.db)
+    sampled = {"impl": "cce", "filter_eps": 2.0**-6, **options}
+    draws = []
+    for seed in range(48):
+        many = solve(vocab_parallel_linear_cross_entropy, *args, filter_seed=seed, **sampled)
         torch.testing.assert_close(many.outputs, one.outputs, rtol=1e-5, atol=1e-4)
-        for ours, theirs in (
-            (many.de, one.de),
-            (many.dc, problem.mine(one.dc)),
-            (many.db, problem.mine(one.db)),
-        ):
-            assert (ours - theirs).norm() <= 5e-3 * theirs.norm()
-            assert not torch.equal(ours, theirs)
+        draws.append((many.de, many.dc, many.db))
+    again = solve(vocab_parallel_linear_cross_entropy, *args, filter_seed=47, **sampled)
+    assert torch.equal(again.dc, draws[-1][1])
+    for samples, want in zip(zip(*draws, strict=True), truth, strict=True):
+        samples = torch.stack(samples).double()
+        error = (samples - want).norm() / want.norm() / len(samples) ** 0.5
+        assert 1e-3 < error < 0.2
+        mean = samples.mean(0)
+        # the error of a mean of 48 is a 48th of that of one, squared
+        assert (mean - want).norm() / want.norm() < 1.6 * error / len(samples) ** 0.5
+
+
+def check_sampled_stats(rank, world):
+    problem = sampling_problem()
     output = vocab_parallel_linear_cross_entropy(
         problem.e.requires_grad_(),
-        args[1],
+        problem.mine(problem.c),
         problem.targets,
-        bias=args[2],
-        filter_eps=2.0**-12,
+        bias=problem.mine(problem.b),
+        filter_eps=2.0**-6,
         return_stats=True,
     )
     assert 0.0 < output.stats.kept_fraction < 0.9
+    assert output.stats.relative_error > 0
+    assert output.stats.eps == 2.0**-6
+
+
+def check_ranks_draw_differently(rank, world):
+    """Shards of equal columns keep other strips."""
+    problem = Problem(dtype=torch.float32, vocab=4096 * world, width=8, shape=(32,), ignored=0.0)
+    problem.c = problem.c[:4096].repeat(world, 1)
+    problem.targets %= 4096
+    many = solve(
+        vocab_parallel_linear_cross_entropy,
+        problem.e,
+        problem.mine(problem.c),
+        None,
+        problem.targets,
+        impl="cce",
+        filter_eps=0.5,
+    )
+    copies = [torch.empty_like(many.dc) for _ in range(world)]
+    dist.all_gather(copies, many.dc)
+    assert not any(torch.equal(copy, copies[1]) for copy in copies[2:])
+    assert (copies[1] == 0).all(1).any()
+
+
+def check_derivatives_of_other_kinds_are_refused(rank, world):
+    for impl in ("exact", "reference"):
+        problem = Problem(dtype=torch.float32)
+
+        def loss(e, c, p=problem, impl=impl):
+            return vocab_parallel_linear_cross_entropy(e, c, p.targets, impl=impl)
+
+        e, c = problem.e.requires_grad_(), problem.mine(problem.c).requires_grad_()
+        for leaf in (e, c):
+            (grad,) = torch.autograd.grad(loss(e, c), leaf, create_graph=True)
+            with pytest.raises(NotImplementedError, match="impl='reference'"):
+                grad.square().sum().backward()
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(e.detach(), torch.ones_like(e))
+            with pytest.raises(NotImplementedError, match="impl='reference'"):
+                loss(dual, c)
+
+
+def check_confident_rows_keep_their_gradient(rank, world):
+    """A loss of 1e-7 whose label one rank owns, and a number common to all logits."""
+    problem = Problem(dtype=torch.float32, bias=True, ignored=0.0, scale=1.0)
+    flat = problem.targets.reshape(-1)
+    problem.c[:, 0] = torch.linspace(-1, 1, problem.vocab)
+    problem.e[..., 0] += 0.5
+    problem.b += 16384.0
+    args = (problem.e.double(), problem.c.double(), problem.b.double(), problem.targets)
+    truth = solve(gemma_ext.linear_cross_entropy, *args, impl="reference")
+    many = solve(
+        vocab_parallel_linear_cross_entropy,
+        problem.e,
+        problem.mine(problem.c),
+        problem.mine(problem.b),
+        problem.targets,
+        impl="exact",
+    )
+    assert flat.numel() == many.de.reshape(-1, problem.width).shape[0]
+    assert (many.de - truth.de).norm() <= 1e-3 * truth.de.norm()
 
 
 @worlds(2)

@@ -33,7 +33,8 @@ T = torch.arange(6)
         ({"temperature": None}, r"expected temperature to be a number, got NoneType"),
         ({"logit_scale": torch.tensor(2.0)}, r"expected logit_scale to be a number, got Tensor"),
         ({"ignore_index": None}, r"expected ignore_index to be an int, got NoneType"),
-        ({"state": {}}, r"expected state to be None or a VocabState, got dict"),
+        ({"filter_seed": 1.0}, r"expected filter_seed to be an int, got float"),
+        ({"filter_seed": True}, r"expected filter_seed to be an int, got bool"),
     ],
 )
 def test_types(change, message):

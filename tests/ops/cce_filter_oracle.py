@@ -1,13 +1,12 @@
-"""float64 oracle of the gradient filter, strip by strip as it is defined.
+"""float64 oracle of the sampled backward, row by row and strip by strip as it is defined.
 
-Tiles are 256 consecutive positions of the vocabulary order; a strip is one valid row and one tile.
-With A = d_nll + d_lse + d_m, B = d_nll, q = d_m (m the mean logit) and
+A strip is one valid row and one tile of 256 consecutive ids. With a = d_nll + d_lse + d_m,
+b = d_nll, q = d_m (m the mean logit) and p' = p T ds/da, a strip has
 
-    G_nv = [p_nv (A_n + q_n (s_nv - m_n)) - B_n 1{v = y_n}] ds/da
+    x = sum p' (|a| + |q| max(1, |max s - m|)),  u = x / (tau ref),  ref = min(scale, mean of scale)
 
-a strip survives iff max_v p_nv (|A| + |q| max(|s_max - m|, 1)) >= eps ref, or the target lies in it
-and |A p_y - B| >= eps ref, where ref = min(scale, mean scale), scale = max(|A|, |B|, |q|). A
-dropped strip returns its sum without the one-hot, spread over its columns by a profile.
+and is kept with weight 1 if the label lies in it or u >= 1; otherwise with weight 1 / u if the
+phase of its row, in turns, passes a whole number when it gains u.
 """
 
 from __future__ import annotations
@@ -19,55 +18,75 @@ from cce_oracle import IGNORE, Problem, scores
 from torch import Tensor
 
 TILE = 256
+WORD = 2**32
 
 
 @dataclass
-class Filtered:
-    """What a filtered backward must return, and what it may lose."""
+class Sampled:
+    """What a sampled backward must return, and why."""
 
     grads: dict[str, Tensor]
     exact: dict[str, Tensor]
-    keep: Tensor  # [rows with an upstream, tiles]
-    ratio: Tensor  # [rows with an upstream, tiles] of importance to threshold at eps = 1
-    lost_mass: Tensor  # [rows with an upstream] probability in dropped strips
-    lost_gradient: Tensor  # [rows with an upstream] sum of |G| over dropped strips
+    weight: Tensor  # [rows with an upstream, tiles], 0 where left out
+    size: Tensor  # [rows with an upstream, tiles] x over ref
+    drawn: Tensor  # [rows with an upstream, tiles] bool, whether the strip takes part in the draw
 
     @property
     def kept_fraction(self) -> float:
-        return self.keep.double().mean().item()
+        return (self.weight > 0).double().mean().item()
 
 
-def filtered(
+def philox(first: int, second: int, key: int) -> int:
+    """First word of philox2x32-10."""
+    for _ in range(10):
+        product = 0xD256D193 * first
+        first, second = product // WORD ^ key ^ second, product % WORD
+        key = (key + 0x9E3779B9) % WORD
+    return first
+
+
+def weights(u: list[float], label: int | None, phase: int) -> tuple[list[float], list[bool]]:
+    """Weight of each strip of a row, and whether it was drawn; `label` is the label's strip."""
+    out, drawn = [], []
+    for j, share in enumerate(u):
+        drawn.append(j != label and share < 1)
+        if not drawn[-1]:
+            out.append(1.0)
+            continue
+        step = max(1, int(share * WORD)) if share > 0 else 0
+        phase = (phase + step) % WORD
+        out.append(WORD / step if phase < step else 0.0)
+    return out, drawn
+
+
+def sampled(
     p: Problem,
     d_nll: Tensor,
     d_lse: Tensor | float = 0.0,
     d_mean: Tensor | float = 0.0,
     *,
-    eps: float,
+    tau: float,
+    lse: Tensor,
+    seed: int = 0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float = 1.0,
-    ignore_index: int = IGNORE,
-    order: Tensor | None = None,
-    prob: Tensor | None = None,
-    compensate: bool = True,
-) -> Filtered:
-    """Gradients of sum_n d_nll nll + d_lse lse + d_mean m under the filter, in float64.
+) -> Sampled:
+    """Gradients of sum_n d_nll nll + d_lse lse + d_mean m, sampled, in float64; rows are [N].
 
-    Rows are [N]; ``order`` is [V] ids by position, ``prob`` [V] the profile by id.
+    ``lse`` [N] float32 is the one of the call under test: its bits enter the draw.
     """
     vocab = p.c.shape[0]
-    valid = torch.nonzero(p.targets != ignore_index).squeeze(1)
-    e, y = p.e.double()[valid], p.targets[valid].long()
-    c = p.c.double()
+    valid = torch.nonzero(p.targets != IGNORE).squeeze(1)
+    e, y, c = p.e.double()[valid], p.targets[valid].long(), p.c.double()
     bias = None if p.bias is None else p.bias.double()
     options = {"softcap": softcap, "logit_scale": logit_scale, "temperature": temperature}
     s = scores(e, c, bias, **options)
-    slope = torch.full_like(s, 1 / temperature)
+    slope = torch.ones_like(s)
     if softcap is not None:
-        slope = (1 - (s * temperature / softcap) ** 2) / temperature
-    prob_nv = torch.softmax(s, 1)
-    m = (prob_nv * s).sum(1)
+        slope = 1 - (s * temperature / softcap) ** 2
+    prob = torch.softmax(s, 1)
+    m = (prob * s).sum(1)
 
     def rows(u: Tensor | float) -> Tensor:
         return torch.as_tensor(u, dtype=torch.float64).expand(p.targets.shape)[valid]
@@ -77,34 +96,29 @@ def filtered(
     scale = torch.stack((a.abs(), b.abs(), q.abs())).amax(0)
     ref = torch.minimum(scale, scale.mean())
     hot = torch.nn.functional.one_hot(y, vocab).double()
-    g = (prob_nv * (a[:, None] + q[:, None] * (s - m[:, None])) - b[:, None] * hot) * slope
+    soft = prob * (a[:, None] + q[:, None] * (s - m[:, None]))
+    exact = (soft - b[:, None] * hot) * slope / temperature
 
-    ids = torch.arange(vocab) if order is None else order
-    out = g.clone()
-    keep, ratio, lost_mass, lost_gradient = [], [], 0.0, 0.0
-    for block in ids.split(TILE):
-        top = s[:, block].amax(1)
-        importance = prob_nv[:, block].amax(1)
-        importance = importance * (a.abs() + q.abs() * (top - m).abs().clamp(min=1))
-        here = hot[:, block].sum(1)
-        p_y = (prob_nv * hot).sum(1)
-        importance = torch.maximum(importance, here * (a * p_y - b).abs())
-        kept = (importance >= eps * ref) & (scale > 0)
-        dropped = (~kept).double()
-        whole = (prob_nv * (a[:, None] + q[:, None] * (s - m[:, None])))[:, block]
-        # W = sum p ds/da (A + q (zbar - m)), zbar the tile's mean logit under p.
-        mass = prob_nv[:, block].sum(1)
-        weighted = (prob_nv * slope)[:, block].sum(1)
-        w = weighted * whole.sum(1) / mass.clamp(min=1e-300)
-        share = torch.ones(len(block), dtype=torch.float64)
-        if prob is not None and prob[block].sum() > 0:
-            share = prob[block].double()
-        spread = w[:, None] * (share / share.sum())
-        out[:, block] = torch.where(kept[:, None], g[:, block], spread if compensate else 0.0)
-        keep.append(kept)
-        ratio.append(importance / ref.clamp(min=1e-300))
-        lost_mass = lost_mass + dropped * mass
-        lost_gradient = lost_gradient + dropped * g[:, block].abs().sum(1)
+    tiles = torch.arange(vocab).split(TILE)
+    top = torch.stack([s[:, t].amax(1) for t in tiles], 1)
+    mass = torch.stack([(prob * slope)[:, t].sum(1) for t in tiles], 1)
+    reach = (top - m[:, None]).abs().clamp(min=1)
+    size = mass * (a.abs()[:, None] + q.abs()[:, None] * reach) / ref.clamp(min=1e-300)[:, None]
+    bits = lse[valid].float().view(torch.int32).tolist()
+    key = (seed % WORD) ^ (seed // WORD % WORD)
+    found = [
+        weights(
+            (x / tau).float().tolist() if tau else [1.0] * len(tiles),
+            int(label) // TILE,
+            philox(int(row), word % WORD, key),
+        )
+        for x, label, row, word in zip(size, y, valid, bits, strict=True)
+    ]
+    weight = torch.tensor([w for w, _ in found], dtype=torch.float64).reshape(mass.shape)
+    weight = weight * (scale > 0)[:, None]
+    drawn = torch.tensor([d for _, d in found], dtype=torch.bool).reshape(mass.shape)
+    spread = weight.repeat_interleave(TILE, 1)[:, :vocab]
+    got = (spread * soft - b[:, None] * hot) * slope / temperature
 
     def matrices(grad: Tensor) -> dict[str, Tensor]:
         de = torch.zeros(*p.targets.shape, p.e.shape[1], dtype=torch.float64)
@@ -113,26 +127,7 @@ def filtered(
         return named if bias is None else named | {"bias": grad.sum(0)}
 
     active = scale > 0
-    return Filtered(
-        matrices(out),
-        matrices(g),
-        torch.stack(keep, 1)[active],
-        torch.stack(ratio, 1)[active],
-        lost_mass[active],
-        lost_gradient[active],
-    )
-
-
-def gap_eps(ratio: Tensor, near: float) -> float:
-    """An eps around ``near`` in the widest gap of the ratios: fp32 cannot decide it otherwise."""
-    logs = ratio[ratio > 0].log().flatten().sort().values
-    window = logs[(logs > torch.tensor(near / 1.5).log()) & (logs < torch.tensor(near * 1.5).log())]
-    if len(window) < 2:
-        return near
-    gaps = window.diff()
-    i = int(gaps.argmax())
-    assert gaps[i] > 1e-3, "no gap wide enough: take another seed"
-    return float(((window[i] + window[i + 1]) / 2).exp())
+    return Sampled(matrices(got), matrices(exact), weight[active], size[active], drawn[active])
 
 
 def zipf_problem(
@@ -143,7 +138,6 @@ def zipf_problem(
     alpha: float = 1.3,
     spread: float = 1.5,
     ignored: float = 0.0,
-    shuffled: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> Problem:
@@ -152,8 +146,6 @@ def zipf_problem(
     e = torch.randn(n, d, generator=g).to(dtype)
     c = (torch.randn(v, d, generator=g) * spread / d**0.5).to(dtype)
     bias = -alpha * torch.arange(1, v + 1).double().log()
-    if shuffled:
-        bias = bias[torch.randperm(v, generator=g)]
     bias = bias.to(dtype)
     p = torch.softmax(scores(e.double(), c.double(), bias.double()), 1)
     y = torch.multinomial(p, 1, generator=g).squeeze(1)

@@ -9,14 +9,13 @@ import pytest
 import torch
 from cce_filter_oracle import zipf_problem
 from cce_impls import KERNELS, Impl
-from cce_oracle import IGNORE, assert_close, check, expected, gradients, problem, run
+from cce_oracle import assert_close, check, expected, gradients, problem, run
 from device_code import schedule
 from hypothesis import HealthCheck, given, settings
 from test_cce_fuzz import calls, check_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_ext import LinearCrossEntropy, VocabState, linear_cross_entropy, linear_logprobs
-from gemma_ext.ops import _devices, vocab_state
+from gemma_ext import linear_cross_entropy, linear_logprobs
 
 aten = torch.ops.aten
 WAITS = {
@@ -97,37 +96,6 @@ def test_no_value_is_read_for_log_probabilities():
         leaves = p.leaves()
         logp, entropy = linear_logprobs(leaves["e"], leaves["c"], p.targets, shift=1)
         gradients((logp + entropy).sum(), leaves)
-
-
-@pytest.fixture
-def inline(monkeypatch):
-    """The body of the op that refreshes a state, where a dispatch mode sees it."""
-    monkeypatch.setattr(vocab_state, "_observe", vocab_state._observe._init_fn)
-
-
-def test_no_value_is_read_with_a_state(inline):
-    p = zipf_problem(40, 24, 600, seed=1)
-    module = LinearCrossEntropy(stateful=True, softcap=5.0)
-    for _ in range(3):
-        with NoWaiting():
-            run(module, p)
-    assert int(module.state.steps) == 3
-    assert module.state.count.any()
-
-
-def test_a_state_learns_what_it_learns_on_the_cpu(monkeypatch):
-    """Refreshes are masked, not branched around."""
-    states = [VocabState(600, refresh_every=2, decay=0.7) for _ in range(2)]
-    for step in range(5):
-        p = zipf_problem(40, 24, 600, seed=step)
-        if step == 2:
-            p.targets.fill_(IGNORE)
-        for state, readable in zip(states, (False, True), strict=True):
-            monkeypatch.setattr(_devices, "is_readable", lambda t, readable=readable: readable)
-            run(linear_cross_entropy, p, filter_eps=2.0**-8, state=state)
-    for name, buffer in states[0].named_buffers():
-        assert torch.equal(buffer, states[1].get_buffer(name)), name
-    assert not torch.equal(states[0].order, torch.arange(600))
 
 
 def test_a_loss_scale_is_not_rounded_to_the_dtype_of_the_gradients():

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from gemma_ext import LinearCrossEntropy, VocabState, linear_cross_entropy, linear_logprobs
+from gemma_ext import linear_cross_entropy, linear_logprobs
 from gemma_ext.distributed import vocab_parallel_linear_cross_entropy
-from gemma_ext.ops import vocab_state
 from gemma_ext.ops.cce import inputs
 
 if not torch.backends.cuda.is_built():
@@ -86,7 +85,7 @@ def test_every_output_of_the_loss():
         "entropy": ((B, T - 1), torch.float32),
         "argmax": ((B, T - 1), torch.int64),
         "accuracy": ((), torch.float32),
-        "stats": ((4,), torch.float64),
+        "stats": ((3,), torch.float64),
     }
     assert {t.device for t in values.values()} == {CUDA}
 
@@ -96,26 +95,7 @@ def test_log_probabilities():
         assert (t.shape, t.dtype, t.device) == ((B, T - 1), torch.float32, CUDA)
 
 
-def test_a_state_is_made_where_the_head_is(monkeypatch):
-    """And refreshed there: the body of its op meets a tensor without values."""
-    monkeypatch.setattr(vocab_state, "_observe", vocab_state._observe._init_fn)
-    module = LinearCrossEntropy(stateful=True)
-    e, c, y = tensors()
-    assert module(e, c, y).device == CUDA
-    state = module.state
-    assert {t.device for t in state.buffers()} == {CUDA}
-    assert not state.skip()
-    rows, eps = torch.empty(B * T, device=CUDA), torch.empty((), device=CUDA)
-    state.observe(e.flatten(0, 1), c, y.flatten(), None, rows, eps, (0.0, 1.0, 1.0, -100))
-
-
-def test_a_state_follows_the_head():
-    module = LinearCrossEntropy(stateful=True, vocab_size=V)
-    assert module(*tensors()).device == CUDA
-    assert {t.device for t in module.state.buffers()} == {CUDA}
-
-
-@pytest.mark.parametrize("name", ["c", "targets", "bias", "weight", "token_weights", "state"])
+@pytest.mark.parametrize("name", ["c", "targets", "bias", "weight", "token_weights"])
 def test_another_device_is_named(name):
     e, c, y = tensors()
     values = {"c": c, "targets": y}
@@ -123,7 +103,6 @@ def test_another_device_is_named(name):
         "c": torch.empty(V, D, dtype=e.dtype),
         "targets": torch.empty(B, T, dtype=torch.int64),
         "token_weights": torch.empty(B, T),
-        "state": VocabState(V),
     }.get(name, torch.empty(V))
     with pytest.raises(ValueError, match=f"expected {name} on cuda:0 like e, got cpu"):
         linear_cross_entropy(e, **values)
@@ -146,7 +125,6 @@ def test_vocabulary_parallel():
         *(e, c, y),
         **FLAGS,
         weight=torch.empty(2 * V, device=CUDA),
-        state=VocabState(V, device=CUDA),
         label_smoothing=0.1,
         vocab_start=V,
         vocab_size=2 * V,

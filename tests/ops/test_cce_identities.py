@@ -98,7 +98,6 @@ def test_vocabulary_shards_combine(impl, bounds):
             temperature=1.0,
             ignore_index=IGNORE,
             class_weight=None,
-            state=None,
             want_entropy=False,
             want_argmax=False,
             missing_target="none",

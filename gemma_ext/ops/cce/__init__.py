@@ -9,7 +9,7 @@ with a = label smoothing, w = class weights, z = z-loss weight, t = token weight
 
 | impl        | gradient                                             | logits         |
 |-------------|------------------------------------------------------|----------------|
-| "auto"      | filtered where that is accurate and pays, else exact | never held     |
+| "auto"      | sampled where that is accurate and pays, else exact  | never held     |
 | "cce"       | as "auto"; never the reference                       | never held     |
 | "exact"     | every logit, rounded to the dtype of e in 16 bits,   | never held     |
 |             | also on its way to a float32 bias                    |                |
@@ -34,7 +34,7 @@ from gemma_ext.ops.cce.loss import (
     assemble,
     weigh,
 )
-from gemma_ext.ops.vocab_state import VocabState
+from gemma_ext.ops.vocab_state import warn_ignored
 from gemma_ext.reference import cce as reference
 
 __all__ = [
@@ -64,7 +64,8 @@ def cce_rows(
     class_weight: Tensor | None = None,
     filter_eps: float | str | None = "auto",
     impl: str = "auto",
-    state: VocabState | None = None,
+    filter_seed: int = 0,
+    state: object = None,
     want_entropy: bool = False,
     want_argmax: bool = False,
     missing_target: str = "error",
@@ -86,7 +87,9 @@ def cce_rows(
     if missing_target not in ("error", "none"):
         raise ValueError(f"expected missing_target to be 'error' or 'none', got {missing_target!r}")
     head = Head(softcap, logit_scale, temperature, ignore_index)
-    method = Method(impl, filter_eps, state)
+    if state is not None:
+        warn_ignored("state")
+    method = Method(impl, filter_eps, filter_seed)
     check_problem(e, c, targets, bias, method)
     if missing_target == "error":
         check_labels(targets, c.shape[0], ignore_index, wait=method.materialises)
@@ -116,6 +119,7 @@ def rows_of_head(
     class_weight: Tensor | None = None,
     want_entropy: bool = False,
     want_argmax: bool = False,
+    want_stats: bool = False,
     allow_missing: bool = False,
 ) -> Rows:
     """`cce_rows` of a problem that has been checked, in the dtype that autocast asks for."""
@@ -139,11 +143,13 @@ def rows_of_head(
         targets,
         bias,
         head,
-        eps=method.eps if class_weight is None else 0.0,
-        state=method.state,
+        # the gradient of a weighted sum of logits is dense
+        tau=method.tau(e.dtype) if class_weight is None else 0.0,
+        seed=method.seed,
         class_weight=class_weight,
         want_entropy=want_entropy,
         want_argmax=want_argmax,
+        want_stats=want_stats,
         allow_missing=allow_missing,
     )
 
@@ -171,15 +177,16 @@ def linear_cross_entropy(
     return_entropy: bool = False,
     return_argmax: bool = False,
     return_stats: bool = False,
-    state: VocabState | None = None,
+    filter_seed: int = 0,
+    state: object = None,
 ) -> Tensor | LinearCrossEntropyOutput:
     """Cross-entropy of softcap(logit_scale * e @ c.T + bias) / temperature against `targets`.
 
     Under autocast e, c and bias are computed in the autocast dtype, as `F.linear` does, so that
     float32 e and c lose bits and c may differ from e in dtype; sums and the loss are float32.
 
-    Memory beside the gradients of e and c: O(N * V / 256) for the statistics of the forward, a few
-    panels of logits, never N x V (except impl="reference").
+    Memory beside the gradients of e and c: O(N * V / 256) for the masses of a sampled backward, a
+    few panels of logits, never N x V (except impl="reference").
 
     Args:
         e: [..., T, D] hidden states, float32, bfloat16 or float16. Ignored rows may hold anything.
@@ -194,9 +201,10 @@ def linear_cross_entropy(
             The first `shift` labels are not looked at; with T <= shift nothing is scored.
         return_lse, return_entropy, return_argmax, return_stats: return a
             `LinearCrossEntropyOutput` with these fields.
-        filter_eps: gradient strips of 256 columns whose largest probability is below this are
-            replaced by their tile means; "auto" keeps the error near bfloat16 rounding, None and
-            0 turn the filter off.
+        filter_eps: gradient strips (one row, 256 columns) whose probability is below this are
+            computed with a chance of their probability over it, and weighed by its inverse: no
+            bias, and an error like rounding's. "auto" is exact for float32 and chooses the
+            threshold for 16 bits by the error it predicts; None and 0 are exact.
         impl: see the table of `gemma_ext.ops.cce`.
         label_smoothing: share of the loss spread over the vocabulary, in [0, 1]; makes the
             backward exact.
@@ -204,7 +212,8 @@ def linear_cross_entropy(
         weight: [V] class weights. token_weights: [..., T], shifted like `targets`.
         num_items_in_batch: with "mean", divides the sum instead (gradient accumulation); 0 is
             taken as 1.
-        state: `VocabState` with a vocabulary order and profile carried between calls.
+        filter_seed: other strips are drawn for every seed; the same call draws the same ones.
+        state: ignored, goes with the next release.
 
     Returns:
         The float32 loss, or a `LinearCrossEntropyOutput`. With every position ignored the loss is
@@ -224,7 +233,9 @@ def linear_cross_entropy(
         >>> loss = linear_cross_entropy(hidden, lm_head.weight, labels, softcap=30.0, shift=True)
     """
     head = Head(softcap, logit_scale, temperature, ignore_index)
-    method = Method(impl, filter_eps, state)
+    if state is not None:
+        warn_ignored("state")
+    method = Method(impl, filter_eps, filter_seed)
     terms = LossTerms(
         reduction=reduction,
         shift=shift,
@@ -259,6 +270,7 @@ def linear_cross_entropy(
         class_weight=smoothing,
         want_entropy=wanted.entropy,
         want_argmax=wanted.argmax,
+        want_stats=wanted.stats,
     )
     return assemble(tokens, rows, smoothing, terms, wanted)
 
@@ -276,7 +288,8 @@ def linear_logprobs(
     temperature: float = 1.0,
     filter_eps: float | str | None = "auto",
     impl: str = "auto",
-    state: VocabState | None = None,
+    filter_seed: int = 0,
+    state: object = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, for RL and scoring.
 
@@ -286,7 +299,9 @@ def linear_logprobs(
         (logprobs, entropy), float32 [..., T - shift], both differentiable, 0 where ignored.
     """
     head = Head(softcap, logit_scale, temperature, ignore_index)
-    method = Method(impl, filter_eps, state)
+    if state is not None:
+        warn_ignored("state")
+    method = Method(impl, filter_eps, filter_seed)
     terms = LossTerms(reduction="none", shift=shift)
     tokens, e, c, bias = _enter(e, c, targets, bias, head, terms, method)
     rows = rows_of_head(e, c, tokens.labels, bias, head, method, want_entropy=True)
@@ -336,15 +351,10 @@ def _may_fuse(
         and not (wanted.lse or wanted.entropy or wanted.argmax)
         and _needs_grad(e, c, bias)
         and not _needs_grad(terms.weight, terms.token_weights, terms.num_items_in_batch)
-        and (method.eps == 0 or _may_skip(method))
+        and method.tau(e.dtype) == 0
+        # transforms of torch.func keep no gradient from the forward for later
+        and (torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active())
     )
-
-
-def _may_skip(method: Method) -> bool:
-    # a traced graph takes the same path in every call
-    if torch.compiler.is_compiling() or method.state is None:
-        return False
-    return method.filter_eps == "auto" and method.state.skip()
 
 
 def _needs_grad(*tensors: object) -> bool:

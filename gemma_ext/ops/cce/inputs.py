@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 from gemma_ext import _loader
 from gemma_ext.ops import _devices
-from gemma_ext.ops.vocab_state import VocabState
 
 IMPLS = ("auto", "cce", "exact", "reference")
 _KERNEL_DEVICES = ("cpu", "meta", "cuda")
 _CUDA_REFUSAL = _loader.cuda_refusal("cce_forward")  # looked up once: a compiler traces the checks
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (Integral, torch.SymInt)
 _NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 _AUTO = -1.0
 
@@ -27,32 +27,41 @@ class Method:
 
     Raises:
         TypeError, ValueError: an unknown `impl`, a `filter_eps` that is not "auto", None or a
-            number in [0, 1), a `state` that is neither None nor a `VocabState`.
+            number in [0, 1), a `filter_seed` that is not an int.
     """
 
     impl: str = "auto"
     filter_eps: float | str | None = "auto"
-    state: VocabState | None = None
+    filter_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLS:
             raise ValueError(f"expected impl to be one of {', '.join(IMPLS)}, got {self.impl!r}")
         check_filter_eps(self.filter_eps)
-        if self.state is not None and not isinstance(self.state, VocabState):
-            got = type(self.state).__name__
-            raise TypeError(f"expected state to be None or a VocabState, got {got}")
+        if isinstance(self.filter_seed, bool) or not isinstance(self.filter_seed, _INTEGERS):
+            got = type(self.filter_seed).__name__
+            raise TypeError(f"expected filter_seed to be an int, got {got}")
 
     @property
     def materialises(self) -> bool:
         """Whether the logits are held."""
         return self.impl == "reference"
 
-    @property
-    def eps(self) -> float:
-        """Threshold as the ops take it: 0 is exact, negative is chosen by them."""
+    def tau(self, dtype: torch.dtype) -> float:
+        """Threshold for inputs of `dtype` as the ops take it: 0 is exact, negative their choice.
+
+        The sampling error of "auto" is that of rounding in 16 bits, far above that of float32.
+        """
         if self.impl == "exact" or not self.filter_eps:
             return 0.0
-        return _AUTO if self.filter_eps == "auto" else float(self.filter_eps)
+        if self.filter_eps == "auto":
+            return 0.0 if dtype == torch.float32 else _AUTO
+        return float(self.filter_eps)
+
+    @property
+    def seed(self) -> int:
+        """`filter_seed` in the 64 bits of an op's argument."""
+        return (self.filter_seed + 2**63) % 2**64 - 2**63
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -110,16 +119,6 @@ def check_problem(
     if targets.shape != e.shape[:-1]:
         raise ValueError(f"expected targets to be {list(e.shape[:-1])}, got {list(targets.shape)}")
     check_vector("bias", bias, c.shape[0], e.device)
-    if method.state is not None:
-        check_state(method.state, c.shape[0], e.device)
-
-
-def check_state(state: VocabState, vocab: int, device: torch.device) -> None:
-    """Raise ValueError unless `state` is that of `vocab` ids on `device`."""
-    if state.order.shape[0] != vocab:
-        raise ValueError(f"expected state for {vocab} ids, got {state.order.shape[0]}")
-    if state.order.device != device:
-        raise ValueError(f"expected state on {device} like e, got {state.order.device}")
 
 
 def check_labels(
@@ -128,10 +127,12 @@ def check_labels(
     """Raise ValueError naming the first label outside [0, vocab) that is not `ignore_index`.
 
     Its flat position is counted from `offset`. Where reading labels waits for a device they are
-    looked at only with `wait`, or with GEMMA_EXT_CHECK_LABELS=1 in the environment; in a trace
-    never.
+    looked at only with `wait`, or with GEMMA_EXT_CHECK_LABELS=1 in the environment; in a trace or
+    inside a transform of torch.func never.
     """
     if torch.compiler.is_compiling() or targets.is_meta:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(targets):
         return
     asked = os.environ.get("GEMMA_EXT_CHECK_LABELS", "0") not in ("", "0")
     if not (wait or asked or _devices.is_readable(targets)):

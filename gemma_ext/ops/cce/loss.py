@@ -26,7 +26,7 @@ class Rows(NamedTuple):
         mean_logit: [N] sum_v p_nv s_nv, or None when the entropy was not asked for.
         weighted_logit_sum: [N] sum_v class_weight_v s_nv, or None without class weights.
         argmax: [N] int64 argmax_v s_nv (ties: lowest index), or None when not asked for.
-        stats: [4] float64, the values of `FilterStats`; None where nothing is ever filtered.
+        stats: [3] float64, the values of `FilterStats`; None where nothing is ever left out.
     """
 
     nll: Tensor
@@ -38,40 +38,35 @@ class Rows(NamedTuple):
 
 
 class FilterStats(NamedTuple):
-    """What the gradient filter keeps of a backward that weighs all rows the same.
+    """What the sampled backward keeps of rows that all weigh the same, and at what error.
 
     Computed by the forward, which knows no upstream gradients: token weights, class weights or a
     loss per token that is weighed later keep other strips.
 
     Attributes:
-        values: [4] float64, the four properties in order, on the device of e, for which reading a
-            property waits; None where nothing is ever filtered.
+        values: [3] float64, the properties in order, on the device of e, for which reading a
+            property waits; None where nothing is ever left out.
     """
 
     values: Tensor | None
 
-    def _at(self, index: int, unfiltered: float) -> float:
-        return unfiltered if self.values is None else float(self.values[index])
+    def _at(self, index: int, exact: float) -> float:
+        return exact if self.values is None else float(self.values[index])
 
     @property
     def kept_fraction(self) -> float:
-        """Strips (one row, 256 columns) that are computed, over all strips of valid rows."""
+        """Strips (one row, 256 columns) that are computed, expected share of valid rows' strips."""
         return self._at(0, 1.0)
 
     @property
-    def dropped_mass(self) -> float:
-        """Probability in dropped strips, mean over valid rows; returned through tile means."""
+    def relative_error(self) -> float:
+        """Predicted relative standard error of the gradient of e; it has no bias."""
         return self._at(1, 0.0)
 
     @property
-    def dropped_mass_max(self) -> float:
-        """Probability in dropped strips of the row that drops most."""
-        return self._at(2, 0.0)
-
-    @property
     def eps(self) -> float:
-        """Threshold in use, 0 when the backward is exact."""
-        return self._at(3, 0.0)
+        """Threshold in use, 0 where the backward is exact."""
+        return self._at(2, 0.0)
 
 
 class LinearCrossEntropyOutput(NamedTuple):
@@ -83,7 +78,7 @@ class LinearCrossEntropyOutput(NamedTuple):
         entropy: [..., T - shift] differentiable entropy in nats, 0 at ignored positions.
         argmax: [..., T - shift] int64 most probable id, -1 at ignored positions.
         accuracy: 0-d fraction of the positions not ignored whose argmax is the target.
-        stats: what the gradient filter kept.
+        stats: what the sampled backward keeps.
     """
 
     loss: Tensor

@@ -1,7 +1,7 @@
-"""torch.library registration of the cce ops: fakes and autograd; and the calls on top.
+"""The cce ops as torch sees them: fakes, derivatives, FLOPs; and the calls on top.
 
-`cce_forward` is the coarse op with autograd: [N] vectors out, `cce_backward` behind it.
-`cce_fused` computes a weighted scalar loss and its gradients together, in three matrix products.
+`cce_forward` gives [N] vectors and what `cce_backward` samples by; `cce_fused` computes a weighted
+scalar loss and its gradients together, in three matrix products.
 """
 
 from __future__ import annotations
@@ -11,25 +11,49 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from gemma_ext.ops import _devices
+from gemma_ext.ops._derivatives import apply, refuse_derivatives
 from gemma_ext.ops.cce.head import Head
 from gemma_ext.ops.cce.loss import Rows
-from gemma_ext.ops.vocab_state import VocabState
 
 _ops = torch.ops.gemma_ext
 _TILE = 256
+_HEAD = ("softcap", "logit_scale", "temperature", "ignore_index")
 
 
-def _arguments(op: str) -> type:
-    """A named tuple of the arguments of `op`, None unless given."""
-    names = [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+def _names(op: str) -> list[str]:
+    return [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+
+
+def _record(op: str, *more: str) -> type:
+    """A named tuple of the arguments of `op`, and `more`; None unless given."""
+    names = [*_names(op), *more]
     return namedtuple(op, names, defaults=[None] * len(names))
 
 
-_Forward, _Backward, _Fused, _ColumnStats = map(
-    _arguments, ("cce_forward", "cce_backward", "cce_fused", "cce_column_stats")
+_Forward = _record("cce_forward")
+_Backward = _record("cce_backward")
+_Fused = _record("cce_fused")
+_Differentiable = _record("cce_forward", "seed")
+Forwarded = namedtuple(
+    "Forwarded", ["nll", "lse", "lse_low", "mean", "class_sum", "argmax", "masses", "summary"]
 )
+"""What `cce_forward` returns."""
+
+
+def forward(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    **options: Any,
+) -> Forwarded:
+    """`cce_forward`, without derivatives."""
+    tensors = {"e": e, "c": c, "targets": targets, "bias": bias, "class_weight": class_weight}
+    return Forwarded(*_ops.cce_forward(**tensors, **options))
 
 
 def rows(
@@ -39,44 +63,47 @@ def rows(
     bias: Tensor | None,
     head: Head,
     *,
-    eps: float,
+    tau: float,
+    seed: int = 0,
     class_weight: Tensor | None = None,
-    state: VocabState | None = None,
     want_entropy: bool = False,
     want_argmax: bool = False,
+    want_stats: bool = False,
     allow_missing: bool = False,
 ) -> Rows:
     """Differentiable rows of e [N, D] under c [V, D], on the compiled kernels.
 
-    `eps` is that of `Method`; with `allow_missing` a label outside [0, V) is no target.
+    `tau` is that of `Method`; with `allow_missing` a label outside [0, V) is no target.
     """
     wants_grad = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (e, c, bias)
     )
-    nll, lse, mean, class_sum, argmax, _, summary = _ops.cce_forward(
-        e=e,
-        c=c,
-        targets=targets,
-        bias=bias,
-        class_weight=class_weight,
-        order=None if state is None else state.order.clone(),
-        prob=None if state is None else state.prob.clone(),
-        **head.scalars(),
-        allow_missing=allow_missing,
-        filter_eps=eps,
-        want_stats=wants_grad,
-        want_mean=want_entropy,
-        want_argmax=want_argmax,
+    out = Forwarded(
+        *apply(
+            CceRows,
+            *_Differentiable(
+                e=e,
+                c=c,
+                targets=targets,
+                bias=bias,
+                class_weight=class_weight,
+                **head.scalars(),
+                allow_missing=allow_missing,
+                # masses are for a backward that may leave strips out
+                filter_eps=tau if wants_grad or want_stats else 0.0,
+                want_mean=want_entropy,
+                want_argmax=want_argmax,
+                seed=seed,
+            ),
+        )
     )
-    if state is not None and wants_grad and eps:
-        state.observe(e, c, targets, bias, lse, summary[3], head.scalars())
     return Rows(
-        nll=nll,
-        lse=lse,
-        mean_logit=mean if want_entropy else None,
-        weighted_logit_sum=class_sum if class_weight is not None else None,
-        argmax=argmax if want_argmax else None,
-        stats=summary,
+        nll=out.nll,
+        lse=out.lse,
+        mean_logit=out.mean if want_entropy else None,
+        weighted_logit_sum=out.class_sum if class_weight is not None else None,
+        argmax=out.argmax if want_argmax else None,
+        stats=out.summary,
     )
 
 
@@ -95,19 +122,162 @@ def fused_loss(
     Gradients are computed here, not in the backward, which only scales them: three matrix products
     instead of four.
     """
-    loss, *_ = _ops.cce_fused(
+    loss, *_ = apply(
+        CceFusedLoss,
+        *_Fused(
+            e=e,
+            c=c,
+            targets=targets,
+            bias=bias,
+            nll_coef=nll_coef.detach().float(),
+            lse2_coef=lse2_coef.detach().float(),
+            **head.scalars(),
+            need_e=e.requires_grad,
+            need_c=c.requires_grad,
+            need_bias=bias is not None and bias.requires_grad,
+        ),
+    )
+    return loss
+
+
+class CceRows(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args):
+        x = _Differentiable(*args)._asdict()
+        del x["seed"]
+        return tuple(forward(**x))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, out = _Differentiable(*inputs), Forwarded(*output)
+        ctx.mark_non_differentiable(out.lse_low, out.argmax, out.masses, out.summary)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x.e, x.c, x.targets, x.bias, x.class_weight, *out)
+        ctx.options = {name: getattr(x, name) for name in (*_HEAD, "allow_missing", "seed")}
+        ctx.want_mean = x.want_mean
+
+    @staticmethod
+    def backward(ctx, *grads):
+        e, c, targets, bias, class_weight, *out = ctx.saved_tensors
+        d, needs = Forwarded(*grads), _Differentiable(*ctx.needs_input_grad)
+        de, dc, dbias = gradients(
+            e,
+            c,
+            targets,
+            bias,
+            class_weight,
+            Forwarded(*out),
+            # a traced graph passes zeros for the outputs that are empty
+            d._replace(
+                mean=d.mean if ctx.want_mean else None,
+                class_sum=d.class_sum if class_weight is not None else None,
+            ),
+            needs=(needs.e, needs.c, needs.bias),
+            **ctx.options,
+        )
+        # a plain tuple: torch.compile drops the gradients of any other
+        return tuple(_Differentiable(e=de, c=dc, bias=dbias))
+
+
+def gradients(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    out: Forwarded,
+    d: Forwarded,
+    *,
+    needs: tuple[bool, bool, bool],
+    scale: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dE, dC and dbias of rows `out` with upstream gradients `d`, None for what nobody needs.
+
+    `scale` [N] is the size of a row's gradient where c is a part of the vocabulary.
+    """
+    zero = torch.zeros_like(out.lse)
+    need_e, need_c, need_bias = needs
+    de, dc, dbias = _ops.cce_backward(
         e=e,
         c=c,
         targets=targets,
         bias=bias,
-        nll_coef=nll_coef.detach().float(),
-        lse2_coef=lse2_coef.detach().float(),
-        **head.scalars(),
-        need_e=e.requires_grad,
-        need_c=c.requires_grad,
-        need_bias=bias is not None and bias.requires_grad,
+        class_weight=class_weight,
+        nll=out.nll,
+        lse=out.lse,
+        lse_low=out.lse_low,
+        mean=out.mean,
+        masses=out.masses,
+        summary=out.summary,
+        scale=scale,
+        d_nll=zero if d.nll is None else d.nll,
+        d_lse=zero if d.lse is None else d.lse,
+        d_mean=d.mean,
+        d_class=d.class_sum,
+        **options,
+        need_e=need_e,
+        need_c=need_c,
+        need_bias=need_bias,
     )
-    return loss
+    return (
+        de if need_e else None,
+        dc if need_c else None,
+        dbias.to(bias.dtype) if need_bias else None,
+    )
+
+
+class CceFusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return _ops.cce_fused(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x = _Fused(*inputs)
+        _, *rest = output
+        ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x.e, x.c, x.targets, x.bias, x.nll_coef, x.lse2_coef)
+        ctx.options = {name: getattr(x, name) for name in (*_HEAD, "need_e", "need_c", "need_bias")}
+        ctx.grads = rest[-3:]
+
+    @staticmethod
+    def backward(ctx, d_loss, *_):
+        if d_loss is None:
+            return tuple(_Fused())
+        e, c, targets, bias, nll_coef, lse2_coef = ctx.saved_tensors
+        tensors = {"e": e, "c": c, "targets": targets, "bias": bias}
+        coefs = {"nll_coef": nll_coef, "lse2_coef": lse2_coef}
+        grads = ctx.grads
+        if grads is None or torch.is_grad_enabled():
+            # with a graph of their own, which refuses to be differentiated
+            grads = _ops.cce_fused(**tensors, **coefs, **ctx.options)[3:]
+        if torch.compiler.is_compiling() or type(d_loss) is not Tensor or torch.is_grad_enabled():
+            # a tracer's stand-in has no value to look at
+            grads = [g * d_loss for g in grads]
+        else:
+            # Handed over without a copy of dC, so only once: a second backward through a retained
+            # graph computes them again.
+            ctx.grads = None
+            if not _devices.is_readable(d_loss):
+                # [1], because a factor without dimensions would first be rounded to the dtype of g
+                grads = [g.mul_(d_loss.reshape(1)) for g in grads]
+            elif not bool(d_loss == 1):
+                grads = [g.mul_(d_loss) for g in grads]
+        de, dc, dbias = grads
+        named = _Fused(
+            e=de if ctx.options["need_e"] else None,
+            c=dc if ctx.options["need_c"] else None,
+            bias=dbias.to(bias.dtype) if ctx.options["need_bias"] else None,
+        )
+        return tuple(named)
+
+
+for _op in ("cce_forward", "cce_backward", "cce_fused"):
+    refuse_derivatives(_op)
 
 
 def _check_shapes(x: Any) -> None:
@@ -117,7 +287,7 @@ def _check_shapes(x: Any) -> None:
     torch._check(x.e.device == x.c.device and x.e.device == x.targets.device)
 
 
-def _gradients(x: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_gradients(x: Any) -> tuple[Tensor, Tensor, Tensor]:
     de = x.e.new_empty(x.e.shape if x.need_e else (0, 0))
     dc = x.c.new_empty(x.c.shape if x.need_c else (0, 0))
     dbias = x.e.new_empty(x.c.shape[0] if x.need_bias else 0, dtype=torch.float32)
@@ -137,11 +307,12 @@ def _forward_fake(*args):
     return (
         vector(n),
         vector(n),
+        vector(n),
         vector(n if x.want_mean else 0),
         vector(n if x.class_weight is not None else 0),
         x.e.new_empty(n if x.want_argmax else 0, dtype=torch.int64),
-        vector((3 + x.want_mean, tiles, n) if x.want_stats else (0, 0, 0)),
-        x.e.new_empty(4, dtype=torch.float64),
+        vector((1 + x.want_mean, tiles, n) if x.filter_eps else (0, 0, 0)),
+        x.e.new_empty(3, dtype=torch.float64),
     )
 
 
@@ -149,7 +320,7 @@ def _forward_fake(*args):
 def _backward_fake(*args):
     x = _Backward(*args)
     _check_shapes(x)
-    return _gradients(x)
+    return _fake_gradients(x)
 
 
 @torch.library.register_fake("gemma_ext::cce_fused")
@@ -158,103 +329,22 @@ def _fused_fake(*args):
     _check_shapes(x)
     vector = x.e.new_empty(x.e.shape[0], dtype=torch.float32)
     loss = x.e.new_empty((), dtype=torch.float32)
-    return loss, vector, torch.empty_like(vector), *_gradients(x)
+    return loss, vector, torch.empty_like(vector), *_fake_gradients(x)
 
 
-@torch.library.register_fake("gemma_ext::cce_column_stats")
-def _column_stats_fake(*args):
-    x = _ColumnStats(*args)
-    _check_shapes(x)
-    count = x.e.new_empty(x.c.shape[0], dtype=torch.float32)
-    return count, torch.empty_like(count)
+# Two operations per multiply-add; what a backward leaves out is not known before it runs.
+@register_flop_formula(_ops.cce_forward)
+def _forward_flops(e_shape, c_shape, *args, **kwargs) -> int:
+    return 2 * e_shape[0] * c_shape[0] * e_shape[1]
 
 
-_HEAD = ("softcap", "logit_scale", "temperature", "ignore_index")
-_SAVED = ("e", "c", "targets", "bias", "class_weight", "order", "prob")
+@register_flop_formula(_ops.cce_backward)
+def _backward_flops(e_shape, c_shape, *args, **kwargs) -> int:
+    x = _Backward(e_shape, c_shape, *args)
+    return (1 + x.need_e + x.need_c) * _forward_flops(e_shape, c_shape)
 
 
-def _named(x: Any, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(x, name) for name in names}
-
-
-def _setup_forward(ctx, inputs, output):
-    x = _Forward(*inputs)
-    nll, lse, mean, _, argmax, stats, summary = output
-    ctx.mark_non_differentiable(argmax, stats, summary)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*_named(x, _SAVED).values(), nll, lse, mean, stats, summary)
-    ctx.options = _named(x, (*_HEAD, "allow_missing"))
-    ctx.want_mean = x.want_mean
-
-
-def _backward(ctx, d_nll, d_lse, d_mean, d_class, *_):
-    *inputs, nll, lse, mean, stats, summary = ctx.saved_tensors
-    x = dict(zip(_SAVED, inputs, strict=True))
-    needs = _Forward(*ctx.needs_input_grad)
-    zero = torch.zeros_like(lse)
-    de, dc, dbias = _ops.cce_backward(
-        **x,
-        nll=nll,
-        lse=lse,
-        mean=mean,
-        stats=stats,
-        summary=summary,
-        d_nll=zero if d_nll is None else d_nll,
-        d_lse=zero if d_lse is None else d_lse,
-        # a traced graph passes zeros for the outputs that are empty
-        d_mean=d_mean if ctx.want_mean else None,
-        d_class=d_class if x["class_weight"] is not None else None,
-        **ctx.options,
-        need_e=needs.e,
-        need_c=needs.c,
-        need_bias=needs.bias,
-    )
-    return _Forward(
-        e=de if needs.e else None,
-        c=dc if needs.c else None,
-        bias=dbias.to(x["bias"].dtype) if needs.bias else None,
-    )
-
-
-torch.library.register_autograd("gemma_ext::cce_forward", _backward, setup_context=_setup_forward)
-
-
-def _setup_fused(ctx, inputs, output):
-    x = _Fused(*inputs)
-    _, *rest = output
-    ctx.mark_non_differentiable(*rest)
-    ctx.set_materialize_grads(False)
-    tensors = {name: value for name, value in x._asdict().items() if isinstance(value, Tensor)}
-    ctx.save_for_backward(*tensors.values())
-    ctx.names = tuple(tensors)
-    ctx.options = {name: value for name, value in x._asdict().items() if name not in tensors}
-    ctx.grads = rest[-3:]
-
-
-def _fused_backward(ctx, d_loss, *_):
-    if d_loss is None:
-        return _Fused()
-    x = _Fused(**dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **ctx.options)
-    grads = ctx.grads
-    if grads is None:
-        _, _, _, *grads = _ops.cce_fused(**x._asdict())
-    if type(d_loss) is not Tensor:  # a tracer's stand-in has no value to look at
-        grads = [g * d_loss for g in grads]
-    else:
-        # Handed over without a copy of dC, so only once: a second backward through a retained
-        # graph computes them again.
-        ctx.grads = None
-        if not _devices.is_readable(d_loss):
-            # [1], because a factor without dimensions would first be rounded to the dtype of g
-            grads = [g.mul_(d_loss.reshape(1)) for g in grads]
-        elif not bool(d_loss == 1):
-            grads = [g.mul_(d_loss) for g in grads]
-    de, dc, dbias = grads
-    return _Fused(
-        e=de if x.need_e else None,
-        c=dc if x.need_c else None,
-        bias=dbias.to(x.bias.dtype) if x.need_bias else None,
-    )
-
-
-torch.library.register_autograd("gemma_ext::cce_fused", _fused_backward, setup_context=_setup_fused)
+@register_flop_formula(_ops.cce_fused)
+def _fused_flops(e_shape, c_shape, *args, **kwargs) -> int:
+    x = _Fused(e_shape, c_shape, *args)
+    return (1 + x.need_e + x.need_c) * _forward_flops(e_shape, c_shape)
