@@ -68,9 +68,10 @@ class Forecast(NamedTuple):
 
 
 class _Strips(NamedTuple):
-    """m, max s and whether the label lies in a strip [N, tiles]; s, p, T ds/da [N, V]; nll [N]."""
+    """[N, tiles] m, sum p^2, max s, whether the label is there; [N, V] s, p, T ds/da; [N] nll."""
 
     mass: Tensor
+    square: Tensor
     top: Tensor
     label: Tensor
     s: Tensor
@@ -253,21 +254,23 @@ def _strips(
     p = torch.exp(s - lse[:, None])
     tiles = [slice(i, i + TILE) for i in range(0, vocab, TILE)]
     mass = torch.stack([(p * slope)[:, tile].sum(1) for tile in tiles], 1)
+    square = torch.stack([p[:, tile].square().sum(1) for tile in tiles], 1)
     top = torch.stack([s[:, tile].amax(1) for tile in tiles], 1)
     index = torch.arange(len(tiles), device=s.device)
     here = owned[:, None] & (label[:, None] // TILE == index)
-    return _Strips(mass, top, here, s, p, slope, torch.where(owned, nll, 0.0))
+    return _Strips(mass, square, top, here, s, p, slope, torch.where(owned, nll, 0.0))
 
 
 def _forecast(strips: _Strips, valid: Tensor, tau: float) -> Forecast:
     if not bool(valid.any()):
         return Forecast(1.0, 0.0)
     mass, label = strips.mass[valid], strips.label[valid]
-    lse = torch.logsumexp(strips.s[valid], 1, keepdim=True)
-    peak = torch.where(label, 0.0, torch.exp(strips.top[valid] - lse))
+    square = torch.where(label, 0.0, strips.square[valid])
     chance = torch.ones_like(mass) if not tau else (mass / tau).clamp(max=1.0)
     kept = torch.where(label, 1.0, chance).mean()
-    noise = (peak * (tau - mass).clamp(min=0.0)).sum()
-    energy = torch.expm1(-strips.nll[valid]).square().sum() + peak.square().sum()
+    # of a strip drawn with probability m / tau, whose entries are as if orthogonal
+    spread = torch.where(mass > 0, square / mass, 0.0)
+    noise = (spread * (tau - mass).clamp(min=0.0)).sum()
+    energy = torch.expm1(-strips.nll[valid]).square().sum() + square.sum()
     error = torch.where(energy > 0, (noise / energy).sqrt(), 0.0)
     return Forecast(float(kept), float(error))

@@ -250,7 +250,7 @@ def test_less_is_kept_at_more_error_as_the_threshold_grows(loss):
 
 @pytest.mark.parametrize("tau", [2.0**-2, 2.0**-4])
 def test_predicted_error_bounds_that_of_the_gradient(loss, tau):
-    """For rows of c of equal length and hardly correlated; its peak * mass bounds a sum of p^2."""
+    """For rows of c of equal length and hardly correlated; what is drawn in turn varies less."""
     p = zipf_problem(64, 512, V, spread=0.3, seed=7)
     p.c = torch.nn.functional.normalize(p.c, dim=1)
     p.bias = -1.3 * torch.arange(1, V + 1).log()
