@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from gemma_ext.integrations._defer_head import defer_head, prepare_head, release_head
 from gemma_ext.integrations._deferred_logits import (
@@ -16,6 +17,7 @@ from gemma_ext.integrations._deferred_logits import (
     DeferredLogitsError,
     LossOptions,
 )
+from gemma_ext.integrations.transformers import _resolve_logits
 from gemma_ext.integrations.trl import per_token
 
 B, T, D, V = 2, 5, 7, 11
@@ -302,6 +304,24 @@ def test_precision_is_that_of_the_head_not_of_the_loss():
     assert abs(rounded - expected) > 1e-5
     torch.testing.assert_close(full.materialize(), head(hidden).view(-1, V))
     torch.testing.assert_close(F.cross_entropy(low.in_float32(), labels), expected)
+
+
+def test_outputs_within_outputs_hold_no_deferred_logits():
+    hidden, head = toy(True)
+    with defer_head(head, OPTIONS):
+        deferred = head(hidden)
+    inner = CausalLMOutput(loss=torch.ones(()), logits=deferred, hidden_states=(hidden,))
+    output = {"inner": inner, "both": (deferred, hidden, None), "rows": [deferred]}
+    kept = _resolve_logits(output, drop=False)
+    true = head(hidden)
+    for logits in (kept["inner"].logits, kept["both"][0], kept["rows"][0]):
+        torch.testing.assert_close(logits, true)
+    dropped = _resolve_logits(output, drop=True)
+    assert type(dropped["inner"]) is CausalLMOutput
+    assert dropped["inner"].logits is None
+    assert dropped["inner"].hidden_states[0] is hidden
+    assert dropped["both"] == (hidden, None)
+    assert dropped["rows"] == []
 
 
 def test_per_token_fields_of_trl():

@@ -135,6 +135,7 @@ def test_autocast(pair):
         assert_same_training(loss_and_gradients(patched, **batch()), expected, tolerance=3e-2)
 
 
+@pytest.mark.parametrize("impl", ["exact", "auto"])
 def test_compiles_into_one_graph(impl):
     model = gemma2(num_hidden_layers=1)
     expected = loss_and_gradients(clone(model), **batch())

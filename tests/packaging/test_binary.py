@@ -14,7 +14,7 @@ import gemma_ext
 LIBRARIES = ["_C.so"]
 if (Path(gemma_ext.__file__).parent / "_C_cuda.so").is_file():
     LIBRARIES.append("_C_cuda.so")
-X86_ISAS = ["baseline", "avx2", "avx512", "avx512bf16"]
+X86_ISAS = ["baseline", "avx2", "avx512", "avx512bf16", "amxbf16"]
 
 
 def nm(*arguments: str) -> list[list[str]]:

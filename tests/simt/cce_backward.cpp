@@ -152,10 +152,10 @@ void gradients_match(const Options& options, const Request& q) {
   cuda::Memory memory{.strip_bytes = q.strip_bytes};
   if (q.sparse_chunks) {
     const int64_t capacity = 2 * d.o.N + truth.kept / 4;
-    EXPECT(cuda::Capacity(d.o.N, d.tiles(), capacity * (256 * sizeof(T) + 1024), 256 * sizeof(T),
-                          1024, true)
+    EXPECT(cuda::Capacity(d.o.N, d.tiles(), capacity * 512 * sizeof(T), 256 * sizeof(T),
+                          256 * sizeof(T), true)
                .stride < truth.kept);
-    memory.strip_bytes = capacity * (256 * sizeof(T) + 256 * sizeof(float));
+    memory.strip_bytes = capacity * 512 * sizeof(T);
   }
   cce_test::run(b, memory);
   if (q.eps > 0) EXPECT(truth.dropped > 0 && truth.drawn > 0);

@@ -51,23 +51,23 @@ void forward_matches(const Options& options, double tolerance = 2e-5) {
       near(run.class_sum[n], sum, 100 * tolerance);
     }
     for (int64_t tile = 0; tile < d.tiles(); ++tile) {
-      double largest = -INFINITY, mass = 0;
+      double largest = -INFINITY, mass = 0, square = 0;
       bool label = false;
       for (int64_t i = tile * 256; i < std::min(d.o.V, (tile + 1) * 256); ++i) {
         const double x = d.s[n][i];
         largest = std::max(largest, x);
         label |= d.targets[n] == i;
         mass += std::exp(x - d.lse_of[n]) * d.slope(x) * d.o.temperature;
+        square += std::exp(2 * (x - d.lse_of[n]));
       }
       const int64_t at = tile * d.o.N + rows, plane = d.tiles() * d.o.N;
       near(run.masses[at], mass, 4 * tolerance);
       near(run.masses[plane + at], mass * std::max(1.0, std::fabs(largest - d.mean(n))),
            20 * tolerance);
-      const double peak = std::exp(largest - d.lse_of[n]);
       const double miss = d.has_label(n) ? 1 - std::exp(d.s[n][d.targets[n]] - d.lse_of[n]) : 0;
       kept += label ? 1 : std::min(1.0, mass / eps);
-      noise += label ? 0 : peak * std::max(eps - mass, 0.0);
-      energy += label ? miss * miss : peak * peak;
+      noise += label ? 0 : square / mass * std::max(eps - mass, 0.0);
+      energy += label ? miss * miss : square;
     }
     ++rows;
   }
@@ -213,16 +213,16 @@ CASE(cce_capacity) {
   for (const int64_t N : {1, 100, 8192}) {
     for (const int64_t tiles : {1, 7, 1000}) {
       for (const int64_t bytes : {int64_t{1}, int64_t{1} << 20, int64_t{256} << 20}) {
-        const cuda::Capacity c(N, tiles, bytes, 512, 1024, true);
+        const cuda::Capacity c(N, tiles, bytes, 512, 512, true);
         EXPECT(c.dense_tiles * c.dense_chunks >= tiles && c.dense_tiles >= 1);
         EXPECT(c.dense_tiles == 1 || c.dense_tiles * N * 512 <= bytes);
-        EXPECT(c.sparse * (512 + 1024) <= bytes || c.sparse == 0);
+        EXPECT(c.sparse * (512 + 512) <= bytes || c.sparse == 0);
         if (c.sparse == 0) continue;
         EXPECT(c.stride + N <= c.sparse || c.sparse == N * tiles);
         EXPECT(c.fits(static_cast<int64_t>(cuda::kListedShare * double(N * tiles))));
       }
     }
   }
-  const cuda::Capacity usual(8192, 1000, int64_t{256} << 20, 512, 1024, true);
+  const cuda::Capacity usual(8192, 1000, int64_t{256} << 20, 512, 512, true);
   EXPECT(usual.sparse_chunks == 9);
 }

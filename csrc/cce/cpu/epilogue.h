@@ -21,7 +21,7 @@ GEMMA_EXT_INLINE void strip_logits(const LogitMap& map, const float* bias, int v
 }
 
 struct StripSums {
-  float max, sum, slope, weighted;
+  float max, sum, slope, square, weighted;
 };
 
 GEMMA_EXT_INLINE float strip_max(const float* s) {
@@ -36,14 +36,15 @@ GEMMA_EXT_INLINE float strip_max(const float* s) {
 // A NaN logit may hide from the maximum, never from the sum.
 GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, const float* s) {
   const float top = strip_max(s), base = top == -kInfinity ? 0.0f : top;
-  Vf sum_e{}, sum_slope{}, sum_s{};
+  Vf sum_e{}, sum_slope{}, sum_square{}, sum_s{};
   for (int i = 0; i < kTile; i += kLanes) {
     const Vf x = load(s + i), e = exp(x - base), t = x * map.t_over_cap;
     sum_e += e;
+    sum_square += e * e;
     sum_slope += e > 0.0f ? e * (1.0f - t * t) : Vf{};
     if (want_mean) sum_s += e > 0.0f ? e * x : Vf{};
   }
-  return {top, sum(sum_e), sum(sum_slope), sum(sum_s)};
+  return {top, sum(sum_e), sum(sum_slope), sum(sum_square), sum(sum_s)};
 }
 
 struct StripCoefficients {

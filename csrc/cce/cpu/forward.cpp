@@ -73,10 +73,12 @@ FilterReport draw_by(const Problem& p, const StripStats& stats, const RowResults
           reaches[at] = mass * std::max(1.0f, std::fabs(stats.max[at] - rows.mean[row]));
         const bool here = p.label[row] >= 0 && p.label[row] / kTile == t;
         const double miss = here ? -std::expm1(-double(rows.nll[row])) : 0;
-        tally.energy += here ? miss * miss : double(peak) * peak;
+        const double energy = double(peak) * peak * stats.square[at];  // sum p^2
+        const double spread = mass > 0 ? energy / mass : 0;
+        tally.energy += here ? miss * miss : energy;
         for (int i = 0; i < kCandidates; ++i) {
           tally.kept[i] += here ? 1.0f : std::min(1.0f, mass / tau[i]);
-          tally.noise[i] += here ? 0.0f : peak * std::max(tau[i] - mass, 0.0f);
+          tally.noise[i] += here ? 0 : spread * std::max(tau[i] - mass, 0.0f);
         }
       }
   });
@@ -135,12 +137,13 @@ Status run(const Forward& f, Workers& workers) {
   p.want_mean = f.out.mean;
   p.want_argmax = f.out.argmax;
   const int64_t plane = p.tiles * p.n;
-  std::vector<float> planes((2 + p.want_mean) * plane);
+  std::vector<float> planes((2 + p.want_mean + (f.masses != nullptr)) * plane);
   StripStats strips{};
   strips.max = planes.data();
   strips.sum = planes.data() + plane;
   strips.slope = f.masses;
-  strips.weighted = p.want_mean ? planes.data() + 2 * plane : nullptr;
+  strips.square = f.masses ? planes.data() + 2 * plane : nullptr;
+  strips.weighted = p.want_mean ? planes.data() + planes.size() - plane : nullptr;
   RowResults out(p.n);
   forward_tiles(p, strips, out, workers);
 

@@ -51,21 +51,35 @@ T* pack_tiles(const Problem& p, int64_t tile0, int64_t tile1, Scratch& s) {
   return packed;
 }
 
-// Raw products of at most kBlockRows rows with `tiles` packed tiles -> [rows, tiles, kTile].
+// The rows of e in place as the A of a product, null where they have to be copied: their addresses are
+// not evenly spaced, or a multiple of 4 KiB apart, which leaves them few sets of the caches.
+template <class T, class RowAt>
+const T* rows_in_place(const Problem& p, int64_t rows, RowAt row_at) {
+  const int64_t first = p.rows[row_at(0)], stride = p.e.row_stride * sizeof(T);
+  const bool whole = rows == whole_rows<T>(rows) && p.D == depth<T>(p.D);
+  const bool adjacent = p.rows[row_at(rows - 1)] - first == rows - 1;
+  if (!kTiled<T> || !is_plain<T>(p.e) || !whole || !adjacent || stride % 4096 == 0) return nullptr;
+  return static_cast<const T*>(p.e.data) + first * p.e.row_stride;
+}
+
+// Raw products of at most kBlockRows ascending rows with `tiles` packed tiles -> [rows, tiles, kTile].
 template <class T, class RowAt>
 float* products(const Problem& p, const T* packed, int64_t tiles, int64_t rows, RowAt row_at,
                 Scratch& s) {
-  T* a = scratch<T>(s, kBlockA, kBlockRows * kTile);
-  float* out = scratch<float>(s, kStrips, kBlockRows * tiles * kTile);
+  T* block = scratch<T>(s, kBlockA, kBlockRows<T> * kTile);
+  float* out = scratch<float>(s, kStrips, kBlockRows<T> * tiles * kTile);
+  const T* e = rows_in_place<T>(p, rows, row_at);
   const int64_t d = depth<T>(p.D);
   for (int64_t k = 0; k < p.D; k += kTile) {
     const int64_t step = least(kTile, p.D - k);
-    for (int64_t r = 0; r < rows; ++r) {
-      load_row<T>(p.e, p.rows[row_at(r)], k, step, a + r * kTile);
-      if (step % kPair<T>) put(a + r * kTile + step, 0.0f);
+    for (int64_t r = 0; !e && r < rows; ++r) {
+      load_row<T>(p.e, p.rows[row_at(r)], k, step, block + r * kTile);
+      for (int64_t i = step; i < depth<T>(step); ++i) put(block + r * kTile + i, 0.0f);
     }
-    block_product<T>(rows, int(tiles) * kSlices, step, a, packed + k * kSlice, d * kSlice, out,
-                     tiles * kTile, k > 0);
+    const Rows<T> a = e ? Rows<T>(e + k, p.e.row_stride) : Rows<T>(block);
+    const T* next = e && k + kTile < p.D ? e + k + kTile : nullptr;
+    block_product<T>(whole_rows<T>(rows), int(tiles) * kSlices, step, a, packed + k * kSlice,
+                     d * kSlice, out, tiles * kTile, k > 0, next);
   }
   return out;
 }
@@ -87,7 +101,10 @@ void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t i
   const StripSums sums = strip_sums(p.map, p.want_mean, s);
   out.max[at] = sums.max;
   out.sum[at] = sums.sum;
-  if (out.slope) out.slope[at] = sums.slope;
+  if (out.slope) {
+    out.slope[at] = sums.slope;
+    out.square[at] = sums.square;
+  }
   if (p.want_mean) out.weighted[at] = sums.weighted;
   if (p.class_weight) {
     float total = 0;
@@ -99,10 +116,15 @@ void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t i
   if (target >= 0) out.target[row] = s[target];
 }
 
-// The rows of several tiles share their loads of e.
+// The rows of several vocabulary tiles share their loads of e, but where the products are so fast that
+// packed C must stay in L2: 1.2 MB each at D 2304.
+template <class T>
+constexpr int64_t kTilesAtOnce = kTiled<T> ? 1 : kForwardTiles;
+
 template <class T>
 void forward_rows(const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1,
                   int64_t row0, int64_t row1, Scratch& s) {
+  const TileRegisters<T> registers;
   const int64_t tiles = tile1 - tile0;
   const T* packed = pack_tiles<T>(p, tile0, tile1, s);
   float* bias = scratch<float>(s, kSmall, 2 * tiles * kTile);
@@ -111,8 +133,8 @@ void forward_rows(const Problem& p, const StripStats& out, int64_t tile0, int64_
     gather(tile_at(p, tile0 + t), p.bias, bias + t * kTile);
     gather(tile_at(p, tile0 + t), p.class_weight, weights + t * kTile);
   }
-  for (int64_t row = row0; row < row1; row += kBlockRows) {
-    const int64_t rows = least(kBlockRows, row1 - row);
+  for (int64_t row = row0; row < row1; row += kBlockRows<T>) {
+    const int64_t rows = least(kBlockRows<T>, row1 - row);
     float* strips = products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t t = 0; t < tiles; ++t) {
@@ -130,7 +152,7 @@ const T* widen_strips(const S* strips, int64_t rows, Scratch& s) {
   if constexpr (sizeof(T) == sizeof(S)) {
     return strips;
   } else {
-    T* wide = scratch<T>(s, kBlockA, kBlockRows * kTile);
+    T* wide = scratch<T>(s, kBlockA, kBlockRows<T> * kTile);
     for (int64_t i = 0; i < rows * kTile; i += kLanes) store(wide + i, load(strips + i));
     return wide;
   }
@@ -151,7 +173,7 @@ void write_dc(const GradTask& task, int64_t index, const S* strips, int64_t rows
               Scratch& s) {
   const Problem& p = *task.problem;
   const Tile tile = tile_at(p, index);
-  T* a = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kGroupsSize);
+  T* a = scratch<T>(s, kPackedA, (rows + kTile - 1) / kTile * kTransposedBlock<T>);
   pack_transposed(strips, rows, a);
   float* sums = scratch<float>(s, kSums, kTile * kColumns);
   for (int64_t column = 0; column < p.D; column += kColumns) {
@@ -160,8 +182,9 @@ void write_dc(const GradTask& task, int64_t index, const S* strips, int64_t rows
       const int64_t step = least(kTile, rows - k);
       const T* b =
           pack_block<T>(p.e, column, step, [&](int64_t r) { return p.rows[row_at(k + r)]; }, s);
-      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step, a + k / kTile * kGroupsSize,
-                                        b, kSlice * kTile, sums, kColumns, k > 0);
+      block_product<T, Layout::kGroups>(kTile, kColumns / kSlice, step,
+                                        a + k / kTile * kTransposedBlock<T>, b, kSlice * kTile,
+                                        sums, kColumns, k > 0);
     }
     if (rows == 0) memset(sums, 0, kTile * kColumns * sizeof(float));
     for (int v = 0; v < tile.valid; ++v) {
@@ -192,6 +215,7 @@ void write_dbias(const GradTask& task, int64_t index, const float* sums) {
 // Recompute the kept strips of a tile, turn them into gradients, finish the tile's dC and dbias.
 template <class T, class S>
 void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
+  const TileRegisters<T> registers;
   const Problem& p = *task.problem;
   const RowCoefficients& coef = task.coef;
   const Tile tile = tile_at(p, index);
@@ -205,8 +229,8 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
   gather(tile, p.class_weight, weights);
   memset(bias_sums, 0, kTile * sizeof(float));
   const T* packed = kept ? pack_tiles<T>(p, index, index + 1, s) : nullptr;
-  for (int64_t first = 0; first < kept; first += kBlockRows) {
-    const int64_t rows = least(kBlockRows, kept - first);
+  for (int64_t first = 0; first < kept; first += kBlockRows<T>) {
+    const int64_t rows = least(kBlockRows<T>, kept - first);
     float* strips = products<T>(p, packed, 1, rows, [&](int64_t r) { return list[first + r]; }, s);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = list[first + r];
@@ -237,10 +261,12 @@ void grad_rows(const GradTask& task, int64_t index, Scratch& s) {
 template <class T, class S>
 void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t column, float* de,
                 Scratch& s) {
+  const TileRegisters<T> registers;
   const Problem& p = *task.problem;
-  float* sums = scratch<float>(s, kSums, kBlockRows * kColumns);
-  // with every row kept, 512 x 128 x 4 B of sums stay in L2 while the tiles pass
-  const int64_t span = task.list ? p.n : 512;
+  float* sums = scratch<float>(s, kSums, kBlockRows<T> * kColumns);
+  // with every row kept, their 128 x 4 B of sums stay in L2 while the tiles pass; fast products must
+  // not pack C once per 512 of them
+  const int64_t span = task.list ? p.n : kTiled<T> ? 2048 : 512;
   for (int64_t row0 = 0; row0 < p.n; row0 += span)
     for (int64_t index = tile0; index < tile1; ++index) {
       const int64_t begin = task.begin[index];
@@ -250,8 +276,8 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
       const T* b = pack_block<T>(
           p.c, column, kTile, [&](int64_t v) { return v < tile.valid ? tile.first + v : -1; }, s);
       const S* g = static_cast<const S*>(task.strips) + (begin - task.slot0) * kTile;
-      for (int64_t first = row0; first < last; first += kBlockRows) {
-        const int64_t rows = least(kBlockRows, last - first);
+      for (int64_t first = row0; first < last; first += kBlockRows<T>) {
+        const int64_t rows = least(kBlockRows<T>, last - first);
         const T* a = widen_strips<T>(g + first * kTile, rows, s);
         // in place where the strips' own rounding hides that of one sum over all of V
         if (!task.list && sizeof(S) == 2) {
@@ -276,12 +302,13 @@ void grad_block(const GradTask& task, int64_t tile0, int64_t tile1, int64_t colu
 template <class T, class S>
 void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile0, int64_t tile1,
                 Scratch& s) {
+  const TileRegisters<T> registers;
   const int64_t tiles = tile1 - tile0;
   const T* packed = pack_tiles<T>(p, tile0, tile1, s);
   float* bias = scratch<float>(s, kSmall, tiles * kTile);
   for (int64_t t = 0; t < tiles; ++t) gather(tile_at(p, tile0 + t), p.bias, bias + t * kTile);
-  for (int64_t row = 0; row < p.n; row += kBlockRows) {
-    const int64_t rows = least(kBlockRows, p.n - row);
+  for (int64_t row = 0; row < p.n; row += kBlockRows<T>) {
+    const int64_t rows = least(kBlockRows<T>, p.n - row);
     float* strips = products<T>(p, packed, tiles, rows, [&](int64_t r) { return row + r; }, s);
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t t = 0; t < tiles; ++t) {
@@ -303,6 +330,7 @@ void fused_rows(const Problem& p, const StripStats& out, void* all, int64_t tile
 // Second half: lse is known, so scale the strips to G in place, then dC and dbias of the tile.
 template <class T, class S>
 void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t index, Scratch& s) {
+  const TileRegisters<T> registers;
   const Problem& p = *task.problem;
   const RowCoefficients& coef = task.coef;
   const Tile tile = tile_at(p, index);
@@ -331,7 +359,7 @@ void fused_grad_rows(const GradTask& task, const StripStats& stats, int64_t inde
 }
 
 // What bfloat16 is multiplied in; strips are kept as strip_type says.
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) || defined(GEMMA_EXT_TILES)
 using Narrow = bf16;
 #else
 using Narrow = float;
@@ -347,7 +375,10 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     [](const Problem& p, const StripStats& out, int64_t tile0, int64_t tile1, int64_t row0,
        int64_t row1, Scratch& s) {
-      GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, tile0, tile1, row0, row1, s);
+      const int64_t step = GEMMA_EXT_COMPUTE(p.c.dtype, kTilesAtOnce);
+      for (int64_t t = tile0; t < tile1; t += step)
+        GEMMA_EXT_COMPUTE(p.c.dtype, forward_rows)(p, out, t, least(tile1, t + step), row0, row1,
+                                                   s);
     },
     [](const GradTask& t, int64_t tile, Scratch& s) {
       GEMMA_EXT_STRIPS(t.problem->c.dtype, grad_rows)(t, tile, s);
@@ -356,7 +387,11 @@ const Kernels kKernels = {
       GEMMA_EXT_STRIPS(t.problem->c.dtype, grad_block)(t, tile0, tile1, column, de, s);
     },
     [](const Problem& p, const StripStats& out, void* strips, int64_t tile0, int64_t tile1,
-       Scratch& s) { GEMMA_EXT_STRIPS(p.c.dtype, fused_rows)(p, out, strips, tile0, tile1, s); },
+       Scratch& s) {
+      const int64_t step = GEMMA_EXT_COMPUTE(p.c.dtype, kTilesAtOnce);
+      for (int64_t t = tile0; t < tile1; t += step)
+        GEMMA_EXT_STRIPS(p.c.dtype, fused_rows)(p, out, strips, t, least(tile1, t + step), s);
+    },
     [](const GradTask& t, const StripStats& stats, int64_t tile, Scratch& s) {
       GEMMA_EXT_STRIPS(t.problem->c.dtype, fused_grad_rows)(t, stats, tile, s);
     },

@@ -36,6 +36,7 @@ struct StripStats {
   float* max;        // max s
   float* sum;        // sum exp(s - max)
   float* slope;      // sum exp(s - max) T ds/da, or null
+  float* square;     // sum exp(2 (s - max)), with slope
   float* weighted;   // sum exp(s - max) s, if want_mean
   float* class_sum;  // sum class_weight s, if class_weight
   int64_t* argmax;   // vocabulary id of the maximum, lowest on ties, if want_argmax

@@ -54,12 +54,18 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
     }
     if (b.out.de && !exact_elsewhere) {
       launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
-      launches.add(de_kernel<T>, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
+      const auto kernel = [] {
+        if constexpr (mma::Tile<T>::kSplit)
+          return de_by_tile_kernel;
+        else
+          return de_kernel<T>;
+      }();
+      launches.add(kernel, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
     }
     for (int slice = 0; chunk < plan.capacity.sparse_chunks && slice * kSlice < h.D; ++slice) {
       const SliceParams slices{h, plan, m.de_sum, chunk, slice};
       launches.add(parts_kernel<T>, taking_turns(halves), mma::kThreads, kTileShared, slices);
-      launches.add(add_parts_kernel, taking_turns(h.N), kPlanThreads, sizeof(RowSlots), slices);
+      launches.add(add_parts_kernel<T>, taking_turns(h.N), kPartThreads, sizeof(RowSlots), slices);
     }
   }
   if (b.out.de) launches.add(finish_de_kernel<T>, h.N, kPlanThreads, 0, p);

@@ -138,11 +138,14 @@ KERNEL void mass_kernel(MassParams p) {
       p.masses[at] = mass;
       if (p.out.mean) p.masses[reach + at] = mass * fmaxf(1.0f, fabsf(top - mean));
       const bool here = label >= 0 && label / kTile == t;
-      energy += here ? miss * miss : peak * peak;
+      // sum p^2 of the strip, over its mass
+      const float energy_here = peak * peak * p.strips.square[at];
+      const float spread = mass > 0.0f ? energy_here / mass : 0.0f;
+      energy += here ? miss * miss : energy_here;
       UNROLL
       for (int i = 0; i < kCandidates; ++i) {
         kept[i] += here ? 1.0f : fminf(1.0f, mass * inverse[i]);
-        noise[i] += here ? 0.0f : peak * fmaxf(tau[i] - mass, 0.0f);
+        noise[i] += here ? 0.0f : spread * fmaxf(tau[i] - mass, 0.0f);
       }
     }
   } else if (row < p.N) {

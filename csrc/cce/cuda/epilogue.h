@@ -88,6 +88,18 @@ DEVICE T narrow(float x) {
 }
 
 // Two neighbours at an even index of a row of whole 16-byte words.
+struct Pair {
+  float x, y;
+};
+template <class T>
+DEVICE Pair load_pair(const T* from) {
+  if constexpr (std::is_same_v<T, float>) {
+    return {from[0], from[1]};
+  } else {
+    const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
+    return {widen(T{static_cast<uint16_t>(both)}), widen(T{static_cast<uint16_t>(both >> 16)})};
+  }
+}
 template <class T>
 DEVICE void store_pair(T* to, float x, float y) {
   if constexpr (std::is_same_v<T, float>) {

@@ -24,6 +24,7 @@ struct ForwardMemory {
     strips.max = memory.take<float>(plane);
     strips.sum = memory.take<float>(plane);
     strips.slope = f.masses;
+    if (f.masses) strips.square = memory.take<float>(plane);
     if (f.out.mean) strips.weighted = memory.take<float>(plane);
     if (f.out.class_sum) strips.class_sum = memory.take<float>(plane);
     if (f.out.argmax) strips.argmax = memory.take<int>(plane);
@@ -67,9 +68,12 @@ Status forward(const Forward& f, const Memory& memory, const KeptStrips& kept, S
       if (by_wgmma(h)) {
         const StripTmaParams p{strips, gather_e<T>(launches, h, m.rows, m.e), kept.strips,
                                static_cast<int>(kept.rows)};
-        return add_wgmma(launches,
-                         kept.strips ? keep_strips_wgmma_kernel<T> : strip_stats_wgmma_kernel<T>,
-                         ceil_div(h.N, kPairRows) * m.tiles, p);
+        const Sums sums = sums_of(m.strips);
+        const auto kernel = kept.strips            ? keep_strips_wgmma_kernel<T>
+                            : sums == Sums::kPlain ? strip_stats_wgmma_kernel<T, Sums::kPlain>
+                            : sums == Sums::kDrawn ? strip_stats_wgmma_kernel<T, Sums::kDrawn>
+                                                   : strip_stats_wgmma_kernel<T, Sums::kAll>;
+        return add_wgmma(launches, kernel, ceil_div(h.N, kPairRows) * m.tiles, p);
       }
     }
     launches.add(strip_stats_kernel<T>, int64_t{row_blocks} * m.tiles, mma::kThreads,

@@ -10,9 +10,16 @@ namespace gemma_ext::cce::cuda {
 
 // [tiles, N] each, compact rows; null where not wanted.
 struct StripPlanes {
-  float *max, *sum, *slope, *weighted, *class_sum;
+  float *max, *sum, *slope, *square, *weighted, *class_sum;
   int* argmax;
 };
+
+// Which planes there may be: max and sum; also slope and square; all.
+enum class Sums { kPlain, kDrawn, kAll };
+inline Sums sums_of(const StripPlanes& p) {
+  if (p.weighted || p.class_sum || p.argmax) return Sums::kAll;
+  return p.slope ? Sums::kDrawn : Sums::kPlain;
+}
 
 struct StripParams {
   Head head;
@@ -23,7 +30,7 @@ struct StripParams {
 };
 
 struct StripSums {
-  float max, sum, slope, weighted, class_sum;
+  float max, sum, slope, square, weighted, class_sum;  // square: sum exp(2 (s - max))
   int argmax;
 };
 
@@ -34,6 +41,7 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   const float fa = exp_of(a.max - base), fb = exp_of(b.max - base);
   r.sum = a.sum * fa + b.sum * fb;
   r.slope = a.slope * fa + b.slope * fb;
+  r.square = a.square * fa * fa + b.square * fb * fb;
   r.weighted = a.weighted * fa + b.weighted * fb;
   r.class_sum = a.class_sum + b.class_sum;
   r.argmax = a.max > b.max ? a.argmax : b.max > a.max ? b.argmax : lesser(a.argmax, b.argmax);
@@ -41,47 +49,67 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
 }
 
 // Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is
-// s log2(e). A NaN logit may hide from the maximum, never from the sum.
-template <int kCount, class At, class Id, class Weight, class Inside>
-DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, Inside inside) {
+// s log2(e). A NaN logit may hide from the maximum, never from the sum. kChains of each sum, for a warp is
+// nearly alone while it adds. keep(i, x, exp(s - max)) sees every element.
+template <Sums kSums, int kChains, int kCount, class At, class Id, class Weight, class Inside,
+          class Keep>
+DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, Inside inside,
+                           Keep keep) {
   const LogitMap& map = p.head.map;
-  const auto quad_sum = [](float x) {
-    x += simt::shfl_xor(x, 1);
-    return x + simt::shfl_xor(x, 2);
+  const auto quad_sum = [](const float (&x)[kChains]) {
+    float sum = x[0];
+    UNROLL
+    for (int k = 1; k < kChains; ++k) sum += x[k];
+    sum += simt::shfl_xor(sum, 1);
+    return sum + simt::shfl_xor(sum, 2);
   };
-  StripSums r{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  StripSums r{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  float top[kChains];
   UNROLL
-  for (int i = 0; i < kCount; ++i) r.max = fmaxf(r.max, at(i));
+  for (int k = 0; k < kChains; ++k) top[k] = at(k);
+  UNROLL
+  for (int i = kChains; i < kCount; ++i) top[i % kChains] = fmaxf(top[i % kChains], at(i));
+  UNROLL
+  for (int k = 0; k < kChains; ++k) r.max = fmaxf(r.max, top[k]);
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
   const float base = r.max == -kInfinity ? 0.0f : r.max;
-  const bool sloped = p.out.slope && map.inv_cap > 0.0f;
-  float squares = 0.0f;
+  constexpr bool kDrawn = kSums != Sums::kPlain;
+  const bool drawn = kDrawn && p.out.slope, sloped = drawn && map.inv_cap > 0.0f;
+  float sum[kChains] = {}, bent[kChains] = {}, square[kChains] = {}, weighted[kChains] = {};
   UNROLL
   for (int i = 0; i < kCount; ++i) {
     const float x = at(i), e = simt::exp2_approx(x - base);
-    r.sum += e;
-    if (sloped) squares += e * (x * x);
-    if (p.out.weighted && e > 0.0f) r.weighted += e * x;
+    keep(i, x, e);
+    sum[i % kChains] += e;
+    if (sloped) bent[i % kChains] += e * (x * x);
+    if (drawn) square[i % kChains] += e * e;
+    if constexpr (kSums == Sums::kAll) {
+      if (p.out.weighted && e > 0.0f) weighted[i % kChains] += e * x;
+    }
   }
-  r.sum = quad_sum(r.sum);
+  r.sum = quad_sum(sum);
   const float t = map.t_over_cap * kLn2;  // of s log2(e)
-  r.slope = sloped ? r.sum - quad_sum(squares) * t * t : r.sum;
-  if (p.out.weighted) r.weighted = quad_sum(r.weighted) * kLn2;
-  if (p.out.class_sum) {
-    UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      if (inside(i)) r.class_sum += weight(i) * at(i);
+  r.slope = sloped ? r.sum - quad_sum(bent) * t * t : r.sum;
+  if (drawn) r.square = quad_sum(square);
+  if constexpr (kSums == Sums::kAll) {
+    if (p.out.weighted) r.weighted = quad_sum(weighted) * kLn2;
+    if (p.out.class_sum) {
+      float classes[kChains] = {};
+      UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        if (inside(i)) classes[i % kChains] += weight(i) * at(i);
+      }
+      r.class_sum = quad_sum(classes) * kLn2;
     }
-    r.class_sum = quad_sum(r.class_sum) * kLn2;
-  }
-  if (p.out.argmax) {
-    UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      if (inside(i) && at(i) == r.max) r.argmax = lesser(r.argmax, id(i));
+    if (p.out.argmax) {
+      UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        if (inside(i) && at(i) == r.max) r.argmax = lesser(r.argmax, id(i));
+      }
+      r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 1));
+      r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
     }
-    r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 1));
-    r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
   }
   r.max *= kLn2;
   return r;
@@ -92,6 +120,7 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   p.out.max[to] = sums.max;
   p.out.sum[to] = sums.sum;
   if (p.out.slope) p.out.slope[to] = sums.slope;
+  if (p.out.square) p.out.square[to] = sums.square;
   if (p.out.weighted) p.out.weighted[to] = sums.weighted;
   if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
@@ -131,7 +160,7 @@ void strip_stats_kernel(StripParams p) {
   const SharedHead<T> s;
   StripSums* s_parts = simt::shared<StripSums>();  // [128, 4] while the stages are free
   name_rows(s, p.rows, nullptr, first_row, count);
-  StripSums sums{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  StripSums sums{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
   mma::Tile<T> tile;
   NO_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -146,10 +175,10 @@ void strip_stats_kernel(StripParams p) {
     UNROLL
     for (int r = 0; r < 8; ++r) {
       const auto id = [&](int i) { return s.column[mma::Tile<T>::column(i)]; };
-      const StripSums part = quad_sums<8>(
+      const StripSums part = quad_sums<Sums::kAll, 1, 8>(
           p, [&](int i) { return tile.at(r, i); }, id,
           [&](int i) { return s.weight[mma::Tile<T>::column(i)]; },
-          [&](int i) { return id(i) >= 0; });
+          [&](int i) { return id(i) >= 0; }, [](int, float, float) {});
       const int row = mma::Tile<T>::row(r);
       if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
     }

@@ -109,8 +109,7 @@ KERNEL void block_tiles_kernel(GradientParams p) {
 
 // de_sum += G C over the tiles of the chunk; a block per 128 rows and 128 columns of D.
 template <class T>
-KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
-void de_kernel(GradientParams p) {
+DEVICE void add_de(const GradientParams& p) {
   const Plan& plan = p.plan;
   const int64_t block = simt::block_idx() / p.column_blocks, first_row = block * kBlockRows;
   const int d0 = simt::block_idx() % p.column_blocks * mma::kSide, D = static_cast<int>(p.head.D);
@@ -119,27 +118,55 @@ void de_kernel(GradientParams p) {
   const BlockTile* tiles = plan.block_tiles + block * plan.tiles;
   const T *strips = static_cast<const T*>(plan.strips), *c = static_cast<const T*>(p.head.c);
   mma::Tile<T> tile;
+  const auto add_tiles = [&](const BlockTile* from, int count) {
+    tile.template multiply<simt::Major::kK, simt::Major::kMn>(
+        count * kTile,
+        [&](int line, int k) {
+          const BlockTile& at = from[k / kTile];
+          // the row's own bit becomes the sign, rows after it fall out
+          const uint32_t bits = at.keep[line / kWordRows] << (31 - line % kWordRows);
+          const int slot = at.slot[line / kWordRows] + simt::popcount(bits);
+          return bits >> 31 ? strips + int64_t{slot} * kTile + k % kTile : nullptr;
+        },
+        [&](int at, int k) {
+          const int v = from[k / kTile].tile * kTile + k % kTile;
+          return v < p.head.V && d0 + at < D ? c + int64_t{v} * p.head.c_stride + d0 + at : nullptr;
+        },
+        simt::shared<T>());
+  };
+  const int count = plan.block_tile_count[block];
   tile.clear();
-  tile.template multiply<simt::Major::kK, simt::Major::kMn>(
-      plan.block_tile_count[block] * kTile,
-      [&](int line, int k) {
-        const BlockTile& at = tiles[k / kTile];
-        // the row's own bit becomes the sign, rows after it fall out
-        const uint32_t bits = at.keep[line / kWordRows] << (31 - line % kWordRows);
-        const int slot = at.slot[line / kWordRows] + simt::popcount(bits);
-        return bits >> 31 ? strips + int64_t{slot} * kTile + k % kTile : nullptr;
-      },
-      [&](int at, int k) {
-        const int v = tiles[k / kTile].tile * kTile + k % kTile;
-        return v < p.head.V && d0 + at < D ? c + int64_t{v} * p.head.c_stride + d0 + at : nullptr;
-      },
-      simt::shared<T>());
+  if constexpr (mma::Tile<T>::kSplit) {
+    // a tensor core cuts off the bits of what it adds to a larger sum: rounded sums of tiles
+    float sums[64] = {};
+    NO_UNROLL
+    for (int t = 0; t < count; ++t) {
+      tile.clear();
+      add_tiles(tiles + t, 1);
+      UNROLL
+      for (int e = 0; e < 64; ++e) sums[e] += tile.flat(e);
+    }
+    UNROLL
+    for (int e = 0; e < 64; ++e) tile.flat(e) = sums[e];
+  } else {
+    add_tiles(tiles, count);
+  }
   tile.each([&](int row, int column, float x) {
     if (first_row + row >= *plan.rows.count || d0 + column >= D) return;
     float& sum = p.de_sum[(first_row + row) * p.head.D + d0 + column];
     sum = p.chunk == 0 ? x : sum + x;
   });
 }
+
+template <class T>
+KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
+void de_kernel(GradientParams p) {
+  add_de<T>(p);
+}
+
+// Spills: of two sets of sums.
+KERNEL_BOUNDS(mma::kThreads, 1)
+void de_by_tile_kernel(GradientParams p) { add_de<float>(p); }
 
 // parts[slot] = G[slot] C, columns `slice` of D, of the chunk's strips; units as in strip_gradient_kernel.
 template <class T>
@@ -148,6 +175,7 @@ void parts_kernel(SliceParams p) {
   const Plan& plan = p.plan;
   if (!*plan.sparse) return;
   const T *strips = static_cast<const T*>(plan.strips), *c = static_cast<const T*>(p.head.c);
+  T* parts = static_cast<T*>(plan.parts);
   const int D = static_cast<int>(p.head.D), halves = 2 * plan.tasks(p.chunk);
   mma::Tile<T> tile;
   NO_UNROLL
@@ -173,7 +201,7 @@ void parts_kernel(SliceParams p) {
       if (row >= left) continue;
       UNROLL
       for (int j = 0; j < 4; ++j) {
-        store_pair(plan.parts + (slot + row) * kSlice + half + mma::Tile<T>::column(2 * j),
+        store_pair(parts + (slot + row) * kSlice + half + mma::Tile<T>::column(2 * j),
                    tile.at(r, 2 * j), tile.at(r, 2 * j + 1));
       }
     }
@@ -186,17 +214,20 @@ struct RowSlots {
   int count;
 };
 
-// de_sum[row, slice] += its parts, in order of the tiles; blocks take turns over rows, a thread per column.
+// de_sum[row, slice] += its parts, in order of the tiles; blocks take turns over rows, a thread per two
+// columns.
+constexpr int kPartThreads = kSlice / 2;
+template <class T>
 KERNEL void add_parts_kernel(SliceParams p) {
-  static_assert(kPlanThreads == kSlice);
   const Plan& plan = p.plan;
   RowSlots& s = *simt::shared<RowSlots>();
   const int t = simt::thread_idx(), lane = simt::lane_idx();
   const int tile0 = plan.chunk_tile[p.chunk], tile1 = plan.chunk_tile[p.chunk + 1];
   if (!*plan.sparse || (p.chunk > 0 && tile0 == tile1)) return;
-  const int64_t d = p.slice * kSlice + t;
+  const int64_t d = p.slice * kSlice + 2 * t;
+  const T* parts = static_cast<const T*>(plan.parts) + 2 * t;
   for (int row = simt::block_idx(); row < *plan.rows.count; row += simt::grid_dim()) {
-    float sum = 0.0f;
+    float sum = 0.0f, next = 0.0f;
     for (int first = tile0 / kWordTiles; first * kWordTiles < tile1; first += simt::kWarpSize) {
       if (simt::warp_idx() == 0) {
         const int word = first + lane;
@@ -223,13 +254,17 @@ KERNEL void add_parts_kernel(SliceParams p) {
         if (lane == simt::kWarpSize - 1) s.count = total;
       }
       simt::sync_block();
-      UNROLL_BY(4)
-      for (int i = 0; i < s.count; ++i) sum += plan.parts[int64_t{s.slot[i]} * kSlice + t];
+      UNROLL_BY(8)
+      for (int i = 0; i < s.count; ++i) {
+        const Pair part = load_pair(parts + int64_t{s.slot[i]} * kSlice);
+        sum += part.x;
+        next += part.y;
+      }
       simt::sync_block();
     }
     if (d >= p.head.D) continue;
-    float& to = p.de_sum[row * p.head.D + d];
-    to = p.chunk == 0 ? sum : to + sum;
+    float* to = p.de_sum + row * p.head.D + d;
+    store_pair(to, p.chunk == 0 ? sum : to[0] + sum, p.chunk == 0 ? next : to[1] + next);
   }
 }
 

@@ -23,7 +23,7 @@ struct KeptStrips {
 Status forward(const Forward&, const Memory&, const KeptStrips&, Stream);
 
 // Of all strips, the most that are worth lists on Hopper.
-constexpr double kListedShare = 0.18;
+constexpr double kListedShare = 0.25;
 
 template <class T>
 constexpr int kMmaBlocks =

@@ -76,7 +76,7 @@ struct Plan {
   int* list_row;           // [capacity] its row of e
   float* list_weight;      // [capacity]
   void* strips;            // [capacity, kTile] gradients of the chunk, in the head's dtype
-  float* parts;            // [sparse capacity, kSlice] of dE
+  void* parts;             // [sparse capacity, kSlice] of dE, in the head's dtype
   BlockTile* block_tiles;  // [row blocks, tiles] of the chunk
   int* block_tile_count;   // [row blocks]
 
@@ -85,9 +85,9 @@ struct Plan {
         tiles(static_cast<int>(tiles_of(h.V))),
         words(static_cast<int>(ceil_div(h.N, kWordRows))),
         tile_words(static_cast<int>(ceil_div(tiles, kWordTiles))),
-        capacity(h.N, tiles, strip_bytes, kTile * size_of(h.dtype), kSlice * sizeof(float),
+        capacity(h.N, tiles, strip_bytes, kTile * size_of(h.dtype), kSlice * size_of(h.dtype),
                  need_de) {
-    const int64_t strip = kTile * size_of(h.dtype), part = kSlice * sizeof(float);
+    const int64_t strip = kTile * size_of(h.dtype), part = kSlice * size_of(h.dtype);
     const int64_t dense = capacity.dense_tiles * h.N, sparse_slots = capacity.sparse;
     const int64_t slots = std::max(dense, sparse_slots);
     chunks = std::max(capacity.dense_chunks, capacity.sparse_chunks);
@@ -110,7 +110,7 @@ struct Plan {
     char* both =
         memory.take<char>(std::max({dense * strip, sparse_slots * (strip + part), least_bytes}));
     strips = both;
-    parts = reinterpret_cast<float*>(both + sparse_slots * strip);
+    parts = both + sparse_slots * strip;
     const int64_t blocks = need_de ? ceil_div(h.N, kBlockRows) : 0;
     block_tiles = memory.take<BlockTile>(blocks * tiles);
     block_tile_count = memory.take<int>(blocks);

@@ -5,10 +5,16 @@
 // Fastest first. A family compiles its kernels once for each, into a namespace of that name inside
 // its own, and indexes the table of their addresses by chosen_isa().
 #if defined(GEMMA_EXT_X86)
-#define GEMMA_EXT_ISAS(X) X(avx512bf16) X(avx512) X(avx2) X(baseline)
+#define GEMMA_EXT_X86_ISAS(X) X(amxbf16) X(avx512bf16) X(avx512) X(avx2)
 #else
-#define GEMMA_EXT_ISAS(X) X(baseline)
+#define GEMMA_EXT_X86_ISAS(X)
 #endif
+#if defined(GEMMA_EXT_WITH_EMULATED_AMX)
+#define GEMMA_EXT_EMULATED_ISAS(X) X(amxemulated)
+#else
+#define GEMMA_EXT_EMULATED_ISAS(X)
+#endif
+#define GEMMA_EXT_ISAS(X) GEMMA_EXT_EMULATED_ISAS(X) GEMMA_EXT_X86_ISAS(X) X(baseline)
 
 namespace gemma_ext::cpu {
 

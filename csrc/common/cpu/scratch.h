@@ -15,7 +15,7 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
 
   // At least `bytes` at a multiple of 64; what the part held is lost when it grows.
-  void* part(int index, size_t bytes);
+  void* part(int index, size_t bytes) noexcept;
 
  private:
   static constexpr int kParts = 8;

@@ -20,7 +20,7 @@
 
 namespace gemma_ext::cpu::GEMMA_EXT_ISA {
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(GEMMA_EXT_EMULATED_AMX)
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
@@ -53,7 +53,7 @@ GEMMA_EXT_INLINE Vi iota() {
 GEMMA_EXT_INLINE bool any(Vi mask) {
 #if defined(__AVX512F__)
   return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && !defined(GEMMA_EXT_EMULATED_AMX)
   return _mm256_movemask_ps((__m256)mask) != 0;
 #else
   int32_t bits = 0;

@@ -14,7 +14,7 @@ Scratch::~Scratch() {
   for (void* part : parts_) free(part);
 }
 
-void* Scratch::part(int index, size_t bytes) {
+void* Scratch::part(int index, size_t bytes) noexcept {
   if (sizes_[index] < bytes) {
     free(parts_[index]);
     sizes_[index] = (bytes + 63) / 64 * 64;

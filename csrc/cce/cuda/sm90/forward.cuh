@@ -16,7 +16,7 @@ struct StripTmaParams {
 };
 
 // acc becomes exp(s - max) ds/da T, if that is kept.
-template <bool kKeep>
+template <bool kKeep, Sums kSums>
 DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_row, int tile,
                          int count) {
   const int64_t first_column = int64_t{tile} * kTile;
@@ -25,9 +25,6 @@ DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_
     const int64_t row = first_row + wgmma::row_of(half);
     const auto at = [&](int i) { return acc[wgmma::element(half, i)]; };
     const auto id = [&](int i) { return static_cast<int>(first_column) + wgmma::column(i); };
-    const StripSums sums = quad_sums<wgmma::kRowElements>(
-        p, at, id, [&](int i) { return p.head.class_weight[id(i)]; },
-        [&](int i) { return id(i) < p.head.V; });
     const int label = row < count ? p.rows.label[row] : -1;
     if (simt::any(label >= first_column && label < first_column + kTile)) {
       UNROLL
@@ -35,22 +32,23 @@ DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_
         if (label == id(i)) p.target[row] = at(i) * kLn2;
       }
     }
+    const float t = p.head.map.t_over_cap * kLn2, whole = row < count ? 1.0f : 0.0f;
+    const StripSums sums = quad_sums<kSums, kKeep ? 1 : 4, wgmma::kRowElements>(
+        p, at, id, [&](int i) { return p.head.class_weight[id(i)]; },
+        [&](int i) { return id(i) < p.head.V; },
+        [&](int i, float x, float e) {
+          if constexpr (kKeep) {
+            const float slope =
+                p.head.map.inv_cap > 0.0f ? whole - whole * (x * t) * (x * t) : whole;
+            acc[wgmma::element(half, i)] = e * slope;
+          }
+        });
     if (simt::lane_idx() % 4 == 0 && row < count) write_sums(p, tile, row, sums);
-    if constexpr (kKeep) {
-      const float base = sums.max == -kInfinity ? 0.0f : sums.max * kLog2E;
-      const float t = p.head.map.t_over_cap * kLn2;
-      UNROLL
-      for (int i = 0; i < wgmma::kRowElements; ++i) {
-        float& x = acc[wgmma::element(half, i)];
-        const float e = row < count ? simt::exp2_approx(x - base) : 0.0f;
-        x = p.head.map.inv_cap > 0.0f ? e * (1.0f - x * t * (x * t)) : e;
-      }
-    }
   }
 }
 
 #if defined(SIMT_HOPPER)
-template <class T, bool kKeep>
+template <class T, bool kKeep, Sums kSums>
 DEVICE void strip_stats(const StripTmaParams& p) {
   const int count = *p.strips.rows.count, pairs = pairs_of(count), tiles = p.strips.tiles;
   head_products<T>(
@@ -58,7 +56,7 @@ DEVICE void strip_stats(const StripTmaParams& p) {
       [&](int item) { return raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles); },
       [&](int first_row, int tile, Accumulators& acc) {
         strip_logits(acc, p.tma, int64_t{tile} * kTile);
-        write_strips<kKeep>(acc, p.strips, first_row, tile, count);
+        write_strips<kKeep, kSums>(acc, p.strips, first_row, tile, count);
         if constexpr (kKeep) {
           T* kept = static_cast<T*>(p.kept) + (int64_t{tile} * p.kept_rows + first_row) * kTile;
           store_strips(acc, kept, p.kept_rows - first_row);
@@ -67,11 +65,11 @@ DEVICE void strip_stats(const StripTmaParams& p) {
 }
 #endif
 
-template <class T>
+template <class T, Sums kSums>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void strip_stats_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
-  strip_stats<T, false>(p);
+  strip_stats<T, false, kSums>(p);
 #endif
 }
 
@@ -79,7 +77,7 @@ template <class T>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void keep_strips_wgmma_kernel(const GRID_CONSTANT StripTmaParams p) {
 #if defined(SIMT_HOPPER)
-  strip_stats<T, true>(p);
+  strip_stats<T, true, Sums::kPlain>(p);
 #endif
 }
 

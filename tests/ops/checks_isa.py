@@ -1,0 +1,46 @@
+"""Losses and gradients of the instruction set that GEMMA_EXT_CPU_ISA names, against float64."""
+
+import torch
+from cce_filter_oracle import filtered, gap_eps, zipf_problem
+from cce_impls import KERNELS
+from cce_oracle import GRAD_TOL, IGNORE, assert_close, check, expected, problem, run
+
+import gemma_ext
+
+print(torch.ops.gemma_ext.cpu_isa())
+torch.set_num_threads(1)
+for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for d, v, n in ((1, 2, 1), (7, 257, 15), (130, 1000, 129), (257, 255, 14), (2304, 300, 33)):
+        for softcap, spread in ((None, 3.0), (5.0, 3.0), (30.0, 40.0)):
+            p = problem(n, d, v, spread=spread, ignored=0.2, dtype=dtype, seed=d)
+            want = expected(p, softcap=softcap, reduction="sum")
+            flags = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+            for impl in KERNELS:
+                got = run(impl.loss, p, softcap=softcap, reduction="sum")
+                check(got, want, scale=5, floor=1e-6)
+                out, _ = run(impl.loss, p, softcap=softcap, reduction="sum", **flags)
+                check((out, got[1]), want, scale=5, floor=1e-6)
+    # whole and broken blocks of adjacent rows, rows 4 KiB apart, rows across cache lines, a gap
+    for d, v, n, skip in (
+        (96, 515, 272, 0),
+        (64, 300, 301, 0),
+        (2048, 260, 32, 0),
+        (96, 257, 48, 8),
+        (96, 257, 64, 0),
+    ):
+        p = problem(n, d + skip, v, dtype=dtype, seed=n)
+        p.e, p.c = p.e[:, skip:], p.c[:, skip:]
+        if n == 64:
+            p.targets[5:21] = IGNORE
+        want = expected(p, softcap=30.0, reduction="sum")
+        for impl in KERNELS:
+            check(run(impl.loss, p, softcap=30.0, reduction="sum"), want, scale=5, floor=1e-6)
+    p = zipf_problem(70, 37, 1500, dtype=dtype, seed=1)
+    u = torch.ones(70)
+    eps = gap_eps(filtered(p, u, eps=1.0, softcap=8.0).ratio, 2.0**-8)
+    want = filtered(p, u, eps=eps, softcap=8.0)
+    _, got = run(
+        gemma_ext.linear_cross_entropy, p, softcap=8.0, impl="cce", filter_eps=eps, reduction="sum"
+    )
+    for name in got:
+        assert_close(got[name], want.grads[name], rtol=5 * GRAD_TOL[dtype], what=name)
