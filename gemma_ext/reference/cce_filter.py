@@ -263,11 +263,12 @@ def _forecast(strips: _Strips, valid: Tensor, tau: float) -> Forecast:
     if not bool(valid.any()):
         return Forecast(1.0, 0.0)
     mass, label = strips.mass[valid], strips.label[valid]
-    lse = torch.logsumexp(strips.s[valid], 1, keepdim=True)
-    peak = torch.where(label, 0.0, torch.exp(strips.top[valid] - lse))
+    tiles = strips.p[valid].square().split(TILE, 1)
+    square = torch.where(label, 0.0, torch.stack([p2.sum(1) for p2 in tiles], 1))
     chance = torch.ones_like(mass) if not tau else (mass / tau).clamp(max=1.0)
     kept = torch.where(label, 1.0, chance).mean()
-    noise = (peak * (tau - mass).clamp(min=0.0)).sum()
-    energy = torch.expm1(-strips.nll[valid]).square().sum() + peak.square().sum()
+    # a strip of sum p^2 that weighs tau / m with chance m / tau
+    noise = torch.where(mass > 0, square * (tau / mass - 1).clamp(min=0.0), 0.0).sum()
+    energy = torch.expm1(-strips.nll[valid]).square().sum() + square.sum()
     error = torch.where(energy > 0, (noise / energy).sqrt(), 0.0)
     return Forecast(float(kept), float(error))
