@@ -68,10 +68,9 @@ class Forecast(NamedTuple):
 
 
 class _Strips(NamedTuple):
-    """[N, tiles] m, sum p^2, max s, whether the label is there; [N, V] s, p, T ds/da; [N] nll."""
+    """m, max s and whether the label lies in a strip [N, tiles]; s, p, T ds/da [N, V]; nll [N]."""
 
     mass: Tensor
-    square: Tensor
     top: Tensor
     label: Tensor
     s: Tensor
@@ -254,23 +253,22 @@ def _strips(
     p = torch.exp(s - lse[:, None])
     tiles = [slice(i, i + TILE) for i in range(0, vocab, TILE)]
     mass = torch.stack([(p * slope)[:, tile].sum(1) for tile in tiles], 1)
-    square = torch.stack([p[:, tile].square().sum(1) for tile in tiles], 1)
     top = torch.stack([s[:, tile].amax(1) for tile in tiles], 1)
     index = torch.arange(len(tiles), device=s.device)
     here = owned[:, None] & (label[:, None] // TILE == index)
-    return _Strips(mass, square, top, here, s, p, slope, torch.where(owned, nll, 0.0))
+    return _Strips(mass, top, here, s, p, slope, torch.where(owned, nll, 0.0))
 
 
 def _forecast(strips: _Strips, valid: Tensor, tau: float) -> Forecast:
     if not bool(valid.any()):
         return Forecast(1.0, 0.0)
     mass, label = strips.mass[valid], strips.label[valid]
-    square = torch.where(label, 0.0, strips.square[valid])
+    tiles = strips.p[valid].square().split(TILE, 1)
+    square = torch.where(label, 0.0, torch.stack([p2.sum(1) for p2 in tiles], 1))
     chance = torch.ones_like(mass) if not tau else (mass / tau).clamp(max=1.0)
     kept = torch.where(label, 1.0, chance).mean()
-    # of a strip drawn with probability m / tau, whose entries are as if orthogonal
-    spread = torch.where(mass > 0, square / mass, 0.0)
-    noise = (spread * (tau - mass).clamp(min=0.0)).sum()
+    # a strip of sum p^2 that weighs tau / m with chance m / tau
+    noise = torch.where(mass > 0, square * (tau / mass - 1).clamp(min=0.0), 0.0).sum()
     energy = torch.expm1(-strips.nll[valid]).square().sum() + square.sum()
     error = torch.where(energy > 0, (noise / energy).sqrt(), 0.0)
     return Forecast(float(kept), float(error))

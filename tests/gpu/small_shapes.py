@@ -21,9 +21,7 @@ def main() -> None:
             p = problem(*shape, dtype, bias=True)
             for options in FORMS.values():
                 ours(p, softcap=30.0, **options)
-            state = gemma_ext.VocabState(shape[2], refresh_every=1).to(DEVICE)
-            for _ in range(2):
-                ours(p, impl="cce", filter_eps=0.05, state=state)
+            ours(p, impl="cce", filter_eps="auto")
             ours(p, impl="exact", label_smoothing=0.1)
             logprobs, entropy = gemma_ext.linear_logprobs(targets=p.targets, **p.leaves())
             (logprobs.sum() + entropy.sum()).backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu_problem import DTYPES, FORMS, Outcome, Problem, check, error, need_memory, ours, problem
+from gpu_problem import DTYPES, EXACT, Outcome, Problem, check, need_memory, ours, problem
 from gpu_problem import truth as small_truth
 
 from gemma_ext.bench.data import head_data
@@ -34,23 +34,23 @@ def on_card(n: int, d: int, v: int, dtype: torch.dtype) -> Problem:
     return Problem(e, c, torch.randint(v, (n,), generator=g, device="cuda"))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXACT)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strips_in_several_chunks(dtype, form, monkeypatch):
     """One megabyte holds the strips of a few tiles."""
     p = problem(300, 72, 6000, dtype)
-    options = FORMS[form] | {"softcap": 30.0}
+    options = EXACT[form] | {"softcap": 30.0}
     monkeypatch.setenv("GEMMA_EXT_CCE_WORKSPACE_MB", "1")
     check(ours(p, **options), small_truth(p, **options))
 
 
 @pytest.mark.card
-@pytest.mark.parametrize("form", ["fused", "filtered"])
+@pytest.mark.parametrize("form", ["fused", "kept"])
 def test_more_than_two_to_the_31_logits(form):
     need_memory(20)
     p = on_card(16403, 64, 262147, torch.bfloat16)
     p.targets[-1] = 262146
-    options = {"reduction": "sum", "softcap": 30.0} | FORMS[form]
+    options = {"reduction": "sum", "softcap": 30.0} | EXACT[form]
     check(ours(p, **options), truth(p, softcap=30.0))
 
 
@@ -64,27 +64,27 @@ def test_more_than_two_to_the_31_weights():
 
 @pytest.mark.card
 def test_the_head_of_gemma_2():
-    """N=8192, D=2304, V=256000 on rows like those of a trained model, exact and filtered."""
+    """N=8192, D=2304, V=256000 on rows like those of a trained model, exact and sampled."""
     need_memory(60)
     data = head_data("plaw-2.5", 8192, 2304, 256000, device="cuda")
     p = Problem(data.e.bfloat16(), data.c.bfloat16(), data.targets)
     del data
     want = truth(p, softcap=30.0)
     check(ours(p, impl="exact", softcap=30.0), want)
-    filtered = ours(p, impl="cce", softcap=30.0)
-    assert error(filtered["loss"], want["loss"]) < 5e-6
-    assert error(filtered["de"], want["de"]) < 1e-2
-    assert error(filtered["dc"], want["dc"]) < 1e-2
+    sampled = ours(p, impl="cce", softcap=30.0)
+    for name in ("de", "dc"):
+        # twice what "auto" allows
+        assert (sampled[name].double() - want[name]).norm() < 2.0**-5 * want[name].norm()
 
 
 @pytest.mark.card
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", EXACT)
 def test_a_small_workspace_at_a_real_width(form, monkeypatch):
     """64 MB where all strips take 500: the backward goes through eight chunks or more."""
     need_memory(20)
     p = on_card(1000, 2304, 256000, torch.bfloat16)
     monkeypatch.setenv("GEMMA_EXT_CCE_WORKSPACE_MB", "64")
-    options = {"reduction": "sum", "softcap": 30.0} | FORMS[form]
+    options = {"reduction": "sum", "softcap": 30.0} | EXACT[form]
     got = ours(p, **options)
     got["loss"] = got["loss"].sum()
     check(got, truth(p, softcap=30.0))

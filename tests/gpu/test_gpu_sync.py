@@ -39,15 +39,6 @@ def test_both_passes(reduction, dtype, form):
     (0.5 * loss.sum()).backward()
 
 
-def test_a_state_between_refreshes():
-    state = gemma_ext.VocabState(600, refresh_every=1000).cuda()
-    options = {"impl": "cce", "filter_eps": 0.01, "state": state}
-    p = problem(130, 72, 600, torch.bfloat16, bias=True)
-    gemma_ext.linear_cross_entropy(targets=p.targets, **p.leaves(), **options).backward()
-    targets, leaves = ready(torch.bfloat16)
-    gemma_ext.linear_cross_entropy(targets=targets, **leaves, **options).backward()
-
-
 def test_logprobs():
     targets, leaves = ready(torch.bfloat16)
     logprobs, entropy = gemma_ext.linear_logprobs(targets=targets, **leaves)

@@ -226,7 +226,7 @@ def assert_close(
     ``floor`` is the absolute error per entry that is accepted whatever the size of ``want``.
     """
     assert actual.shape == want.shape, f"{what}: shape {tuple(actual.shape)} {tuple(want.shape)}"
-    a, w = actual.detach().double(), want.detach().double()
+    a, w = actual.detach().double().to(want.device), want.detach().double()
     assert torch.equal(torch.isnan(a), torch.isnan(w)), f"{what}: nan positions differ"
     inf = torch.isinf(w)
     assert torch.equal(torch.isinf(a), inf), f"{what}: inf positions differ"

@@ -249,8 +249,8 @@ def test_less_is_kept_at_more_error_as_the_threshold_grows(loss):
 
 
 @pytest.mark.parametrize("tau", [2.0**-2, 2.0**-4])
-def test_predicted_error_bounds_that_of_the_gradient(loss, tau):
-    """For rows of c of equal length and hardly correlated; what is drawn in turn varies less."""
+def test_predicted_error_is_that_of_the_gradient(loss, tau):
+    """For rows of c of one length and hardly correlated, where the prediction is meant to hold."""
     p = zipf_problem(64, 512, V, spread=0.3, seed=7)
     p.c = torch.nn.functional.normalize(p.c, dim=1)
     p.bias = -1.3 * torch.arange(1, V + 1).log()
@@ -260,7 +260,7 @@ def test_predicted_error_bounds_that_of_the_gradient(loss, tau):
         want = truth(p, "uniform", tau, out).exact
         errors.append(((got["e"] - want["e"]).norm() / want["e"].norm()).item())
     measured = sum(errors) / len(errors)
-    assert 0.3 * out.stats.relative_error < measured < 1.1 * out.stats.relative_error
+    assert 0.8 * out.stats.relative_error < measured < 1.2 * out.stats.relative_error
 
 
 def confident_problem() -> Problem:
