@@ -121,8 +121,7 @@ def main() -> None:
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
     rows = measure(options.shape, options.dtype, options.device, options.seconds, options.rounds)
-    print(f"\n## {LAYOUT.label(rows[0])}\n{report.table(rows, COLUMNS)}")
-    print(report.verdicts(rows))
+    print(f"\n## {LAYOUT.label(rows[0])}\n{report.table_and_bars(rows, COLUMNS)}")
     if options.save:
         report.save(RESULTS / facts["device"], "sweep", rows, facts, LAYOUT)
 
