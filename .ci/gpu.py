@@ -185,7 +185,8 @@ def step(stage: Stage) -> int:
 
 
 def sweep(stage: Stage) -> int:
-    return measure(stage, "sweep_cce.py", [], ["--shape", TRIAL_SHAPE, "--seconds", 0])
+    trial = ["--shape", TRIAL_SHAPE, "--seconds", 0, "--rounds", 1]
+    return measure(stage, "sweep_cce.py", [], trial)
 
 
 def profile(stage: Stage) -> int:

@@ -221,8 +221,7 @@ def print_table(
         f"eager bf16's own error on the first {min(case.n, 512)} rows: "
         f"dE {yardstick['de']:.1e}, dC {yardstick['dc']:.1e}"
     )
-    print(report.table(rows, columns_of(case.device)))
-    print(report.verdicts(rows), flush=True)
+    print(report.table_and_bars(rows, columns_of(case.device)), flush=True)
 
 
 def checked(folder: Path, case: Case, name: str) -> tuple[dict[str, Any], str | None]:

@@ -16,7 +16,6 @@ import gemma_ext
 ZIPF = 1.1  # exponent of the token frequencies, those of English text
 NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 SCALES = tuple(2.0 ** (k / 2) for k in range(11))  # of the norm: 1 to 32
-FILTER_EPS = 2.0**-8  # our default for 16 bits
 DOUBLINGS = 4  # of the embeddings, before a kept share is given up
 BISECTIONS = 6
 ADAPTED = ("q_proj", "v_proj")
@@ -107,35 +106,18 @@ def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
     return model.base_model(input_ids=ids).last_hidden_state
 
 
-def kept_share(
-    hidden: Tensor, head: Head, labels: Tensor, filter_eps: float | str | None
-) -> tuple[float, float]:
-    """Share of gradient strips that the loss computes, and the mean probability of the labels.
-
-    hidden: [B, T, D]. labels: [B, T], of which the next position's is looked at.
-    """
+def kept_share(hidden: Tensor, head: Head, labels: Tensor, filter_eps: float | str | None) -> float:
+    """Share of gradient strips that the loss of hidden [B, T, D] and labels [B, T] computes."""
     out = gemma_ext.linear_cross_entropy(
         hidden.detach().requires_grad_(),
         head.weight.detach().requires_grad_(),
         labels,
         softcap=head.softcap,
         shift=1,
-        reduction="none",
         filter_eps=filter_eps,
         return_stats=True,
     )
-    probability = torch.exp(-out.loss.detach()[:, :-1]).mean()
-    return float(out.stats.kept_fraction), probability.item()
-
-
-@torch.no_grad()
-def likeliest(hidden: Tensor, head: Head) -> Tensor:
-    """Labels [B, T]: at each position the id that the model expects most after the one before."""
-    nothing = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    out = gemma_ext.linear_cross_entropy(
-        hidden, head.weight, nothing, softcap=head.softcap, return_argmax=True
-    )
-    return F.pad(out.argmax[:, :-1], (1, 0))
+    return float(out.stats.kept_fraction)
 
 
 @torch.no_grad()
@@ -159,9 +141,11 @@ def softmax(rows: Tensor, head: Head) -> Tensor:
     return logits.softmax(-1)
 
 
-def sharpen(model: nn.Module, ids: Tensor, target: float, filter_eps: float = FILTER_EPS) -> float:
-    """Scale the final norm until ids that the model expects most have half of the mass and at most
-    ``target`` of the strips are kept with ``filter_eps``; returns the share that is.
+def sharpen(
+    model: nn.Module, ids: Tensor, target: float, filter_eps: float | str = "auto"
+) -> float:
+    """Scale the final norm until at most ``target`` of the strips are kept; returns what is, with
+    labels drawn from the model.
 
     A softcap flattens again what is scaled too far. Where no scale reaches the target the
     embeddings are doubled, whose rows then weigh more in the residual stream of a tied head; after
@@ -171,15 +155,13 @@ def sharpen(model: nn.Module, ids: Tensor, target: float, filter_eps: float = FI
 
     def share(scale: float) -> float:
         scaled = (hidden.float() * scale).to(hidden.dtype)
-        kept, likely = kept_share(scaled, head, labels, filter_eps)
-        return kept if likely >= 0.5 else 1.0
+        return kept_share(scaled, head, model_labels(scaled, head, seed=0), filter_eps)
 
     for doublings in range(DOUBLINGS + 1):
         if doublings:
             with torch.no_grad():
                 model.get_input_embeddings().weight.mul_(2)
         hidden = hidden_states(model, ids)
-        labels = likeliest(hidden, head)
         scales = [scale / 2**doublings for scale in SCALES]
         shares = list(map(share, scales))
         if min(shares) <= target:

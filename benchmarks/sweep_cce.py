@@ -90,7 +90,9 @@ def points(shape: tuple[int, int, int], dtype: str, device: str) -> Iterator[Poi
         unit: data.classifier(v, d, unit=unit, scale=0.02, seed=0, device=device)
         for unit in (True, False)
     }
-    rounded = {unit: head.to(DTYPES[dtype]).requires_grad_() for unit, head in heads.items()}
+    rounded = {
+        unit: head.to(DTYPES[dtype], copy=True).requires_grad_() for unit, head in heads.items()
+    }
     batches: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     for kind in OWN_KINDS:
         planted = kind != "random-init"
@@ -118,21 +120,21 @@ def main() -> None:
     options = parse_options()
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
-    rows = measure(options.shape, options.dtype, options.device, options.seconds)
-    print(f"\n## {LAYOUT.label(rows[0])}\n{report.table(rows, COLUMNS)}")
-    print(report.verdicts(rows))
+    rows = measure(options.shape, options.dtype, options.device, options.seconds, options.rounds)
+    print(f"\n## {LAYOUT.label(rows[0])}\n{report.table_and_bars(rows, COLUMNS)}")
     if options.save:
         report.save(RESULTS / facts["device"], "sweep", rows, facts, LAYOUT)
 
 
 def measure(
-    shape: tuple[int, int, int], dtype: str, device: str, seconds: float
+    shape: tuple[int, int, int], dtype: str, device: str, seconds: float, least: int = 3
 ) -> list[dict[str, Any]]:
     """A row per point."""
     found = list(points(shape, dtype, device))
     timed = timing.interleave(
         {point.name: point for point in found},
         seconds=seconds,
+        least=least,
         measure=timing.measure_on_card if device == "cuda" else timing.measure,
     )
     rows = []
@@ -174,6 +176,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--shape", type=shape_of, default=BAR_SHAPE, metavar="N,D,V")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--seconds", type=float, default=8.0, help="to time all points")
+    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 

@@ -241,11 +241,23 @@ struct Binding {
     return {loss, nll, lse, de, dc, dbias};
   }
 
+  static void scale(const Tensor& x, const Tensor& factor) {
+    const char* op = "cce_scale_";
+    Engine engine(op, x);
+    STD_TORCH_CHECK(Engine::here(x) && x.is_contiguous(), op, ": expected x to be contiguous");
+    STD_TORCH_CHECK(
+        Engine::here(factor) && factor.numel() == 1 && factor.scalar_type() == ScalarType::Float,
+        op, ": expected factor to be one float32 on the device of x");
+    const Scale call{x.mutable_data_ptr(), storage_type(op, "x", x), x.numel(), floats(factor)};
+    engine.run(op, x, call);
+  }
+
   template <class Library>
   static void register_in(Library& m) {
     m.impl("cce_forward", TORCH_BOX(&Binding::forward));
     m.impl("cce_backward", TORCH_BOX(&Binding::backward));
     m.impl("cce_fused", TORCH_BOX(&Binding::fused));
+    m.impl("cce_scale_", TORCH_BOX(&Binding::scale));
   }
 };
 

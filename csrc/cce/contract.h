@@ -106,4 +106,12 @@ struct Fused {
   Gradients out;
 };
 
+// x *= factor; where that is 1, x is not touched.
+struct Scale {
+  void* x;
+  DType dtype;
+  int64_t count;
+  const float* factor;  // [1]
+};
+
 }  // namespace gemma_ext::cce

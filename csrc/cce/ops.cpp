@@ -27,8 +27,12 @@ struct Cpu {
   template <class Call>
   void run(const char*, const Tensor&, const Call& call) {
     const cpu::Status status = cpu::run(call, workers);
-    STD_TORCH_CHECK(status.bad_label_at < 0, "expected targets in [0, ", call.head.V,
-                    ") or ignore_index ", call.head.ignore_index, ", got ", status.bad_label,
+    if constexpr (!std::is_same_v<Call, Scale>) check_labels(status, call.head);
+  }
+
+  static void check_labels(const cpu::Status& status, const Head& head) {
+    STD_TORCH_CHECK(status.bad_label_at < 0, "expected targets in [0, ", head.V,
+                    ") or ignore_index ", head.ignore_index, ", got ", status.bad_label,
                     " at flat position ", status.bad_label_at);
   }
 };
@@ -54,6 +58,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
       "Tensor lse2_coef, float softcap, float logit_scale, float temperature, int ignore_index, "
       "bool need_e, bool need_c, bool need_bias) "
       "-> (Tensor loss, Tensor nll, Tensor lse, Tensor de, Tensor dc, Tensor dbias)");
+  m.def("cce_scale_(Tensor(a!) x, Tensor factor) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) { Binding<Cpu>::register_in(m); }

@@ -49,6 +49,15 @@ static inline uint16_t float_to_half(float x) {
   return sign | (uint16_t)((magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000u) >> 13);
 }
 
+static inline void load_floats(const void* from, DType t, int64_t n, float* to) {
+  const uint16_t* halves = static_cast<const uint16_t*>(from);
+  if (t == DType::kFloat32) memcpy(to, from, n * sizeof(float));
+  if (t == DType::kBFloat16)
+    for (int64_t i = 0; i < n; ++i) to[i] = bf16_to_float(halves[i]);
+  if (t == DType::kFloat16)
+    for (int64_t i = 0; i < n; ++i) to[i] = half_to_float(halves[i]);
+}
+
 static inline void store_row(void* to, DType t, const float* from, int64_t n) {
   if (t == DType::kFloat32) {
     memcpy(to, from, n * 4);

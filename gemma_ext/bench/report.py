@@ -193,9 +193,10 @@ def merge_json(path: Path, rows: Sequence[Row], key: Sequence[str]) -> list[dict
     return merged
 
 
-def verdicts(rows: Sequence[Row]) -> str:
-    """The bars of rows, a line each."""
-    return "\n".join(f"bars {row['name']}: {row['bars']}" for row in rows if row["bars"])
+def table_and_bars(rows: Sequence[Row], columns: Mapping[str, tuple[str, str]]) -> str:
+    """As `table`, and a line for each row that has bars."""
+    bars = [f"bars {row['name']}: {row['bars']}" for row in rows if row["bars"]]
+    return "\n".join([table(rows, columns), *bars])
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,8 @@ def refuse_derivatives(name: str) -> None:
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise _refusal(name, "forward-mode derivative")
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+            if not op._schema.returns:  # nothing to hang a refusal on
+                raise _refusal(name, "derivative")
             with enable_single_level_autograd_function():
                 return Refused.apply(keys, *args)
         return below(keys, *args)

@@ -365,3 +365,10 @@ CASE(cce_fused_float) {
   fused_matches<float>(o, true, 1e-4);
   fused_matches<float>(o, false, 0);
 }
+CASE(cce_scale) {
+  std::vector<simt::bf16> x(1000, simt::from_float<simt::bf16>(3));
+  for (const float factor : {1.0f, 0.5f}) {
+    cce_test::run(cce::Scale{x.data(), gemma_ext::DType::kBFloat16, 1000, &factor}, {});
+    for (const simt::bf16 value : x) EXPECT(simt::to_float(value) == 3 * factor);
+  }
+}

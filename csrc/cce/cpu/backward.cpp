@@ -294,4 +294,20 @@ Status run(const Fused& f, Workers& workers) {
   return {};
 }
 
+Status run(const Scale& call, Workers& workers) {
+  const float factor = *call.factor;
+  if (factor == 1) return {};
+  constexpr int64_t kElements = 4096;
+  const int64_t size = size_of(call.dtype);
+  workers.run(ceil_div(call.count, kElements), [&](int64_t task, Scratch&) {
+    const int64_t first = task * kElements, count = std::min(kElements, call.count - first);
+    char* x = static_cast<char*>(call.x) + first * size;
+    float row[kElements];
+    load_floats(x, call.dtype, count, row);
+    for (int64_t i = 0; i < count; ++i) row[i] *= factor;
+    store_row(x, call.dtype, row, count);
+  });
+  return {};
+}
+
 }  // namespace gemma_ext::cce::cpu

@@ -20,6 +20,7 @@ struct Status {
 Status run(const Forward&, Workers&);
 Status run(const Backward&, Workers&);
 Status run(const Fused&, Workers&);
+Status run(const Scale&, Workers&);
 
 }  // namespace cpu
 }  // namespace gemma_ext::cce

@@ -135,6 +135,20 @@ void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b
   });
 }
 
+constexpr int kScaleThreads = 256;
+
+template <class T>
+KERNEL void scale_kernel(Scale p) {
+  const float factor = *p.factor;
+  if (factor == 1.0f) return;
+  T* x = static_cast<T*>(p.x);
+  const int64_t step = int64_t{simt::grid_dim()} * kScaleThreads;
+  for (int64_t i = int64_t{simt::block_idx()} * kScaleThreads + simt::thread_idx(); i < p.count;
+       i += step) {
+    x[i] = narrow<T>(widen(x[i]) * factor);
+  }
+}
+
 struct LossParams {
   Rows rows;
   const float *nll, *lse, *nll_coef, *lse2_coef;
@@ -250,6 +264,15 @@ Status run(const Fused& f, const Memory& memory, Stream stream) {
   }
   launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
                {rows, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
+  return launches.status();
+}
+
+Status run(const Scale& call, const Memory&, Stream stream) {
+  Launches launches(stream);
+  by_dtype(call.dtype, [&](auto type) {
+    launches.add(scale_kernel<decltype(type)>, taking_turns(ceil_div(call.count, kScaleThreads)),
+                 kScaleThreads, 0, call);
+  });
   return launches.status();
 }
 

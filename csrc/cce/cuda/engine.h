@@ -24,10 +24,12 @@ struct Memory {
 int64_t workspace(const Forward&, const Memory&);
 int64_t workspace(const Backward&, const Memory&);
 int64_t workspace(const Fused&, const Memory&);
+inline int64_t workspace(const Scale&, const Memory&) { return 0; }
 
 Status run(const Forward&, const Memory&, Stream);
 Status run(const Backward&, const Memory&, Stream);
 Status run(const Fused&, const Memory&, Stream);
+Status run(const Scale&, const Memory&, Stream);
 
 const char* status_text(Status);
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from gemma_ext.ops import _devices
 from gemma_ext.ops._derivatives import apply, refuse_derivatives
 from gemma_ext.ops.cce.head import Head
 from gemma_ext.ops.cce.loss import Rows
@@ -262,11 +261,8 @@ class CceFusedLoss(torch.autograd.Function):
             # Handed over without a copy of dC, so only once: a second backward through a retained
             # graph computes them again.
             ctx.grads = None
-            if not _devices.is_readable(d_loss):
-                # [1], because a factor without dimensions would first be rounded to the dtype of g
-                grads = [g.mul_(d_loss.reshape(1)) for g in grads]
-            elif not bool(d_loss == 1):
-                grads = [g.mul_(d_loss) for g in grads]
+            for g in grads:
+                _ops.cce_scale_(g, d_loss)  # which leaves a factor of 1 alone
         de, dc, dbias = grads
         named = _Fused(
             e=de if ctx.options["need_e"] else None,
@@ -276,7 +272,7 @@ class CceFusedLoss(torch.autograd.Function):
         return tuple(named)
 
 
-for _op in ("cce_forward", "cce_backward", "cce_fused"):
+for _op in ("cce_forward", "cce_backward", "cce_fused", "cce_scale_"):
     refuse_derivatives(_op)
 
 
@@ -330,6 +326,11 @@ def _fused_fake(*args):
     vector = x.e.new_empty(x.e.shape[0], dtype=torch.float32)
     loss = x.e.new_empty((), dtype=torch.float32)
     return loss, vector, torch.empty_like(vector), *_fake_gradients(x)
+
+
+@torch.library.register_fake("gemma_ext::cce_scale_")
+def _scale_fake(x, factor):
+    return None
 
 
 # Two operations per multiply-add; what a backward leaves out is not known before it runs.
