@@ -1,11 +1,19 @@
-"""What the device of a tensor lets Python do."""
+"""What a tensor lets Python do."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 
 def is_readable(t: Tensor) -> bool:
-    """Whether `t` has values (a tracer's stand-in has none) that are had without waiting."""
-    return t.device.type == "cpu" and type(t) in (Tensor, Parameter)
+    """Whether Python may look at the values of `t` without waiting for a device."""
+    return t.device.type == "cpu"
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether `t` is more than a tracer's or a transform's stand-in."""
+    stands_in = isinstance(t, (FakeTensor, FunctionalTensor))
+    return not (t.is_meta or stands_in or torch._C._functorch.is_functorch_wrapped_tensor(t))

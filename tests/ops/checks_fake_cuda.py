@@ -58,10 +58,10 @@ def test_outputs_and_gradients_are_those_of_the_kernels(fake, name, variant, dty
     op = getattr(torch.ops.gemma_ext, name).default
     with torch._subclasses.fake_tensor.unset_fake_temporarily():
         args = samples(name, dtype, variant)[0]
-        real = op(*args)
-    outputs = op(*to_cuda(fake, args))
+        real = op(*args) or ()
+    outputs = op(*to_cuda(fake, args)) or ()
     assert [described(t) for t in outputs] == [described(t) for t in real]
-    assert {t.device for t in outputs} == {CUDA}
+    assert {t.device for t in outputs} <= {CUDA}
 
 
 def test_every_output_of_the_loss():

@@ -9,6 +9,12 @@ import torch
 from cce_impls import IMPLS, Impl
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Also where another configuration than the project's is used, as on a card."""
+    for marker in ("slow: more than ten seconds on two cores", "cpu: what only the CPU promises"):
+        config.addinivalue_line("markers", marker)
+
+
 @pytest.fixture(params=IMPLS, ids=str)
 def impl(request: pytest.FixtureRequest) -> Impl:
     if request.param.device != "cpu" and request.node.get_closest_marker("cpu"):

@@ -7,10 +7,11 @@ import torch
 from cce_oracle import assert_close, problem
 from test_cce_opcheck import SAMPLES
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from gemma_ext import linear_cross_entropy, linear_logprobs
+from gemma_ext import LinearCrossEntropy, linear_cross_entropy, linear_logprobs
 
 REFUSED = "impl='reference'"
 WAYS = {
@@ -201,3 +202,27 @@ def test_flops_are_counted(way, products):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         linear_cross_entropy(p.e, p.c, p.targets, **WAYS[way])
     assert counter.get_total_flops() == 2 * 12 * 8 * 600
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("way", WAYS)
+def test_traced_with_make_fx(way, mode):
+    """Labels are looked at behind the tracer's back."""
+    p = problem(12, 8, 600, seed=6)
+
+    def loss(e, c, targets):
+        return linear_cross_entropy(e, c, targets, **WAYS[way]).sum()
+
+    args = p.e, p.c, p.targets
+    assert torch.equal(make_fx(loss, tracing_mode=mode)(*args)(*args), loss(*args))
+    gradient = torch.func.grad(loss, argnums=(0, 1))
+    got = make_fx(gradient, tracing_mode=mode)(*args)(*args)
+    for traced, plain in zip(got, gradient(*args), strict=True):
+        assert torch.equal(traced, plain)
+
+
+def test_exported():
+    p = problem(12, 8, 600, bias=False, seed=6)
+    module = torch.export.export(LinearCrossEntropy(softcap=5.0), (p.e, p.c, p.targets)).module()
+    want = linear_cross_entropy(p.e, p.c, p.targets, softcap=5.0)
+    assert torch.equal(module(p.e, p.c, p.targets), want)

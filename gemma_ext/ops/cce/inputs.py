@@ -8,6 +8,7 @@ from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.utils._mode_utils import no_dispatch
 
 from gemma_ext import _loader
 from gemma_ext.ops import _devices
@@ -130,21 +131,22 @@ def check_labels(
     looked at only with `wait`, or with GEMMA_EXT_CHECK_LABELS=1 in the environment; in a trace or
     inside a transform of torch.func never.
     """
-    if torch.compiler.is_compiling() or targets.is_meta:
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(targets):
+    if torch.compiler.is_compiling() or not _devices.has_values(targets):
         return
     asked = os.environ.get("GEMMA_EXT_CHECK_LABELS", "0") not in ("", "0")
     if not (wait or asked or _devices.is_readable(targets)):
         return
-    flat = targets.reshape(-1)
-    bad = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
-    if bool(bad.any()):
+    with no_dispatch():  # no part of what is traced or counted
+        flat = targets.reshape(-1)
+        bad = ((flat < 0) | (flat >= vocab)) & (flat != ignore_index)
+        if not bool(bad.any()):
+            return
         position = int(bad.nonzero()[0])
-        raise ValueError(
-            f"expected targets in [0, {vocab}) or ignore_index {ignore_index}, "
-            f"got {int(flat[position])} at flat position {position + offset}"
-        )
+        label = int(flat[position])
+    raise ValueError(
+        f"expected targets in [0, {vocab}) or ignore_index {ignore_index}, "
+        f"got {label} at flat position {position + offset}"
+    )
 
 
 def to_autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
