@@ -36,7 +36,7 @@ LIMITS = {
     "bench": 240.0,
 }
 PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
-TESTS = ("values", "edges", "options", "filter", "sync", "graphs", "streams", "determinism")
+TESTS = ("edges", "sync", "graphs", "streams", "determinism")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -140,13 +140,17 @@ def build(stage: Stage) -> int:
 def tests(stage: Stage) -> int:
     if find_spec("pytest") is None:
         raise NotRun(f"{sys.executable} has no pytest")
-    # a process each: a kernel that breaks the card spoils one file
+    runs: list[Sequence[object]] = [(path,) for path in test_files()]
+    if DEVICE == "cuda":  # the op tests on the card; without hypothesis, no fuzzing
+        fuzz = () if find_spec("hypothesis") else ("--ignore=tests/ops/test_cce_fuzz.py",)
+        runs.insert(0, ("-c", "tests/gpu/pytest.ini", "tests/ops", "-k", "cuda", *fuzz))
+    # a process each: a kernel that breaks the card spoils one of them
     return worst(
         stage.run(
-            sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3", path,
+            sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3", *words,
             limit=PIECE, PYTHONPATH=import_path(), GEMMA_EXT_NEED_CARD="1",
         )
-        for path in test_files()
+        for words in runs
     )  # fmt: skip
 
 
