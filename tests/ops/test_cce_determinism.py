@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 from cce_filter_oracle import zipf_problem
-from cce_impls import KERNELS, Impl
+from cce_impls import DEVICES, KERNELS, Impl
 from cce_oracle import check, expected, problem, run
 
 from gemma_ext.testing import poisoned_empty
 
-MODES = [*KERNELS, Impl("cce", 2.0**-8)]
-IDS = ["exact", "keep-all", "filter"]
+SAMPLED = [Impl("cce", 2.0**-8, device) for device in DEVICES]
+MODES = [*KERNELS, *SAMPLED]
+IDS = [f"{impl}-sampled" if impl in SAMPLED else str(impl) for impl in MODES]
 
 
 def everything(impl: Impl, p, reduction: str = "mean") -> list[torch.Tensor]:
