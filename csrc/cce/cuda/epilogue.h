@@ -2,8 +2,8 @@
 // From a tile of products e.c to logits, while they are in registers.
 #pragma once
 
-#include "../contract.h"
-#include "common/tile_mma.h"
+#include "common/cuda/tile_mma.h"
+#include "launches.h"
 
 namespace gemma_ext::cce::cuda {
 
@@ -67,46 +67,6 @@ DEVICE void logits(mma::Tile<T>& tile, const LogitMap& map, const float* s_bias,
     tile.each([&](int, int column, float& x) {
       if (s_column[column] < 0) x = -kInfinity;
     });
-  }
-}
-
-template <class T>
-DEVICE float widen(T x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    return simt::to_float(x);
-  }
-}
-template <class T>
-DEVICE T narrow(float x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    return simt::from_float<T>(x);
-  }
-}
-
-// Two neighbours at an even index of a row of whole 16-byte words.
-struct Pair {
-  float x, y;
-};
-template <class T>
-DEVICE Pair load_pair(const T* from) {
-  if constexpr (std::is_same_v<T, float>) {
-    return {from[0], from[1]};
-  } else {
-    const uint32_t both = *reinterpret_cast<const uint32_t*>(from);
-    return {widen(T{static_cast<uint16_t>(both)}), widen(T{static_cast<uint16_t>(both >> 16)})};
-  }
-}
-template <class T>
-DEVICE void store_pair(T* to, float x, float y) {
-  if constexpr (std::is_same_v<T, float>) {
-    to[0] = x;
-    to[1] = y;
-  } else {
-    *reinterpret_cast<uint32_t*>(to) = simt::pack<T>(x, y);
   }
 }
 

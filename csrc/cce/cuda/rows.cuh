@@ -35,8 +35,6 @@ DEVICE int block_rank(bool flag, int* s_counts, int& total) {
   return rank;
 }
 
-DEVICE int lesser(int a, int b) { return a < b ? a : b; }
-
 // Blocks walk the vocabulary inside groups of 16 row blocks (2048 rows of e, 9 MB at D 2304 in bf16), which
 // stay in L2 while c passes once per group.
 constexpr int kRasterRows = 16;

@@ -27,13 +27,6 @@ DEVICE int first_of_task(const Plan& plan, int chunk, int tile, int task) {
   return (plan.chunk_task[chunk] + task - plan.task[tile]) * kBlockRows;
 }
 
-// Grid of a kernel whose blocks take turns over at most `most` units: only the device knows how many.
-inline int64_t taking_turns(int64_t most) {
-  constexpr int kBlocks = 16;  // per multiprocessor, 8 or 16 waves
-  const int64_t blocks = int64_t{kBlocks} * simt::device().multiprocessors;
-  return most < blocks ? most : blocks;
-}
-
 template <class T>
 constexpr int kStripSharedBytes = kHeadSharedBytes<T> + kBlockRows * sizeof(Coefficients);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "common/tile_mma.h"
+#include "common/cuda/tile_mma.h"
 
 using simt::Major;
 

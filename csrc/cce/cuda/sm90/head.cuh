@@ -4,7 +4,7 @@
 
 #include "cce/cuda/epilogue.h"
 #include "cce/cuda/rows.cuh"
-#include "common/tile_wgmma.h"
+#include "common/cuda/tile_wgmma.h"
 
 namespace gemma_ext::cce::cuda {
 

@@ -14,7 +14,7 @@
 
 #include <type_traits>
 
-#include "simt/simt.h"
+#include "../simt/simt.h"
 
 namespace gemma_ext::mma {
 

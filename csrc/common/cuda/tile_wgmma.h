@@ -13,7 +13,7 @@
 // multiprocessors.
 #pragma once
 
-#include "simt/simt.h"
+#include "../simt/simt.h"
 
 namespace gemma_ext::wgmma {
 
