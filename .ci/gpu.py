@@ -37,6 +37,7 @@ LIMITS = {
 }
 PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
 TESTS = ("edges", "sync", "graphs", "streams", "determinism")
+OP_TESTS = ("values", "gradients", "filter", "options", "outputs")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -141,9 +142,10 @@ def tests(stage: Stage) -> int:
     if find_spec("pytest") is None:
         raise NotRun(f"{sys.executable} has no pytest")
     runs: list[Sequence[object]] = [(path,) for path in test_files()]
-    if DEVICE == "cuda":  # the op tests on the card; without hypothesis, no fuzzing
-        fuzz = () if find_spec("hypothesis") else ("--ignore=tests/ops/test_cce_fuzz.py",)
-        runs.insert(0, ("-c", "tests/gpu/pytest.ini", "tests/ops", "-k", "cuda", *fuzz))
+    if DEVICE == "cuda":
+        files = [f"tests/ops/test_cce_{name}.py" for name in OP_TESTS]
+        chosen = ("-k", "cuda", "-m", "not slow")
+        runs.insert(0, ("-c", "tests/gpu/pytest.ini", *files, *chosen))
     # a process each: a kernel that breaks the card spoils one of them
     return worst(
         stage.run(

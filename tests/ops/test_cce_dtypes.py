@@ -76,7 +76,7 @@ def test_autocast(impl, dtype, mixed):
     truth, want = expected(p, softcap=5.0)
     leaves = p.leaves()
     hidden = leaves["e"].to(dtype) if mixed else leaves["e"]
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(impl.device, dtype=dtype):
         loss = impl.loss(hidden, leaves["c"], p.targets, bias=leaves["bias"], softcap=5.0)
     assert loss.dtype == torch.float32
     loss.backward()

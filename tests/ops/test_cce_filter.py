@@ -88,6 +88,10 @@ def test_kept_set_in_half_precision(loss, dtype):
     p = zipf_problem(90, 24, V, ignored=0.2, dtype=dtype, seed=1)
     got, out = call(loss, p, "lse", 2.0**-4)
     want = truth(p, "lse", 2.0**-4, out)
+    # above a quarter of the strips a Hopper card computes them all
+    dense = loss is not gemma_ext.linear_cross_entropy and want.kept_fraction > 0.25
+    if dense and torch.cuda.get_device_capability()[0] == 9:
+        want.grads = want.exact
     for name in got:
         assert_close(got[name], want.grads[name], rtol=5e-3, what=f"d{name}")
 
@@ -162,8 +166,8 @@ def test_mean_over_seeds_is_the_gradient(loss, name, draws):
         gap = samples.mean(0) - truth
         error = samples.std(0) / draws**0.5
         assert error.norm() > 1e-3 * truth.norm() / draws**0.5, "nothing was left out"
-        # what is always kept has no spread but that of float32
-        floor = 2e-6 * truth.abs().max()
+        # what is always kept has no spread but that of float32, which a card multiplies in halves
+        floor = (2e-6 if loss is gemma_ext.linear_cross_entropy else 2e-5) * truth.abs().max()
         assert (gap.abs() <= 6 * error + floor).all(), f"d{leaf} of one entry"
         # entries are correlated, within a strip above all: half as many again as for independent
         assert gap.norm() <= 1.5 * error.norm(), f"d{leaf}"
