@@ -7,11 +7,11 @@ import torch
 from cce_oracle import Problem, assert_close, expected, problem, run
 
 
-def confident(margin: float) -> Problem:
-    """Rows whose label leads by about ``margin`` over 4000 words."""
+def confident(margin: float, vocab: int = 4000) -> Problem:
+    """Rows whose label leads by about ``margin`` over the other words."""
     g = torch.Generator().manual_seed(1)
-    c = torch.nn.functional.normalize(torch.randn(4000, 64, generator=g), dim=1)
-    labels = torch.randint(0, 4000, (256,), generator=g)
+    c = torch.nn.functional.normalize(torch.randn(vocab, 64, generator=g), dim=1)
+    labels = torch.randint(0, vocab, (256,), generator=g)
     return Problem(margin * c[labels], c, labels)
 
 
@@ -34,6 +34,18 @@ def test_certain_rows_keep_a_gradient(impl, margin):
         if impl.name == "reference":
             bar = 2e-5  # a score of 30 in fp32 is known to 2e-6, and p to as much
         assert error <= bar, f"d{name}: {error:.1e} against {bar:.1e}"
+
+
+@pytest.mark.parametrize("margin", [10.0, 20.0])
+def test_rivals_in_the_labels_own_tile_are_not_lost(impl, margin):
+    p = confident(margin, 200)
+    _, want = expected(p, reduction="sum")
+    _, got = run(impl.loss, p, reduction="sum")
+    if impl.device == "cuda":
+        pytest.skip("the CUDA kernels sum the label with its tile")
+    for name in got:
+        error = (got[name].double() - want[name]).norm() / want[name].norm()
+        assert error < 2e-5, f"d{name}: {error:.1e}"
 
 
 @pytest.mark.parametrize("offset", [300.0, -300.0, 16384.0])

@@ -33,9 +33,12 @@ GEMMA_EXT_INLINE float strip_max(const float* s) {
   return max(m);
 }
 
-// A NaN logit may hide from the maximum, never from the sum.
-GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, const float* s) {
+// A NaN logit may hide from the maximum, never from the sum. The label's place in this tile, or -1, stays out
+// of the sums: beside its 1 they would lose what a confident row's loss is made of.
+GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, int target, float* s) {
   const float top = strip_max(s), base = top == -kInfinity ? 0.0f : top;
+  const float at_target = target >= 0 ? s[target] : 0.0f;
+  if (target >= 0) s[target] = -kInfinity;
   Vf sum_e{}, sum_slope{}, sum_square{}, sum_s{};
   for (int i = 0; i < kTile; i += kLanes) {
     const Vf x = load(s + i), e = exp(x - base), t = x * map.t_over_cap;
@@ -44,6 +47,7 @@ GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, const
     sum_slope += e > 0.0f ? e * (1.0f - t * t) : Vf{};
     if (want_mean) sum_s += e > 0.0f ? e * x : Vf{};
   }
+  if (target >= 0) s[target] = at_target;
   return {top, sum(sum_e), sum(sum_slope), sum(sum_square), sum(sum_s)};
 }
 

@@ -36,10 +36,17 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
     }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = row0 + r;
-      const double lse = top[r] + std::log(total[r]);
+      const bool labelled = p.label[row] >= 0 && stats.target[row] != -INFINITY;
+      const double rivals = total[r],
+                   label = labelled ? std::exp(double(stats.target[row]) - top[r]) : 0;
+      total[r] += label;
+      if (p.want_mean && labelled) weighted[r] += label * stats.target[row];
+      const double log_total = std::log(total[r]), lse = top[r] + log_total;
       out.lse[row] = float(lse);
       out.lse_low[row] = std::isfinite(out.lse[row]) ? float(lse - out.lse[row]) : 0.0f;
-      out.nll[row] = float(p.label[row] >= 0 ? lse - stats.target[row] : lse);
+      out.nll[row] = float(p.label[row] < 0              ? lse
+                           : stats.target[row] == top[r] ? std::log1p(rivals)
+                                                         : lse - stats.target[row]);
       if (p.want_mean) out.mean[row] = float(weighted[r] / total[r]);
       if (p.class_weight) out.class_sum[row] = float(classes[r]);
     }

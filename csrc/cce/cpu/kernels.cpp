@@ -96,9 +96,10 @@ int64_t strip_argmax(const Tile& tile, const float* s, float top) {
 }
 
 void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t index, int64_t row,
-            const float* weights, const float* s) {
+            const float* weights, float* s) {
   const int64_t at = index * p.n + row;
-  const StripSums sums = strip_sums(p.map, p.want_mean, s);
+  const int target = target_in(p, tile, row);
+  const StripSums sums = strip_sums(p.map, p.want_mean, target, s);
   out.max[at] = sums.max;
   out.sum[at] = sums.sum;
   if (out.slope) {
@@ -112,7 +113,6 @@ void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t i
     out.class_sum[at] = total;
   }
   if (p.want_argmax) out.argmax[at] = strip_argmax(tile, s, sums.max);
-  const int target = target_in(p, tile, row);
   if (target >= 0) out.target[row] = s[target];
 }
 

@@ -31,7 +31,8 @@ struct Problem {
   bool want_mean, want_argmax;
 };
 
-// Per strip, tile-major: [tiles, n]. Sums are relative to the strip's own maximum.
+// Per strip, tile-major: [tiles, n]. Sums are relative to the strip's own maximum; all but class_sum are
+// without the label's column.
 struct StripStats {
   float* max;        // max s
   float* sum;        // sum exp(s - max)
