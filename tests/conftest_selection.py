@@ -34,6 +34,7 @@ def pytest_report_header() -> str:
     return f"schedule seed: {os.environ[SEED]} ({SEED})"
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--all"):
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
