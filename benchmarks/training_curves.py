@@ -21,7 +21,7 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -185,9 +185,9 @@ def thinned(losses: Sequence[float]) -> list[float]:
     return [round(mean(losses[at : at + THIN]), 4) for at in range(0, len(losses), THIN)]
 
 
-def all_rows(task: Task, names: Sequence[str], steps: int, seeds: int) -> list[dict[str, Any]]:
-    """A row per maker, "exact" first whether named or not."""
-    rows, exact = [], []
+def all_rows(task: Task, names: Sequence[str], steps: int, seeds: int) -> Iterator[dict[str, Any]]:
+    """A row per maker as it is done, "exact" first whether named or not."""
+    exact: list[Run] = []
     for name in dict.fromkeys(("exact", *names)):
         runs = []
         for seed in range(seeds):
@@ -196,8 +196,7 @@ def all_rows(task: Task, names: Sequence[str], steps: int, seeds: int) -> list[d
             seconds = time.monotonic() - start
             print(f"{name} seed {seed}: {runs[-1].heldout:.4f}, {seconds:.0f} s", flush=True)
         exact = exact or runs
-        rows.append(row_of(name, runs, exact) | {"model": task.name})
-    return rows
+        yield row_of(name, runs, exact) | {"model": task.name}
 
 
 def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -243,11 +242,12 @@ def main() -> None:
         f"{options.steps} steps of {options.batch} x {options.context} tokens, "
         f"{options.seeds} seeds, AdamW {task.rate:g}"
     )
-    rows = all_rows(task, options.only, options.steps, options.seeds)
-    rows = [row | {"setting": setting} for row in rows]
+    rows = []
+    for row in all_rows(task, options.only, options.steps, options.seeds):
+        rows.append(row | {"setting": setting})
+        if options.save:
+            save(RESULTS / facts["device"], rows, facts, stem)
     print(f"\n{task.name}, {setting}\n\n{report.table_and_bars(rows, LAYOUT.columns)}")
-    if options.save:
-        save(RESULTS / facts["device"], rows, facts, stem)
 
 
 def parse_options() -> argparse.Namespace:

@@ -139,7 +139,7 @@ def test_runs_of_a_seed_are_paired_and_a_page_is_saved(task, tmp_path, monkeypat
     pytest.importorskip("matplotlib")
     monkeypatch.setitem(MAKERS, "sampled", by_loss(impl="exact"))
     monkeypatch.setitem(MAKERS, "cut-ce", NOTHING)
-    rows = training_curves.all_rows(task, ["sampled", "cut-ce"], STEPS, seeds=2)
+    rows = list(training_curves.all_rows(task, ["sampled", "cut-ce"], STEPS, seeds=2))
     assert [row["name"] for row in rows] == ["exact", "sampled", "cut-ce"]
     assert rows[1]["off_marks"]["heldout"] == [0.0, 0.0]  # the same batches from the same start
     assert rows[2]["off"] > 0
