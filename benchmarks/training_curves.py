@@ -213,7 +213,8 @@ def plot(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             above.plot(at, curve, **style)
             if row["name"] != "exact":
                 below.plot(at, differences(curve, base[seed]), **style)
-    above.set(title=LAYOUT.label(rows[0]), ylabel="training loss")
+    figure.suptitle(LAYOUT.label(rows[0]), fontsize=9)
+    above.set(ylabel="training loss")
     below.set(xlabel="step", ylabel="loss less exact's, same seed")
     below.axhline(0, color="0.6", lw=0.8)
     above.legend()
