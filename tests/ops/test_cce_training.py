@@ -190,15 +190,14 @@ def test_exact_trains_as_eager_does(runs):
 
 @pytest.mark.slow
 def test_sampling_is_nearer_to_exact_than_the_plain_filter(runs):
-    ours, theirs = [], []
+    """Early on: a curve that has moved at all may later go a way of its own, like a new seed."""
+    early = slice(0, STEPS // 6)
     for seed in SEEDS:
-        want = runs["eager", seed][1]
-        ours.append((runs["sampled", seed][1] - want).abs().mean())
-        theirs.append((runs["plain", seed][1] - want).abs().mean())
+        want = runs["eager", seed][1][early]
+        ours, theirs = ((runs[n, seed][1][early] - want).abs().mean() for n in ("sampled", "plain"))
         kept, plain_kept = (sum(k) / len(k) for k in runs["kept", seed])
         assert kept < plain_kept
-    assert all(a < b for a, b in zip(ours, theirs, strict=True))
-    assert sum(ours) < 0.5 * sum(theirs)
+        assert ours < 0.2 * theirs
 
 
 def rare_rows(model: Model, seed: int) -> tuple[dict[str, Tensor], float]:
