@@ -1,0 +1,1 @@
+"""Merging models: methods, recipes and the engines that run them."""
