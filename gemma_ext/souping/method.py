@@ -12,7 +12,6 @@ An engine decides where the parts come from: `souping.memory` gives whole reside
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -31,7 +30,7 @@ class Parameter:
     Attributes:
         key: its name.
         default: the value where a recipe gives none; `Required` if it has to.
-        per_model: one value per model (weight, density), else one for the merge (lambda, normalize).
+        per_model: one value per model (weight, density), else one for the merge (lambda).
         kind: float, bool, int or str.
     """
 
@@ -83,7 +82,7 @@ class Values:
         return [model[key] for model in self.models]
 
 
-class Method(ABC):
+class Method:
     """A way to merge M models; one object serves a whole merge.
 
     Attributes:
@@ -91,8 +90,8 @@ class Method(ABC):
         parameters: what it takes; the engine refuses others and fills in defaults.
         base: "needed", "optional" or "unused".
         models: least and most number of sources, None without a bound.
-        grain: the smallest piece that `survey` and `merge` take: any "element", whole "row"s (of the
-            last dimension), or the whole "tensor".
+        grain: the smallest piece that `survey` and `merge` take: any "element", whole "row"s of
+            the last dimension, or the whole "tensor".
         surveys: reading passes before `merge`.
         model_wide: surveys see every tensor of the model before the first merge; then `begin` is
             called for every tensor first, and `settle_model` between the steps.
@@ -119,6 +118,6 @@ class Method(ABC):
     def settle_model(self, step: int, states: Mapping[str, Any]) -> None:
         """All tensors were seen in this step, by name; only where `model_wide`."""
 
-    @abstractmethod
     def merge(self, part: Part, state: Any) -> None:
         """Writes `part.out`."""
+        raise NotImplementedError

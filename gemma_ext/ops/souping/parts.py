@@ -12,8 +12,8 @@ from torch import Tensor
 class Part:
     """A run of consecutive elements of one named tensor, in each of M models.
 
-    A whole tensor is a part with offset 0; a streamed one comes as many, and every op gives the same
-    bits however a tensor is cut.
+    A whole tensor is a part with offset 0; a streamed one comes as many, and every op gives the
+    same bits however a tensor is cut.
 
     Attributes:
         sources: M tensors of one shape; dtypes may differ (float32, bfloat16, float16).
