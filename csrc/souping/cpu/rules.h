@@ -123,24 +123,22 @@ void apply(const Apply& call, const Run& run, Scratch& s) {
   const Table& t = call.table;
   const Part& part = t.part[run.part];
   const Array& out = t.out[run.part];
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t) + t.extras * kStep);
-  float* extra = inputs + Deltas::floats(t);
+  float* extra = scratch<float>(s, kValues, t.extras * kStep);
   float* result = scratch<float>(s, kResult, kStep);
-  float* spare = scratch<float>(s, kOther, kStep);
   uint32_t* words = scratch<uint32_t>(s, kMasks, 2 * (kStep + 8));
   const float* extras[kMaxModels];
   using Function = void (*)(const Seen&, float*);
   constexpr Function kRules[] = {consensus, fisher, nearswap_rule, mutate, pick, pick, blend};
   const Function rule = kRules[int(call.element)];
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas d(t, run.part, at, n, inputs);
+    const Deltas<float> d(t, run.part, at, n, s);
     for (int x = 0; x < t.extras; ++x)
       extras[x] = widen(t.extra[run.part * t.extras + x], at, n, extra + x * kStep);
     const Seen seen{call,
                     part,
                     d.at,
                     extras,
-                    widen(t.base[run.part], at, n, spare),
+                    d.base,
                     call.numbers + run.part * call.columns,
                     part.offset + at,
                     t.models,
