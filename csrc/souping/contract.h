@@ -54,7 +54,7 @@ struct Table {
 
 enum class Rounding : int { kNearest, kStochastic };
 
-// Soup and Merge compute in float32, or in float64 where a call is wide or a part's result is float32.
+// Results are computed in float32, or in float64 where a call is wide or they are stored as float32.
 
 // out = base + scale sum_m w_m (x_m - base), or sum_m w_m x_m.
 struct Soup {

@@ -172,7 +172,8 @@ def test_cut_by_variance(device):
     n = part.base.numel()
     magnitudes = cuts_of([[part]], 4, n // 5, quantity="variance")
     cut = magnitudes.cut()
-    assert cut.quantity == "variance" and cut.bits.shape == (1, 1)
+    assert cut.quantity == "variance"
+    assert cut.bits.shape == (1, 1)
     delta = torch.stack([delta_of(part, m) for m in range(4)])
     variance = delta.double().var(0, unbiased=False)
     counted = overlaps([part], Mask(keep=cut.fresh()))

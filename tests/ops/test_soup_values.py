@@ -182,7 +182,9 @@ def test_special_values(dtype, rounding, device):
 def test_stochastic_rounding_is_unbiased(dtype, device):
     """Every value becomes one of its neighbours, and their mean is the value."""
     n, x = 40_000, 0.0201234
-    part = Part([torch.full((n,), x, device=device)], None, torch.empty(n, dtype=dtype, device=device))
+    part = Part(
+        [torch.full((n,), x, device=device)], None, torch.empty(n, dtype=dtype, device=device)
+    )
     soup_([part], 1.0, rounding="stochastic", seed=4)
     step = float(ulp(torch.tensor(x, dtype=torch.float64), dtype))
     found = part.out.double().cpu()

@@ -112,7 +112,7 @@ void gram_rows(const GramRows& call, const Run& run, Scratch& s) {
     for (int64_t i = 0, q = 0; i < models; ++i)
       for (int64_t j = i; j < models; ++j, ++q)
         out[i * models + j] = out[j * models + i] =
-            total[q] + (span[q] + close_block(strands + q * kStrands));
+            one_nan(total[q] + (span[q] + close_block(strands + q * kStrands)));
   }
 }
 
