@@ -2,7 +2,7 @@
 // Histograms of magnitudes, for a radix select.
 #pragma once
 
-#include "mask.h"
+#include "lanes.h"
 
 namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
@@ -11,40 +11,47 @@ template <class Use>
 void keys_of_run(const Survey& call, const Run& run, Scratch& s, Use use) {
   const Table& t = call.table;
   const int streams = call.variance ? 1 : t.models;
-  uint32_t* keys = scratch<uint32_t>(s, kWords, kStep + 8);
+  alignas(64) uint32_t keys[kStep];
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas<float> d(t, run.part, at, n, s);
+    const Inputs in(t, run.part, at, n, true, s);
     for (int m = 0; m < streams; ++m) {
-      keys_of(d, t.models, call.variance, m, n, keys);
+      keys_of(in, t.models, call.variance, m, n, keys);
       use(m, keys, n);
     }
   });
 }
 
-// Two histograms by turns: the same bin twice in a row would wait for its own store.
+// By turns into kCopies histograms: the same bin twice in a row would wait for its own store.
 void coarse(const Survey& call, const Run& run, uint32_t* counts, int64_t* zeros, Scratch& s) {
-  const int streams = call.variance ? 1 : call.table.models;
-  uint32_t* second = counts + int64_t(streams) * kCoarse;
+  const int64_t bins = int64_t(call.variance ? 1 : call.table.models) * kCoarse;
+  alignas(64) uint16_t index[kStep];
   keys_of_run(call, run, s, [&](int m, const uint32_t* keys, int n) {
-    uint32_t *even = counts + int64_t(m) * kCoarse, *odd = second + int64_t(m) * kCoarse;
+    uint32_t* mine = counts + int64_t(m) * kCoarse;
     int none = 0, bad = 0;
     for (int i = 0; i < n; ++i) {
+      index[i] = uint16_t(keys[i] >> 16);
       none += keys[i] == 0;
       bad += keys[i] == kNoKey;
     }
     zeros[m] += none;
     if (bad) {
       for (int i = 0; i < n; ++i)
-        if (keys[i] != kNoKey) ++even[keys[i] >> 16];
+        if (keys[i] != kNoKey) ++mine[index[i]];
       return;
     }
     int i = 0;
-    for (; i + 2 <= n; i += 2) {
-      ++even[keys[i] >> 16];
-      ++odd[keys[i + 1] >> 16];
+    for (; i + kCopies <= n; i += kCopies) {
+      uint64_t four;
+      memcpy(&four, index + i, sizeof(four));
+      ++mine[four & 0xffff];
+      ++mine[bins + (four >> 16 & 0xffff)];
+      ++mine[2 * bins + (four >> 32 & 0xffff)];
+      ++mine[3 * bins + (four >> 48)];
     }
-    if (i < n) ++even[keys[i] >> 16];
+    for (; i < n; ++i) ++mine[index[i]];
   });
+  for (int64_t b = 0; b < bins; ++b)
+    counts[b] += counts[bins + b] + counts[2 * bins + b] + counts[3 * bins + b];
 }
 
 void fine(const Survey& call, const Run& run, uint32_t* counts, Scratch& s) {
@@ -54,8 +61,13 @@ void fine(const Survey& call, const Run& run, uint32_t* counts, Scratch& s) {
     for (int c = 0; c < call.cuts; ++c) {
       const uint32_t bin = uint32_t(prefix[m * call.cuts + c]);
       uint32_t* low = counts + (int64_t(m) * call.cuts + c) * kFine;
-      for (int i = 0; i < n; ++i)
-        if (keys[i] >> 16 == bin) ++low[keys[i] & 0xffff];
+      for (int i = 0; i < n; i += kLanes) {  // most vectors have none
+        bool any = false;
+        for (int k = i; k < i + kLanes; ++k) any |= keys[k] >> 16 == bin;
+        if (!any) continue;
+        for (int k = i; k < least(i + kLanes, n); ++k)
+          if (keys[k] >> 16 == bin) ++low[keys[k] & 0xffff];
+      }
     }
   });
 }
