@@ -26,7 +26,7 @@ struct Kept {
 // Parts of a Scratch; what a mask fills outlives the kernel that filled it.
 enum Slot { kInputs, kValues, kWords, kMasks, kResult, kOther, kKept, kDivide };
 
-constexpr int kCopies = 4;
+constexpr int kCopies = 2;
 
 // Strands [Q, kStrands], open spans [Q], tops [M, 2] of one run, before and after it.
 struct Partial {

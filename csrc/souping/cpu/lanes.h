@@ -22,9 +22,6 @@ typedef double VdLoose __attribute__((vector_size(kLanes * 8), aligned(8), may_a
 typedef uint8_t Vb __attribute__((vector_size(kLanes)));
 typedef uint8_t VbLoose __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
-// Vectors wider than the registers: only functions that are inlined take them.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 template <class A>
 struct Lane;
 
