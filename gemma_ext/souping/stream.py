@@ -8,6 +8,7 @@ when it is whole; until then it is in `OUT.partial`, with a journal that a later
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections import deque
@@ -117,34 +118,30 @@ def write_checkpoint(
         if value < 1:
             raise ValueError(f"{name}: expected a number >= 1, got {value}")
     _check_out(out, targets)
-    origin = provenance(method, targets, recipe)
-    metadata = {"format": "pt", "gemma_ext_merge": origin}
+    metadata = {"format": "pt", "gemma_ext_merge": provenance(method, targets, recipe)}
     layout = {t.info.name: (t.dtype, t.info.shape) for t in targets}
     shards = files.lay_out(layout, shard_bytes, metadata)
     partial = out.with_name(f"{out.name}.partial")
     files.check_room(out, partial, sum(shard.nbytes for shard in shards))
 
-    partial.mkdir(parents=True, exist_ok=True)
-    journal = journals.Journal(partial, f"{origin} {file_states(targets)}")
+    disk = Disk(threads)
     try:
-        _create(partial, shards, journal)
-        disk = Disk(threads)
+        journal = _open_journal(partial, _key(shards, targets))
         try:
+            _create(partial, shards, journal)
             merge = _Merge(targets, method, partial, shards, disk, journal, torch.device(device))
             merge.run(chunk_bytes, memory_bytes, progress or (lambda done, total: None))
+            files.write_index(partial, shards)
+            if finish is not None:
+                finish(partial)
+            _publish(partial, out)
+        except (ValueError, TypeError):  # the same again would end here again
+            shutil.rmtree(partial)
+            raise
         finally:
-            disk.close()
-        files.write_index(partial, shards)
-        if finish is not None:
-            finish(partial)
-        for path in partial.iterdir():
-            files.sync(path)
-        journals.remove(partial)
-        files.sync(partial)
-        os.rename(partial, out)
-        files.sync(out.parent)
+            journal.close()
     finally:
-        journal.close()
+        disk.close()
     return out
 
 
@@ -303,6 +300,14 @@ def _convert(load: Load, staged: Tensor, written: Tensor) -> None:
         written.view(dtype).copy_(source.deliver(load.start, load.stop, staged))
 
 
+def _key(shards: Sequence[files.Shard], targets: Sequence[Target]) -> str:
+    """Of what a journal's lines hold for: the output to the byte, and sources as they are now."""
+    seen = hashlib.sha256(file_states(targets).encode())
+    for shard in shards:
+        seen.update(shard.name.encode() + shard.header)
+    return seen.hexdigest()
+
+
 def _check_out(out: Path, targets: Sequence[Target]) -> None:
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"out: expected a folder that is empty or not there yet, got {out}")
@@ -312,6 +317,15 @@ def _check_out(out: Path, targets: Sequence[Target]) -> None:
     for folder in folders:
         if (folder / "config.json").is_file() and folder in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"out: expected a folder outside of the sources, got {out}")
+
+
+def _open_journal(partial: Path, key: str) -> journals.Journal:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        return journals.Journal(partial, key)
+    except PermissionError as error:
+        reason = f"cannot write to {partial.parent}: {error.strerror}"
+        raise OSError(error.errno, f"out: {reason}") from None
 
 
 def _create(partial: Path, shards: Sequence[files.Shard], journal: journals.Journal) -> None:
@@ -326,3 +340,13 @@ def _create(partial: Path, shards: Sequence[files.Shard], journal: journals.Jour
         if not journal.done:
             shutil.rmtree(partial)
         raise OSError(error.errno, f"{partial.parent}: {error.strerror}") from None
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Gives the folder its name once all of it is on the disk."""
+    for path in partial.iterdir():
+        files.sync(path)
+    journals.remove(partial)
+    files.sync(partial)
+    os.rename(partial, out)
+    files.sync(out.parent)
