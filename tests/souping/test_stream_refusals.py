@@ -19,7 +19,7 @@ from gemma_ext.souping.files.checkpoint import open_checkpoint
 from gemma_ext.souping.files.sources import Source
 from gemma_ext.souping.method import TensorInfo
 from gemma_ext.souping.plan import Target, check_models
-from gemma_ext.souping.stream import merge_files
+from gemma_ext.souping.stream import merge_files, write_checkpoint
 
 
 def merge(models, out, method=None, base=None, **options):
@@ -215,6 +215,12 @@ def test_target_of_integers(models):
         target_of(models, (9,), name="model.positions")
 
 
+def test_two_targets_of_one_name(models, tmp_path):
+    targets = [target_of(models, (12,)), target_of(models, (11,))]
+    with pytest.raises(ValueError, match="targets: expected every name once, got 'x' 2 times"):
+        write_checkpoint(targets, Linear(), tmp_path / "out")
+
+
 @pytest.mark.usefixtures("nothing_written")
 class TestOptions:
     def test_dtype(self, models, tmp_path):
@@ -279,7 +285,7 @@ def test_full_disk_is_seen_up_front(models, tmp_path, monkeypatch):
 LIMITED = """
 import resource, signal, sys
 from stream_models import Linear, rising
-from gemma_ext.souping.stream import merge_files
+from gemma_ext.souping.stream import merge_files, write_checkpoint
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
