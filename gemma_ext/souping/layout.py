@@ -1,6 +1,6 @@
 """Layers of a model, read off the names of its tensors, without a table of architectures.
 
-The first whole number between dots counts the layers of a stack: `model.layers.3.mlp.up_proj.weight`
+The first whole number between dots counts the layers of a stack: `model.layers.3.mlp.up.weight`
 is in layer 3 of `model.layers`, `transformer.h.0.ln_1.weight` in layer 0 of `transformer.h`. The
 stack with most elements is the one that slices cut; others (a vision tower) keep their depth.
 """

@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gemma_ext.souping.chat import TEMPLATES
 from gemma_ext.souping.marks import Entry, RecipeError, read_yaml
 from gemma_ext.souping.references import ModelReference, parse_reference, read_reference
 from gemma_ext.souping.values import Settings, read_settings
 
 DTYPES = ("float32", "bfloat16", "float16")
-TEMPLATES = ("alpaca", "chatml", "llama3", "mistral", "exaone")
 _TOP = (
-    "merge_method models slices modules base_model dtype out_dtype parameters tokenizer_source "
-    "tokenizer chat_template name"
-).split()
+    *("merge_method", "models", "slices", "modules", "base_model", "dtype", "out_dtype"),
+    *("parameters", "tokenizer_source", "tokenizer", "chat_template", "name"),
+)
 
 
 @dataclass(frozen=True)
