@@ -59,7 +59,9 @@ TEMPLATES = {
 {%- endfor -%}
 """,
     "exaone": """\
-{%- if not messages or messages[0].role != 'system' -%}{{ '[|system|][|endofturn|]\\n' }}{%- endif -%}
+{%- if not messages or messages[0].role != 'system' -%}
+{{ '[|system|][|endofturn|]\\n' }}
+{%- endif -%}
 {%- for message in messages -%}
 {{ '[|' + message.role + '|]' + message.content | trim }}
 {{- '\\n' if message.role == 'user' else '[|endofturn|]\\n' -}}

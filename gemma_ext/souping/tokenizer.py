@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_ext.souping.marks import RecipeError
-from gemma_ext.souping.recipe import Recipe, TokenizerRecipe
+from gemma_ext.souping.recipe import TokenizerRecipe
 from gemma_ext.souping.references import ModelReference, locate
 
 if TYPE_CHECKING:

@@ -77,9 +77,8 @@ def map_rows(
     tokens: list[str | None] = [None] * (max(out.values(), default=-1) + 1)
     for token, index in out.items():
         tokens[index] = token
-    own = torch.stack(
-        [_ids(tokens, vocabulary, rows) for vocabulary, rows in zip(vocabularies, stored)], dim=1
-    )
+    known = zip(vocabularies, stored, strict=True)
+    own = torch.stack([_ids(tokens, vocabulary, rows) for vocabulary, rows in known], dim=1)
     fill_owners, fill_rows = _fill(own, base)
     zero = torch.zeros(len(tokens), dtype=torch.bool)
     forced = torch.zeros(len(tokens), dtype=torch.bool)
@@ -91,8 +90,8 @@ def map_rows(
         if rule.kind != "zero":
             model, row = _row_of(rule, token, models, vocabularies, stored)
             fill_owners[index, 0], fill_rows[index, 0] = model, row
-    known = ((own >= 0).any(1) | (fill_owners >= 0).any(1) | zero).nonzero()
-    count = int(known[-1]) + 1 if len(known) else 0
+    meant = ((own >= 0).any(1) | (fill_owners >= 0).any(1) | zero).nonzero()
+    count = int(meant[-1]) + 1 if len(meant) else 0
     size = -(-count // (pad or 1)) * (pad or 1)
     found = []
     for model in range(len(models)):
