@@ -10,12 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYER = re.compile(r"(.+?)\.(\d+)\.(.+)")
-_FIRST = re.compile(r"embed|wte|wpe")  # in names of what stands before the layers
+_FIRST = re.compile(r"embed(?!_out)|wte|wpe")  # in names of what stands before the layers
+_TOKENS = re.compile(r"(embed_tokens|word_embeddings|wte|embed_in|tok_embeddings|shared)\.weight$")
+_HEAD = re.compile(r"(head|embed_out)\.(weight|bias)$")
 _REST = ("text_decoder", "decoder", "language_model")  # modules that take what none else claims
 
 
@@ -39,6 +42,32 @@ class Layout:
     def layers(self) -> int:
         """Number of layers of the main stack."""
         return len(self.stacks.get(self.main, ()))
+
+    @cached_property
+    def embedding(self) -> str | None:
+        """The tensor that turns tokens into vectors; None without one."""
+        return next(
+            (name for name in self.outside if _TOKENS.search(name) and len(self.shapes[name]) == 2),
+            None,
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows of the embedding."""
+        return self.shapes[self.embedding][0] if self.embedding else 0
+
+    def is_vocabulary(self, name: str) -> bool:
+        """Whether a tensor has a row per token: the embedding, the head and the head's bias."""
+        shape = self.shapes[name]
+        if self.embedding is None or name not in self.outside or shape[:1] != (self.rows,):
+            return False
+        return name == self.embedding or _HEAD.search(name) is not None
+
+    def find(self, name: str) -> str | None:
+        """A tensor by name; a head that is not stored is the embedding."""
+        if name in self.shapes:
+            return name
+        return self.embedding if _HEAD.search(name) and name.endswith("weight") else None
 
     def elsewhere(self) -> dict[str, tuple[int, int] | None]:
         """Names that are not in the main stack, with (layer, layers) of the stack they are in."""

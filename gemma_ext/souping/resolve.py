@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from gemma_ext.souping.layout import Layout, Shapes, read_layout, split_modules, stands_first
+from gemma_ext.souping.layout import Layout, read_layout, split_modules, stands_first
 from gemma_ext.souping.method import Method, TensorInfo, Values
 from gemma_ext.souping.parameters import find_values
 from gemma_ext.souping.recipe import Module, Recipe, Slice, Source
@@ -23,7 +23,7 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Target:
+class Resolved:
     """A tensor of the output.
 
     Attributes:
@@ -59,27 +59,27 @@ class _Cut(NamedTuple):
 def resolve(
     recipe: Recipe,
     method: type[Method],
-    shapes: Sequence[Shapes],
+    layouts: Sequence[Layout],
     *,
     seed: int = 0,
-    is_vocabulary: Callable[[int, str], bool] = lambda model, name: False,
     skip: bool = False,
-) -> list[Target]:
+) -> list[Resolved]:
     """Every tensor of the output, by name.
+
+    A tensor with a row per token may have another number of rows in each model; here it gets the
+    smallest.
 
     Args:
         recipe: one that `check_recipe` accepts.
-        shapes: of each of `recipe.models()`: tensor name to shape.
+        layouts: of each of `recipe.models()`.
         seed: of everything random.
-        is_vocabulary: whether a tensor of a model has a row per token. Such a one may have another
-            number of rows in each model; here it gets the smallest.
         skip: tensors that differ in shape are left to the engine, which keeps the base's.
 
     Raises:
         RecipeError: layers that a model does not have, a tensor missing in a model, shapes that
             differ, a value that no level of the recipe gives.
     """
-    resolver = _Resolver(recipe, method, shapes, seed, is_vocabulary, skip)
+    resolver = _Resolver(recipe, method, layouts, seed, skip)
     return sorted(resolver.targets(), key=lambda target: target.info.name)
 
 
@@ -88,17 +88,15 @@ class _Resolver:
         self,
         recipe: Recipe,
         method: type[Method],
-        shapes: Sequence[Shapes],
+        layouts: Sequence[Layout],
         seed: int,
-        is_vocabulary: Callable[[int, str], bool],
         skip: bool,
     ) -> None:
         self.recipe, self.method, self.seed, self.skip = recipe, method, seed, skip
-        self.is_vocabulary = is_vocabulary
         self.models = recipe.models()
-        self.layouts = [read_layout(own) for own in shapes]
+        self.layouts = layouts
 
-    def targets(self) -> Iterator[Target]:
+    def targets(self) -> Iterator[Resolved]:
         for module in self.recipe.modules:
             layouts = self._layouts_of(module)
             cuts = [self._cut(module, part, layouts) for part in module.slices]
@@ -183,7 +181,7 @@ class _Resolver:
         layouts: list[Layout],
         start: int,
         stacked: int,
-    ) -> Iterator[Target]:
+    ) -> Iterator[Resolved]:
         used = [*cut.sources, *([cut.base] if cut.base else [])]
         lead = layouts[used[0].model]
         for step in range(cut.length):
@@ -210,7 +208,7 @@ class _Resolver:
         layouts: list[Layout],
         first: bool,
         last: bool,
-    ) -> Iterator[Target]:
+    ) -> Iterator[Resolved]:
         used = [*cut.sources, *([cut.base] if cut.base else [])]
         names: dict[str, tuple[int, int] | None] = {}
         for stream in used:
@@ -232,8 +230,8 @@ class _Resolver:
         inputs: Mapping[_Stream, str],
         info: TensorInfo,
         depth: float,
-    ) -> Iterator[Target]:
-        found = {stream: self._find(stream.model, name) for stream, name in inputs.items()}
+    ) -> Iterator[Resolved]:
+        found = {stream: self.layouts[stream.model].find(name) for stream, name in inputs.items()}
         missing = [stream for stream, name in found.items() if name is None]
         if missing:
             if info.name.endswith(_COMPUTED):
@@ -256,26 +254,12 @@ class _Resolver:
             depth,
             self.seed,
         )
-        yield Target(
+        yield Resolved(
             info,
             tuple(Input(s.model, found[s]) for s in cut.sources),
             Input(cut.base.model, found[cut.base]) if cut.base else None,
             values,
         )
-
-    def _find(self, model: int, name: str) -> str | None:
-        """A head that a model does not store is its embedding."""
-        shapes = self.layouts[model].shapes
-        if name in shapes:
-            return name
-        if stands_first(name) or not name.endswith("head.weight"):
-            return None
-        embeddings = (
-            other
-            for other in shapes
-            if stands_first(other) and len(shapes[other]) == 2 and self.is_vocabulary(model, other)
-        )
-        return next(embeddings, None)
 
     def _shape(self, part: Slice, inputs: Mapping[_Stream, Input]) -> tuple[int, ...]:
         shapes = {s: self.layouts[i.model].shapes[i.name] for s, i in inputs.items()}
@@ -287,7 +271,7 @@ class _Resolver:
             if (
                 other[1:] == shape[1:]
                 and shape
-                and all(self.is_vocabulary(i.model, i.name) for i in inputs.values())
+                and all(self.layouts[i.model].is_vocabulary(i.name) for i in inputs.values())
             ):
                 shape = (min(shape[0], other[0]), *shape[1:])
             elif not self.skip:

@@ -50,14 +50,10 @@ def tensors(layers=3, vocab=11, width=4, prefix="model", head=True):
     return shapes
 
 
-def by_vocabulary(model, name):
-    return "embed" in name or "head" in name
-
-
 def run(text, method, *shapes, **options):
     recipe = parse_recipe(text, "r.yml")
     check_recipe(recipe, method)
-    found = resolve(recipe, method, shapes, is_vocabulary=by_vocabulary, **options)
+    found = resolve(recipe, method, [read_layout(own) for own in shapes], **options)
     return {target.info.name: target for target in found}
 
 

@@ -38,9 +38,7 @@ class Statistics:
         if held is None:
             held = [self._open(path) for path in values.of(self.key)]
         if len(held) != len(values.models):
-            raise ValueError(
-                f"expected {self.key} of {len(values.models)} models, got {len(held)}"
-            )
+            raise ValueError(f"expected {self.key} of {len(values.models)} models, got {len(held)}")
         found = [tensors[name] if name in tensors else None for tensors in held]
         missing = [index for index, tensor in enumerate(found) if tensor is None]
         if missing and len(missing) < len(found):
@@ -95,4 +93,3 @@ def save_statistics(tensors: Mapping[str, Tensor], path: str | os.PathLike[str])
     beside = Path(f"{os.fspath(path)}.part")
     save_file(stored, beside, metadata={_ALIASES: json.dumps(aliases)})
     os.replace(beside, path)
-

@@ -2,17 +2,19 @@
 
     W' = W + s B A,  s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
-in float32, row by row, without a merged copy on disk. What the adapter replaces as a whole
-(`modules_to_save`) is taken from it.
+row by row and without a merged copy on disk, the product and the sum in float64 and rounded once,
+to float32. What the adapter replaces as a whole (`modules_to_save`) is taken from it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ class LowRank:
     """s B A of one weight.
 
     Attributes:
-        left: [rows, r] float32, scaled. right: [r, columns] float32.
+        left: [rows, r] float64, scaled. right: [r, columns] float64.
         dtype: that W' is rounded to; None for float32.
     """
 
@@ -47,7 +49,15 @@ class LowRank:
     def __call__(self, rows: Tensor, first: int) -> Tensor:
         """W' of some rows: [n, columns] of W from row `first` on; float32 or `dtype`."""
         piece = self.left[first : first + len(rows)]
-        return torch.addmm(rows.float(), piece, self.right).to(self.dtype or torch.float32)
+        whole = torch.addmm(rows.double(), piece, self.right)
+        return whole.float().to(self.dtype or torch.float32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        seen = hashlib.sha256(str(self.dtype).encode())
+        for factor in (self.left, self.right):
+            seen.update(factor.numpy().tobytes())
+        return seen.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,7 @@ def _low_rank(
             f"{folder}: expected factors of {name} for {list(shape)}, got "
             f"{[left.shape[0], right.shape[1]]}"
         )
-    return LowRank((scale * left.double()).float().contiguous(), right.float().contiguous(), dtype)
+    return LowRank(scale * left.double().contiguous(), right.double().contiguous(), dtype)
 
 
 def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
