@@ -1,4 +1,4 @@
-"""The models of a recipe: their files opened, adapters read, configurations and tokenizers found."""
+"""The models of a recipe: files opened, adapters read, configurations and tokenizers found."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from gemma_ext.souping.files.checkpoint import Stored
 from gemma_ext.souping.files.sources import RowMap, Source
 from gemma_ext.souping.method import Method
 from gemma_ext.souping.models import Model, open_model
-from gemma_ext.souping.parameters import check_recipe
+from gemma_ext.souping.evaluate import check_recipe
 from gemma_ext.souping.peek import read_pieces, read_whole
 from gemma_ext.souping.plan import Target, default_dtype
 from gemma_ext.souping.recipe import Recipe
@@ -84,7 +84,7 @@ def prepare(
     Args:
         seed: of everything random.
         names, cache_dir, lora_dtype: as `open_model`.
-        allow_crimes: merge different architectures, and keep the base's tensors where shapes differ.
+        allow_crimes: merge different architectures, keep the base's tensors where shapes differ.
         trust_remote_code: of tokenizers.
 
     Raises:

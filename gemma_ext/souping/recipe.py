@@ -112,6 +112,7 @@ class Recipe:
         settings: `parameters` at the top.
         chat_template: "auto", a name of TEMPLATES or Jinja.
         name: of this merge among several in one file.
+        text: of the document, comments and all.
         entry: the document; `entry.value` is plain data.
     """
 
@@ -124,6 +125,7 @@ class Recipe:
     tokenizer: TokenizerRecipe | None
     chat_template: str | None
     name: str | None
+    text: str
     entry: Entry
     keys: Mapping[str, Entry] = field(repr=False)
 
@@ -149,7 +151,7 @@ def parse_recipes(text: str, file: str = "recipe") -> list[Recipe]:
     entries = read_yaml(text, file)
     if not entries:
         raise RecipeError(f"{file}: expected a recipe, got nothing")
-    recipes = [_read_document(entry) for entry in entries]
+    recipes = [_read_document(entry, text) for entry in entries]
     return list(_in_order(recipes))
 
 
@@ -165,7 +167,7 @@ def parse_recipe(data: Mapping[str, Any] | str, file: str = "recipe") -> Recipe:
     return recipes[0]
 
 
-def _read_document(entry: Entry) -> Recipe:
+def _read_document(entry: Entry, text: str) -> Recipe:
     keys = entry.mapping(_TOP)
     if "merge_method" not in keys:
         raise entry.error("expected merge_method among the keys")
@@ -174,6 +176,7 @@ def _read_document(entry: Entry) -> Recipe:
         got = " and ".join(given) or "none"
         raise entry.error(f"expected exactly one of models, slices and modules, got {got}")
     template = keys.get("chat_template")
+    start, end = entry.node.start_mark.index, entry.node.end_mark.index
     return Recipe(
         method=keys["merge_method"].text(),
         modules=tuple(_modules(keys, entry)),
@@ -184,6 +187,7 @@ def _read_document(entry: Entry) -> Recipe:
         tokenizer=_tokenizer(keys),
         chat_template=template and _template(template),
         name=keys["name"].text() if "name" in keys else None,
+        text=text[start:end],
         entry=entry,
         keys=keys,
     )
