@@ -12,11 +12,11 @@ from torch import Tensor
 
 from gemma_ext.souping import methods
 from gemma_ext.souping.chat import choose_template
+from gemma_ext.souping.evaluate import check_recipe
 from gemma_ext.souping.files.checkpoint import Stored
 from gemma_ext.souping.files.sources import RowMap, Source
 from gemma_ext.souping.method import Method
 from gemma_ext.souping.models import Model, open_model
-from gemma_ext.souping.evaluate import check_recipe
 from gemma_ext.souping.peek import read_pieces, read_whole
 from gemma_ext.souping.plan import Target, default_dtype
 from gemma_ext.souping.recipe import Recipe

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from gemma_ext.souping.evaluate import find_values
 from gemma_ext.souping.layout import Layout, read_layout, split_modules, stands_first
 from gemma_ext.souping.method import Method, TensorInfo, Values
-from gemma_ext.souping.evaluate import find_values
 from gemma_ext.souping.recipe import Module, Recipe, Slice, Source
 
 _COMPUTED = "rotary_emb.inv_freq"  # old checkpoints store what the model computes by itself
