@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from gemma_ext.souping.recipe import DTYPES, read_recipes
-from gemma_ext.souping.run import Options, run_recipes
+from gemma_ext.souping.explain import explain_recipe
+from gemma_ext.souping.lint import READS, lint_recipe
+from gemma_ext.souping.progress import byte_bar
+from gemma_ext.souping.recipe import DTYPES, Recipe, read_recipes
+from gemma_ext.souping.run import Options, open_recipe, run_recipes
 
 _UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 # flags of mergekit-yaml that have nothing left to do here
@@ -28,7 +31,7 @@ _POINTLESS = {
 }
 
 
-def _pointless(*flags: str):
+def _pointless(*flags: str) -> Any:
     return typer.Option(*flags, hidden=True)
 
 
@@ -149,22 +152,24 @@ def main(
         raise typer.Exit(130) from None
 
 
-def _look(recipes, options: Options, lint: bool, explain: Path | None) -> None:
-    from gemma_ext.souping.explain import explain_recipe
-    from gemma_ext.souping.lint import lint_recipe
-    from gemma_ext.souping.run import open_recipe
-
+def _look(recipes: list[Recipe], options: Options, lint: bool, explain: Path | None) -> None:
     if len(recipes) > 1:
         raise ValueError("--lint and --explain look at one recipe, got a file with several")
     prepared = open_recipe(recipes[0], options)
     if lint:
-        findings = lint_recipe(prepared, options)
+        reads = prepared.method.name in READS
+        with byte_bar("reading", options.show_progress and reads) as progress:
+            findings = lint_recipe(
+                prepared, trust_remote_code=options.trust_remote_code, progress=progress
+            )
         for finding in findings:
             typer.echo(str(finding))
         if not findings:
             typer.echo("nothing odd")
     if explain:
-        typer.echo(explain_recipe(prepared, explain, options))
+        with byte_bar("reading", options.show_progress) as progress:
+            explain_recipe(prepared, explain, progress=progress)
+        typer.echo(explain)
 
 
 def _device(name: str) -> str:

@@ -33,7 +33,7 @@ def read_pieces(
         reader = _Reader(stack)
         for first in range(0, rows, step):
             start, stop = first * width, min(first + step, rows) * width
-            yield [_read(source, reader, start, stop, width) for source in sources]
+            yield [_read(source, reader, start, stop) for source in sources]
 
 
 def read_whole(source: Source, shape: tuple[int, ...]) -> Tensor:
@@ -42,10 +42,10 @@ def read_whole(source: Source, shape: tuple[int, ...]) -> Tensor:
     return torch.cat(pieces).view(shape) if pieces else torch.empty(shape)
 
 
-def _read(source: Source, reader: _Reader, start: int, stop: int, width: int) -> Tensor:
-    staged = torch.empty(source.staged_bytes(start, stop, width), dtype=torch.uint8)
-    source.request(reader, start, stop, width, staged)
-    return source.deliver(start, stop, width, staged)
+def _read(source: Source, reader: _Reader, start: int, stop: int) -> Tensor:
+    staged = torch.empty(source.staged_bytes(start, stop), dtype=torch.uint8)
+    source.request(reader, start, stop, staged)
+    return source.deliver(start, stop, staged)
 
 
 class _Reader:
