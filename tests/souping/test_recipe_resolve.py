@@ -290,7 +290,7 @@ W = "parameters: {weight: 1}"
             "line 2, models: deltas merges 1 or more models beside the base, got 0",
         ),
         (Pair, "models: [{model: a}]", "line 2, models: pair merges 2 models, got 1"),
-        (Copy, "models: [{model: a}, {model: b}]", "copy merges 1 models, got 2"),
+        (Copy, "models: [{model: a}, {model: b}]", "copy merges 1 model, got 2"),
         (
             Copy,
             "slices: [{sources: [{model: a, layer_range: [2, 4]}]}]",
