@@ -186,7 +186,7 @@ SOUP_FN A elected_sign(A total, int zero) {
 
 template <class A>
 SOUP_FN bool agrees(bool kept, A x, A elected) {
-  return kept & ((x > 0 & elected > 0) | (x < 0 & elected < 0));
+  return kept & (((x > 0) & (elected > 0)) | ((x < 0) & (elected < 0)));
 }
 
 template <class A>
