@@ -15,7 +15,7 @@ from gemma_ext.souping.files.disk import Disk, is_over, wait
 from gemma_ext.souping.files.journal import Done, Journal
 from gemma_ext.souping.files.ring import Ring
 from gemma_ext.souping.files.shards import Shard
-from gemma_ext.souping.loads import MERGE, Load, cut
+from gemma_ext.souping.loads import MERGE, EndOfSurvey, Load, cut
 from gemma_ext.souping.method import Method
 from gemma_ext.souping.plan import Target
 from gemma_ext.souping.progress import Progress
@@ -46,14 +46,15 @@ class Run:
 
     def go(self, chunk_bytes: int, memory_bytes: int, progress: Progress) -> None:
         self._verify()
-        loads = list(cut(self.targets, self.method, self.journal.done, chunk_bytes, memory_bytes))
-        if self.method.model_wide and any(load.ends_survey is not None for load in loads):
+        done = self.journal.done
+        waiting = deque(cut(self.targets, self.method, done, chunk_bytes, memory_bytes))
+        if any(isinstance(load, EndOfSurvey) for load in waiting):
             for target in self.targets:
                 self._state(target)
-        total, moved = sum(load.nbytes for load in loads), 0
-        most = max((load.memory_bytes for load in loads), default=0)
+        total, moved = sum(load.nbytes for load in waiting), 0
+        most = max((load.memory_bytes for load in waiting), default=0)
         ring = Ring(max(most, memory_bytes), pinned=self.device.type == "cuda")
-        waiting, reading, writing = deque(loads), deque(), deque()
+        reading, writing = deque(), deque()
         while waiting or reading or writing:
             while waiting and self._request(waiting[0], ring):
                 reading.append(waiting.popleft())
@@ -79,8 +80,10 @@ class Run:
             if wait(self.disk.asked()) != done.digest:
                 self.journal.forget(done.name)
 
-    def _request(self, load: Load, ring: Ring) -> bool:
+    def _request(self, load: Load | EndOfSurvey, ring: Ring) -> bool:
         """Asks for a load's bytes if there is memory for them."""
+        if isinstance(load, EndOfSurvey) or self._is_skipped(load):
+            return True
         if load.is_copy:
             path, entry = self.places[load.target.info.name]
             self.disk.copy(load.target.sources[0].stored, path, entry.offset)
@@ -94,9 +97,19 @@ class Run:
         load.asked = self.disk.asked()
         return True
 
-    def _process(self, load: Load) -> None:
+    def _is_skipped(self, load: Load) -> bool:
+        """Whether the method wants nothing of a survey nor of those before it, which may still be
+        under way."""
+        if load.target.values is None or load.passes[-1] == MERGE:
+            return False
+        state = self._state(load.target)
+        return all(self.method.skips(step, state) for step in range(load.passes[-1] + 1))
+
+    def _process(self, load: Load | EndOfSurvey) -> None:
         """Surveys, merges and begins to write what has been read."""
-        if load.is_copy:
+        if isinstance(load, EndOfSurvey):
+            self.method.settle_model(load.step, self.states)
+        if load.memory is None:
             return
         wait(load.asked)
         target, (staged, written) = load.target, load.regions()
@@ -132,8 +145,6 @@ class Run:
                 self.method.survey(step, part, state)
                 if load.is_last:
                     self.method.settle(step, state)
-        if load.ends_survey is not None:
-            self.method.settle_model(load.ends_survey, self.states)
 
     def _shaped(self, values: Tensor, target: Target) -> Tensor:
         """On the device, in the shape that the method's grain promises."""
@@ -151,11 +162,11 @@ class Run:
             self.states[name] = self.method.begin(target.info, target.values)
         return self.states.get(name)
 
-    def _retire(self, load: Load, ring: Ring) -> None:
+    def _retire(self, load: Load | EndOfSurvey, ring: Ring) -> None:
         """Waits for a load's writes, and notes a tensor that is done."""
         digest = wait(load.asked)
-        if load.is_copy:
-            return  # cheap to do again, and nobody has read it to know its digest
+        if load.memory is None:
+            return  # a copy is cheap to do again, and nobody has read it to know its digest
         ring.give_back()
         if MERGE not in load.passes:
             return

@@ -354,3 +354,42 @@ def test_values_are_asked_for_with_name_shape_and_layer(tmp_path):
     plan(Linear(), [open_checkpoint(m) for m in models], None, values)
     assert {t.name: t.shape for t in seen} == small.SHAPES
     assert {(t.layer, t.layers) for t in seen} == {(0, 2), (1, 2), (None, 2)}
+
+
+class Lazy(Shrunk):
+    """Looks at tensors of two dimensions alone, and doubles the others."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.surveyed = set()
+
+    def skips(self, step, state):
+        return len(state["shape"]) < 2
+
+    def survey(self, step, part, state):
+        self.surveyed.add(part.name)
+        if not self.skips(step, state):
+            super().survey(step, part, state)
+
+    def settle(self, step, state):
+        if not self.skips(step, state):
+            super().settle(step, state)
+
+    def merge(self, part, state):
+        if len(state["shape"]) < 2:
+            state |= {"scale": 2.0, "largest": 1.0}
+        super().merge(part, state)
+
+
+@pytest.mark.parametrize("model_wide", [False, True])
+def test_what_a_method_skips_is_not_read(model_wide, tmp_path):
+    models, _ = save_models(tmp_path, 1)
+    expected = merge_tensors(Lazy(model_wide=model_wide), [load(models[0])], None, rising(1))
+    method, seen = Lazy(model_wide=model_wide), []
+    options = {"chunk_bytes": 30, "memory_bytes": 1}
+    options["progress"] = lambda done, total: seen.append((done, total))
+    out = merge_files(method, models, None, rising(1), tmp_path / "out", **options)
+    assert same_bits(load(out), expected)
+    names = {name for name, shape in small.SHAPES.items() if len(shape) == 2 and 0 not in shape}
+    assert method.surveyed == names
+    assert seen[-1][0] == seen[-1][1]
