@@ -56,7 +56,7 @@ def soup_(
     rounding: str = "nearest",
     seed: int = 0,
 ) -> None:
-    """model = sum_m w_m model_m, or base + scale * sum_m w_m (model_m - base); model_0 is the model.
+    """model = sum_m w_m model_m, or base + scale * sum_m w_m (model_m - base), the first its own.
 
     Sums are float32 (64-bit sums: `ops.souping.soup_`), rounded once; no copy of a model is made.
 
