@@ -15,6 +15,7 @@ from torch import Tensor
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 2304, 9216, 8, 4, 256
 BASE_STD, DELTA_STD = 0.02, 4e-4  # of a Gemma's matrices, and of an ordinary fine-tune's changes
 SHARD_BYTES = 1 << 30
+BLOCK = 1 << 24  # elements made at once
 
 
 def shapes(layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -83,16 +84,15 @@ def _groups(layers: int, vocab: int) -> Iterator[dict[str, tuple[int, ...]]]:
 
 def _tensor(group: int, name: str, shape: tuple[int, ...], model: int) -> Tensor:
     """The base's, or that plus a change, on the lattice of bf16."""
-
-    def noise(seed: int, std: float) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).mul_(std)
-
-    own = int.from_bytes(name.encode()[-6:], "little") + 1000 * group + len(name)
-    weights = noise(own, BASE_STD).bfloat16()
-    if model:
-        weights = noise(own + 10**9 * model, DELTA_STD).add_(weights).bfloat16()
-    return weights
+    seed = int.from_bytes(name.encode()[-6:], "little") + 1000 * group + len(name)
+    own = torch.Generator().manual_seed(seed)
+    change = torch.Generator().manual_seed(seed + 10**9 * model)
+    out = torch.empty(math.prod(shape), dtype=torch.bfloat16)
+    for block in out.split(BLOCK):
+        block.copy_(torch.randn(len(block), generator=own) * BASE_STD)
+        if model:
+            block.copy_(torch.randn(len(block), generator=change).mul_(DELTA_STD).add_(block))
+    return out.view(shape)
 
 
 def _config(layers: int, vocab: int) -> dict:
