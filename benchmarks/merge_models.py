@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def _write(path: Path, layers: int, vocab: int, model: int) -> None:
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         save_file(
-            {name: _tensor(i, name, shape, model) for name, shape in group.items()},
+            {name: _tensor(name, shape, model) for name, shape in group.items()},
             partial / file,
             metadata={"format": "pt"},
         )
@@ -82,11 +83,10 @@ def _groups(layers: int, vocab: int) -> Iterator[dict[str, tuple[int, ...]]]:
     yield group
 
 
-def _tensor(group: int, name: str, shape: tuple[int, ...], model: int) -> Tensor:
+def _tensor(name: str, shape: tuple[int, ...], model: int) -> Tensor:
     """The base's, or that plus a change, on the lattice of bf16."""
-    seed = int.from_bytes(name.encode()[-6:], "little") + 1000 * group + len(name)
-    own = torch.Generator().manual_seed(seed)
-    change = torch.Generator().manual_seed(seed + 10**9 * model)
+    own = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    change = torch.Generator().manual_seed(zlib.crc32(f"{model} {name}".encode()))
     out = torch.empty(math.prod(shape), dtype=torch.bfloat16)
     for block in out.split(BLOCK):
         block.copy_(torch.randn(len(block), generator=own) * BASE_STD)
