@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,16 @@ from gemma_ext.souping.plan import Target
 from gemma_ext.souping.progress import Progress
 
 AHEAD = 8  # loads of the largest kind in memory; more would only fault in more pages
+LANES = 2  # a lane that waits for the disk leaves the processor to the other
 
 
 class Run:
-    """One run over the targets that are not done yet."""
+    """One run over the targets that are not done yet.
+
+    Tensors are dealt out to lanes, each with memory and transfers of its own and one thread that
+    merges: threads that share a tensor would wait for each other at every step, and for whatever
+    else runs on the machine.
+    """
 
     def __init__(
         self,
@@ -32,67 +41,128 @@ class Run:
         method: Method,
         folder: Path,
         shards: Sequence[Shard],
-        disk: Disk,
         journal: Journal,
         device: torch.device,
+        progress: Progress,
     ) -> None:
         self.targets, self.method = targets, method
-        self.disk, self.journal, self.device = disk, journal, device
+        self.journal, self.device, self.progress = journal, device, progress
         self.places = {
             name: (folder / shard.name, entry)
             for shard in shards
             for name, entry in shard.tensors.items()
         }
         self.states: dict[str, Any] = {}
+        self.lock = threading.Lock()  # of what lanes share
+        self.groups: deque[list[Load | EndOfSurvey]] = deque()
+        self.total = self.moved = 0
+        self.stopped = False
+
+    def go(self, threads: int, chunk_bytes: int, memory_bytes: int) -> None:
+        with Disk(threads) as disk:
+            self._verify(disk)
+        groups = cut(self.targets, self.method, self.journal.done, chunk_bytes, memory_bytes)
+        self.groups.extend(sorted(groups, key=lambda group: -sum(load.nbytes for load in group)))
+        loads = [load for group in groups for load in group]
+        self.total = sum(load.nbytes for load in loads)
+        if any(isinstance(load, EndOfSurvey) for load in loads):
+            for target in self.targets:
+                self.state(target)
+        most = max((load.memory_bytes for load in loads), default=0)
+        cores = torch.get_num_threads()
+        lanes = max(1, min(LANES, cores, len(groups))) if LANES * most <= memory_bytes else 1
+        room = max(most, min(memory_bytes // LANES, AHEAD * most))
+        try:
+            self._spread(lanes, lambda: self._work(threads, room, cores // lanes))
+        finally:
+            torch.set_num_threads(cores)  # that of a lane is in part the process's
+
+    def _spread(self, lanes: int, work: Callable[[], None]) -> None:
+        """Runs lanes side by side; an error or interrupt ends all of them."""
+        with ThreadPoolExecutor(lanes) as pool:
+            try:
+                for lane in as_completed([pool.submit(work) for _ in range(lanes)]):
+                    lane.result()
+            finally:
+                self.stopped = True
+
+    def _work(self, threads: int, room: int, cores: int) -> None:
+        torch.set_num_threads(cores)
+        with Disk(threads) as disk:
+            Lane(self, disk, Ring(room, pinned=self.device.type == "cuda")).go()
+
+    def _verify(self, disk: Disk) -> None:
+        """Forgets what the journal calls done and the disk does not hold."""
+        for done in list(self.journal.done.values()):
+            path, entry = self.places[done.name]
+            for at in range(0, entry.nbytes, done.step):
+                size = min(done.step, entry.nbytes - at)
+                disk.check(path, entry.offset + at, size, seed=at)
+            if wait(disk.asked()) != done.digest:
+                self.journal.forget(done.name)
+
+    def state(self, target: Target) -> Any:
+        """Of the method for a tensor that is merged; begun at the first call."""
+        name = target.info.name
+        with self.lock:
+            if name not in self.states and target.values is not None:
+                self.states[name] = self.method.begin(target.info, target.values)
+            return self.states.get(name)
+
+    def finished(self, target: Target, size: int, digest: int) -> None:
+        """Notes a tensor that is written, in pieces of `size` elements."""
+        with self.lock:
+            self.states.pop(target.info.name, None)
+            self.journal.add(Done(target.info.name, size * target.dtype.itemsize, digest))
+
+    def advance(self, nbytes: int) -> None:
+        with self.lock:
+            self.moved += nbytes
+            self.progress(self.moved, self.total)
+
+
+class Lane:
+    """Works on one group of loads after another: reads ahead, merges, writes behind."""
+
+    def __init__(self, run: Run, disk: Disk, ring: Ring) -> None:
+        self.run, self.method = run, run.method
+        self.disk, self.ring = disk, ring
+        self.waiting: deque[Load | EndOfSurvey] = deque()
         self.digests: dict[str, int] = {}
 
-    def go(self, chunk_bytes: int, memory_bytes: int, progress: Progress) -> None:
-        self._verify()
-        done = self.journal.done
-        waiting = deque(cut(self.targets, self.method, done, chunk_bytes, memory_bytes))
-        if any(isinstance(load, EndOfSurvey) for load in waiting):
-            for target in self.targets:
-                self._state(target)
-        total, moved = sum(load.nbytes for load in waiting), 0
-        most = max((load.memory_bytes for load in waiting), default=0)
-        room = max(most, min(memory_bytes, AHEAD * most))
-        ring = Ring(room, pinned=self.device.type == "cuda")
+    def go(self) -> None:
         reading, writing = deque(), deque()
-        while waiting or reading or writing:
-            while waiting and self._request(waiting[0], ring):
-                reading.append(waiting.popleft())
+        while not self.run.stopped and (self._refill() or reading or writing):
+            while self._refill() and self._request(self.waiting[0]):
+                reading.append(self.waiting.popleft())
             if reading:
                 load = reading.popleft()
                 self._process(load)
                 writing.append(load)
             while writing and (not reading or is_over(writing[0].asked)):
                 load = writing.popleft()
-                self._retire(load, ring)
-                moved += load.nbytes
-                progress(moved, total)
-                if not reading and waiting:
+                self._retire(load)
+                self.run.advance(load.nbytes)
+                if not reading:
                     break  # there is room to read into
 
-    def _verify(self) -> None:
-        """Forgets what the journal calls done and the disk does not hold."""
-        for done in list(self.journal.done.values()):
-            path, entry = self.places[done.name]
-            for at in range(0, entry.nbytes, done.step):
-                size = min(done.step, entry.nbytes - at)
-                self.disk.check(path, entry.offset + at, size, seed=at)
-            if wait(self.disk.asked()) != done.digest:
-                self.journal.forget(done.name)
+    def _refill(self) -> bool:
+        """Whether there is something to read."""
+        if not self.waiting:
+            with suppress(IndexError):
+                self.waiting.extend(self.run.groups.popleft())
+        return bool(self.waiting)
 
-    def _request(self, load: Load | EndOfSurvey, ring: Ring) -> bool:
+    def _request(self, load: Load | EndOfSurvey) -> bool:
         """Asks for a load's bytes if there is memory for them."""
         if isinstance(load, EndOfSurvey) or self._is_skipped(load):
             return True
         if load.is_copy:
-            path, entry = self.places[load.target.info.name]
+            path, entry = self.run.places[load.target.info.name]
             self.disk.copy(load.target.sources[0].stored, path, entry.offset)
             load.asked = self.disk.asked()
             return True
-        load.memory = ring.take(load.memory_bytes)
+        load.memory = self.ring.take(load.memory_bytes)
         if load.memory is None:
             return False
         for source, staged in zip(load.target.inputs, load.regions()[0], strict=True):
@@ -105,13 +175,13 @@ class Run:
         under way."""
         if load.target.values is None or load.passes[-1] == MERGE:
             return False
-        state = self._state(load.target)
+        state = self.run.state(load.target)
         return all(self.method.skips(step, state) for step in range(load.passes[-1] + 1))
 
     def _process(self, load: Load | EndOfSurvey) -> None:
         """Surveys, merges and begins to write what has been read."""
         if isinstance(load, EndOfSurvey):
-            self.method.settle_model(load.step, self.states)
+            self.method.settle_model(load.step, self.run.states)
         if load.memory is None:
             return
         wait(load.asked)
@@ -121,13 +191,13 @@ class Run:
         else:
             self._apply(load, staged, written.view(target.dtype))
         if load.written:
-            path, entry = self.places[target.info.name]
+            path, entry = self.run.places[target.info.name]
             at = load.start * target.dtype.itemsize
             self.disk.write(path, entry.offset + at, written, seed=at)
         load.asked = self.disk.asked()
 
     def _apply(self, load: Load, staged: Sequence[Tensor], result: Tensor) -> None:
-        target, state = load.target, self._state(load.target)
+        target, state = load.target, self.run.state(load.target)
         inputs = [
             self._shaped(source.deliver(load.start, load.stop, bytes_), target)
             for source, bytes_ in zip(target.inputs, staged, strict=True)
@@ -137,8 +207,8 @@ class Run:
         for step in load.passes:
             if step == MERGE:
                 out = result.view(sources[0].shape)
-                if self.device.type != "cpu":
-                    out = torch.empty_like(out, device=self.device)
+                if self.run.device.type != "cpu":
+                    out = torch.empty_like(out, device=self.run.device)
                 part = Part(sources, base, out, target.info.name, load.start)
                 self.method.merge(part, state)
                 if out.device != result.device:
@@ -151,7 +221,7 @@ class Run:
 
     def _shaped(self, values: Tensor, target: Target) -> Tensor:
         """On the device, in the shape that the method's grain promises."""
-        values = values.to(self.device, non_blocking=True)
+        values = values.to(self.run.device, non_blocking=True)
         shape = target.info.shape
         if self.method.grain == "tensor":
             return values.view(shape)
@@ -159,25 +229,18 @@ class Run:
             return values.view(-1, shape[-1])
         return values
 
-    def _state(self, target: Target) -> Any:
-        name = target.info.name
-        if name not in self.states and target.values is not None:
-            self.states[name] = self.method.begin(target.info, target.values)
-        return self.states.get(name)
-
-    def _retire(self, load: Load | EndOfSurvey, ring: Ring) -> None:
+    def _retire(self, load: Load | EndOfSurvey) -> None:
         """Waits for a load's writes, and notes a tensor that is done."""
         digest = wait(load.asked)
         if load.memory is None:
             return  # a copy is cheap to do again, and nobody has read it to know its digest
-        ring.give_back()
+        self.ring.give_back()
         if MERGE not in load.passes:
             return
         name = load.target.info.name
         total = (self.digests.pop(name, 0) + digest) % 2**64
         if load.is_last:
-            self.states.pop(name, None)
-            self.journal.add(Done(name, load.step * load.target.dtype.itemsize, total))
+            self.run.finished(load.target, load.size, total)
         else:
             self.digests[name] = total
 

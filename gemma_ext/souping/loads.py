@@ -1,9 +1,9 @@
-"""The order in which a merge reads: pieces of tensors, each with what is done to it."""
+"""What a merge reads: pieces of tensors, each with what is done to it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ class Load:
         target: of which tensor.
         start, stop: which of its elements, flat.
         passes: what is done to them, in order.
-        step: elements of every piece of the target but the last.
+        size: elements of every piece of the target but the last.
         staged: bytes that each input needs.
         written: bytes of the result.
         memory: what holds them; None where nothing is read.
@@ -35,7 +35,7 @@ class Load:
     start: int
     stop: int
     passes: Sequence[int]
-    step: int
+    size: int
     staged: Sequence[int] = ()
     written: int = 0
     memory: Tensor | None = None
@@ -49,7 +49,14 @@ class Load:
     @property
     def is_copy(self) -> bool:
         """Whether the file's bytes are the result, so that they never come here."""
-        return is_copied(self.target)
+        (source, *more) = self.target.inputs
+        return (
+            self.target.values is None
+            and not more
+            and source.is_plain
+            and source.stored.tensor is None
+            and source.stored.dtype == self.target.dtype
+        )
 
     @property
     def is_last(self) -> bool:
@@ -84,61 +91,50 @@ class EndOfSurvey:
     asked: ClassVar[Sequence[Any]] = ()
 
 
-def is_copied(target: Target) -> bool:
-    (source, *more) = target.inputs
-    return (
-        target.values is None
-        and not more
-        and source.is_plain
-        and source.stored.tensor is None
-        and source.stored.dtype == target.dtype
-    )
-
-
 def cut(
     targets: Sequence[Target],
     method: Method,
     done: Collection[str],
     chunk_bytes: int,
     memory_bytes: int,
-) -> Iterator[Load | EndOfSurvey]:
-    """Loads of all targets but those that are done, tensors one after another.
-
-    A tensor that has to be seen several times is one load if two such loads fit the memory.
-    """
+) -> list[list[Load | EndOfSurvey]]:
+    """Loads of all targets but those that are done, in groups that must keep their order."""
     filled = [target for target in targets if target.info.numel]
     left = [target for target in filled if target.info.name not in done]
-    if method.model_wide and any(target.values is not None for target in left):
-        merged = [target for target in filled if target.values is not None]
-        for step in range(method.surveys):
-            for target in merged:
-                yield from _pieces(target, method, [step], chunk_bytes)
-            yield EndOfSurvey(step)
-    for target in left:
-        if is_copied(target):
-            yield Load(target, 0, target.info.numel, [MERGE], target.info.numel)
-            continue
-        passes = [MERGE]
-        if target.values is not None and not method.model_wide:
-            passes = [*range(method.surveys), MERGE]
-        whole = Load(target, 0, target.info.numel, passes, target.info.numel)
-        if len(passes) > 1 and 2 * whole.memory_bytes <= memory_bytes:
-            yield whole
-            continue
-        for step in passes:
-            yield from _pieces(target, method, [step], chunk_bytes)
+    merges = [_loads(target, method, chunk_bytes, memory_bytes) for target in left]
+    if not method.model_wide or all(target.values is None for target in left):
+        return merges
+    group: list[Load | EndOfSurvey] = []
+    for step in range(method.surveys):
+        for target in filled:
+            if target.values is not None:
+                group += _pieces(target, method, step, chunk_bytes)
+        group.append(EndOfSurvey(step))
+    return [group + [load for loads in merges for load in loads]]
 
 
-def _pieces(
-    target: Target, method: Method, passes: Sequence[int], chunk_bytes: int
-) -> Iterator[Load]:
-    numel = target.info.numel
-    step = _step(target, method, chunk_bytes)
-    for start in range(0, numel, step):
-        yield Load(target, start, min(start + step, numel), passes, step)
+def _loads(target: Target, method: Method, chunk_bytes: int, memory_bytes: int) -> list[Load]:
+    """Everything that is done to a tensor, at once if it has to be seen several times and two of
+    its like fit the memory."""
+    passes = [MERGE]
+    if target.values is not None and not method.model_wide:
+        passes = [*range(method.surveys), MERGE]
+    whole = Load(target, 0, target.info.numel, passes, target.info.numel)
+    if whole.is_copy or (len(passes) > 1 and 2 * whole.memory_bytes <= memory_bytes):
+        return [whole]
+    return [load for step in passes for load in _pieces(target, method, step, chunk_bytes)]
 
 
-def _step(target: Target, method: Method, chunk_bytes: int) -> int:
+def _pieces(target: Target, method: Method, step: int, chunk_bytes: int) -> list[Load]:
+    """One pass over a tensor, chunk by chunk."""
+    numel, size = target.info.numel, _size(target, method, chunk_bytes)
+    return [
+        Load(target, start, min(start + size, numel), [step], size)
+        for start in range(0, numel, size)
+    ]
+
+
+def _size(target: Target, method: Method, chunk_bytes: int) -> int:
     """Elements of a piece: as many as a chunk holds of what must not be cut."""
     shape = target.info.shape
     grain = [source.row for source in target.inputs if not source.is_plain]

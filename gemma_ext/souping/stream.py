@@ -22,7 +22,7 @@ from gemma_ext.souping.engine import Run
 from gemma_ext.souping.files import journal as journals
 from gemma_ext.souping.files import shards as files
 from gemma_ext.souping.files.checkpoint import open_checkpoint
-from gemma_ext.souping.files.disk import Disk
+from gemma_ext.souping.files.disk import check_host
 from gemma_ext.souping.method import Method, TensorInfo, Values
 from gemma_ext.souping.plan import Target, plan
 from gemma_ext.souping.progress import Progress
@@ -116,29 +116,27 @@ def write_checkpoint(
             raise ValueError(f"{name}: expected a number >= 1, got {value}")
     _check_names(targets)
     _check_out(out, targets)
-    disk = Disk(threads)
+    check_host()
+    metadata = {"format": "pt", "gemma_ext_merge": provenance(method, targets, recipe)}
+    layout = {t.info.name: (t.dtype, t.info.shape) for t in targets}
+    shards = files.lay_out(layout, shard_bytes, metadata)
+    partial = out.with_name(f"{out.name}.partial")
+    files.check_room(out, partial, sum(shard.nbytes for shard in shards))
+    journal = _open_journal(partial, _key(shards, targets))
     try:
-        metadata = {"format": "pt", "gemma_ext_merge": provenance(method, targets, recipe)}
-        layout = {t.info.name: (t.dtype, t.info.shape) for t in targets}
-        shards = files.lay_out(layout, shard_bytes, metadata)
-        partial = out.with_name(f"{out.name}.partial")
-        files.check_room(out, partial, sum(shard.nbytes for shard in shards))
-        journal = _open_journal(partial, _key(shards, targets))
-        try:
-            _create(partial, shards, journal)
-            run = Run(targets, method, partial, shards, disk, journal, torch.device(device))
-            run.go(chunk_bytes, memory_bytes, progress or (lambda done, total: None))
-            files.write_index(partial, shards)
-            if finish is not None:
-                finish(partial)
-            _publish(partial, out)
-        except (ValueError, TypeError):  # the same again would end here again
-            shutil.rmtree(partial)
-            raise
-        finally:
-            journal.close()
+        _create(partial, shards, journal)
+        report = progress or (lambda done, total: None)
+        run = Run(targets, method, partial, shards, journal, torch.device(device), report)
+        run.go(threads, chunk_bytes, memory_bytes)
+        files.write_index(partial, shards)
+        if finish is not None:
+            finish(partial)
+        _publish(partial, out)
+    except (ValueError, TypeError):  # the same again would end here again
+        shutil.rmtree(partial)
+        raise
     finally:
-        disk.close()
+        journal.close()
     return out
 
 

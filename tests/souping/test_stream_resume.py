@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,33 @@ def test_failed_method_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="no such weight"):
         merge_files(Failing(), models, None, rising(1), tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
+def test_error_in_one_lane_ends_the_other(error, tmp_path):
+    """A slow tensor beside the one that fails: the merge does not go on to the rest."""
+    merged = []
+
+    class Failing(Linear):
+        def merge(self, part, state):
+            merged.append(part.name)
+            if part.name == "model.layers.0.mlp.up_proj.weight":
+                raise error("no more")
+            time.sleep(0.02)
+            super().merge(part, state)
+
+    models, _ = save_models(tmp_path, 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(error, match="no more"):
+            merge_files(Failing(), models, None, rising(1), tmp_path / "out", chunk_bytes=24)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert len(set(merged)) < 5
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists() == (error is not ValueError)
 
 
 def test_journal_keeps_lines_of_its_own_key(tmp_path):

@@ -11,23 +11,26 @@ from torch import Tensor
 from gemma_ext.souping.files.checkpoint import Stored
 
 
+def check_host() -> None:
+    """Raises an ImportError if gemma_ext was built without its host module."""
+    try:
+        import gemma_ext._host  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            "merging files needs gemma_ext's host module: build with GEMMA_EXT_HOST=ON"
+        ) from None
+
+
 class Disk:
     """Positional reads and writes of many files.
 
     Args:
         threads: that move bytes.
-
-    Raises:
-        ImportError: gemma_ext was built without its host module.
     """
 
     def __init__(self, threads: int) -> None:
-        try:
-            from gemma_ext._host import Transfers
-        except ImportError:
-            raise ImportError(
-                "merging files needs gemma_ext's host module: build with GEMMA_EXT_HOST=ON"
-            ) from None
+        from gemma_ext._host import Transfers
+
         self._transfers = Transfers(threads)
         self._files: dict[tuple[Path, int], int] = {}
         self._asked: list = []
@@ -71,6 +74,12 @@ class Disk:
         """Everything asked for since the last call, for `wait`."""
         asked, self._asked = self._asked, []
         return asked
+
+    def __enter__(self) -> Disk:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Nothing touches memory or files any more."""
