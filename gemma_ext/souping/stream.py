@@ -1,8 +1,8 @@
 """Merging checkpoints from disk to disk in bounded memory.
 
-Chunks of M + 1 models are read ahead into one ring of memory, merged, and written behind to files
-that were laid out before the first weight was read. What the method has to see more than once is
-kept in the ring where it fits and read again where it does not. The output appears under its name
+Chunks of M + 1 models are read ahead into rings of memory, merged, and written behind to files that
+were laid out before the first weight was read. What the method has to see more than once is kept in
+a ring where it fits and read again where it does not. The output appears under its name
 when it is whole; until then it is in `OUT.partial`, with a journal that a later run goes on from.
 """
 
@@ -93,8 +93,9 @@ def write_checkpoint(
         recipe: text that goes into the provenance hash in every file's metadata.
         shard_bytes: most bytes of tensors in a file, unless one tensor is larger.
         chunk_bytes: of one source, read at once.
-        memory_bytes: of the ring; more is taken only where one piece of a method's grain needs it.
-        threads: that read and write.
+        memory_bytes: for all that is in flight; more is taken only where one piece of a method's
+            grain needs it.
+        threads: of a lane, that read and write.
         device: that merges.
         progress: called as progress(bytes moved, bytes to move).
         finish: called with the folder before it gets its name, to add files to it.
