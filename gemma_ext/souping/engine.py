@@ -20,6 +20,8 @@ from gemma_ext.souping.method import Method
 from gemma_ext.souping.plan import Target
 from gemma_ext.souping.progress import Progress
 
+AHEAD = 8  # loads of the largest kind in memory; more would only fault in more pages
+
 
 class Run:
     """One run over the targets that are not done yet."""
@@ -53,7 +55,8 @@ class Run:
                 self._state(target)
         total, moved = sum(load.nbytes for load in waiting), 0
         most = max((load.memory_bytes for load in waiting), default=0)
-        ring = Ring(max(most, memory_bytes), pinned=self.device.type == "cuda")
+        room = max(most, min(memory_bytes, AHEAD * most))
+        ring = Ring(room, pinned=self.device.type == "cuda")
         reading, writing = deque(), deque()
         while waiting or reading or writing:
             while waiting and self._request(waiting[0], ring):

@@ -148,4 +148,4 @@ def _convert(parameter: Parameter, value: Any, entry: Entry) -> Any:
     if kind is str and isinstance(value, str):
         return value
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise entry.error(f"{parameter.key}: expected {names[kind]}, got {value!r}")
+    raise entry.error(f"expected {names[kind]}, got {value!r}")

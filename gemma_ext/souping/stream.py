@@ -162,7 +162,7 @@ def _check_out(out: Path, targets: Sequence[Target]) -> None:
         raise ValueError(f"out: expected a folder that is empty or not there yet, got {out}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
-    folders = {source.stored.path.resolve().parent for t in targets for source in t.inputs}
+    folders = {source.stored.path.parent.resolve() for t in targets for source in t.inputs}
     for folder in folders:
         if (folder / "config.json").is_file() and folder in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"out: expected a folder outside of the sources, got {out}")

@@ -273,7 +273,7 @@ W = "parameters: {weight: 1}"
         (
             Soup,
             "models: [{model: a}]\nparameters:\n  weight:\n  - {filter: a, value: [1, true]}",
-            "line 5, parameters.weight[0].value[1]: weight: expected a number, got True",
+            "line 5, parameters.weight[0].value[1]: expected a number, got True",
         ),
         (Soup, f"models: [{{model: a}}]\n{W[:-1]}, steps: 1.5}}", "steps: expected a whole number"),
         (
