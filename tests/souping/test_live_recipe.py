@@ -75,7 +75,9 @@ def test_recipe_of_other_shapes_is_refused_and_nothing_changes(folder):
     longer = RECIPES["passthrough"].replace("[2, 4]", "[1, 4]")
     model = load(folder / "base")
     swap = Swap(model)
-    with pytest.raises(ValueError, match=r"expected tensors of the model alone in .* got model.layers.4"):
+    with pytest.raises(
+        ValueError, match=r"expected tensors of the model alone in .* got model.layers.4"
+    ):
         swap.recipe(recipe_of(longer, folder))
     shorter = RECIPES["passthrough"].replace("[2, 4]", "[2, 3]")
     with pytest.raises(ValueError, match=r"expected model.layers.3.* in the merge, got none"):
