@@ -22,7 +22,7 @@ from gemma_ext.souping.peek import read_pieces, read_whole
 from gemma_ext.souping.plan import Target, default_dtype
 from gemma_ext.souping.recipe import Recipe
 from gemma_ext.souping.resolve import Input, Resolved, resolve
-from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizer
+from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizers
 from gemma_ext.souping.vocabulary import Rows, map_rows
 
 if TYPE_CHECKING:
@@ -107,10 +107,8 @@ def prepare(
     lead = _lead(recipe)
     tokenizer, vocabulary, vocabularies, maps = None, None, None, None
     if recipe.tokenizer:
-        tokenizers = [
-            load_tokenizer(model.tokenizer_folder, trust_remote_code=trust_remote_code)
-            for model in models
-        ]
+        folders = [model.tokenizer_folder for model in models]
+        tokenizers = load_tokenizers(folders, trust_remote_code=trust_remote_code)
         tokenizer = build_tokenizer(
             recipe.tokenizer,
             recipe.models(),
@@ -119,7 +117,8 @@ def prepare(
             trust_remote_code=trust_remote_code,
         )
         vocabulary = tokenizer.get_vocab()
-        vocabularies = [each.get_vocab() for each in tokenizers]
+        tables = {each: each.get_vocab() for each in dict.fromkeys(tokenizers)}
+        vocabularies = [tables[each] for each in tokenizers]
         maps = map_rows(
             vocabulary,
             recipe.models(),
@@ -154,9 +153,8 @@ def _template(
     if recipe.chat_template != "auto":
         return choose_template(recipe.chat_template, [])
     ordered = [models[lead], *(model for model in models if model is not models[lead])]
-    loaded = (
-        load_tokenizer(m.tokenizer_folder, trust_remote_code=trust_remote_code) for m in ordered
-    )
+    folders = [model.tokenizer_folder for model in ordered]
+    loaded = load_tokenizers(folders, trust_remote_code=trust_remote_code)
     return choose_template("auto", [tokenizer.chat_template for tokenizer in loaded])
 
 
