@@ -77,13 +77,18 @@ class Generator:
         given = 1 if self.text.encoder_decoder else ids.shape[1]
         befores = [[] for _ in prompts] if self.text.encoder_decoder else prompts
         stops = _Stops(self.text, befores, given, sampling.stop)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=real,
-            generation_config=config,
-            logits_processor=_processors(sampling, seeds, self.device),
-            stopping_criteria=[stops] if sampling.stop else [],
-        )
+        own = self.model.generation_config
+        try:
+            # what a given configuration leaves open is taken from the model's
+            self.model.generation_config = config
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=real,
+                logits_processor=_processors(sampling, seeds, self.device),
+                stopping_criteria=[stops] if sampling.stop else [],
+            )
+        finally:
+            self.model.generation_config = own
         ends = (
             {config.eos_token_id}
             if isinstance(config.eos_token_id, int)
