@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from gemma_ext.lm.protocol import Choice, Completion, Perplexity, Prompt, Sampling, Score
@@ -24,7 +25,8 @@ class Base(ABC):
         prompts = _prompts(prompts)
         if not isinstance(sampling, Sampling):
             raise TypeError(f"expected sampling to be a Sampling, got {type(sampling).__name__}")
-        return self._complete(prompts, _repetitions(prompts, sampling), sampling)
+        texts = [prompt if isinstance(prompt, str) else repr(prompt) for prompt in prompts]
+        return self._complete(prompts, repetitions(texts, sampling), sampling)
 
     def logprobs(self, prompts: Sequence[Prompt], continuations: Sequence[str]) -> list[Score]:
         prompts, continuations = _prompts(prompts), _texts("continuations", continuations)
@@ -65,14 +67,13 @@ def lengths(text: str) -> tuple[int, int]:
     return len(text.split()), len(text.encode("utf-8", "surrogatepass"))
 
 
-def _repetitions(prompts: list[Prompt], sampling: Sampling) -> list[int]:
+def repetitions(prompts: Sequence[Hashable], sampling: Sampling) -> list[int]:
     """How often each prompt came before; 0 for all if nothing is drawn."""
-    seen: dict[str, int] = {}
+    seen: Counter[Hashable] = Counter()
     counts = []
     for prompt in prompts:
-        text = prompt if isinstance(prompt, str) else repr(prompt)
-        counts.append(seen.get(text, 0) if sampling.temperature else 0)
-        seen[text] = seen.get(text, 0) + 1
+        counts.append(seen[prompt] if sampling.temperature else 0)
+        seen[prompt] += 1
     return counts
 
 

@@ -53,6 +53,12 @@ class Scored:
         if not isinstance(output.logits, DeferredLogits):
             owner = self._options.owner
             raise TypeError(f"expected {owner} to return the logits of its head; {_REMEDY}")
+        ids = inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        if output.logits.shape[1] != ids.shape[1]:
+            raise TypeError(
+                f"expected {self._options.owner} to return logits for {ids.shape[1]} inputs, got "
+                f"{output.logits.shape[1]}; a model with a tuned prompt cannot be scored"
+            )
         return output
 
 

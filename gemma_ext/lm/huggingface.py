@@ -132,10 +132,10 @@ class HuggingFaceModel(Base):
                 show_progress=self.show_progress,
             )
 
-    def _complete(
-        self, prompts: list[Prompt], repetitions: list[int], sampling: Sampling
+    def complete_ids(
+        self, contexts: Sequence[list[int]], repetitions: Sequence[int], sampling: Sampling
     ) -> list[Completion]:
-        contexts = self.text.encode(prompts)
+        """Completions of token ids; `repetitions` gives equal contexts draws of their own."""
 
         def work(places: list[int]) -> Iterator[list[tuple[int, Completion]]]:
             return self._generator.completions(contexts, repetitions, places, sampling)
@@ -153,6 +153,11 @@ class HuggingFaceModel(Base):
                 title="generating",
                 show_progress=self.show_progress,
             )
+
+    def _complete(
+        self, prompts: list[Prompt], repetitions: list[int], sampling: Sampling
+    ) -> list[Completion]:
+        return self.complete_ids(self.text.encode(prompts), repetitions, sampling)
 
     def _score(self, pairs: list[tuple[Prompt, str]]) -> list[Score]:
         return self.score_jobs(self.text.jobs(pairs))
