@@ -7,6 +7,8 @@ lm.choices(["The sky is"], [" blue", " green"])
 lm.perplexity(["Call me Ishmael."])
 """
 
+from gemma_ext.lm.endpoint import EndpointModel
+from gemma_ext.lm.http import EndpointError, Usage
 from gemma_ext.lm.huggingface import HuggingFaceModel
 from gemma_ext.lm.protocol import (
     Choice,
@@ -23,6 +25,8 @@ from gemma_ext.lm.store import Store
 __all__ = [
     "Choice",
     "Completion",
+    "EndpointError",
+    "EndpointModel",
     "HuggingFaceModel",
     "LanguageModel",
     "Perplexity",
@@ -31,4 +35,5 @@ __all__ = [
     "Score",
     "ScriptedModel",
     "Store",
+    "Usage",
 ]
