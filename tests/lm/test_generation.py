@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from lm_models import EOS, causal, tokenizer
-from test_causal import lm_of, words
+from test_causal import ARCHITECTURES, lm_of, words
 
 from gemma_ext.lm import Sampling
 
@@ -18,11 +18,10 @@ def own(lm, prompt: str, count: int) -> list[int]:
     return lm.model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Llama", "OPT"])
+@pytest.mark.parametrize("name", ["Gemma2", "Llama", "OPT", "Mamba", "FalconH1"])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_greedy_completions_are_those_of_one_prompt_at_a_time(name, batch_tokens):
-    options = {"Gemma2": {"sliding_window": 8}, "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
-    lm = lm_of(causal(name, **options.get(name, {})), batch_tokens=batch_tokens)
+    lm = lm_of(causal(name, **ARCHITECTURES[name]), batch_tokens=batch_tokens)
     prompts = [*words(6, 6, 40), ""]
     for prompt, completion in zip(prompts, lm.generate(prompts, Sampling(9)), strict=True):
         ids = own(lm, prompt, 9)

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,18 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     path.write_text("not a database, and longer than a header of sqlite" * 20)
     with pytest.raises(ValueError, match=r"notes.txt: expected a cache of answers, got file is"):
         Store(path)
+
+
+def test_threads_and_processes_share_a_file(tmp_path):
+    store, other = Store(tmp_path / "answers.sqlite"), Store(tmp_path / "answers.sqlite")
+
+    def put_and_get(place: int) -> object:
+        key = str(place).encode()
+        (store if place % 2 else other).put([(key, place)])
+        return other.get([key])[key]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(put_and_get, range(64))) == list(range(64))
 
 
 def test_many_keys_at_once(tmp_path):
