@@ -168,6 +168,20 @@ def test_answers_reach_lm_evals_own_cache_and_ours(folder, tmp_path):
     assert lm.generate_until(asked("generate_until", "def ", {"max_gen_toks": 4})) == text
 
 
+def test_mixed_precision_is_that_of_lm_eval(folder):
+    from lm_eval.models.huggingface import HFLM
+
+    words = model_of(folder).tok_encode("def main(self):\n        return self.name")
+    asked = [(None, words[:6], words[6:])]
+    options = {"device": "cpu", "dtype": "float32", "mixed_precision_dtype": "bfloat16"}
+    ((theirs, _),) = HFLM(str(folder / "model"), **options)._loglikelihood_tokens(asked, True)
+    ((ours, _),) = model_of(folder, mixed_precision_dtype="bfloat16")._loglikelihood_tokens(asked)
+    ((exact, _),) = model_of(folder)._loglikelihood_tokens(asked)
+    assert ours == pytest.approx(theirs, abs=0.05 * len(words))
+    assert ours != exact
+
+
+@pytest.mark.slow
 def test_the_command_line_is_that_of_lm_eval(folder, tmp_path):
     command = [
         *(sys.executable, "-m", "gemma_ext.lm", "run", "--model", "gemma_ext"),

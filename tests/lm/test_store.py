@@ -128,6 +128,15 @@ def test_a_changed_model_is_another(tmp_path):
     assert after == lm_of(None, model).logprobs(["abc"], ["xyz"])
 
 
+def test_another_precision_is_another(tmp_path):
+    lm = lm_of(tmp_path / "answers.sqlite")
+    exact = lm.logprobs(["abc"], ["xyz"])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = lm.logprobs(["abc"], ["xyz"])
+    assert rounded != exact == lm.logprobs(["abc"], ["xyz"])
+    assert rounded[0].token_logprobs == pytest.approx(exact[0].token_logprobs, abs=0.5)
+
+
 def test_an_identity_is_that_of_weights_configuration_and_adapters():
     from peft import LoraConfig, get_peft_model
 
