@@ -195,7 +195,7 @@ def main() -> None:
         for batch in options.batch:
             values = dict(zip(KEY, (label, options.dtype, case, batch), strict=True))
             blank: Mapping[str, Any] = {**values, **dict.fromkeys(COLUMNS)}
-            found = run_case(label, model, tokenizer, asked, options.dtype, batch, options.seconds)
+            found = run_case(model, tokenizer, asked, options.dtype, batch, options.seconds)
             rows = [{**blank, **row} for row in found]
             print(
                 f"\n## {LAYOUT.label(rows[0])}\n{report.table_and_bars(rows, COLUMNS)}", flush=True

@@ -85,3 +85,17 @@ def test_text_comes_piece_by_piece(tokenizer):
     first, second = ids(7), ids(5)
     assert (len(first), len(second)) == (7, 5)
     assert first != second
+
+
+def test_the_command_prints_and_saves(model, tokenizer, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_lm, "build", lambda *_: (model, tokenizer, bench_lm.zipf_ids(V)))
+    monkeypatch.setattr(bench_lm, "RESULTS", tmp_path)
+    monkeypatch.setitem(bench_lm.CASES, "letters", bench_lm.Case(2, 2, (1, 1), 8))
+    words = ["bench_lm.py", "--cases", "letters", "--batch", "2", "--seconds", "0", "--save"]
+    monkeypatch.setattr(sys, "argv", [*words, "--dtype", "fp32"])
+    with pytest.raises(SystemExit, match="0"):
+        bench_lm.main()
+    (page,) = tmp_path.rglob("lm.md")
+    for text in (capsys.readouterr().out, page.read_text()):
+        assert "gemma2-2x32-V320 fp32, letters, batches of 2" in text
+        assert "| gemma_ext |" in text
