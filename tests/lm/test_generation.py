@@ -106,6 +106,19 @@ def test_the_models_own_habits_do_not_count():
     assert lm.generate(["abc"], Sampling(8)) == plain
 
 
+def test_a_lora_model_writes_and_keeps_its_configurations():
+    from peft import LoraConfig, get_peft_model
+
+    base = causal()
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    lm = lm_of(get_peft_model(base, config))
+    before = base.generation_config
+    (found,) = lm.generate(["abc"], Sampling(8))
+    assert base.generation_config is lm.model.generation_config is before
+    merged = lm.model.merge_and_unload()
+    assert lm_of(merged).generate(["abc"], Sampling(8)) == [found]
+
+
 def test_chats_are_rendered_by_the_template():
     lm = lm_of(causal())
     chat = [{"role": "user", "content": "abc"}]
