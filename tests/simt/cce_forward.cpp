@@ -55,15 +55,16 @@ void forward_matches(const Options& options, double tolerance = 2e-5) {
       bool label = false;
       for (int64_t i = tile * 256; i < std::min(d.o.V, (tile + 1) * 256); ++i) {
         const double x = d.s[n][i];
-        largest = std::max(largest, x);
         label |= d.targets[n] == i;
+        if (d.targets[n] == i) continue;
+        largest = std::max(largest, x);
         mass += std::exp(x - d.lse_of[n]) * d.slope(x) * d.o.temperature;
         square += std::exp(2 * (x - d.lse_of[n]));
       }
       const int64_t at = tile * d.o.N + rows, plane = d.tiles() * d.o.N;
       near(run.masses[at], mass, 4 * tolerance);
-      near(run.masses[plane + at], mass * std::max(1.0, std::fabs(largest - d.mean(n))),
-           20 * tolerance);
+      const double distance = mass > 0 ? std::max(1.0, std::fabs(largest - d.mean(n))) : 1;
+      near(run.masses[plane + at], mass * distance, 20 * tolerance);
       const double miss = d.has_label(n) ? 1 - std::exp(d.s[n][d.targets[n]] - d.lse_of[n]) : 0;
       kept += label ? 1 : std::min(1.0, mass / eps);
       noise += label ? 0 : square / mass * std::max(eps - mass, 0.0);
@@ -162,6 +163,37 @@ CASE(cce_forward_of_certain_rows) {
     }
     const ForwardRun<simt::bf16> run(d, 0, false, false);
     for (int64_t n = 0; n < o.N; ++n) EXPECT(run.nll[n] >= 0);
+  }
+}
+// Rivals in the label's own tile, far below the last bit of 1: the loss is their sum.
+CASE(cce_forward_of_rivals_beside_the_label) {
+  Options o;
+  o.V = 200;
+  o.D = 16;
+  o.ignored = 0;
+  o.softcap = 0;
+  o.temperature = o.scale = 1;
+  o.bias = false;
+  for (const bool hopper : {true, false}) {
+    for (const double lead : {20.0, 40.0}) {
+      simt::host::options.hopper = hopper;
+      Data<simt::bf16> d(o);
+      std::vector<float> bias(o.V, static_cast<float>(-lead));
+      bias[7] = 0;
+      d.o.bias = true;
+      d.bias = bias;
+      for (int64_t n = 0; n < o.N; ++n) {
+        d.targets[n] = 7;
+        for (int64_t v = 0; v < o.V; ++v) d.s[n][v] += bias[v] - d.s[n][7] * (v == 7);
+        for (int64_t k = 0; k < o.D; ++k) d.c[7 * o.D + k] = simt::from_float<simt::bf16>(0);
+      }
+      const ForwardRun<simt::bf16> run(d, 0, false, true);
+      for (int64_t n = 0; n < o.N; ++n) {
+        double rivals = 0;
+        for (int64_t v = 0; v < o.V; ++v) rivals += v == 7 ? 0 : std::exp(d.s[n][v]);
+        EXPECT(std::fabs(run.nll[n] / std::log1p(rivals) - 1) < 2e-5);
+      }
+    }
   }
 }
 CASE(cce_forward_of_nan) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// From strips to rows, and what the filter draws by, in a fixed order (sampling.h).
-//   lse = log sum_j exp(max_j) sum_j,  nll = lse - s[label],  mean = sum_v p s
+// From strips, which leave the label out, and the label's logit to rows, and what the filter draws by, in a
+// fixed order (sampling.h).
+//   lse = log(exp s[label] + sum_j exp(max_j) sum_j),  nll = lse - s[label],  mean = sum_v p s
 #pragma once
 
 #include <math.h>
@@ -12,7 +13,8 @@ namespace gemma_ext::cce::cuda {
 struct CombineParams {
   Rows rows;
   StripPlanes strips;
-  const float* target;  // [N]
+  const float* target;        // [N]
+  const float* class_weight;  // [V] or null
   RowOutputs out;
   int64_t N;
   int tiles;
@@ -58,10 +60,14 @@ KERNEL void combine_kernel(CombineParams p) {
   s.argmax[warp][lane] = argmax;
   simt::sync_block();
   argmax = INT32_MAX;
+  const int label = valid ? p.rows.label[row] : kMissing;
+  const float target = label >= 0 ? p.target[row] : -kInfinity;
+  top = target;
   for (int w = 0; w < kCombineWarps; ++w) top = fmaxf(top, s.top[w][lane]);
   for (int w = 0; w < kCombineWarps; ++w) {
     if (s.top[w][lane] == top) argmax = lesser(argmax, s.argmax[w][lane]);
   }
+  if (label >= 0 && target == top) argmax = lesser(argmax, label);
 
   double total = 0, weighted = 0, classes = 0;
   for (int t = warp; t < p.tiles && valid; t += kCombineWarps) {
@@ -83,13 +89,20 @@ KERNEL void combine_kernel(CombineParams p) {
     weighted += s.total[1][w][lane];
     classes += s.total[2][w][lane];
   }
+  const double rivals = total;
+  if (target != -kInfinity) {
+    const double at_label = exp(static_cast<double>(target) - top);
+    total += at_label;
+    weighted += at_label * target;
+  }
+  if (label >= 0 && p.class_weight) classes += static_cast<double>(p.class_weight[label]) * target;
   const double lse = top + log(total);
-  const int label = p.rows.label[row], to = p.rows.row[row];
-  const double target = label >= 0 ? p.target[row] : 0.0;
+  const double nll = label < 0 ? lse : target == top ? log1p(rivals) : lse - target;
+  const int to = p.rows.row[row];
   const float high = static_cast<float>(lse);
   p.out.lse[to] = high;
   p.out.lse_low[to] = isfinite(high) ? static_cast<float>(lse - high) : 0.0f;
-  p.out.nll[to] = label == kInvalid ? static_cast<float>(NAN) : static_cast<float>(lse - target);
+  p.out.nll[to] = label == kInvalid ? static_cast<float>(NAN) : static_cast<float>(nll);
   if (p.out.mean) p.out.mean[to] = static_cast<float>(weighted / total);
   if (p.out.class_sum) p.out.class_sum[to] = static_cast<float>(classes);
   if (p.out.argmax) p.out.argmax[to] = argmax == INT32_MAX ? -1 : argmax;
@@ -136,7 +149,9 @@ KERNEL void mass_kernel(MassParams p) {
       const float top = p.strips.max[at], peak = expf((top - lse) - low);
       const float mass = peak * p.masses[at];
       p.masses[at] = mass;
-      if (p.out.mean) p.masses[reach + at] = mass * fmaxf(1.0f, fabsf(top - mean));
+      // not of a top of -inf
+      const float distance = mass > 0.0f ? fmaxf(1.0f, fabsf(top - mean)) : 1.0f;
+      if (p.out.mean) p.masses[reach + at] = mass * distance;
       const bool here = label >= 0 && label / kTile == t;
       // sum p^2 of the strip, over its mass
       const float energy_here = peak * peak * p.strips.square[at];

@@ -80,7 +80,7 @@ Status forward(const Forward& f, const Memory& memory, const KeptStrips& kept, S
                  kHeadSharedBytes<T>, strips);
   });
 
-  const CombineParams rows{m.rows, m.strips, m.target, f.out, h.N, m.tiles};
+  const CombineParams rows{m.rows, m.strips, m.target, h.class_weight, f.out, h.N, m.tiles};
   launches.add(clear_rows_kernel, ceil_div(h.N, kCombineThreads), kCombineThreads, 0, rows);
   launches.add(combine_kernel, m.blocks, kCombineThreads, sizeof(CombineShared), rows);
 

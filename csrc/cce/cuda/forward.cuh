@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of one strip block: 128 rows against a tile of 256 columns, as two products of 128 x 128.
 //   s = softcap(scale e.c + bias) / T;   per row: max s, sum exp(s - max), sum exp(s - max) T ds/da, ...
+// of all columns but the row's label, which `combine.cuh` adds.
 // The logits never leave the registers.
 #pragma once
 
@@ -73,7 +74,8 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   for (int k = 0; k < kChains; ++k) r.max = fmaxf(r.max, top[k]);
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
-  const float base = r.max == -kInfinity ? 0.0f : r.max;
+  // nothing comes of a strip whose only column is the label
+  const float base = r.max == outside(map) ? 0.0f : r.max;
   constexpr bool kDrawn = kSums != Sums::kPlain;
   const bool drawn = kDrawn && p.out.slope, sloped = drawn && map.inv_cap > 0.0f;
   float sum[kChains] = {}, bent[kChains] = {}, square[kChains] = {}, weighted[kChains] = {};
@@ -126,10 +128,11 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
 }
 
-// The lane that holds the logit of a row's label writes it, rounded as the maximum is: nll >= 0.
+// The lane that holds the logit of a row's label writes it, rounded as a maximum is, and takes it out of the
+// strip: beside its 1 the sums would lose what a confident row's loss is made of.
 template <class T>
-DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
-                          float* target) {
+DEVICE void move_targets(mma::Tile<T>& tile, const SharedHead<T>& s, const LogitMap& map,
+                         int64_t first_column, float* target) {
   const int warp_column = simt::warp_idx() % 4 * 32;
   bool here = false;
   UNROLL
@@ -144,7 +147,8 @@ DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t fi
     UNROLL
     for (int i = 0; i < 8; ++i) {
       if (s.label[row] == first_column + mma::Tile<T>::column(i)) {
-        target[row] = tile.at(r, i) * kLog2E * kLn2;
+        target[row] = tile.at(r, i) * kLn2;
+        tile.at(r, i) = outside(map);
       }
     }
   }
@@ -168,18 +172,18 @@ void strip_stats_kernel(StripParams p) {
     name_columns(s, p.head, first_column);
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
-    write_targets(tile, s, first_column, p.target + first_row);
     tile.each([&](int, int column, float& x) {
       x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
     });
+    move_targets(tile, s, p.head.map, first_column, p.target + first_row);
     UNROLL
     for (int r = 0; r < 8; ++r) {
+      const int row = mma::Tile<T>::row(r);
       const auto id = [&](int i) { return s.column[mma::Tile<T>::column(i)]; };
       const StripSums part = quad_sums<Sums::kAll, 1, 8>(
           p, [&](int i) { return tile.at(r, i); }, id,
           [&](int i) { return s.weight[mma::Tile<T>::column(i)]; },
-          [&](int i) { return id(i) >= 0; }, [](int, float, float) {});
-      const int row = mma::Tile<T>::row(r);
+          [&](int i) { return id(i) >= 0 && id(i) != s.label[row]; }, [](int, float, float) {});
       if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
     }
     simt::sync_block();
