@@ -349,6 +349,19 @@ CASE(cce_fused_in_three_products) {
   o.ignored = 1;
   fused_matches<simt::f16>(o, true, 0, 1 << 20);
 }
+// In the last tile there is no column but the label of the first row.
+CASE(cce_fused_of_a_lone_label) {
+  Options o;
+  o.N = 3;
+  o.V = 257;
+  o.D = 8;
+  o.ignored = 0;
+  o.temperature = 30;
+  o.softcap = 0.5;  // whose square outside of the vocabulary float16 cannot hold
+  for (const int64_t strip_bytes : {1, 1 << 20}) {
+    fused_matches<simt::f16>(o, true, 2e-3, strip_bytes);
+  }
+}
 CASE(cce_fused_wgmma_of_a_narrow_cap) {
   Options o;
   o.N = 3;

@@ -74,8 +74,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   for (int k = 0; k < kChains; ++k) r.max = fmaxf(r.max, top[k]);
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 1));
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
-  // nothing comes of a strip whose only column is the label
-  const float base = r.max == outside(map) ? 0.0f : r.max;
+  const float base = r.max == -kInfinity ? 0.0f : r.max;
   constexpr bool kDrawn = kSums != Sums::kPlain;
   const bool drawn = kDrawn && p.out.slope, sloped = drawn && map.inv_cap > 0.0f;
   float sum[kChains] = {}, bent[kChains] = {}, square[kChains] = {}, weighted[kChains] = {};
@@ -147,8 +146,8 @@ DEVICE void move_targets(mma::Tile<T>& tile, const SharedHead<T>& s, const Logit
     UNROLL
     for (int i = 0; i < 8; ++i) {
       if (s.label[row] == first_column + mma::Tile<T>::column(i)) {
-        target[row] = tile.at(r, i) * kLn2;
-        tile.at(r, i) = outside(map);
+        target[row] = tile.at(r, i) * kLog2E * kLn2;
+        tile.at(r, i) = outside(map) * kLn2;
       }
     }
   }
@@ -172,10 +171,10 @@ void strip_stats_kernel(StripParams p) {
     name_columns(s, p.head, first_column);
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
+    move_targets(tile, s, p.head.map, first_column, p.target + first_row);
     tile.each([&](int, int column, float& x) {
       x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
     });
-    move_targets(tile, s, p.head.map, first_column, p.target + first_row);
     UNROLL
     for (int r = 0; r < 8; ++r) {
       const int row = mma::Tile<T>::row(r);
