@@ -9,7 +9,7 @@
 
 namespace gemma_ext::cce::cuda {
 
-// [tiles, N] each, compact rows; null where not wanted.
+// [tiles at a time, N] each, compact rows; null where not wanted.
 struct StripPlanes {
   float *max, *sum, *slope, *square, *weighted, *class_sum;
   int* argmax;
@@ -28,6 +28,7 @@ struct StripParams {
   StripPlanes out;
   float* target;  // [N] s at the label
   int tiles, row_blocks;
+  int first_tile;  // of those that are at hand
 };
 
 struct StripSums {
@@ -117,7 +118,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
 }
 
 DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripSums& sums) {
-  const int64_t to = tile * p.head.N + row;
+  const int64_t to = (tile - p.first_tile) * p.head.N + row;
   p.out.max[to] = sums.max;
   p.out.sum[to] = sums.sum;
   if (p.out.slope) p.out.slope[to] = sums.slope;
@@ -156,7 +157,8 @@ DEVICE void move_targets(mma::Tile<T>& tile, const SharedHead<T>& s, const Logit
 template <class T>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void strip_stats_kernel(StripParams p) {
-  const Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
+  Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
+  at.tile += p.first_tile;
   const int64_t first_row = int64_t{at.row_block} * kBlockRows;
   const int count = *p.rows.count, t = simt::thread_idx();
   if (first_row >= count) return;

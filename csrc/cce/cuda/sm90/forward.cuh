@@ -57,7 +57,10 @@ DEVICE void strip_stats(const StripTmaParams& p) {
   const int count = *p.strips.rows.count, pairs = pairs_of(count), tiles = p.strips.tiles;
   head_products<T>(
       p.tma, pairs * tiles,
-      [&](int item) { return raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles); },
+      [&](int item) {
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles);
+        return Raster{at.row_block, p.strips.first_tile + at.tile};
+      },
       [&](int first_row, int tile, Accumulators& acc) {
         strip_logits(acc, p.tma, int64_t{tile} * kTile);
         write_strips<kKeep, kSums>(acc, p.strips, first_row, tile, count);
