@@ -41,12 +41,13 @@ class LossOptions:
 
     Attributes:
         owner: class name of the model, for messages.
-        impl, filter_eps: as in `gemma_ext.linear_cross_entropy`.
+        impl, filter_eps, memory: as in `gemma_ext.linear_cross_entropy`.
     """
 
     owner: str
     impl: str = "auto"
     filter_eps: float | str | None = "auto"
+    memory: str = "default"
 
 
 class Product(NamedTuple):
@@ -257,6 +258,7 @@ class DeferredLogits:
             "logit_scale": scale,
             "impl": self.options.impl,
             "filter_eps": self.options.filter_eps,
+            "memory": self.options.memory,
         }
 
     def autocast_of_the_head(self) -> torch.autocast:
