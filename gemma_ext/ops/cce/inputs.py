@@ -28,8 +28,8 @@ class Method:
     """How gradients are computed; see the table of `gemma_ext.ops.cce`.
 
     Raises:
-        TypeError, ValueError: an unknown `impl` or `memory`, a `filter_eps` that is not "auto", None or a
-            number in [0, 1), a `filter_seed` that is not an int.
+        TypeError, ValueError: an unknown `impl` or `memory`, a `filter_eps` that is not "auto",
+            None or a number in [0, 1), a `filter_seed` that is not an int.
     """
 
     impl: str = "auto"
