@@ -1,4 +1,4 @@
-"""One function over many jobs: in this process, in local processes, or on the machines of a Ray cluster.
+"""One function over many jobs: in this process, in local processes, or on a Ray cluster.
 
 Every worker makes the function itself, once, so that a model is loaded where it runs; jobs and
 results travel pickled. Results come in the order of the jobs, whoever computed them.

@@ -136,8 +136,9 @@ def lorahub(account: Account, experts: int, seed: int = 0, *, sign: float = -1.0
         start += 1
         if account.budget is None or account.used == before:
             break
-    chosen = weighted(found[0])
-    account.best = (chosen, account.fitness([chosen])[0])  # by the regularised value
+    if found[0] is not None:  # the best by the regularised value
+        chosen = weighted(found[0])
+        account.best = (chosen, account.fitness([chosen])[0])
 
 
 def model_swarms(

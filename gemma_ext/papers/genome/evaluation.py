@@ -85,7 +85,8 @@ class Ledger:
         total = sum(weights.values())
         if not weights or not total > 0 or min(weights.values()) < 0:
             raise ValueError(
-                f"weights: expected one per task, none negative, with a sum above 0, got {dict(weights)}"
+                "weights: expected one per task, none negative, with a sum above 0, "
+                f"got {dict(weights)}"
             )
         self.fleet, self.path = fleet, path
         self.weights = {task: w / total for task, w in weights.items()}

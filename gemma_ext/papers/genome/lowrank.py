@@ -1,8 +1,8 @@
 """Crossover of LoRA experts in the space of what they do, dW = B A, and not of their factors.
 
-sum_i w_i B_i A_i = [w_1 B_1 .. w_M B_M] [A_1; ..; A_M] has rank at most M r. With Q_B R_B and Q_A R_A
-of the two stacks its singular values are those of the small core R_B R_A^T; the r largest give the
-nearest dW of rank r.
+sum_i w_i B_i A_i = [w_1 B_1 .. w_M B_M] [A_1; ..; A_M] has rank at most M r. With Q_B R_B and
+Q_A R_A of the two stacks its singular values are those of the small core R_B R_A^T; the r largest
+give the nearest dW of rank r.
 """
 
 from __future__ import annotations

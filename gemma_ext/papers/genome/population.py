@@ -92,7 +92,8 @@ def released_chances(fitness: Sequence[float]) -> np.ndarray:
     f = np.asarray(fitness, dtype=np.float64)
     if not f.sum() > 0.0 or (f < 0.0).any():
         raise ValueError(
-            f"fitness: expected none negative and a total above 0 (roulette_by_total), got {list(f)}"
+            "fitness: expected none negative and a total above 0 (roulette_by_total), "
+            f"got {f.tolist()}"
         )
     return f / f.sum()
 
