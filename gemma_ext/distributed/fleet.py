@@ -7,6 +7,9 @@ results travel pickled. Results come in the order of the jobs, whoever computed 
 from __future__ import annotations
 
 import multiprocessing
+import os
+import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -136,8 +139,9 @@ class _RayActors:
         if self._started:
             ray.init(address=None if address == "local" else address, log_to_driver=False)
         # spread: one node would otherwise be filled before the next
-        actor = ray.remote(num_cpus=threads, scheduling_strategy="SPREAD")(_Worker)
-        self._new = lambda: actor.remote(make, threads)
+        actor = ray.remote(num_cpus=threads, scheduling_strategy="SPREAD")(_RemoteWorker)
+        pickled = ray.cloudpickle.dumps(make)
+        self._new = lambda: actor.remote(pickled, threads, sys.path)
         self._actors = [self._new() for _ in range(workers)]
 
     def map(self, jobs: Sequence[Any], done: Done | None = None) -> list[Any]:
@@ -184,6 +188,14 @@ class _Worker:
         # not in __init__: what fails there is an actor's death, not an error with a sentence
         self._function = self._function or self._make()
         return self._function(job)
+
+
+class _RemoteWorker(_Worker):
+    """Finds modules where the process that sent it does, as far as these places are here too."""
+
+    def __init__(self, make: bytes, threads: int, path: list[str]) -> None:
+        sys.path += [place for place in path if place not in sys.path and os.path.isdir(place)]
+        super().__init__(lambda: pickle.loads(make)(), threads)
 
 
 _worker: _Worker | None = None

@@ -133,7 +133,8 @@ class Ledger:
                 if not line.endswith(b"\n"):
                     break
                 record = json.loads(line)
-                self._known[record.pop("genome"), record.pop("split")] = Outcome(**record)
+                place = record.pop("genome"), record.pop("split")
+                self._known[place] = Outcome(**record)
                 whole += len(line)
         with path.open("r+b") as file:
             file.truncate(whole)

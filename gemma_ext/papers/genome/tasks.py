@@ -4,9 +4,9 @@ A task is a JSON-lines file; its kind says what a line holds and what its score 
 
 | kind | a line | score | answers, for votes |
 |---|---|---|---|
-| choice | prompt, options, answer (text or index) | accuracy of the likeliest option | the option |
-| generate | prompt, answer | what is written after "Answer:", exact match or word F1 | the same |
-| likelihood | text, or prompt and continuation | exp of the mean log-probability of a token | none |
+| choice | prompt, options, answer (text or index) | accuracy of the likeliest option | option |
+| generate | prompt, answer | what is written after "Answer:", exact match or word F1 | it |
+| likelihood | text, or prompt and continuation | exp of the mean log-probability of a token | - |
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ class Task:
         weight: in the fitness.
         normalise: of "choice": the unit of length, as in `gemma_ext.lm.Choice.values`.
         metric: of "generate": "exact" or "f1".
-        sampling: of "generate".
+        sampling: of "generate"; the release's by default.
 
     Raises:
         ValueError: an unknown kind or metric, a line without what its kind needs, or a line that is
@@ -57,7 +57,9 @@ class Task:
     weight: float = 1.0
     normalise: str | None = None
     metric: str = "exact"
-    sampling: Sampling = Sampling(max_tokens=64, temperature=0.2, top_p=0.75, seed=42)
+    sampling: Sampling = field(
+        default_factory=lambda: Sampling(max_tokens=1024, temperature=0.2, top_p=0.75, seed=42)
+    )
 
     def __post_init__(self) -> None:
         if self.kind not in (*_KEYS, "likelihood"):
