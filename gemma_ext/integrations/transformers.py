@@ -5,7 +5,7 @@
     patch("gemma2")                   # the same by model type or class name
 
 The model's own forward still runs, from the backbone to auxiliary losses; only the head's product
-is deferred (`gemma_ext.integrations._deferred_logits`) until the model asks for a cross-entropy.
+is deferred (`gemma_ext.nn._deferred_logits`) until the model asks for a cross-entropy.
 Soft-caps, logit scales, shifted labels, `num_items_in_batch`, `logits_to_keep`, router losses and
 adapters on the head are therefore the model's, not a copy of them, and a model that treats its
 logits in a way that cannot be deferred raises instead of training on another loss.
@@ -27,18 +27,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gemma_ext.integrations._defer_head import (
+from gemma_ext.integrations._forwards import layers, level_of, stand_in
+from gemma_ext.nn._defer_head import (
     defer_head,
     is_deferred,
     prepare_head,
     release_head,
 )
-from gemma_ext.integrations._deferred_logits import (
+from gemma_ext.nn._deferred_logits import (
     DeferredLogits,
     DeferredLogitsError,
     LossOptions,
 )
-from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.ops.cce import inputs
 
 __all__ = ["patch", "unpatch"]

@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.integrations._defer_head import defer_head
-from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.integrations.transformers import output_head, unwrap, warn_of_state
+from gemma_ext.nn._defer_head import defer_head
+from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.ops.cce import cce_rows, inputs
 
 __all__ = ["patch", "unpatch"]
