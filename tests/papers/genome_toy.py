@@ -1,4 +1,4 @@
-"""A problem whose answer is known: experts are random vectors, fitness the distance to a mix of them."""
+"""A problem whose answer is known: experts are random, fitness is the distance to a mix of them."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def test_tournaments_of_three_have_their_frequencies():
 
 
 def test_an_unknown_selection_is_named():
-    with pytest.raises(ValueError, match="selection: expected tournament.*got 'lottery'"):
+    with pytest.raises(ValueError, match=r"selection: expected tournament.*got 'lottery'"):
         select("lottery", [1.0], 1, draws(0))
 
 

@@ -117,6 +117,7 @@ def lorahub(account: Account, experts: int, seed: int = 0, *, sign: float = -1.0
         raise ImportError("lorahub needs scipy: pip install 'gemma_ext[genome]'") from None
 
     def loss(w: np.ndarray) -> float:
+        w = np.clip(w, -LORAHUB_BOUND, LORAHUB_BOUND)  # COBYLA steps over its bounds
         fitness = account.fitness([weighted(w.tolist())])[0]
         value = fitness + sign * LORAHUB_PENALTY * float(np.abs(w).mean())
         if better(value, found[1]):
@@ -131,7 +132,10 @@ def lorahub(account: Account, experts: int, seed: int = 0, *, sign: float = -1.0
         first = np.zeros(experts)
         if start:
             first = draws(seed, "lorahub", start).uniform(-LORAHUB_BOUND, LORAHUB_BOUND, experts)
-        options = {"maxiter": int(min(account.left, 1000)), "rhobeg": LORAHUB_BOUND / 3}
+        options = {
+            "maxiter": max(int(min(account.left, 1000)), experts + 2),
+            "rhobeg": LORAHUB_BOUND / 3,
+        }
         minimize(loss, first, method="COBYLA", bounds=bounds, options=options)
         start += 1
         if account.budget is None or account.used == before:
