@@ -9,7 +9,6 @@ import pytest
 import torch
 from genome_toy import toy_pool
 
-from gemma_ext.papers.genome.lowrank import product_mean
 from gemma_ext.papers.genome.materialise import RULES, Materialiser
 from gemma_ext.papers.genome.pool import Pool
 from gemma_ext.papers.genome.recipe import (
@@ -235,13 +234,22 @@ def test_product_is_the_nearest_of_its_rank():
     assert ((linear[b] @ linear[a]).double() - want).norm() > 2 * (best - want).norm()
 
 
-def test_product_of_low_rank_experts_is_exact():
+def test_product_has_its_rank_where_the_weight_has_less():
+    """d_out < r: fewer singular values than rows of A; factors of an embedding have other names."""
     g = torch.Generator().manual_seed(0)
-    a = [torch.randn(4, 9, generator=g) for _ in range(2)]
-    b = [torch.randn(3, 4, generator=g) for _ in range(2)]  # d_out < r: fewer singular values
-    new_a, new_b = product_mean(a, b, [0.5, 0.5])
-    want = sum(0.5 * y @ x for x, y in zip(a, b, strict=True))
-    torch.testing.assert_close(new_b @ new_a, want, rtol=1e-5, atol=1e-5)
+    a, b = "e.lora_embedding_A", "e.lora_embedding_B"
+    pool = Pool(
+        [{a: torch.randn(4, 9, generator=g), b: torch.randn(3, 4, generator=g)} for _ in range(2)]
+    )
+    assert pool.factors == [(a, b)]
+    made = Materialiser(pool).tensors(applied("product", [(expert(i), 0.5) for i in range(2)]))
+    want = sum(0.5 * x[b] @ x[a] for x in pool.experts)
+    torch.testing.assert_close(made[b] @ made[a], want, rtol=1e-5, atol=1e-5)
+
+
+def test_product_needs_pairs():
+    with pytest.raises(ValueError, match="expected pairs of LoRA factors only, got 'x'"):
+        Materialiser(toy_pool()).tensors(applied("product", [(expert(0), 1.0)]))
 
 
 def test_finished_genomes_are_kept_in_files_and_made_again_when_lost(tmp_path):

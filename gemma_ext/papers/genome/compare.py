@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +53,25 @@ def searched(ledger: Ledger, search: Search, evolved: Evolved) -> Row:
     return _row(ledger, search.method, genome, evolved.fitness, used, evolved.history)
 
 
-def baseline(ledger: Ledger, name: str, experts: int, budget: int, search: Search) -> Row:
+def baseline(
+    ledger: Ledger,
+    name: str,
+    experts: int,
+    budget: int,
+    search: Search,
+    advance: Callable[[int], None] | None = None,
+) -> Row:
     """The row of one of `BASELINES`.
+
+    Args:
+        advance: told how many more evaluations are done.
 
     Raises:
         ValueError: another name.
     """
     if name not in BASELINES:
         raise ValueError(f"baselines: expected one of {', '.join(BASELINES)}, got {name!r}")
-    account = Account(ledger, budget)
+    account = Account(ledger, budget, advance)
     options = {}
     if name == "lorahub" and "lorahub_sign" in search.defects:
         options["sign"] = 1.0

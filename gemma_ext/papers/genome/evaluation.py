@@ -98,19 +98,24 @@ class Ledger:
         self,
         genomes: Sequence[Genome],
         split: str = "validation",
-        progress: Callable[[], None] | None = None,
+        advance: Callable[[int], None] | None = None,
     ) -> list[Outcome]:
-        """One per genome, in order; only those never seen are computed."""
+        """One per genome, in order; only those never seen are computed.
+
+        Args:
+            advance: told how many more are done.
+        """
+        advance = advance or (lambda count: None)
         places = [(genome.key, split) for genome in genomes]
         new = {p: g for p, g in zip(places, genomes, strict=True) if p not in self._known}
+        advance(len(genomes) - len(new))
+        order = list(new)
 
         def keep(index: int, outcome: Outcome) -> None:
-            place = list(new)[index]
             self._check(outcome)
-            self._known[place] = outcome
-            self._write(place, outcome)
-            if progress is not None:
-                progress()
+            self._known[order[index]] = outcome
+            self._write(order[index], outcome)
+            advance(1)
 
         if new:
             self.fleet.map([Job(genome, split) for genome in new.values()], keep)
@@ -154,6 +159,7 @@ class Account:
     Args:
         ledger: shared by the methods of a comparison.
         budget: evaluations at most; None for no bound.
+        advance: told how many more are done.
 
     Attributes:
         used: different individuals evaluated on the validation split.
@@ -161,8 +167,13 @@ class Account:
         best: genome and fitness of the best so far.
     """
 
-    def __init__(self, ledger: Ledger, budget: int | None = None) -> None:
-        self.ledger, self.budget = ledger, budget
+    def __init__(
+        self,
+        ledger: Ledger,
+        budget: int | None = None,
+        advance: Callable[[int], None] | None = None,
+    ) -> None:
+        self.ledger, self.budget, self.advance = ledger, budget, advance or (lambda count: None)
         self.history: list[tuple[int, float]] = []
         self.best: tuple[Genome | None, float] = (None, math.nan)
         self._fitness: dict[str, float] = {}
@@ -175,14 +186,13 @@ class Account:
     def left(self) -> float:
         return math.inf if self.budget is None else self.budget - self.used
 
-    def fitness(
-        self, genomes: Sequence[Genome], progress: Callable[[], None] | None = None
-    ) -> list[float]:
+    def fitness(self, genomes: Sequence[Genome]) -> list[float]:
         """Of each; NaN for those that the budget no longer covers."""
         new = list({g.key: g for g in genomes if g.key not in self._fitness}.values())
         if self.budget is not None:
             new = new[: self.budget - self.used]
-        for genome, outcome in zip(new, self.ledger.outcomes(new, progress=progress), strict=True):
+        outcomes = self.ledger.outcomes(new, advance=self.advance)
+        for genome, outcome in zip(new, outcomes, strict=True):
             value = self.ledger.fitness(outcome)
             self._fitness[genome.key] = value
             if self.best[0] is None or better(value, self.best[1]):

@@ -8,7 +8,7 @@
 | dare_ties | the same in place of the largest, then as ties |
 | blxalpha | the linear child, kept within 1.2 times the parents' spread beyond them |
 | random | each element from one parent, drawn by the softmax of their magnitudes |
-| product | of LoRA factors: B A nearest to sum_i w_i B_i A_i (`lowrank`) |
+| product | of LoRA factors: the B A of rank r nearest to sum_i w_i B_i A_i (QR, small SVD) |
 
 All but "product" treat LoRA factors A and B as any tensors, as the release does:
 dW of a linear child is (sum w B)(sum w A), not sum w B A. With a base they act on s_i - base.
@@ -27,9 +27,9 @@ from torch import Tensor
 
 from gemma_ext.ops import souping
 from gemma_ext.ops.souping import Magnitudes, Mask, Part, Rule
-from gemma_ext.papers.genome.lowrank import product_mean
 from gemma_ext.papers.genome.pool import Pool
 from gemma_ext.papers.genome.recipe import Genome, Source
+from gemma_ext.souping.lora.factors import Factors, merge_factors
 
 RULES = ("linear", "ties", "dare_linear", "dare_ties", "blxalpha", "random", "product")
 BLX_ALPHA = 1.2  # of the release; it never binds for convex weights
@@ -127,15 +127,20 @@ class Materialiser:
             raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {genome.rule!r}")
 
     def _product(
-        self, sources: Sequence[Mapping[str, Tensor]], weights: list[float], out: Mapping
+        self,
+        sources: Sequence[Mapping[str, Tensor]],
+        weights: Sequence[float],
+        out: Mapping[str, Tensor],
     ) -> None:
+        loose = [name for unit in self.pool.units if len(unit) == 1 for name in unit]
+        if loose:
+            raise ValueError(f"product: expected pairs of LoRA factors only, got {loose[0]!r}")
         for a, b in self.pool.factors:
             if a in out:
-                new_a, new_b = product_mean(
-                    [s[a] for s in sources], [s[b] for s in sources], weights
-                )
-                out[a].copy_(new_a)
-                out[b].copy_(new_b)
+                pairs = [Factors(s[a], s[b]) for s in sources]
+                child = merge_factors(pairs, weights, "svd", rank=len(out[a]), name=a)
+                out[a].copy_(child.a)
+                out[b].copy_(child.b)
 
     def _source(self, source: Source) -> Mapping[str, Tensor]:
         if isinstance(source, int):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 _ADAPTER, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_FACTOR_A, _FACTOR_B = ".lora_A.", ".lora_B."
+_FACTOR_A = re.compile(r"(?<=\.lora_)(embedding_)?A(?=\.|$)")
 _SAME = (
     "r",
     "lora_alpha",
@@ -64,7 +65,7 @@ class Pool:
     @cached_property
     def factors(self) -> list[tuple[str, str]]:
         """(name of A, name of B) of every LoRA pair."""
-        pairs = [(n, n.replace(_FACTOR_A, _FACTOR_B)) for n in self.shapes if _FACTOR_A in n]
+        pairs = [(n, _FACTOR_A.sub(r"\1B", n)) for n in self.shapes if _FACTOR_A.search(n)]
         return [(a, b) for a, b in pairs if b in self.shapes]
 
     @cached_property
