@@ -25,16 +25,6 @@ _KEYS = (
     "model", "adapters", "checkpoints", "tasks", "search", "baselines", "vote", "out", "workers",
     "ray", "threads", "device", "dtype", "language_model",
 )  # fmt: skip
-_EXAMPLE = """
-Example of a configuration:
-
-    model: google/gemma-2-2b-it
-    adapters: [experts/code, experts/cot, experts/science]
-    tasks:
-      - {name: arc, kind: choice, file: arc.jsonl, weight: 1.0}
-    search: {method: genome+, generations: 10}
-    out: out/evolve
-"""
 
 
 def main(
@@ -49,7 +39,19 @@ def main(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")] = False,
 ) -> None:
-    """Evolve a pool of LoRA adapters or checkpoints for a new task, without gradients (GENOME)."""
+    """Evolve a pool of LoRA adapters or checkpoints for a new task, without gradients (GENOME).
+
+    \b
+    Example: gemma-ext evolve evolve.yml --workers 2, with in evolve.yml:
+        model: google/gemma-2-2b-it
+        adapters:
+          - experts/code
+          - experts/science
+        tasks:
+          - {name: arc, kind: choice, file: arc.jsonl, weight: 1.0}
+        search: {method: genome+, generations: 10}
+        out: out/evolve
+    """
     try:
         made = run_config(
             config, out=out, workers=workers, ray=ray, compat=compat, show_progress=not quiet
@@ -60,9 +62,6 @@ def main(
         print(f"{one.method:<24} {one.used:6.0f} evaluations   test {number(one.test)}")
     print(made["best"])
     print(made["page"])
-
-
-main.__doc__ += f"\n\n\b{_EXAMPLE}"
 
 
 def run_config(
