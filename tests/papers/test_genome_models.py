@@ -137,9 +137,9 @@ def test_experts_that_make_no_sense_are_refused(base, adapters, tmp_path):
         Experts(str(base))
     with pytest.raises(ValueError, match="model: expected the model that the adapters are of"):
         Experts(None, ("a",))
-    with pytest.raises(ValueError, match="adapters: expected adapter_config.json in"):
+    with pytest.raises(ValueError, match=r"adapters: expected adapter_config\.json in"):
         load_adapters([tmp_path])
-    with pytest.raises(ValueError, match="checkpoints: expected model.safetensors in"):
+    with pytest.raises(ValueError, match=r"checkpoints: expected model\.safetensors in"):
         load_checkpoints([tmp_path])
     other = tmp_path / "other"
     other.mkdir()
@@ -148,7 +148,7 @@ def test_experts_that_make_no_sense_are_refused(base, adapters, tmp_path):
             (other / path.name).write_bytes(path.read_bytes())
     settings = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(settings | {"lora_alpha": 8}))
-    with pytest.raises(ValueError, match="expected lora_alpha 4 as in .*, got 8 in"):
+    with pytest.raises(ValueError, match=r"expected lora_alpha 4 as in .*, got 8 in"):
         load_adapters([adapters[0], other])
 
 
