@@ -8,7 +8,7 @@ namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
 
 // Keys of one stream of a step.
-inline void keys_of(const Deltas& d, int models, bool by_variance, int stream, int n,
+inline void keys_of(const Deltas<float>& d, int models, bool by_variance, int stream, int n,
                     uint32_t* __restrict keys) {
   if (!by_variance) {
     const float* __restrict x = d.at[stream];
@@ -28,10 +28,9 @@ inline int64_t cut_row(const Cut& cut, int64_t part) { return cut.groups > 1 ? p
 void count_ties(const Table& t, const Cut& cut, const Run& run, int64_t* ties, Scratch& s) {
   const int64_t streams = streams_of(cut, t.models);
   const int32_t* bits = cut.bits + cut_row(cut, run.part) * streams;
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t));
   uint32_t* keys = scratch<uint32_t>(s, kWords, kStep + 8);
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas d(t, run.part, at, n, inputs);
+    const Deltas<float> d(t, run.part, at, n, s);
     for (int m = 0; m < streams; ++m) {
       keys_of(d, t.models, cut.variance, m, n, keys);
       const uint32_t bound = uint32_t(bits[m]);
@@ -78,42 +77,24 @@ struct CutState {
 void mask(const Table& t, const Mask& mask, const Run& run, const int64_t* keep_before,
           const int64_t* drop_before, const Kept& out, Scratch& s) {
   const Part& part = t.part[run.part];
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t));
   uint32_t* words = scratch<uint32_t>(s, kWords, 2 * (kStep + 8));
   uint32_t* keys = words + kStep + 8;
-  uint8_t* taken = scratch<uint8_t>(s, kOther, kStep);
+  uint8_t *taken = scratch<uint8_t>(s, kOther, 2 * kStep), *dropped = taken + kStep;
+  memset(taken, 1, kStep);
+  memset(dropped, 0, kStep);
   CutState keep(mask.keep, t.models, run.part, keep_before);
   CutState drop(mask.drop, t.models, run.part, drop_before);
-  const bool cuts = mask.keep.bits || mask.drop.bits;
   in_steps(run, [&](int64_t at, int n) {
-    uint8_t* to = out.kept + (at - out.begin);
-    if (cuts) {
-      const Deltas d(t, run.part, at, n, inputs);
-      const auto taken_by = [&](CutState& state, int m, uint8_t* into) {
-        keys_of(d, t.models, state.cut.variance, m, n, keys);
-        state.step(m, keys, n, into);
-      };
-      for (int m = 0; m < t.models; ++m) {
-        uint8_t* __restrict mine = to + m * out.stride;
-        const bool shared_keep = mask.keep.variance && m > 0;
-        const bool shared_drop = mask.drop.variance && m > 0;
-        if (!mask.keep.bits)
-          memset(mine, 1, n);
-        else if (!shared_keep)
-          taken_by(keep, m, mine);
-        if (mask.drop.bits && !shared_drop) taken_by(drop, m, taken);
-        if (shared_keep && shared_drop) {
-          memcpy(mine, to, n);
-          continue;
-        }
-        if (shared_keep) memcpy(mine, to, n);
-        if (mask.drop.bits)
-          for (int i = 0; i < n; ++i) mine[i] &= !taken[i];
-      }
-    }
+    const Deltas<float> d(t, run.part, at, n, s);
     for (int m = 0; m < t.models; ++m) {
-      uint8_t* __restrict mine = to + m * out.stride;
-      if (!cuts) memset(mine, 1, n);
+      uint8_t* __restrict mine = out.kept + (at - out.begin) + m * out.stride;
+      CutState* const states[] = {&keep, &drop};
+      for (CutState* state : states) {
+        if (!state->cut.bits || (state->cut.variance && m > 0)) continue;
+        keys_of(d, t.models, state->cut.variance, m, n, keys);
+        state->step(m, keys, n, state == &keep ? taken : dropped);
+      }
+      for (int i = 0; i < n; ++i) mine[i] = taken[i] & !dropped[i];
       if (!mask.density) continue;
       const uint32_t bound = reach(mask.density[run.part * t.models + m]);
       const uint32_t* __restrict drawn = random_words(part.key, t.model[run.part * t.models + m],

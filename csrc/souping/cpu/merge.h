@@ -9,12 +9,12 @@ namespace {
 
 // coefficient delta [/ divide], 0 where not kept.
 template <class A>
-void terms(const float* __restrict delta, const uint8_t* __restrict kept,
+void terms(const A* __restrict delta, const uint8_t* __restrict kept,
            const float* __restrict divide, A coefficient, int n, A* __restrict x) {
   if (!kept)
-    for (int i = 0; i < n; ++i) x[i] = coefficient * A(delta[i]);
+    for (int i = 0; i < n; ++i) x[i] = coefficient * delta[i];
   else
-    for (int i = 0; i < n; ++i) x[i] = term<A>(kept[i] != 0, coefficient, A(delta[i]));
+    for (int i = 0; i < n; ++i) x[i] = term<A>(kept[i] != 0, coefficient, delta[i]);
   if (divide)
     for (int i = 0; i < n; ++i) x[i] = kept[i] ? x[i] / A(divide[i]) : A(0);
 }
@@ -46,8 +46,8 @@ struct Ballot {
 
   static int64_t values(int models) { return int64_t(2 * models + 1) * kStep; }
 
-  Ballot(const Rule& rule, const Numbers<A>& numbers, const Deltas& d, int64_t at, const Kept& mask,
-         const uint8_t* ones, int models, int n, A* buffer)
+  Ballot(const Rule& rule, const Numbers<A>& numbers, const A* const* delta, int64_t at,
+         const Kept& mask, const uint8_t* ones, int models, int n, A* buffer)
       : models(models), n(n) {
     const bool elects = rule.election != Election::kNone;
     for (int m = 0; m < models; ++m) {
@@ -55,11 +55,11 @@ struct Ballot {
       const uint8_t* mine = mask.kept ? mask.kept + place : nullptr;
       const float* divide = mask.divide ? mask.divide + place : nullptr;
       A *to = buffer + 2 * m * kStep, *other = to + kStep;
-      terms(d.at[m], mine, divide, numbers.weighted[m], n, to);
+      terms(delta[m], mine, divide, numbers.weighted[m], n, to);
       x[m] = votes[m] = to;
       kept[m] = mine ? mine : ones;
       if (!elects || rule.weighted) continue;
-      terms(d.at[m], mine, divide, numbers.plain[m], n, other);
+      terms(delta[m], mine, divide, numbers.plain[m], n, other);
       votes[m] = other;
     }
     A* elected = buffer + 2 * models * kStep;
@@ -151,24 +151,22 @@ void merge_run(const Merge& call, const Run& run, const Kept& mask, bool stream,
   const Array& out = t.out[run.part];
   const CombineStep<A> combine =
       combiner<A>(call.rule.combine, call.rule.election != Election::kNone, call.alone);
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t));
   A* buffer = scratch<A>(s, kValues, Ballot<A>::values(models) + 4 * kStep);
   A* __restrict result = buffer + Ballot<A>::values(models);
   const Held<A> held{result, result + kStep, result + 2 * kStep, result + 3 * kStep};
   uint8_t* ones = scratch<uint8_t>(s, kMasks, kStep);
   memset(ones, 1, kStep);
-  float* spare = scratch<float>(s, kOther, kStep);
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas d(t, run.part, at, n, inputs);
-    const Ballot<A> ballot(call.rule, numbers, d, at, mask, ones, models, n, buffer);
+    const Deltas<A> d(t, run.part, at, n, s);
+    const Ballot<A> ballot(call.rule, numbers, d.at, at, mask, ones, models, n, buffer);
     combine(ballot, numbers, held);
-    const float* __restrict base = widen(t.base[run.part], at, n, spare);
+    const float* __restrict base = d.base;
     if (base)
       for (int i = 0; i < n; ++i) result[i] = A(base[i]) + scale * result[i];
     else
       for (int i = 0; i < n; ++i) result[i] = scale * result[i];
     for (int m = 0; m < models; ++m) {
-      const float* __restrict delta = d.at[m];
+      const A* __restrict delta = d.at[m];
       for (int i = 0; i < n; ++i) result[i] = delta[i] == delta[i] ? result[i] : A(NAN);
     }
     store(out, at, n, result, rounding_words(call.rounding, out, t.part[run.part], at, n, s),
@@ -178,8 +176,8 @@ void merge_run(const Merge& call, const Run& run, const Kept& mask, bool stream,
 }
 
 void merge(const Merge& call, const Run& run, const Kept& mask, bool stream, Scratch& s) {
-  call.wide ? merge_run<double>(call, run, mask, stream, s)
-            : merge_run<float>(call, run, mask, stream, s);
+  is_wide(call.wide, call.table.out[run.part]) ? merge_run<double>(call, run, mask, stream, s)
+                                               : merge_run<float>(call, run, mask, stream, s);
 }
 
 // In a call of kOverlaps out is [M, 2], of kBalance [1].
@@ -203,13 +201,12 @@ void count(const Counts& call, const Run& run, const Kept& mask, int64_t* out, S
     return;
   }
   const Numbers<float> numbers(call.weights, call.divide, nullptr, models, run.part);
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t));
   float* buffer = scratch<float>(s, kValues, Ballot<float>::values(models));
   Rule rule = call.rule;
   rule.zero = 0;
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas d(t, run.part, at, n, inputs);
-    const Ballot<float> ballot(rule, numbers, d, at, mask, ones, models, n, buffer);
+    const Deltas<float> d(t, run.part, at, n, s);
+    const Ballot<float> ballot(rule, numbers, d.at, at, mask, ones, models, n, buffer);
     for (int i = 0; i < n; ++i) out[0] += int64_t(ballot.sign[i]);
   });
 }

@@ -8,10 +8,11 @@ namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
 
 // What a rule sees of a step.
+template <class A>
 struct Seen {
   const Apply& call;
   const Part& part;
-  const float* const* delta;  // [M], or the sources where there is no base
+  const A* const* delta;      // [M], or the sources where there is no base
   const float* const* extra;  // [X]
   const float* base;
   const double* numbers;
@@ -21,156 +22,163 @@ struct Seen {
   uint32_t* words;  // [2, kStep + 8]
 };
 
-void consensus(const Seen& s, float* __restrict out) {
-  const float scale = float(s.numbers[s.models]);
+template <class A>
+void consensus(const Seen<A>& s, A* __restrict out) {
+  const A scale = A(s.numbers[s.models]);
   for (int i = 0; i < s.n; ++i) {
-    float total = 0;
+    A total = 0;
     for (int m = 0; m < s.models; ++m) total = total + s.delta[m][i];
     int votes = 0;
     bool chosen = false;
     for (int m = 0; m < s.models; ++m) {
-      const float d = s.delta[m][i];
-      const bool uses = fabsf(d) > float(s.numbers[m]) * fabsf(total - d);
+      const A d = s.delta[m][i];
+      const bool uses = fabs(d) > A(s.numbers[m]) * fabs(total - d);
       votes += uses;
       chosen = m == s.call.task ? uses : chosen;
     }
     const bool use = s.call.task < 0 ? votes >= s.call.votes : chosen;
-    out[i] = total == total ? s.base[i] + scale * (use ? total : 0.0f) : NAN;
+    out[i] = total == total ? A(s.base[i]) + scale * (use ? total : A(0)) : A(NAN);
   }
 }
 
-void fisher(const Seen& s, float* __restrict out) {
-  const float add = float(s.numbers[2 * s.models]);
+template <class A>
+void fisher(const Seen<A>& s, A* __restrict out) {
+  const A add = A(s.numbers[2 * s.models]);
   for (int i = 0; i < s.n; ++i) {
-    float above = 0, below = 0, plain = 0, coefficients = 0;
+    A above = 0, below = 0, plain = 0, coefficients = 0;
     for (int m = 0; m < s.models; ++m) {
-      const float c = float(s.numbers[m]);
-      const float weight = fisher_weight(c, s.extra[m][i], float(s.numbers[s.models + m]), add);
-      const float d = s.delta[m][i];
+      const A c = A(s.numbers[m]), d = s.delta[m][i];
+      const A weight = fisher_weight(c, A(s.extra[m][i]), A(s.numbers[s.models + m]), add);
       above = above + weight * d;
       below = below + weight;
       plain = plain + c * d;
       coefficients = coefficients + c;
     }
-    const float mean = above / below;
+    const A mean = above / below;
     if (s.base)
-      out[i] = s.base[i] + (below == 0 ? 0.0f : mean);
+      out[i] = A(s.base[i]) + (below == 0 ? A(0) : mean);
     else
       out[i] = below == 0 ? plain / coefficients : mean;
   }
 }
 
-void nearswap_rule(const Seen& s, float* __restrict out) {
-  const float t = float(s.numbers[0]);
-  for (int i = 0; i < s.n; ++i) out[i] = nearswap(s.base[i], s.delta[0][i], t);
+template <class A>
+void nearswap_rule(const Seen<A>& s, A* __restrict out) {
+  const A t = A(s.numbers[0]);
+  for (int i = 0; i < s.n; ++i) out[i] = nearswap(A(s.base[i]), s.delta[0][i], t);
 }
 
-void mutate(const Seen& s, float* __restrict out) {
+template <class A>
+void mutate(const Seen<A>& s, A* __restrict out) {
   const uint32_t bound = reach(s.numbers[0]);
-  const float sigma = float(s.numbers[1]);
+  const A sigma = A(s.numbers[1]);
   const uint32_t* hit = random_words(s.part.key, s.model, kGene, s.position, s.n, s.words);
-  const int64_t first = s.position - s.position % 2;
   const int skip = int(s.position % 2);
-  uint32_t* more = s.words + kStep + 8;
-  const uint32_t* noise =
-      random_words(s.part.key, s.model, kNoise, first, (s.n + skip + 1) / 2 * 2, more);
+  const uint32_t* noise = random_words(s.part.key, s.model, kNoise, s.position - skip,
+                                       (s.n + skip + 1) / 2 * 2, s.words + kStep + 8);
   float normal[kStep + 2];
   for (int i = 0; i < s.n + skip; i += 2)
     normal_pair(noise[i], noise[i + 1], normal + i, normal + i + 1);
+  const A* __restrict x = s.delta[0];
   for (int i = 0; i < s.n; ++i) {
-    const float moved = s.delta[0][i] + sigma * normal[i + skip];
-    out[i] = draw(hit[i]) < bound ? moved : s.delta[0][i];
+    const A moved = x[i] + sigma * A(normal[i + skip]);
+    out[i] = draw(hit[i]) < bound ? moved : x[i];
   }
 }
 
-void pick(const Seen& s, float* __restrict out) {
+// Chances are float32 in both cases, so that the same parent is picked.
+template <class A>
+void pick(const Seen<A>& s, A* __restrict out) {
   const bool by_magnitude = s.call.element == Element::kPickMagnitude;
   const uint32_t* chance = random_words(s.part.key, 0, kChoice, s.position, s.n, s.words);
   for (int i = 0; i < s.n; ++i) {
     float top = 0, bound[kMaxModels], total = 0;
     for (int m = 0; by_magnitude && m < s.models; ++m) {
-      const float size = fabsf(s.delta[m][i]);
+      const float size = fabsf(float(s.delta[m][i]));
       top = size > top ? size : top;
     }
     for (int m = 0; m < s.models; ++m) {
-      const float share = by_magnitude ? exp_of(fabsf(s.delta[m][i]) - top) : 1.0f;
+      const float share = by_magnitude ? exp_of(fabsf(float(s.delta[m][i])) - top) : 1.0f;
       total = total + float(s.numbers[m]) * share;
       bound[m] = total;
     }
     const float at = uniform(chance[i]) * total;
-    float found = s.delta[0][i];
+    A found = s.delta[0][i];
     for (int m = 1; m < s.models; ++m) found = at >= bound[m - 1] ? s.delta[m][i] : found;
     out[i] = found;
   }
 }
 
-void blend(const Seen& s, float* __restrict out) {
-  const float alpha = float(s.numbers[s.models]);
+template <class A>
+void blend(const Seen<A>& s, A* __restrict out) {
+  const A alpha = A(s.numbers[s.models]);
   for (int i = 0; i < s.n; ++i) {
-    float low = s.delta[0][i], high = low, sum = float(s.numbers[0]) * low;
+    A low = s.delta[0][i], high = low, sum = A(s.numbers[0]) * low;
     for (int m = 1; m < s.models; ++m) {
-      const float x = s.delta[m][i];
+      const A x = s.delta[m][i];
       low = x < low ? x : low;
       high = x > high ? x : high;
-      sum = sum + float(s.numbers[m]) * x;
+      sum = sum + A(s.numbers[m]) * x;
     }
-    const float away = alpha * (high - low);
+    const A away = alpha * (high - low);
     out[i] = clamped(sum, low - away, high + away);
   }
 }
 
-void apply(const Apply& call, const Run& run, Scratch& s) {
+template <class A>
+void apply_run(const Apply& call, const Run& run, Scratch& s) {
   const Table& t = call.table;
   const Part& part = t.part[run.part];
   const Array& out = t.out[run.part];
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t) + t.extras * kStep);
-  float* extra = inputs + Deltas::floats(t);
-  float* result = scratch<float>(s, kResult, kStep);
-  float* spare = scratch<float>(s, kOther, kStep);
+  float* extra = scratch<float>(s, kValues, t.extras * kStep);
+  A* result = scratch<A>(s, kResult, kStep);
   uint32_t* words = scratch<uint32_t>(s, kMasks, 2 * (kStep + 8));
   const float* extras[kMaxModels];
-  using Function = void (*)(const Seen&, float*);
-  constexpr Function kRules[] = {consensus, fisher, nearswap_rule, mutate, pick, pick, blend};
+  using Function = void (*)(const Seen<A>&, A*);
+  constexpr Function kRules[] = {consensus<A>, fisher<A>, nearswap_rule<A>, mutate<A>,
+                                 pick<A>,      pick<A>,   blend<A>};
   const Function rule = kRules[int(call.element)];
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas d(t, run.part, at, n, inputs);
+    const Deltas<A> d(t, run.part, at, n, s);
     for (int x = 0; x < t.extras; ++x)
       extras[x] = widen(t.extra[run.part * t.extras + x], at, n, extra + x * kStep);
-    const Seen seen{call,
-                    part,
-                    d.at,
-                    extras,
-                    widen(t.base[run.part], at, n, spare),
-                    call.numbers + run.part * call.columns,
-                    part.offset + at,
-                    t.models,
-                    n,
-                    t.model[run.part * t.models],
-                    words};
-    rule(seen, result);
+    rule({call, part, d.at, extras, d.base, call.numbers + run.part * call.columns,
+          part.offset + at, t.models, n, t.model[run.part * t.models], words},
+         result);
     store(out, at, n, result, rounding_words(call.rounding, out, part, at, n, s), false);
   });
 }
 
-void swarm(const Swarm& call, const Run& run, Scratch& s) {
+void apply(const Apply& call, const Run& run, Scratch& s) {
+  is_wide(false, call.table.out[run.part]) ? apply_run<double>(call, run, s)
+                                           : apply_run<float>(call, run, s);
+}
+
+template <class A>
+void swarm_run(const Swarm& call, const Run& run, Scratch& s) {
   const Table& t = call.table;
   const Array &out = t.out[run.part], &velocity = call.velocity[run.part];
   const double* numbers = call.numbers + run.part * 5;
-  const float c[4] = {float(numbers[0]), float(numbers[1]), float(numbers[2]), float(numbers[3])};
-  const float step = float(numbers[4]);
+  const A c[4] = {A(numbers[0]), A(numbers[1]), A(numbers[2]), A(numbers[3])};
+  const A step = A(numbers[4]);
   float* inputs = scratch<float>(s, kInputs, 5 * kStep);
-  float *moved = scratch<float>(s, kResult, 2 * kStep), *speed = moved + kStep;
+  A* __restrict moved = scratch<A>(s, kResult, 2 * kStep), * __restrict speed = moved + kStep;
   in_steps(run, [&](int64_t at, int n) {
     const float* p[4];
     for (int k = 0; k < 4; ++k) p[k] = widen(t.source[run.part * 4 + k], at, n, inputs + k * kStep);
     const float* v = widen(velocity, at, n, inputs + 4 * kStep);
     for (int i = 0; i < n; ++i) {
-      speed[i] = swarm_velocity(c, p[0][i], v[i], p[1][i], p[2][i], p[3][i]);
-      moved[i] = p[0][i] + step * speed[i];
+      speed[i] = swarm_velocity(c, A(p[0][i]), A(v[i]), A(p[1][i]), A(p[2][i]), A(p[3][i]));
+      moved[i] = A(p[0][i]) + step * speed[i];
     }
-    store<float>(velocity, at, n, speed, nullptr, false);
+    store<A>(velocity, at, n, speed, nullptr, false);
     store(out, at, n, moved, rounding_words(call.rounding, out, t.part[run.part], at, n, s), false);
   });
+}
+
+void swarm(const Swarm& call, const Run& run, Scratch& s) {
+  is_wide(false, call.table.out[run.part]) ? swarm_run<double>(call, run, s)
+                                           : swarm_run<float>(call, run, s);
 }
 
 void gather_rows(const GatherRows& call, int64_t first, int64_t last, Scratch& s) {

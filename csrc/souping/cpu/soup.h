@@ -33,7 +33,7 @@ void soup_run(const Soup& call, const Run& run, bool stream, Scratch& s) {
   const Table& t = call.table;
   const Part& part = t.part[run.part];
   const int models = t.models;
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t));
+  float* inputs = scratch<float>(s, kInputs, (models + 1) * kStep);
   A* sum = scratch<A>(s, kValues, kStep);
   const Array& out = t.out[run.part];
   A w[kMaxModels];
@@ -60,7 +60,8 @@ void soup_run(const Soup& call, const Run& run, bool stream, Scratch& s) {
 }
 
 void soup(const Soup& call, const Run& run, bool stream, Scratch& s) {
-  call.wide ? soup_run<double>(call, run, stream, s) : soup_run<float>(call, run, stream, s);
+  is_wide(call.wide, call.table.out[run.part]) ? soup_run<double>(call, run, stream, s)
+                                               : soup_run<float>(call, run, stream, s);
 }
 
 }  // namespace

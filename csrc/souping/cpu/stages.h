@@ -130,24 +130,27 @@ inline const float* delta_of(const Table& t, int64_t part, int m, int64_t at, in
   return to;
 }
 
-// Differences x_m - base of a step, [M, kStep] in `to`; without a base the sources in place.
+// Differences x_m - base of a step, the sources where there is no base.
+template <class A>
 struct Deltas {
-  const float* at[kMaxModels];
+  const A* at[kMaxModels];
+  const float* base;
 
-  Deltas(const Table& t, int64_t part, int64_t begin, int n, float* to) {
-    const Array* source = t.source + part * t.models;
-    float* spare = to + t.models * kStep;
-    const float* base = widen(t.base[part], begin, n, spare);
+  Deltas(const Table& t, int64_t part, int64_t begin, int n, Scratch& s) {
+    A* to = scratch<A>(s, kInputs, (t.models + 2) * kStep);
+    float* spare = reinterpret_cast<float*>(to + t.models * kStep);
+    const float* __restrict below = base = widen(t.base[part], begin, n, spare);
     for (int m = 0; m < t.models; ++m, to += kStep) {
-      const float* x = widen(source[m], begin, n, to);
-      at[m] = x;
-      if (!base) continue;
-      for (int i = 0; i < n; ++i) to[i] = x[i] - base[i];
+      float* room = spare + kStep;
+      if constexpr (sizeof(A) == sizeof(float)) room = to;
+      const float* x = widen(t.source[part * t.models + m], begin, n, room);
+      if (below)
+        for (int i = 0; i < n; ++i) to[i] = A(x[i]) - A(below[i]);
+      else if (x != static_cast<const void*>(to))
+        for (int i = 0; i < n; ++i) to[i] = A(x[i]);
       at[m] = to;
     }
   }
-
-  static int64_t floats(const Table& t) { return int64_t(t.models + 1) * kStep; }
 };
 
 }  // namespace

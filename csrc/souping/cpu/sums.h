@@ -40,50 +40,30 @@ inline void add_values(const double* __restrict a, int first, int n, double* __r
   for (int j = 0; i + j < n; ++j) strands[j] = strands[j] + a[i + j];
 }
 
-// The models' differences of a step in float64, [M, kStep], and behind them room for one more row.
-struct WideDeltas {
-  double* at;
-
-  WideDeltas(const Table& t, int64_t part, int64_t begin, int n, Scratch& s)
-      : at(scratch<double>(s, kValues, (t.models + 2) * kStep)) {
-    float* buffer = scratch<float>(s, kInputs, 2 * kStep);
-    const float* __restrict base = widen(t.base[part], begin, n, buffer);
-    for (int m = 0; m < t.models; ++m) {
-      const float* __restrict x = widen(t.source[part * t.models + m], begin, n, buffer + kStep);
-      double* __restrict to = row(m);
-      if (base)
-        for (int i = 0; i < n; ++i) to[i] = double(x[i]) - double(base[i]);
-      else
-        for (int i = 0; i < n; ++i) to[i] = double(x[i]);
-    }
-  }
-  double* row(int m) const { return at + int64_t(m) * kStep; }
-};
-
 // A run inside one block.
 void add_step(const Table& t, Sum sum, const Run& run, const Kept& mask, int64_t at, int n,
               int first, double* strands, double* top, Scratch& s) {
-  const WideDeltas d(t, run.part, at, n, s);
+  const Deltas<double> d(t, run.part, at, n, s);
   const int models = t.models;
   if (sum == Sum::kGram) {
     for (int i = 0; i < models; ++i)
       for (int j = i; j < models; ++j, strands += kStrands)
-        add_products(d.row(i), d.row(j), first, n, strands);
+        add_products(d.at[i], d.at[j], first, n, strands);
     return;
   }
-  double* __restrict more = d.row(models);
+  double* __restrict more = scratch<double>(s, kValues, 2 * kStep);
+  double* __restrict size = more + kStep;
   if (sum == Sum::kDots) {
-    float* buffer = scratch<float>(s, kInputs, kStep);
-    const float* along = widen(t.extra[run.part * t.extras], at, n, buffer);
+    const float* along = widen(t.extra[run.part * t.extras], at, n, reinterpret_cast<float*>(size));
     for (int i = 0; i < n; ++i) more[i] = double(along[i]);
-    for (int m = 0; m < models; ++m) add_products(d.row(m), more, first, n, strands + m * kStrands);
+    for (int m = 0; m < models; ++m) add_products(d.at[m], more, first, n, strands + m * kStrands);
     return;
   }
   for (int m = 0; m < models; ++m, strands += 4 * kStrands, top += 2) {
-    double* __restrict size = d.row(m);
+    const double* __restrict delta = d.at[m];
     const uint8_t* __restrict kept =
         mask.kept ? mask.kept + m * mask.stride + (at - mask.begin) : nullptr;
-    for (int i = 0; i < n; ++i) size[i] = size[i] == size[i] ? fabs(size[i]) : 0.0;
+    for (int i = 0; i < n; ++i) size[i] = delta[i] == delta[i] ? fabs(delta[i]) : 0.0;
     for (int i = 0; i < n; ++i) more[i] = !kept || kept[i] ? size[i] : 0.0;
     add_values(size, first, n, strands);
     add_products(size, size, first, n, strands + kStrands);
@@ -132,7 +112,7 @@ void gram_rows(const GramRows& call, const Run& run, Scratch& s) {
     for (int64_t i = 0, q = 0; i < models; ++i)
       for (int64_t j = i; j < models; ++j, ++q)
         out[i * models + j] = out[j * models + i] =
-            total[q] + (span[q] + close_block(strands + q * kStrands));
+            one_nan(total[q] + (span[q] + close_block(strands + q * kStrands)));
   }
 }
 

@@ -11,10 +11,9 @@ template <class Use>
 void keys_of_run(const Survey& call, const Run& run, Scratch& s, Use use) {
   const Table& t = call.table;
   const int streams = call.variance ? 1 : t.models;
-  float* inputs = scratch<float>(s, kInputs, Deltas::floats(t));
   uint32_t* keys = scratch<uint32_t>(s, kWords, kStep + 8);
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas d(t, run.part, at, n, inputs);
+    const Deltas<float> d(t, run.part, at, n, s);
     for (int m = 0; m < streams; ++m) {
       keys_of(d, t.models, call.variance, m, n, keys);
       use(m, keys, n);
