@@ -71,7 +71,7 @@ class Scores(nn.Module):
 
     @torch.no_grad()
     def sample(self, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
-        """[B, T] labels drawn from the model's own distributions; -100 at position 0 and padding."""
+        """[B, T] labels drawn from the model itself; -100 at position 0 and at padding."""
         hidden = self.hidden(ids, mask)[:, :-1]
         rows = hidden.reshape(-1, hidden.shape[-1]).split(_ROWS)
         drawn = [torch.multinomial(self._p(row), 1, generator=generator)[:, 0] for row in rows]

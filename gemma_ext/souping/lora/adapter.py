@@ -87,8 +87,11 @@ def merge_adapters(
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.factors)
     merged = {}
     for module in modules:
-        held = [(a.factors[module], w) for a, w in zip(adapters, weights, strict=True)
-                if module in a.factors]
+        held = [
+            (a.factors[module], w)
+            for a, w in zip(adapters, weights, strict=True)
+            if module in a.factors
+        ]
         merged[module] = merge_factors(
             [f for f, _ in held], [w for _, w in held], combination_type, name=module, **options
         )

@@ -1,15 +1,16 @@
 """Several low-rank updates of one weight as one: delta_k = s_k B_k A_k, w_k their weights.
 
-| combination             | result                                                               | rank   |
-|-------------------------|----------------------------------------------------------------------|--------|
-| exact                   | sum_k w_k delta_k                                                    | sum r  |
-| cat                     | the same: [B_1 .. B_K] [w_1 s_1 A_1; .. ; w_K s_K A_K]               | sum r  |
-| svd                     | the nearest to it of the given rank                                  | max r  |
-| linear                  | (sum_k g_k B_k) (sum_k sign g_k A_k), g_k = sqrt |w_k s_k|           | r      |
-| ties, dare_linear,      | the same with a merge of the B_k and one of the A_k in place of the  | r      |
-| dare_ties,              | sums                                                                 |        |
-| magnitude_prune         |                                                                      |        |
-| those with _svd         | of the merge of the dense delta_k, the nearest of the given rank     | max r  |
+| combination             | result                                                       | rank  |
+|-------------------------|--------------------------------------------------------------|-------|
+| exact                   | sum_k w_k delta_k                                            | sum r |
+| cat                     | the same: [B_1 .. B_K] [w_1 s_1 A_1; .. ; w_K s_K A_K]       | sum r |
+| svd                     | the nearest to it of the given rank                          | max r |
+| linear                  | (sum_k |g_k| B_k) (sum_k g_k A_k), |g_k| = sqrt |w_k s_k|,   | r     |
+|                         | the sign of g_k that of w_k s_k                              |       |
+| ties, dare_linear,      | the same with a merge of the B_k and one of the A_k in       | r     |
+| dare_ties,              | place of the sums                                            |       |
+| magnitude_prune         |                                                              |       |
+| those with _svd         | of the merge of dense delta_k, the nearest of the given rank | max r |
 
 All but `exact` have the names and meanings of peft's `add_weighted_adapter`. What merges A and B
 apart is no merge of the updates: it has the cross terms B_j A_k in it. `exact` and `svd` never hold
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import Magnitudes, Mask, Part, Rule, merge_
+from gemma_ext.ops.souping import Cut, Magnitudes, Mask, Part, Rule, merge_
 
 _ELEMENTWISE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = (
@@ -160,7 +161,7 @@ def _elementwise(
     part = Part([t.contiguous() for t in tensors], out=out, name=name)
     mask, divide = Mask(), None
     if rule in ("ties", "magnitude_prune"):
-        mask = Mask(keep=largest(part, [int(density * out.numel())] * len(tensors)))
+        mask = Mask(keep=_largest(part, int(density * out.numel())))
     elif rule.startswith("dare"):
         mask = Mask(density=density)
         divide = density or 1.0
@@ -169,6 +170,14 @@ def _elementwise(
         combine = Rule(election=SIGNS[signs], weighted=False, combine="mean")
     merge_([part], combine, weights, mask=mask, divide=divide, seed=seed)
     return out
+
+
+def _largest(part: Part, keep: int) -> Cut:
+    magnitudes = Magnitudes(len(part.sources))
+    for _ in range(2):
+        magnitudes.survey([part])
+        magnitudes.settle(keep)
+    return magnitudes.cut()
 
 
 def _check(

@@ -20,6 +20,20 @@ def normalize(default: bool) -> Parameter:
     return Parameter("normalize", default, kind=bool)
 
 
+def shares(weights: Sequence[float], name: str) -> list[float]:
+    """Weights over their sum.
+
+    Raises:
+        ValueError: the sum is 0; `name` is of the tensor.
+    """
+    total = sum(weights)
+    if total == 0:
+        raise ValueError(
+            f"expected weights that do not add up to 0, got {list(weights)} for {name}"
+        )
+    return [weight / total for weight in weights]
+
+
 def one_of(key: str, value: str, known: Sequence[str]) -> str:
     """`value`, if it is among the known ones.
 

@@ -1,6 +1,6 @@
 """Weighted sums of models.
 
-linear        out = sum_m w_m theta_m, over sum_m w_m with `normalize` (Model soups, arXiv 2203.05482)
+linear        out = sum_m w_m theta_m, over sum_m w_m with `normalize` (soups, arXiv 2203.05482)
 passthrough   out = scale theta_1
 greedy soup   starts with the model that scores best on held-out data and offers it the others in
               descending order; each is kept if the mean of all kept so far and it scores higher
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 from gemma_ext.ops.souping import Part, soup_
 from gemma_ext.souping.method import Method, Parameter, TensorInfo, Values
-from gemma_ext.souping.methods.keys import WEIGHT, normalize
+from gemma_ext.souping.methods.keys import WEIGHT, normalize, shares
 
 
 class Linear(Method):
@@ -24,15 +24,7 @@ class Linear(Method):
 
     def begin(self, tensor: TensorInfo, values: Values) -> list[float]:
         weights = values.of("weight")
-        if not values.merge["normalize"]:
-            return weights
-        total = sum(weights)
-        if total == 0:
-            raise ValueError(
-                f"expected weights that do not add up to 0 with normalize, got {weights} "
-                f"for {tensor.name}"
-            )
-        return [weight / total for weight in weights]
+        return shares(weights, tensor.name) if values.merge["normalize"] else weights
 
     def merge(self, part: Part, state: list[float]) -> None:
         soup_([part], state)

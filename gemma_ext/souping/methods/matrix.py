@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.souping import Part
-from gemma_ext.souping.method import Method, Parameter, TensorInfo, Values
+from gemma_ext.souping.method import Method, TensorInfo, Values
 from gemma_ext.souping.methods.keys import LAMBDA
 
 _VOCABULARY = ("embed", "lm_head", "wte")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gemma_ext.ops.souping import Part, soup_
 from gemma_ext.souping.method import Method, Parameter, TensorInfo, Values
-from gemma_ext.souping.methods.keys import total
+from gemma_ext.souping.methods.keys import shares
 from gemma_ext.souping.statistics import Statistics
 
 
@@ -91,8 +91,7 @@ class RegMean(Method):
         grams, values = state
         weights = values.of("weight")
         if grams is None:
-            share = total(weights)
-            soup_([part], [weight / share for weight in weights])
+            soup_([part], shares(weights, part.name))
             return
         merged = regmean(
             part.sources,

@@ -1,142 +1,206 @@
-"""Means on the sphere, from the Gram matrix of the models alone.
-
-x_k one tensor of M models, flattened, G_ij = <x_i, x_j> in float64, u_k = x_k / |x_k|. Every such
-mean is a combination sum_k c_k x_k, and every inner product that its iteration needs is one of G:
-one pass over the weights for G, M numbers to iterate on, one pass for the combination.
-
-slerp          om = acos <u_0, u_1>: c = (sin((1-t) om), sin(t om)) / sin om, of the vectors as they
-               are; (1-t, t) where |<u_0, u_1>| > 0.9995
-nuslerp        the same, straight only where it has to be
-multislerp     m = sum w_k u_k / |.|, v = sum w_k (u_k - <u_k, m> m), u = cos|v| m + sin|v| v / |v|;
-               times sum w_k |x_k|
-karcher        u <- exp_u(sum a_k log_u(u_k)) from sum a_k u_k / |.|, a_k = 1 / M; times
-               sum a_k |x_k|; a zero x_k has no direction and only shortens
-model stock    (arXiv 2403.19522) of deltas, c the mean cosine of pairs:
-               t = M c / (1 + (M-1) c), out = t mean_k theta_k + (1-t) theta_0
-"""
+"""Methods that turn: a survey for the Gram matrix, a sum with what `directions` makes of it."""
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-STRAIGHT_ABOVE = 0.9995  # |cosine|; mergekit's bound for slerp, from its first version on
-_SMALL = 1e-8
+from gemma_ext.ops.souping import Gram, Part, gram_rows, soup_
+from gemma_ext.souping.method import Method, Parameter, TensorInfo, Values
+from gemma_ext.souping.methods import directions
+from gemma_ext.souping.methods.keys import WEIGHT, shares
 
 
-def norms(gram: Tensor) -> Tensor:
-    """[..., M] lengths of the M vectors."""
-    return gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+@dataclass
+class State:
+    """One tensor between the calls for it."""
+
+    tensor: TensorInfo
+    values: Values
+    gram: Gram
+    coefficients: Any = None
 
 
-def unit_gram(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """(Gram of the directions [..., M, M], 1 / lengths [..., M]); a zero vector stays zero."""
-    lengths = norms(gram)
-    inverse = torch.where(lengths > 0, 1 / lengths, 0.0)
-    cosines = gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    return cosines.clamp(-1, 1), inverse
+class _Flat(Method):
+    """Coefficients of whole tensors."""
+
+    surveys = 1
+
+    def begin(self, tensor: TensorInfo, values: Values) -> State:
+        return State(tensor, values, Gram(len(values.models)))
+
+    def survey(self, step: int, part: Part, state: State) -> None:
+        state.gram.add([part])
+
+    def settle(self, step: int, state: State) -> None:
+        state.coefficients = self.combine(state.gram.value[0], state.values)
+
+    def combine(self, gram: Tensor, values: Values) -> Tensor:
+        raise NotImplementedError
+
+    def merge(self, part: Part, state: State) -> None:
+        soup_([part], state.coefficients)
 
 
-def cosine(gram: Tensor) -> Tensor:
-    """[...] of the two vectors of gram [..., 2, 2]; 0 where one of them is zero."""
-    return unit_gram(gram)[0][..., 0, 1]
+class Slerp(_Flat):
+    """From the base (t = 0) to the one other model (t = 1) along the arc between them.
 
-
-def slerp(gram: Tensor, t: float, *, straight_above: float | None = None) -> Tensor:
-    """Coefficients [..., 2] of x_0 and x_1 for gram [..., 2, 2].
-
-    Args:
-        t: share of x_1.
-        straight_above: |cosine| from which the way is a straight line; None for only where it has
-            to be, at a sine of 1e-8.
+    As in mergekit a straight line where the cosine is above 0.9995, which fine-tunes of one base
+    nearly always are.
     """
-    c = cosine(gram)
-    sine = (1 - c * c).clamp(min=0).sqrt()
-    straight = sine <= _SMALL if straight_above is None else c.abs() > straight_above
-    arc = torch.stack([((1 - t) * c.acos()).sin(), (t * c.acos()).sin()], -1)
-    arc = arc / torch.where(straight, 1.0, sine).unsqueeze(-1)
-    return torch.where(straight.unsqueeze(-1), arc.new_tensor([1 - t, t]), arc)
+
+    name = "slerp"
+    parameters = (Parameter("t"),)
+    base = "needed"
+    models = (1, 1)
+
+    def begin(self, tensor: TensorInfo, values: Values) -> State:
+        return State(tensor, values, Gram(2))
+
+    def survey(self, step: int, part: Part, state: State) -> None:
+        state.gram.add([_ends(part)])
+
+    def combine(self, gram: Tensor, values: Values) -> Tensor:
+        return directions.slerp(gram, values.merge["t"], straight_above=directions.STRAIGHT_ABOVE)
+
+    def merge(self, part: Part, state: State) -> None:
+        soup_([_ends(part)], state.coefficients)
 
 
-def multislerp(gram: Tensor, weights: Tensor, eps: float = 1e-8) -> Tensor:
-    """Coefficients [M]; weights [M] float64.
+def _ends(part: Part) -> Part:
+    return Part([part.base, *part.sources], None, part.out, part.name, part.offset)
 
-    Raises:
-        ValueError: more than two directions whose weighted mean vanishes have no middle.
+
+class NuSlerp(Method):
+    """Along the arc between two models, or with a base between their task vectors.
+
+    t = w_2 / (w_1 + w_2), 0.5 where the weights cancel. With `nuslerp_flatten` off every row of
+    the last dimension turns on its own, with `nuslerp_row_wise` as well every column, as the names
+    have it in mergekit.
     """
-    cosines, inverse = unit_gram(gram)
-    lengths = norms(gram)
-    if len(lengths) == 1:
-        return torch.ones_like(lengths)
-    mean_length = _length(weights, cosines)
-    if mean_length < eps:
-        if len(lengths) == 2:
-            return weights / weights.sum()
-        raise ValueError(
-            "expected directions whose weighted mean is not zero, got ones that cancel; "
-            "change the weights"
-        )
-    middle = weights / mean_length
-    lean = cosines @ middle
-    tangent = weights - (weights @ lean) * middle
-    angle = _length(tangent, cosines)
-    direction = math.cos(angle) * middle + _sinc(angle) * tangent
-    return direction * inverse * (weights @ lengths)
+
+    name = "nuslerp"
+    base = "optional"
+    models = (2, 2)
+    grain = "row"
+    surveys = 1
+    parameters = (
+        WEIGHT,
+        Parameter("nuslerp_flatten", True, kind=bool),
+        Parameter("nuslerp_row_wise", False, kind=bool),
+    )
+
+    def begin(self, tensor: TensorInfo, values: Values) -> State:
+        return State(tensor, values, Gram(2))
+
+    def _flat(self, state: State) -> bool:
+        return state.values.merge["nuslerp_flatten"]
+
+    def _columns(self, state: State) -> bool:
+        return state.values.merge["nuslerp_row_wise"] and len(state.tensor.shape) > 1
+
+    def skips(self, step: int, state: State) -> bool:
+        return not self._flat(state) and not self._columns(state)
+
+    def survey(self, step: int, part: Part, state: State) -> None:
+        if self._flat(state):
+            state.gram.add([part])
+        elif self._columns(state):
+            x = _deltas(part)
+            seen = 0.0 if state.coefficients is None else state.coefficients
+            state.coefficients = seen + torch.einsum("irc,jrc->cij", x, x)
+
+    def settle(self, step: int, state: State) -> None:
+        if self._flat(state):
+            state.coefficients = self._arc(state.gram.value[0], state)
+        elif self._columns(state):
+            state.coefficients = self._arc(state.coefficients, state)
+
+    def _arc(self, gram: Tensor, state: State) -> Tensor:
+        first, second = state.values.of("weight")
+        total = first + second
+        return directions.slerp(gram, 0.5 if abs(total) < 1e-6 else second / total)
+
+    def merge(self, part: Part, state: State) -> None:
+        if self._flat(state):
+            soup_([part], state.coefficients)
+        elif self._columns(state):
+            merged = torch.einsum("irc,ci->rc", _deltas(part), state.coefficients)
+            base = 0.0 if part.base is None else part.base.double().reshape(merged.shape)
+            part.out.copy_((base + merged).reshape(part.out.shape))
+        else:
+            soup_([part], self._arc(gram_rows([part]), state), rows=True)
 
 
-def karcher(gram: Tensor, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
-    """Coefficients [M] of the mean of M directions that all weigh the same.
+def _deltas(part: Part) -> Tensor:
+    """float64 [M, rows, columns]."""
+    x = torch.stack([source.double() for source in part.sources])
+    x = x if part.base is None else x - part.base.double()
+    return x.reshape(len(x), -1, x.shape[-1])
 
-    Args:
-        max_iter: most steps.
-        tol: a step shorter than this, in radians, is the last.
+
+class MultiSlerp(_Flat):
+    """The barycentre of directions around their mean, of task vectors if there is a base."""
+
+    name = "multislerp"
+    base = "optional"
+    parameters = (
+        WEIGHT,
+        Parameter("normalize_weights", True, kind=bool),
+        Parameter("eps", 1e-8),
+    )
+
+    def combine(self, gram: Tensor, values: Values) -> Tensor:
+        weights = values.of("weight")
+        if values.merge["normalize_weights"]:
+            weights = shares(weights, "multislerp")
+        weights = torch.tensor(weights, dtype=torch.float64)
+        return directions.multislerp(gram, weights, values.merge["eps"])
+
+
+class Karcher(_Flat):
+    """The Karcher mean of the models' directions."""
+
+    name = "karcher"
+    parameters = (Parameter("max_iter", 10, kind=int), Parameter("tol", 1e-5))
+
+    def combine(self, gram: Tensor, values: Values) -> Tensor:
+        return directions.karcher(gram, max_iter=values.merge["max_iter"], tol=values.merge["tol"])
+
+
+class ModelStock(Method):
+    """The mean of the models, drawn towards the base as far as their angles say.
+
+    With `filter_wise` every row of the last dimension by its own angles.
     """
-    lengths = norms(gram)
-    held = lengths > 0
-    if not held.any():
-        return torch.zeros_like(lengths)
-    cosines, inverse = unit_gram(gram)
-    share = held.double() / held.sum()
-    start = _length(share, cosines)
-    u = share / start if start > _SMALL else _first(held)
-    for _ in range(max_iter):
-        c = (cosines @ u).clamp(-1, 1)
-        angle = c.acos()
-        sine = (1 - c * c).clamp(min=0).sqrt()
-        pull = share * torch.where(sine > _SMALL, angle / torch.where(sine > 0, sine, 1.0), 1.0)
-        tangent = pull - (pull @ c) * u
-        step = _length(tangent, cosines)
-        if step < tol:
-            break
-        u = math.cos(step) * u + _sinc(step) * tangent
-        u = u / _length(u, cosines)
-    return u * inverse * lengths.mean()
 
+    name = "model_stock"
+    base = "needed"
+    models = (2, None)
+    grain = "row"
+    surveys = 1
+    parameters = (Parameter("filter_wise", False, kind=bool),)
 
-def model_stock(gram: Tensor) -> Tensor:
-    """t [...] of gram [..., M, M] of deltas: 0 at orthogonal ones, 1 at equal ones."""
-    count = gram.shape[-1]
-    lengths = norms(gram)
-    products = lengths.unsqueeze(-1) * lengths.unsqueeze(-2)
-    cosines = (gram / products.clamp(min=1e-6)).clamp(-1, 1)
-    pairs = cosines.sum((-2, -1)) - cosines.diagonal(dim1=-2, dim2=-1).sum(-1)
-    mean = pairs / (count * (count - 1))
-    divisor = 1 + (count - 1) * mean
-    flat = divisor.abs() < 1e-6  # deltas that cancel have no estimate: the base stays
-    return torch.where(flat, 0.0, count * mean / torch.where(flat, 1.0, divisor))
+    def begin(self, tensor: TensorInfo, values: Values) -> State:
+        return State(tensor, values, Gram(len(values.models)))
 
+    def skips(self, step: int, state: State) -> bool:
+        return state.values.merge["filter_wise"]
 
-def _length(coefficients: Tensor, cosines: Tensor) -> float:
-    return math.sqrt(max(0.0, float(coefficients @ cosines @ coefficients)))
+    def survey(self, step: int, part: Part, state: State) -> None:
+        if not self.skips(step, state):
+            state.gram.add([part])
 
+    def settle(self, step: int, state: State) -> None:
+        if not self.skips(step, state):
+            state.coefficients = float(directions.model_stock(state.gram.value[0]))
 
-def _sinc(angle: float) -> float:
-    return math.sin(angle) / angle if angle > 0 else 1.0
-
-
-def _first(held: Tensor) -> Tensor:
-    first = torch.zeros(len(held), dtype=torch.float64)
-    first[int(held.int().argmax())] = 1.0
-    return first
+    def merge(self, part: Part, state: State) -> None:
+        share = 1.0 / len(part.sources)
+        if state.values.merge["filter_wise"]:
+            soup_([part], share, scale=directions.model_stock(gram_rows([part])), rows=True)
+        else:
+            soup_([part], share, scale=state.coefficients)

@@ -1,6 +1,6 @@
 """What some methods want to know about each model beside its weights."""
 
-from gemma_ext.souping.statistics.files import Statistics, StatisticsFile, save_statistics
+from gemma_ext.souping.statistics.files import Statistics, StatisticsFile, run_of, save_statistics
 from gemma_ext.souping.statistics.fisher import fisher_diagonal, squared_scores
 from gemma_ext.souping.statistics.grams import collect_grams
 
@@ -9,6 +9,7 @@ __all__ = [
     "StatisticsFile",
     "collect_grams",
     "fisher_diagonal",
+    "run_of",
     "save_statistics",
     "squared_scores",
 ]

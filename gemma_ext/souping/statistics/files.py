@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gemma_ext.ops.souping import Part
 from gemma_ext.souping.method import Values
 
 _ALIASES = "gemma_ext.same_as"
@@ -34,14 +35,7 @@ class Statistics:
             ValueError: there is nothing to read, or not for as many models as are merged, or only
                 for some of them.
         """
-        held = self.given
-        if held is None:
-            held = [self._open(path) for path in values.of(self.key)]
-        if len(held) != len(values.models):
-            raise ValueError(
-                f"expected {self.key} of {len(values.models)} models, got {len(held)}"
-            )
-        found = [tensors[name] if name in tensors else None for tensors in held]
+        found = [tensors.get(name) for tensors in self.all(values)]
         missing = [index for index, tensor in enumerate(found) if tensor is None]
         if missing and len(missing) < len(found):
             raise ValueError(
@@ -50,12 +44,28 @@ class Statistics:
             )
         return found
 
+    def all(self, values: Values) -> Sequence[Mapping[str, Tensor]]:
+        """The M mappings."""
+        held = self.given
+        if held is None:
+            held = [self._open(path) for path in values.of(self.key)]
+        if len(held) != len(values.models):
+            raise ValueError(f"expected {self.key} of {len(values.models)} models, got {len(held)}")
+        return held
+
     def _open(self, path: str | None) -> Mapping[str, Tensor]:
         if path is None:
             raise ValueError(f"expected {self.key} of every model: a file each, got none")
         if path not in self.opened:
             self.opened[path] = StatisticsFile(path)
         return self.opened[path]
+
+
+def run_of(tensors: Sequence[Tensor], part: Part) -> list[Tensor]:
+    """What whole tensors hold where the part is, in its shape."""
+    x = part.sources[0]
+    run = slice(part.offset, part.offset + x.numel())
+    return [tensor.reshape(-1)[run].view(x.shape).to(x.device) for tensor in tensors]
 
 
 class StatisticsFile(Mapping[str, Tensor]):
@@ -95,4 +105,3 @@ def save_statistics(tensors: Mapping[str, Tensor], path: str | os.PathLike[str])
     beside = Path(f"{os.fspath(path)}.part")
     save_file(stored, beside, metadata={_ALIASES: json.dumps(aliases)})
     os.replace(beside, path)
-

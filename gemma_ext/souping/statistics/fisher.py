@@ -94,4 +94,3 @@ def fisher_diagonal(
     if count == 0:
         raise ValueError("expected at least one sequence in batches, got none")
     return {name: square / count for name, square in squares.items()}
-

@@ -1,6 +1,6 @@
 """Gram matrices of what the linear layers of a model see.
 
-    G = X^T X / rows        X [rows, D] the inputs of one nn.Linear, rows are tokens without padding
+G = X^T X / rows        X [rows, D] the inputs of one nn.Linear, rows are tokens without padding
 """
 
 from __future__ import annotations
