@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from gemma_ext.papers.mergebench import algorithms as table
 from gemma_ext.papers.mergebench import as_released
+from gemma_ext.papers.mergebench import merging as table
 from gemma_ext.papers.mergebench.protocol import Pool
 
 DOMAINS = ("a", "b", "c", "d", "e")

@@ -20,7 +20,7 @@ What differs:
 - The grids are ours: the paper's are not published.
 """
 
-from gemma_ext.papers.mergebench.algorithms import algorithms
+from gemma_ext.papers.mergebench.merging import algorithms
 from gemma_ext.papers.mergebench.page import figure, markdown, rows
 from gemma_ext.papers.mergebench.protocol import Algorithm, Outcome, Pool, run
 from gemma_ext.papers.mergebench.scorers import HeldOut, LmEval, Scorer
