@@ -53,9 +53,10 @@ def slerp(gram: Tensor, t: float, *, straight_above: float | None = None) -> Ten
             to be, at a sine of 1e-8.
     """
     c = cosine(gram)
-    sine = (1 - c * c).clamp(min=0).sqrt()
+    angle = c.acos()
+    sine = angle.sin()  # of the angle, not of c: the rounding of c then cancels from the ratio
     straight = sine <= _SMALL if straight_above is None else c.abs() > straight_above
-    arc = torch.stack([((1 - t) * c.acos()).sin(), (t * c.acos()).sin()], -1)
+    arc = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()], -1)
     arc = arc / torch.where(straight, 1.0, sine).unsqueeze(-1)
     return torch.where(straight.unsqueeze(-1), arc.new_tensor([1 - t, t]), arc)
 
@@ -104,8 +105,8 @@ def karcher(gram: Tensor, *, max_iter: int = 10, tol: float = 1e-5) -> Tensor:
     for _ in range(max_iter):
         c = (cosines @ u).clamp(-1, 1)
         angle = c.acos()
-        sine = (1 - c * c).clamp(min=0).sqrt()
-        pull = share * torch.where(sine > _SMALL, angle / torch.where(sine > 0, sine, 1.0), 1.0)
+        # an antipode pulls in every direction alike, and so in none
+        pull = share / torch.where(c > -1 + _SMALL, torch.sinc(angle / math.pi), 1.0)
         tangent = pull - (pull @ c) * u
         step = _length(tangent, cosines)
         if step < tol:

@@ -2,8 +2,8 @@
 
 nearswap       w = clamp(t / max(|delta|, 1e-6), 0, 1), out = theta_0 + w delta: what is near moves
                all the way, what is far moves by t
-arcee_fusion   importance |delta_i| KL(softmax(row of theta_1) || softmax(row of theta_0)), 1e-8 added
-               to the probabilities; out = theta_0 + delta where it reaches q2 + 1.5 (q3 - q1), the
+arcee_fusion   importance |delta_i| KL(softmax(row of theta_1) || softmax(row of theta_0)), 1e-8 on
+               the probabilities; out = theta_0 + delta where it reaches q2 + 1.5 (q3 - q1), the
                quartiles of the tensor
 
 mergekit takes the quartiles of a random million; here they are those of all elements, found by
