@@ -26,7 +26,7 @@ from gemma_ext.integrations.transformers import patch
 from gemma_ext.papers import mergebench
 
 GENERAL = "held-out text of all kinds"
-VALIDATION_WINDOWS, TEST_WINDOWS, CALIBRATION_WINDOWS = 64, 128, 32
+CALIBRATION_WINDOWS = 32
 
 
 def main(
@@ -42,6 +42,8 @@ def main(
     released: Annotated[bool, typer.Option(help="Also what the published code computes.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Of validation; twice that of test.")] = 64,
+    only: Annotated[list[str] | None, typer.Option(help="Algorithm by name, repeated.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per lm-eval task.")] = None,
 ) -> None:
     """Run the benchmark on MODEL and write its table and figure."""
@@ -55,18 +57,25 @@ def main(
         def pool(seed: int) -> mergebench.Pool:
             return makers.pool({d: makers.load(folder) for d, folder in folders.items()})
     else:
-        scorer = makers.held_out()
+        scorer = makers.held_out(windows)
 
         def pool(seed: int) -> mergebench.Pool:
             return makers.pool({d: makers.expert(d, seed) for d in pocket.DOMAINS})
 
     ways = mergebench.algorithms(released=released)
+    if only:
+        known = {way.name: way for way in ways}
+        if unknown := set(only) - set(known):
+            raise typer.BadParameter(f"--only: expected one of {list(known)}, got {unknown}")
+        ways = [known[name] for name in only]
     outcomes = mergebench.run(pool, ways, scorer, range(seeds), out, typer.echo)
     table = mergebench.rows(outcomes)
     text = mergebench.markdown(table)
     (out / "table.md").write_text(text, encoding="utf-8")
-    mergebench.figure(table).savefig(out / "figure.svg")
-    typer.echo(f"{text}\n{out / 'table.md'}, {out / 'figure.svg'}")
+    scored = f"tasks of {tasks}" if tasks else "next-token accuracy on held-out text"
+    domains = ", ".join(table[0].by_domain)
+    mergebench.write(out / "page.html", table, f"Experts of {model}: {domains}; {scored}.")
+    typer.echo(f"{text}\n{out / 'table.md'}, {out / 'page.html'}")
 
 
 class Makers:
@@ -108,22 +117,22 @@ class Makers:
             self.text[name] = pocket.load_domain(name, self.tokenizer)
         return self.text[name]
 
-    def held_out(self) -> mergebench.HeldOut:
-        def cut(ids: Tensor, windows: int) -> Tensor:
-            return ids[: windows * self.context + 1]
+    def held_out(self, windows: int) -> mergebench.HeldOut:
+        def cut(ids: Tensor, count: int) -> Tensor:
+            return ids[: count * self.context + 1]
 
         streams = {}
         for name in pocket.DOMAINS:
             text = self.domain(name)
             streams[name] = {
-                "validation": cut(text.validation, VALIDATION_WINDOWS),
-                "test": cut(text.test, TEST_WINDOWS),
+                "validation": cut(text.validation, windows),
+                "test": cut(text.test, 2 * windows),
             }
         if self.general is None:
             held = [doc.text for doc in pocket.documents() if doc.split == "heldout"][:40]
             encoded = self.tokenizer("\n".join(held), return_tensors="pt").input_ids[0]
             self.general = encoded
-        general = {GENERAL: cut(self.general, TEST_WINDOWS)}
+        general = {GENERAL: cut(self.general, 2 * windows)}
         return mergebench.HeldOut(streams, general, self.context, batch=8)
 
     def expert(self, domain: str, seed: int) -> nn.Module:

@@ -157,7 +157,7 @@ def test_ranks_share_places():
     assert scores.ranks({"x": 0.1, "y": 0.5, "z": 0.5}) == {"x": 3.0, "y": 1.5, "z": 1.5}
 
 
-def test_table_and_figure(tmp_path):
+def test_table_and_page(tmp_path):
     better, worse = Share(), Share(name="less", grid=({"share": 0.1},))
     found = protocol.run(make_pool, [worse, better], Reader(), [0, 1, 2], tmp_path)
     table = page.rows(found)
@@ -166,8 +166,11 @@ def test_table_and_figure(tmp_path):
     text = page.markdown(table)
     assert text.count("\n") == 6
     assert "| share | 1.000 ± 0.000 | 0.625 ± 0.000 | 0.750 ± 0.000 | 0.625 | 0.625 |" in text
-    page.figure(table).savefig(tmp_path / "figure.svg")
-    assert "retention of general tasks" in (tmp_path / "figure.svg").read_text()
+    page.write(tmp_path / "page.html", table, "Numbers that read themselves.")
+    html = (tmp_path / "page.html").read_text()
+    assert "retention of general tasks" in html
+    assert "Means over 3 seeds" in html
+    assert html.count("1.000 ± 0.000") >= 3
 
 
 def test_book_reads_back_what_it_wrote(tmp_path):

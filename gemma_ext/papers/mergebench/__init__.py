@@ -21,7 +21,7 @@ What differs:
 """
 
 from gemma_ext.papers.mergebench.merging import algorithms
-from gemma_ext.papers.mergebench.page import figure, markdown, rows
+from gemma_ext.papers.mergebench.page import markdown, rows, write
 from gemma_ext.papers.mergebench.protocol import Algorithm, Outcome, Pool, run
 from gemma_ext.papers.mergebench.scorers import HeldOut, LmEval, Scorer
 
@@ -33,8 +33,8 @@ __all__ = [
     "Pool",
     "Scorer",
     "algorithms",
-    "figure",
     "markdown",
     "rows",
     "run",
+    "write",
 ]

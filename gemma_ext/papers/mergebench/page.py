@@ -1,16 +1,21 @@
-"""Tables and figures of a run: performance against forgetting, and against time."""
+"""Table and page of a run: performance against forgetting, and against time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_ext import report
 from gemma_ext.papers.mergebench.protocol import REFERENCES, Outcome
 from gemma_ext.papers.mergebench.scores import Interval, interval, ranks
+from gemma_ext.report import plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+MARKERS = "o^D"
 
 
 @dataclass(frozen=True)
@@ -87,27 +92,49 @@ def markdown(table: Sequence[Row]) -> str:
 
 def figure(table: Sequence[Row]) -> Figure:
     """Performance against retention and against the seconds of tuning, with intervals."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(11, 4.6), layout="constrained")
-    forgetting, cost = drawn.subplots(1, 2, sharey=True)
+    drawn, (forgetting, cost) = plots.axes(1, 2, (9.5, 4.6), sharey=True)
     for number, row in enumerate(table):
-        colour = "#9aa5b1" if row.rank is None else f"C{number % 10}"
-        shape = "s" if row.rank is None else "o"
-        y = {"y": row.performance.mean, "yerr": _bar(row.performance)}
-        style = {"fmt": shape, "color": colour, "capsize": 3}
+        reference = row.rank is None
+        style = {
+            "y": row.performance.mean,
+            "yerr": _bar(row.performance),
+            "fmt": "s" if reference else MARKERS[number // 10 % len(MARKERS)],
+            "color": plots.GREY if reference else f"C{number % 10}",
+            "capsize": 3,
+        }
         forgetting.errorbar(
-            row.retention.mean, xerr=_bar(row.retention), label=row.algorithm, **y, **style
+            row.retention.mean, xerr=_bar(row.retention), label=row.algorithm, **style
         )
-        if row.rank is not None:
-            cost.errorbar(max(row.tuning_seconds, 1e-3), **y, **style)
+        if not reference:
+            cost.errorbar(max(row.tuning_seconds, 1e-3), **style)
     forgetting.set(xlabel="retention of general tasks (base = 1)")
     forgetting.set(ylabel="performance (expert = 1)")
     cost.set(xlabel="seconds with tuning", xscale="log")
     for axes in (forgetting, cost):
         axes.grid(alpha=0.3)
-    drawn.legend(loc="outside right center", fontsize=8)
+    drawn.legend(loc="outside lower center", ncols=3, fontsize=8)
     return drawn
+
+
+def write(path: Path, table: Sequence[Row], question: str) -> None:
+    """The page of a run; `question` says what was merged and how it was scored."""
+    best = next(row for row in table if row.rank)
+    report.write_page(
+        path,
+        "gemma_ext.papers.mergebench",
+        "page.html.jinja",
+        numbers=[
+            ("best by rank", best.algorithm),
+            ("its performance (experts = 1)", str(best.performance)),
+            ("its retention (base = 1)", str(best.retention)),
+        ],
+        machine=report.this_machine(),
+        question=question,
+        seeds=best.seeds,
+        figure=plots.svg(figure(table), "performance against retention and against seconds"),
+        domains=list(best.by_domain),
+        rows=table,
+    )
 
 
 def _bar(of: Interval) -> float | None:
