@@ -16,6 +16,7 @@ from gemma_ext.souping.evaluate import check_recipe
 from gemma_ext.souping.files.checkpoint import Stored
 from gemma_ext.souping.files.sources import RowMap, Source
 from gemma_ext.souping.method import Method
+from gemma_ext.souping.methods.linear import Passthrough
 from gemma_ext.souping.models import Model, open_model
 from gemma_ext.souping.peek import read_pieces, read_whole
 from gemma_ext.souping.plan import Target, default_dtype
@@ -181,11 +182,16 @@ def _targets(
 ) -> list[Target]:
     wanted = recipe.out_dtype or recipe.dtype
     sources = _Sources(models, maps)
-    return [_target(one, models, sources, wanted and getattr(torch, wanted)) for one in resolved]
+    dtype = wanted and getattr(torch, wanted)
+    return [_target(recipe, one, models, sources, dtype) for one in resolved]
 
 
 def _target(
-    one: Resolved, models: Sequence[Model], sources: _Sources, wanted: torch.dtype | None
+    recipe: Recipe,
+    one: Resolved,
+    models: Sequence[Model],
+    sources: _Sources,
+    wanted: torch.dtype | None,
 ) -> Target:
     origin = one.base or one.sources[0]
     stored = models[origin.model].stored(origin.name)
@@ -198,6 +204,10 @@ def _target(
     info = replace(one.info, shape=shape)
     if base and any(source.shape[1:] != shape[1:] for source in [*found, base]):
         return Target(info, dtype, [base])
+    if recipe.method == Passthrough.name and one.values.models[0]["scale"] in (None, 1.0):
+        source = found[0]
+        if source.is_plain and (source.stored.dtype, source.shape) == (dtype, shape):
+            return Target(info, dtype, found)  # bytes are copied, not merged
     return Target(info, dtype, found, base, one.values)
 
 

@@ -43,7 +43,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise ValueError(f"{folder}: expected a tokenizer beside the weights, got none")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers panics on some files, which is no Exception
         first = str(error).strip().split("\n")[0]
         raise ValueError(f"{folder}: transformers cannot load the tokenizer: {first}") from None
 

@@ -50,9 +50,9 @@ def regmean(
     scaled = [c * _reduced(g.double(), reduction) for c, g in zip(coefficients, grams, strict=True)]
     whole = torch.stack(scaled).sum(0)
     size = len(whole)
-    shift = ridge * float(whole.diagonal().sum()) / max(1, size * len(weights))
-    if shift == 0:  # no input at all
-        shift = 1.0
+    trace = float(whole.diagonal().sum())
+    # without any input the mean is all there is
+    shift = ridge * trace / (size * len(weights)) if trace > 0 else 1.0
     eye = torch.eye(size, dtype=torch.float64, device=whole.device) * shift
     target = sum((g + eye) @ w.double().T for g, w in zip(scaled, weights, strict=True))
     factor = torch.linalg.cholesky(whole + len(weights) * eye)
