@@ -167,6 +167,20 @@ def test_localize_and_stitch_averages_where_masks_overlap(pool):
     torch.testing.assert_close(flat(merged).double(), expected, rtol=0, atol=2e-7)
 
 
+def test_trained_masks_stitch_by_the_same_formula(pool):
+    base, found = deltas(pool)
+    masks = table.TRAINED_STITCH.prepare(pool, 0)
+    merged = table.TRAINED_STITCH.merge(pool, masks, {}, 0)
+    assert all(m.keys() == base.keys() for m in masks)
+    start = [torch.cat([x.flatten() for x in m.values()]).double().mean() for m in masks]
+    assert all(0 < share < 1 for share in start)
+    for name, value in base.items():
+        worn = [m[name].double() for m in masks]
+        delta = sum(m * d[name] for m, d in zip(worn, found, strict=True))
+        expected = value.double() + delta / sum(worn).clamp(min=1)
+        torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=2e-7)
+
+
 def test_fisher_is_its_formula(pool):
     found = table.FISHER.prepare(pool, 0)
     merged = table.FISHER.merge(pool, found, {}, 0)

@@ -8,6 +8,7 @@
 | DARE                | keep 1 - p, over 1 - p, sum, times s               | .9, .4   | p, s      |
 | Consensus           | where 2 TALL masks of lambda agree, sum times s    | .2, .4   | lambda, s |
 | Localize-and-Stitch | largest tenth of each delta, averaged where shared | .1       |           |
+| the same, trained   | masks that start there and follow the loss         | .1       |           |
 | Fisher              | sum F theta / sum F                                |          |           |
 | RegMean             | closed form per linear layer                       | .5       | reduction |
 | RegMean++           | the same on the merged stream                      | .1       | reduction |
@@ -27,12 +28,13 @@ from typing import Any
 from torch import Tensor
 
 from gemma_ext.papers.mergebench import as_released
-from gemma_ext.papers.mergebench.protocol import Algorithm, Config, Pool
+from gemma_ext.papers.mergebench.protocol import Algorithm, Config, Pool, left_out
+from gemma_ext.souping.localize import localize
 from gemma_ext.souping.memory import merge_tensors
 from gemma_ext.souping.method import Method, Required, Values
 from gemma_ext.souping.methods import get
 from gemma_ext.souping.methods.fisher import Fisher
-from gemma_ext.souping.methods.localize import LocalizeAndStitch
+from gemma_ext.souping.methods.localize import Stitch
 from gemma_ext.souping.methods.regmean import RegMean
 from gemma_ext.souping.methods.regmean_plus_plus import regmean_plus_plus
 from gemma_ext.souping.statistics import collect_grams, fisher_diagonal
@@ -153,6 +155,20 @@ def grams(pool: Pool, seed: int) -> list[Mapping[str, Tensor]]:
     return [collect_grams(m, pool.calibration[d]) for d, m in pool.experts.items()]
 
 
+def trained_masks(pool: Pool, seed: int) -> list[dict[str, Tensor]]:
+    """Localize's masks of each expert, trained on its own data from the largest tenth."""
+    return [
+        localize(
+            pool.base,
+            model,
+            pool.calibration[domain],
+            density=0.1,
+            trained=lambda name: pool.embeddings or not left_out(name),
+        )
+        for domain, model in pool.experts.items()
+    ]
+
+
 def named(name: str) -> Callable[[Any], Method]:
     return lambda _: get(name)()
 
@@ -201,8 +217,15 @@ CONSENSUS = ByMethod(
 LOCALIZE_AND_STITCH = ByMethod(
     "Localize-and-Stitch",
     ({"density": 0.1},),
-    lambda _: LocalizeAndStitch(),
+    named("localize_and_stitch"),
     lambda config, models: ({"density": config["density"]}, {"keep_equal": True}),
+)
+TRAINED_STITCH = ByMethod(
+    "Localize-and-Stitch, trained",
+    ({},),
+    Stitch,
+    lambda config, models: ({}, {}),
+    trained_masks,
 )
 FISHER = ByMethod(
     "Fisher",
@@ -250,6 +273,7 @@ def algorithms(*, released: bool = False) -> list[Algorithm]:
         DARE,
         CONSENSUS,
         LOCALIZE_AND_STITCH,
+        TRAINED_STITCH,
         FISHER,
         REGMEAN,
         RegMeanPlusPlus(),
