@@ -169,8 +169,10 @@ def test_localize_and_stitch_averages_where_masks_overlap(pool):
 
 def test_trained_masks_stitch_by_the_same_formula(pool):
     base, found = deltas(pool)
-    masks = table.TRAINED_STITCH.prepare(pool, 0)
-    merged = table.TRAINED_STITCH.merge(pool, masks, {}, 0)
+    found_masks = table.TRAINED_STITCH.prepare(pool, 0)
+    merged = table.TRAINED_STITCH.merge(pool, found_masks, {"rate": 1e6}, 0)
+    masks = found_masks[1e6]
+    assert not torch.equal(flat(masks[0]), flat(found_masks[1e8][0]))
     assert all(m.keys() == base.keys() for m in masks)
     start = [torch.cat([x.flatten() for x in m.values()]).double().mean() for m in masks]
     assert all(0 < share < 1 for share in start)

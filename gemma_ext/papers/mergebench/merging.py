@@ -8,7 +8,7 @@
 | DARE                | keep 1 - p, over 1 - p, sum, times s               | .9, .4   | p, s      |
 | Consensus           | where 2 TALL masks of lambda agree, sum times s    | .2, .4   | lambda, s |
 | Localize-and-Stitch | largest tenth of each delta, averaged where shared | .1       |           |
-| the same, trained   | masks that start there and follow the loss         | .1       |           |
+| the same, trained   | masks that start there and follow the loss         | 1e8      | rate      |
 | Fisher              | sum F theta / sum F                                |          |           |
 | RegMean             | closed form per linear layer                       | .5       | reduction |
 | RegMean++           | the same on the merged stream                      | .1       | reduction |
@@ -40,6 +40,7 @@ from gemma_ext.souping.methods.regmean_plus_plus import regmean_plus_plus
 from gemma_ext.souping.statistics import collect_grams, fisher_diagonal
 
 SCALINGS = (0.2, 0.4, 0.6, 0.8, 1.0)
+MASK_RATES = (1e4, 1e6, 1e8)  # of trained masks; the script's 1e8 is for billions of parameters
 
 
 def grid(**axes: Sequence[float]) -> tuple[Config, ...]:
@@ -52,14 +53,14 @@ class ByMethod:
     """An algorithm that is a method of `gemma_ext.souping`.
 
     Attributes:
-        method: makes it from what `statistics` found.
+        method: makes it from what `statistics` found and a configuration.
         values: from a configuration to (parameters of every model, parameters of the merge).
         statistics: of the pool, by name of expert; None for a method that needs no data.
     """
 
     name: str
     grid: Sequence[Config]
-    method: Callable[[Any], Method]
+    method: Callable[[Any, Config], Method]
     values: Callable[[Config, int], tuple[Mapping[str, Any], Mapping[str, Any]]]
     statistics: Callable[[Pool, int], Any] | None = None
 
@@ -67,7 +68,7 @@ class ByMethod:
         return self.statistics(pool, seed) if self.statistics else None
 
     def merge(self, pool: Pool, prepared: Any, config: Config, seed: int) -> dict[str, Tensor]:
-        method = self.method(prepared)
+        method = self.method(prepared, config)
         per_model, merge = self.values(config, len(pool.experts))
         values = constant(method, len(pool.experts), per_model, merge, seed)
         base = pool.weights(pool.base)
@@ -155,22 +156,30 @@ def grams(pool: Pool, seed: int) -> list[Mapping[str, Tensor]]:
     return [collect_grams(m, pool.calibration[d]) for d, m in pool.experts.items()]
 
 
-def trained_masks(pool: Pool, seed: int) -> list[dict[str, Tensor]]:
-    """Localize's masks of each expert, trained on its own data from the largest tenth."""
-    return [
-        localize(
-            pool.base,
-            model,
-            pool.calibration[domain],
-            density=0.1,
-            trained=lambda name: pool.embeddings or not left_out(name),
-        )
-        for domain, model in pool.experts.items()
-    ]
+def trained_masks(pool: Pool, seed: int) -> dict[float, list[dict[str, Tensor]]]:
+    """By rate, masks of each expert trained on its own data from the largest tenth."""
+    return {
+        rate: [
+            localize(
+                pool.base,
+                model,
+                pool.calibration[domain],
+                density=0.1,
+                lr=rate,
+                trained=lambda name: pool.embeddings or not left_out(name),
+            )
+            for domain, model in pool.experts.items()
+        ]
+        for rate in MASK_RATES
+    }
 
 
-def named(name: str) -> Callable[[Any], Method]:
-    return lambda _: get(name)()
+def named(name: str) -> Callable[[Any, Config], Method]:
+    return lambda found, config: get(name)()
+
+
+def fitted(method: Callable[[Any], Method]) -> Callable[[Any, Config], Method]:
+    return lambda found, config: method(found)
 
 
 ONES = {"weight": 1.0}
@@ -222,22 +231,22 @@ LOCALIZE_AND_STITCH = ByMethod(
 )
 TRAINED_STITCH = ByMethod(
     "Localize-and-Stitch, trained",
-    ({},),
-    Stitch,
+    grid(rate=MASK_RATES),
+    lambda found, config: Stitch(found[config["rate"]]),
     lambda config, models: ({}, {}),
     trained_masks,
 )
 FISHER = ByMethod(
     "Fisher",
     ({},),
-    Fisher,
+    fitted(Fisher),
     lambda config, models: (ONES, {"normalize": False, "floor": 1e-10}),
     fishers,
 )
 REGMEAN = ByMethod(
     "RegMean",
     grid(reduction=(0.1, 0.5, 0.9)),
-    RegMean,
+    fitted(RegMean),
     lambda config, models: (ONES, dict(config)),
     grams,
 )
@@ -285,6 +294,6 @@ def algorithms(*, released: bool = False) -> list[Algorithm]:
         *methods,
         ByMethod("Consensus, as released", consensus, CONSENSUS.method, CONSENSUS.values),
         Released("Localize-and-Stitch, as released", ({"density": 0.1},), _stitch_released),
-        ByMethod("Fisher, as released", FISHER.grid, Fisher, FISHER.values, _moving_fishers),
+        ByMethod("Fisher, as released", FISHER.grid, FISHER.method, FISHER.values, _moving_fishers),
         Released("RegMean, as released", ({"reduction": 0.5},), _regmean_released, grams),
     ]
