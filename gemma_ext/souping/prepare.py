@@ -1,0 +1,266 @@
+"""A recipe with its models opened: targets for an engine, and the tokenizer beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gemma_ext.souping import methods
+from gemma_ext.souping.chat import choose_template
+from gemma_ext.souping.evaluate import check_recipe
+from gemma_ext.souping.files.checkpoint import Stored
+from gemma_ext.souping.files.sources import RowMap, Source
+from gemma_ext.souping.method import Method
+from gemma_ext.souping.methods.linear import Passthrough
+from gemma_ext.souping.models import Model, open_model
+from gemma_ext.souping.peek import read_pieces, read_whole
+from gemma_ext.souping.plan import Target, default_dtype
+from gemma_ext.souping.recipe import Recipe
+from gemma_ext.souping.resolve import Input, Resolved, resolve
+from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizers
+from gemma_ext.souping.vocabulary import Rows, map_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an engine writes and what belongs beside it.
+
+    Attributes:
+        recipe, method: of the merge.
+        models: of the recipe.
+        lead: index of the model whose configuration and tokenizer the output starts from.
+        resolved: the output's tensors by name, as the recipe has them.
+        targets: the same for the engine.
+        tokenizer: where the recipe asks for one of its own; None to copy the lead's files.
+        vocabulary, lead_vocabulary: token to id, of the output and the lead, beside `tokenizer`.
+        template: chat template that is set.
+    """
+
+    recipe: Recipe
+    method: Method
+    models: Sequence[Model]
+    lead: int
+    resolved: Sequence[Resolved]
+    targets: Sequence[Target]
+    tokenizer: PreTrainedTokenizerBase | None
+    vocabulary: Mapping[str, int] | None
+    lead_vocabulary: Mapping[str, int] | None
+    template: str | None
+
+
+def find_method(recipe: Recipe) -> type[Method]:
+    """The method of a recipe that `check_recipe` has found right.
+
+    Raises:
+        RecipeError: an unknown method, or as `check_recipe`.
+    """
+    try:
+        method = methods.get(recipe.method)
+    except ValueError as error:
+        raise recipe.keys["merge_method"].error(str(error)) from None
+    check_recipe(recipe, method)
+    return method
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    seed: int = 0,
+    names: Mapping[str, Path] | None = None,
+    cache_dir: str | None = None,
+    lora_dtype: torch.dtype | None = None,
+    allow_crimes: bool = False,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Opens the models, headers alone, and works out every tensor of the output.
+
+    Args:
+        seed: of everything random.
+        names, cache_dir, lora_dtype: as `open_model`.
+        allow_crimes: merge different architectures, keep the base's tensors where shapes differ.
+        trust_remote_code: of tokenizers.
+
+    Raises:
+        RecipeError, ValueError, FileNotFoundError, ImportError: the recipe, a file or a package is
+            not as it has to be; in one sentence.
+    """
+    method = find_method(recipe)
+    options = {"names": names, "cache_dir": cache_dir, "lora_dtype": lora_dtype}
+    models = [open_model(reference, **options) for reference in recipe.models()]
+    if not allow_crimes:
+        _check_architectures(models)
+    resolved = resolve(
+        recipe,
+        method,
+        [model.layout for model in models],
+        seed=seed,
+        skip=allow_crimes,
+    )
+    lead = _lead(recipe)
+    tokenizer, vocabulary, vocabularies, maps = None, None, None, None
+    if recipe.tokenizer:
+        folders = [model.tokenizer_folder for model in models]
+        tokenizers = load_tokenizers(folders, trust_remote_code=trust_remote_code)
+        tokenizer = build_tokenizer(
+            recipe.tokenizer,
+            recipe.models(),
+            tokenizers,
+            base=lead,
+            trust_remote_code=trust_remote_code,
+        )
+        vocabulary = tokenizer.get_vocab()
+        tables = {each: each.get_vocab() for each in dict.fromkeys(tokenizers)}
+        vocabularies = [tables[each] for each in tokenizers]
+        maps = map_rows(
+            vocabulary,
+            recipe.models(),
+            vocabularies,
+            [model.layout.rows for model in models],
+            base=lead if recipe.base else None,
+            rules=recipe.tokenizer.tokens,
+            pad=recipe.tokenizer.pad,
+        )
+    return Prepared(
+        recipe=recipe,
+        method=method(),
+        models=models,
+        lead=lead,
+        resolved=resolved,
+        targets=_targets(recipe, resolved, models, maps),
+        tokenizer=tokenizer,
+        vocabulary=vocabulary,
+        lead_vocabulary=vocabularies and vocabularies[lead],
+        template=_template(recipe, models, lead, trust_remote_code),
+    )
+
+
+def _lead(recipe: Recipe) -> int:
+    first = recipe.modules[0].slices[0]
+    return recipe.models().index(recipe.base or first.base or first.sources[0].model)
+
+
+def _template(
+    recipe: Recipe, models: Sequence[Model], lead: int, trust_remote_code: bool
+) -> str | None:
+    if recipe.chat_template != "auto":
+        return choose_template(recipe.chat_template, [])
+    ordered = [models[lead], *(model for model in models if model is not models[lead])]
+    folders = [model.tokenizer_folder for model in ordered]
+    loaded = load_tokenizers(folders, trust_remote_code=trust_remote_code)
+    return choose_template("auto", [tokenizer.chat_template for tokenizer in loaded])
+
+
+def _check_architectures(models: Sequence[Model]) -> None:
+    kinds = {
+        config["model_type"]: model
+        for model in models
+        if (config := model.config) and "model_type" in config
+    }
+    if len(kinds) > 1:
+        (one, first), (other, second), *_ = kinds.items()
+        raise ValueError(
+            f"{second.reference} is a {other} and {first.reference} a {one}: expected one kind of "
+            "model, or --allow-crimes"
+        )
+
+
+def _targets(
+    recipe: Recipe,
+    resolved: Sequence[Resolved],
+    models: Sequence[Model],
+    maps: Sequence[Rows] | None,
+) -> list[Target]:
+    wanted = recipe.out_dtype or recipe.dtype
+    sources = _Sources(models, maps)
+    dtype = wanted and getattr(torch, wanted)
+    return [_target(recipe, one, models, sources, dtype) for one in resolved]
+
+
+def _target(
+    recipe: Recipe,
+    one: Resolved,
+    models: Sequence[Model],
+    sources: _Sources,
+    wanted: torch.dtype | None,
+) -> Target:
+    origin = one.base or one.sources[0]
+    stored = models[origin.model].stored(origin.name)
+    if not stored.dtype.is_floating_point:
+        return Target(one.info, stored.dtype, [Source(stored)])
+    dtype = wanted or default_dtype(stored.dtype)
+    found = [sources.of(each) for each in one.sources]
+    base = one.base and sources.of(one.base)
+    shape = (sources.count(one), *one.info.shape[1:]) if one.info.shape else ()
+    info = replace(one.info, shape=shape)
+    if base and any(source.shape[1:] != shape[1:] for source in [*found, base]):
+        return Target(info, dtype, [base])
+    if recipe.method == Passthrough.name and one.values.models[0]["scale"] in (None, 1.0):
+        source = found[0]
+        if source.is_plain and (source.stored.dtype, source.shape) == (dtype, shape):
+            return Target(info, dtype, found)  # bytes are copied, not merged
+    return Target(info, dtype, found, base, one.values)
+
+
+class _Sources:
+    """Tensors for the engine, those with a row per token mapped to the output's vocabulary."""
+
+    def __init__(self, models: Sequence[Model], maps: Sequence[Rows] | None) -> None:
+        self.models, self.maps = models, maps
+
+    def count(self, one: Resolved) -> int:
+        """First dimension of an output tensor."""
+        origin = one.sources[0]
+        if self.maps and self.models[origin.model].layout.is_vocabulary(origin.name):
+            return len(self.maps[origin.model].rows)
+        return one.info.shape[0]
+
+    def of(self, tensor: Input) -> Source:
+        model = self.models[tensor.model]
+        if not self.maps or not model.layout.is_vocabulary(tensor.name):
+            return model.source(tensor.name)
+        rows = self.maps[tensor.model]
+        shape = model.layout.shapes[tensor.name]
+        if rows.is_identity(tensor.model, shape[0]):
+            return model.source(tensor.name)
+        stored = [_rows_of(each, tensor.name) for each in self.models]
+        own = stored[tensor.model]
+        owners, picks = rows.owners, rows.rows
+        if rows.mean.any():
+            stored.append(Stored.of(_mean_row(own)))
+            owners, picks = owners.clone(), picks.clone()
+            owners[rows.mean, 0], picks[rows.mean, 0] = len(stored) - 1, 0
+        # a model without such a tensor owns no row of it
+        present = [index for index, each in enumerate(stored) if each is not None]
+        places = torch.full((len(stored) + 1,), -1)
+        places[present] = torch.arange(len(present))
+        mapped = RowMap([stored[index] for index in present], places[owners], picks)
+        if len(shape) > 1:
+            return Source(own, rows=mapped)
+        # an engine maps rows of matrices; a head's bias is small
+        return Source(Stored.of(read_whole(Source(own, rows=mapped), mapped.shape).view(-1)))
+
+
+def _rows_of(model: Model, name: str) -> Stored | None:
+    """A model's tensor with a row per token as a matrix, its adapter already added."""
+    found = model.layout.find(name)
+    if found is None:
+        return None
+    source, shape = model.source(found), model.layout.shapes[found]
+    stored = Stored.of(read_whole(source, shape)) if source.adapt else source.stored
+    return stored if len(shape) > 1 else replace(stored, shape=(*shape, 1))
+
+
+def _mean_row(stored: Stored) -> Tensor:
+    """[1, D] float32."""
+    total = torch.zeros(stored.shape[1], dtype=torch.float64)
+    for (piece,) in read_pieces([Source(stored)], stored.shape):
+        total += piece.view(-1, stored.shape[1]).double().sum(0)
+    return (total / stored.shape[0]).float()[None]
