@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 2304, 9216, 8, 4, 256
 BASE_STD, DELTA_STD = 0.02, 4e-4  # of a Gemma's matrices, and of an ordinary fine-tune's changes
 SHARD_BYTES = 1 << 30
+BLOCK = 1 << 24  # elements made at once
 
 
 def shapes(layers: int, vocab: int) -> dict[str, tuple[int, ...]]:
@@ -59,7 +61,7 @@ def _write(path: Path, layers: int, vocab: int, model: int) -> None:
     for i, group in enumerate(groups):
         file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
         save_file(
-            {name: _tensor(i, name, shape, model) for name, shape in group.items()},
+            {name: _tensor(name, shape, model) for name, shape in group.items()},
             partial / file,
             metadata={"format": "pt"},
         )
@@ -81,18 +83,16 @@ def _groups(layers: int, vocab: int) -> Iterator[dict[str, tuple[int, ...]]]:
     yield group
 
 
-def _tensor(group: int, name: str, shape: tuple[int, ...], model: int) -> Tensor:
+def _tensor(name: str, shape: tuple[int, ...], model: int) -> Tensor:
     """The base's, or that plus a change, on the lattice of bf16."""
-
-    def noise(seed: int, std: float) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator).mul_(std)
-
-    own = int.from_bytes(name.encode()[-6:], "little") + 1000 * group + len(name)
-    weights = noise(own, BASE_STD).bfloat16()
-    if model:
-        weights = noise(own + 10**9 * model, DELTA_STD).add_(weights).bfloat16()
-    return weights
+    own = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    change = torch.Generator().manual_seed(zlib.crc32(f"{model} {name}".encode()))
+    out = torch.empty(math.prod(shape), dtype=torch.bfloat16)
+    for block in out.split(BLOCK):
+        block.copy_(torch.randn(len(block), generator=own) * BASE_STD)
+        if model:
+            block.copy_(torch.randn(len(block), generator=change).mul_(DELTA_STD).add_(block))
+    return out.view(shape)
 
 
 def _config(layers: int, vocab: int) -> dict:

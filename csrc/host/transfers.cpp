@@ -110,7 +110,7 @@ Transfer Transfers::add(std::function<uint64_t()> job) {
   Transfer transfer = task.get_future().share();
   {
     const std::lock_guard lock(mutex_);
-    jobs_.push_back(std::move(task));
+    if (!closing_) jobs_.push_back(std::move(task));  // else waiting for it raises
   }
   changed_.notify_one();
   return transfer;

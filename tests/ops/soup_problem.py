@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -51,7 +52,7 @@ def models(
 
 
 def lattice(shape: Sequence[int], count: int, *, seed: int = 0, device: str = "cpu") -> Part:
-    """Fine-tunes whose deltas are small multiples of 2^-12, so that sums are exact and ties many."""
+    """Fine-tunes whose deltas are few multiples of 2^-12: sums are exact and ties are many."""
     g = generator(seed)
     start = torch.randint(-64, 65, tuple(shape), generator=g).float() * 2.0**-12
     moved = [
@@ -81,7 +82,7 @@ def pieces(part: Part, cuts: Sequence[int]) -> list[Part]:
             part.offset + a,
             part.models,
         )
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in itertools.pairwise(edges)
     ]
 
 

@@ -137,6 +137,8 @@ def test_closed_transfers_give_up_what_has_not_begun(tmp_path):
             begun += 1
     assert begun < 200
     transfers.close()
+    with pytest.raises(RuntimeError):
+        transfers.read(file, 0, data.data_ptr(), 1).wait()
     os.close(file)
 
 

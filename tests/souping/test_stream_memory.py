@@ -83,6 +83,17 @@ def test_results_may_replace_a_source_or_the_base():
         assert same_bits(merge_tensors(Deltas(), models, base, rising(2), out), fresh)
 
 
+def test_tied_tensors_are_merged_once():
+    """In place, where the second time would find the first one's result among its sources."""
+    models = [tensors(m) for m in range(2)]
+    fresh = merge_tensors(Linear(), models, None, rising(2))
+    for model in models:
+        model["lm_head.weight"] = model["model.embed_tokens.weight"]
+    out = merge_tensors(Linear(), models, None, rising(2), models[1])
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert bytes_of(out[name]) == bytes_of(fresh["model.embed_tokens.weight"])
+
+
 def test_strided_and_trained_tensors():
     models = [tensors(m, torch.float32) for m in range(2)]
     expected = merge_tensors(Linear(), models, None, rising(2))

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of one strip block: 128 rows against a tile of 256 columns, as two products of 128 x 128.
 //   s = softcap(scale e.c + bias) / T;   per row: max s, sum exp(s - max), sum exp(s - max) T ds/da, ...
+// of all columns but the row's label, which `combine.cuh` adds.
 // The logits never leave the registers.
 #pragma once
 
@@ -8,7 +9,7 @@
 
 namespace gemma_ext::cce::cuda {
 
-// [tiles, N] each, compact rows; null where not wanted.
+// [tiles at a time, N] each, compact rows; null where not wanted.
 struct StripPlanes {
   float *max, *sum, *slope, *square, *weighted, *class_sum;
   int* argmax;
@@ -27,6 +28,7 @@ struct StripParams {
   StripPlanes out;
   float* target;  // [N] s at the label
   int tiles, row_blocks;
+  int first_tile;  // of those that are at hand
 };
 
 struct StripSums {
@@ -116,7 +118,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
 }
 
 DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripSums& sums) {
-  const int64_t to = tile * p.head.N + row;
+  const int64_t to = (tile - p.first_tile) * p.head.N + row;
   p.out.max[to] = sums.max;
   p.out.sum[to] = sums.sum;
   if (p.out.slope) p.out.slope[to] = sums.slope;
@@ -126,10 +128,11 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
 }
 
-// The lane that holds the logit of a row's label writes it, rounded as the maximum is: nll >= 0.
+// The lane that holds the logit of a row's label writes it, rounded as a maximum is, and takes it out of the
+// strip: beside its 1 the sums would lose what a confident row's loss is made of.
 template <class T>
-DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
-                          float* target) {
+DEVICE void move_targets(mma::Tile<T>& tile, const SharedHead<T>& s, const LogitMap& map,
+                         int64_t first_column, float* target) {
   const int warp_column = simt::warp_idx() % 4 * 32;
   bool here = false;
   UNROLL
@@ -145,6 +148,7 @@ DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t fi
     for (int i = 0; i < 8; ++i) {
       if (s.label[row] == first_column + mma::Tile<T>::column(i)) {
         target[row] = tile.at(r, i) * kLog2E * kLn2;
+        tile.at(r, i) = outside(map) * kLn2;
       }
     }
   }
@@ -153,7 +157,8 @@ DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t fi
 template <class T>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void strip_stats_kernel(StripParams p) {
-  const Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
+  Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
+  at.tile += p.first_tile;
   const int64_t first_row = int64_t{at.row_block} * kBlockRows;
   const int count = *p.rows.count, t = simt::thread_idx();
   if (first_row >= count) return;
@@ -168,18 +173,18 @@ void strip_stats_kernel(StripParams p) {
     name_columns(s, p.head, first_column);
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
-    write_targets(tile, s, first_column, p.target + first_row);
+    move_targets(tile, s, p.head.map, first_column, p.target + first_row);
     tile.each([&](int, int column, float& x) {
       x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
     });
     UNROLL
     for (int r = 0; r < 8; ++r) {
+      const int row = mma::Tile<T>::row(r);
       const auto id = [&](int i) { return s.column[mma::Tile<T>::column(i)]; };
       const StripSums part = quad_sums<Sums::kAll, 1, 8>(
           p, [&](int i) { return tile.at(r, i); }, id,
           [&](int i) { return s.weight[mma::Tile<T>::column(i)]; },
-          [&](int i) { return id(i) >= 0; }, [](int, float, float) {});
-      const int row = mma::Tile<T>::row(r);
+          [&](int i) { return id(i) >= 0 && id(i) != s.label[row]; }, [](int, float, float) {});
       if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
     }
     simt::sync_block();

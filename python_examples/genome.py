@@ -1,0 +1,221 @@
+"""Evolve a pool of LoRA experts for a task that none of them was trained for, with GENOME+.
+
+    python python_examples/genome.py
+    python python_examples/genome.py --model google/gemma-3-270m --seeds 1 --budget 40
+
+Experts are fine-tuned on packages of Python's standard library: the code of seven of them, and the
+docstrings of all. The new task is what none has seen, its network modules: their code and their
+docstrings, 200 samples of each to evolve on and as many, from other files, for the table. Beside
+GENOME+ stand the best expert, static merges and other searches, each with as many evaluations.
+
+Everything is kept in the output folder; a run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from gemma_ext import pocket
+from gemma_ext.distributed.fleet import open_fleet
+from gemma_ext.integrations.transformers import patch
+from gemma_ext.lm.progress import progress_bar
+from gemma_ext.papers.genome.baselines import BASELINES
+from gemma_ext.papers.genome.config import search_from
+from gemma_ext.papers.genome.draws import draws
+from gemma_ext.papers.genome.lineage import FINISHED
+from gemma_ext.papers.genome.models import Experts, ModelWorker
+from gemma_ext.papers.genome.page import table, write_report
+from gemma_ext.papers.genome.study import run_study
+from gemma_ext.papers.genome.tasks import SAMPLES, Task
+
+SLICES = ("asyncio", "distutils", "email", "idlelib", "lib2to3", "tkinter", "xml", "docstrings")
+NETWORK = (
+    "cgi.py", "ftplib.py", "http", "imaplib.py", "ipaddress.py", "mailbox.py", "nntplib.py",
+    "poplib.py", "selectors.py", "smtpd.py", "smtplib.py", "socket.py", "socketserver.py", "ssl.py",
+    "telnetlib.py", "urllib", "webbrowser.py", "wsgiref", "xmlrpc",
+)  # fmt: skip
+TASKS = {"network code": ("code", 0.6), "network docstrings": ("prose", 0.4)}
+SAMPLE = 160  # characters
+CONTEXT = 128  # tokens of a training row
+
+
+def main(
+    model: Annotated[str, typer.Option(help="pocket, pocket:small, a folder or a hub id.")] = (
+        "pocket"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of experts, runs and page.")] = Path(
+        "out/genome"
+    ),
+    method: Annotated[str, typer.Option(help="Preset: genome, genome+, ...")] = "genome+",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs: other samples, other draws.")] = 3,
+    budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert.")] = 40,
+    samples: Annotated[int, typer.Option(min=1, help="Of each task and split.")] = SAMPLES,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for this one.")] = 2,
+) -> None:
+    """Train experts of MODEL, evolve them, and compare."""
+    base = prepare(model, out)
+    adapters = [train_expert(base, name, out / "experts", steps, device) for name in SLICES]
+    experts = Experts(str(base), tuple(str(folder) for folder in adapters))
+    digest = experts.pool().digest
+    runs = []
+    for seed in range(seeds):
+        folder = out / f"{method}-{budget}-{samples}" / f"seed-{seed}"
+        tasks = network_tasks(samples, seed)
+        worker = ModelWorker(experts, tasks, folder.resolve() / "run" / FINISHED, device)
+        # its published rates, with moves and children for as long as the budget lasts
+        search = search_from(
+            {"preset": method, "seed": seed, "budget": budget, "generations": 50, "patience": None}
+        )
+
+        def bar(title: str, total: int, seed: int = seed) -> AbstractContextManager[Any]:
+            return progress_bar(f"seed {seed}: {title}", total, True)
+
+        with open_fleet(worker, workers) as fleet:
+            _, rows = run_study(
+                fleet,
+                search,
+                len(experts),
+                {task.name: task.weight for task in tasks},
+                folder,
+                identity={"pool": digest, "tasks": json.dumps([task.digest for task in tasks])},
+                baselines=list(BASELINES),
+                bar=bar,
+            )
+        runs.append(rows)
+    page = out / f"{method}-{budget}-{samples}" / "report.html"
+    facts = {
+        "model": model,
+        "experts": ", ".join(SLICES),
+        "task": "; ".join(f"{weight} {name}" for name, (_, weight) in TASKS.items()),
+        "samples": f"{samples} of each task to choose by, {samples} of other files for the table",
+        "score": "exp of the mean log-likelihood of a token",
+    }
+    found = write_report(page, runs, title=f"{method} over {len(SLICES)} experts", facts=facts)
+    for row in table(found):
+        print(
+            "{method:<14} {evaluations:>4}  {validation:<18} {test:<18} {lead:<18} {verdict}".format(
+                **row
+            )
+        )
+    print(page)
+
+
+def prepare(name: str, out: Path) -> Path:
+    """Folder of the base model, where each worker loads it."""
+    kind, _, size = name.partition(":")
+    if kind != "pocket":
+        return Path(name)
+    folder = out / f"base-{size or 'nano'}"
+    if not folder.exists():
+        made = pocket.load(size or "nano")
+        beside = folder.with_name(f"{folder.name}.tmp")
+        made.model.save_pretrained(beside)
+        made.tokenizer.save_pretrained(beside)
+        os.replace(beside, folder)
+    return folder
+
+
+def train_expert(base: Path, name: str, folder: Path, steps: int, device: str) -> Path:
+    """Folder of the LoRA adapter (rank 8, alpha 16, all linear layers) fine-tuned on a slice.
+
+    All start from the same A: factors that are averaged apart have to mean the same.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    made = folder / f"{name}-{steps}"
+    if made.exists():
+        return made
+    torch.manual_seed(0)
+    model = patch(AutoModelForCausalLM.from_pretrained(base).to(device))
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("\n".join(slice_texts(name, CONTEXT * 16 * steps * 6))).input_ids
+    rows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
+    print(f"training the expert of {name}: {len(rows)} rows of {CONTEXT} tokens")
+    arguments = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=16,
+        max_steps=steps,
+        learning_rate=2e-3 if rows.max() < 65536 and model.config.hidden_size < 256 else 2e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        logging_steps=10**9,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        seed=0,
+    )
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model=model, args=arguments, train_dataset=dataset).train()
+    beside = made.with_name(f"{made.name}.tmp")
+    model.save_pretrained(beside)
+    os.replace(beside, made)
+    return made
+
+
+def slice_texts(name: str, characters: int) -> list[str]:
+    """Documents of a slice, at most so many characters; no network module is in any."""
+    texts, total = [], 0
+    for document in pocket.documents():
+        top = document.path.split("/")[0]
+        prose = name == "docstrings"
+        if top in NETWORK or (document.kind == "prose") != prose or not (prose or top == name):
+            continue
+        texts.append(document.text)
+        total += len(document.text)
+        if total > characters:
+            break
+    return texts
+
+
+def network_tasks(samples: int, seed: int) -> tuple[Task, ...]:
+    """Both tasks, with samples drawn by the seed; no file is in both splits.
+
+    Files that the pocket was trained on are left out.
+    """
+    known = {
+        d.path for d in pocket.documents(pocket.SIZES["nano"].corpus_bytes) if d.split == "train"
+    }
+    tasks = []
+    for name, (kind, weight) in TASKS.items():
+        pieces: dict[int, list[dict[str, str]]] = {0: [], 1: []}
+        for document in pocket.documents():
+            if document.path.split("/")[0] in NETWORK and document.kind == kind:
+                if document.path not in known:
+                    side = zlib.crc32(document.path.encode()) % 2
+                    pieces[side] += [{"text": piece} for piece in cut(document.text)]
+        drawn = []
+        for side, found in pieces.items():
+            unique = list({piece["text"]: piece for piece in found}.values())
+            order = draws(seed, "network", name, side).permutation(len(unique))
+            drawn.append([unique[at] for at in order[:samples]])
+        tasks.append(Task(name, "likelihood", drawn[0], drawn[1], weight))
+    return tuple(tasks)
+
+
+def cut(text: str) -> list[str]:
+    """Runs of whole lines, each at least `SAMPLE` characters long; the rest is left out."""
+    pieces, now = [], ""
+    for line in text.splitlines(keepends=True):
+        now += line
+        if len(now) >= SAMPLE:
+            pieces.append(now)
+            now = ""
+    return [piece for piece in pieces if len(piece) < 2 * SAMPLE]
+
+
+if __name__ == "__main__":
+    typer.run(main)
