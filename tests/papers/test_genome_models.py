@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from gemma_ext import cli
 from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.papers.genome.command import read_config, run_config
 from gemma_ext.papers.genome.compare import Row
@@ -224,17 +224,22 @@ def test_whole_checkpoints_evolve_and_vote(base, checkpoints, tmp_path):
     assert (made["best"] / "tokenizer.json").exists()
 
 
-def test_the_command_line_says_what_it_does_and_what_is_wrong(tmp_path):
-    command = [sys.executable, "-m", "gemma_ext.cli", "evolve"]
-    help_text = subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
+def test_the_command_line_says_what_it_does_and_what_is_wrong(tmp_path, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gemma-ext", "evolve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code
+
+    assert call("--help") == 0
+    help_text = capsys.readouterr().out
     assert "- experts/code" in help_text
     assert "--compat" in help_text
     path = tmp_path / "evolve.yml"
     path.write_text("tasks: [{name: a}]\nchekpoints: []\n")
-    done = subprocess.run([*command, path], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "gemma-ext evolve: " in done.stderr
-    assert "got 'chekpoints'" in done.stderr
+    sentence = call(path)
+    assert sentence.startswith("gemma-ext evolve: ")
+    assert "got 'chekpoints'" in sentence
 
 
 @pytest.mark.parametrize(
