@@ -1,7 +1,7 @@
 """Evolve a pool of LoRA experts for a mix of tasks that none of them was trained for, with GENOME+.
 
     python python_examples/genome.py
-    python python_examples/genome.py --model google/gemma-3-270m --seeds 1 --budget 20 --steps 20
+    python python_examples/genome.py --model google/gemma-3-270m --seeds 1 --steps 20 --batch 4
 
 Experts are fine-tuned on slices of Python's standard library: the code of five packages, and all
 docstrings. The new task is a mix of three of the slices, in files that no expert has seen: 200
@@ -41,7 +41,7 @@ SLICES = ("asyncio", "distutils", "docstrings", "email", "idlelib", "lib2to3")
 MIX = {"asyncio": 0.5, "email": 0.3, "docstrings": 0.2}
 TRAINING, VALIDATION, TEST = ((0, 1, 2, 3), (4, 5), (6, 7))  # eighths of the files
 SAMPLE = 80  # characters, at least
-BATCH, CONTEXT = 16, 128  # rows, and tokens in each
+CONTEXT = 128  # tokens of a training row
 
 
 def main(
@@ -56,12 +56,13 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs: other samples, other draws.")] = 3,
     budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 40,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert.")] = 60,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of a training step.")] = 16,
     samples: Annotated[int, typer.Option(min=9, help="Of the mix, in each split.")] = SAMPLES,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for this one.")] = 2,
 ) -> None:
     """Train experts of MODEL, evolve them, and compare."""
     base = prepare(model, out)
-    adapters = [train_expert(base, name, out / "experts", steps, device) for name in SLICES]
+    adapters = [train_expert(base, name, out / "experts", steps, batch, device) for name in SLICES]
     experts = Experts(str(base), tuple(str(folder) for folder in adapters))
     digest = experts.pool().digest
     runs = []
@@ -119,7 +120,7 @@ def prepare(name: str, out: Path) -> Path:
     return folder
 
 
-def train_expert(base: Path, name: str, folder: Path, steps: int, device: str) -> Path:
+def train_expert(base: Path, name: str, folder: Path, steps: int, batch: int, device: str) -> Path:
     """Folder of the LoRA adapter (rank 8, alpha 16, all linear layers) fine-tuned on a slice.
 
     All start from the same A: factors that are averaged apart have to mean the same.
@@ -127,7 +128,7 @@ def train_expert(base: Path, name: str, folder: Path, steps: int, device: str) -
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-    made = folder / f"{name}-{steps}"
+    made = folder / f"{name}-{steps}x{batch}"
     if made.exists():
         return made
     torch.manual_seed(0)
@@ -135,13 +136,13 @@ def train_expert(base: Path, name: str, folder: Path, steps: int, device: str) -
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, lora)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    text = "\n".join(slice_texts(name, TRAINING))[: BATCH * CONTEXT * steps * 6]
+    text = "\n".join(slice_texts(name, TRAINING))[: batch * CONTEXT * steps * 6]
     ids = tokenizer(text, verbose=False).input_ids
     rows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
     print(f"training the expert of {name}: {steps} steps over {len(rows)} rows of {CONTEXT} tokens")
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         max_steps=steps,
         learning_rate=1e-2 if model.config.hidden_size < 256 else 2e-4,  # the release's; pocket
         lr_scheduler_type="cosine",

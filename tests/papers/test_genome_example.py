@@ -28,6 +28,7 @@ def test_the_example_runs_and_goes_on(example, tiny_size, tmp_path, capsys):
         "method": "genome+",
         "budget": 12,
         "steps": 1,
+        "batch": 2,
         "samples": 10,
         "workers": 0,
     }

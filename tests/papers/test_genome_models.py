@@ -17,10 +17,11 @@ from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.papers.genome.command import read_config, run_config
 from gemma_ext.papers.genome.compare import Row
 from gemma_ext.papers.genome.evaluation import Job
+from gemma_ext.papers.genome.materialise import Materialiser
 from gemma_ext.papers.genome.models import Experts, ModelWorker
 from gemma_ext.papers.genome.page import mean_interval, number, summaries, table, write_report
 from gemma_ext.papers.genome.pool import load_adapters, load_checkpoints
-from gemma_ext.papers.genome.recipe import Noise, applied, expert, mix, with_noise
+from gemma_ext.papers.genome.recipe import Noise, applied, expert, from_table, mix, with_noise
 from gemma_ext.papers.genome.tasks import Task, score
 
 TEXT = [f"the {a} {b} the {c}. " for a in ("cat", "dog") for b in ("sees", "is") for c in "xyzuvw"]
@@ -209,6 +210,16 @@ def test_a_configuration_becomes_an_adapter_and_a_page(base, adapters, tmp_path)
     assert (tmp_path / "out" / "outcomes.jsonl").read_text() == evaluations
     with pytest.raises(ValueError, match="expected a run with this search"):
         run_config(path, compat="genome", show_progress=False)
+    note = json.loads((made["best"] / "genome.json").read_text())
+    assert note["genome"] == results[0]["genome"]
+    recipe = from_table(note["recipes"])[note["genome"]]
+    saved = load_adapters([made["best"]]).experts[0]
+    want = Materialiser(load_adapters(adapters)).tensors(recipe)
+    assert all(torch.equal(saved[name], x) for name, x in want.items())
+    note["genome"] = "another"
+    (made["best"] / "genome.json").write_text(json.dumps(note))
+    run_config(path, show_progress=False)  # the best of a run that has gone on since
+    assert json.loads((made["best"] / "genome.json").read_text())["genome"] == recipe.key
 
 
 def test_whole_checkpoints_evolve_and_vote(base, checkpoints, tmp_path):
