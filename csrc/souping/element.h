@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of one element, for both engines: every operation rounds once, in the order written, so a build
+// that uses it may not contract a * b + c. A is float, or double where a call is wide. Free of branches that
+// depend on values, so that loops over elements become vectors.
+#pragma once
+
+#include <math.h>
+
+#include "contract.h"
+
+#if defined(__CUDACC__)
+#define SOUP_FN static __host__ __device__ __forceinline__
+#else
+// internal linkage: compiled once per instruction set
+#define SOUP_FN static inline __attribute__((always_inline, unused))
+#endif
+
+namespace gemma_ext::souping {
+
+// Bits.
+
+union FloatBits {
+  float value;
+  uint32_t bits;
+};
+SOUP_FN uint32_t to_bits(float x) {
+  FloatBits u;
+  u.value = x;
+  return u.bits;
+}
+SOUP_FN float from_bits(uint32_t bits) {
+  FloatBits u;
+  u.bits = bits;
+  return u.value;
+}
+
+constexpr uint32_t kInfinite = 0x7f800000u, kSign = 0x80000000u, kNan = 0x7fc00000u;
+
+// Random numbers: Philox4x32-10 (Salmon et al. 2011). Position p of a tensor takes word p % 4 of the counter
+// (p / 4, model, purpose).
+
+enum Purpose : uint32_t { kDrop, kRound, kGene, kNoise, kChoice };
+
+SOUP_FN void philox(uint64_t key, uint64_t quad, uint32_t model, uint32_t purpose,
+                    uint32_t* words) {
+  uint32_t c0 = (uint32_t)quad, c1 = (uint32_t)(quad >> 32), c2 = model, c3 = purpose;
+  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p = (uint64_t)c0 * 0xD2511F53u, q = (uint64_t)c2 * 0xCD9E8D57u;
+    c0 = (uint32_t)(q >> 32) ^ c1 ^ k0;
+    c2 = (uint32_t)(p >> 32) ^ c3 ^ k1;
+    c1 = (uint32_t)q;
+    c3 = (uint32_t)p;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  words[0] = c0;
+  words[1] = c1;
+  words[2] = c2;
+  words[3] = c3;
+}
+
+// u = (word >> 8) 2^-24; u < p is draw < reach(p).
+SOUP_FN uint32_t draw(uint32_t word) { return word >> 8; }
+SOUP_FN float uniform(uint32_t word) { return (float)(word >> 8) * 0x1p-24f; }
+SOUP_FN uint32_t reach(double p) {
+  const double steps = p * 0x1p24;
+  if (!(steps > 0)) return 0;
+  return steps >= 0x1p24 ? 1u << 24 : (uint32_t)ceil(steps);
+}
+
+// log x within 1e-7 for normal x > 0 (the polynomial of Cephes' logf).
+SOUP_FN float log_of(float x) {
+  const uint32_t bits = to_bits(x) - 0x3f3504f3u;  // of sqrt(1/2)
+  const float e = (float)((int32_t)bits >> 23);
+  const float m = from_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f, z = m * m;
+  float p = 7.0376836292e-2f * m + -1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m + -1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m + -1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m + -2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  p = p * m * z;
+  p = p + e * -2.12194440e-4f;
+  p = p + z * -0.5f;
+  return (m + p) + e * 0.693359375f;
+}
+
+// e^x within 2 ulp for x <= 0; 0 below -87.
+SOUP_FN float exp_of(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + 0x1.8p23f;  // the rounded integer in its low bits
+  const float n = shifted - 0x1.8p23f;
+  const float r = (clamped - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;
+  float p = r * 1.38888889e-3f + 8.33333333e-3f;
+  p = p * r + 4.16666667e-2f;
+  p = p * r + 1.66666667e-1f;
+  p = p * r + 0.5f;
+  p = p * (r * r) + (r + 1.0f);
+  const float scale = from_bits((to_bits(shifted) + 127u) << 23);
+  return x < -87.0f ? 0.0f : p * scale;
+}
+
+// Two standard normal numbers (Box and Muller) of two words, for positions 2i and 2i + 1.
+SOUP_FN void normal_pair(uint32_t word0, uint32_t word1, float* first, float* second) {
+  const float u = (float)(2 * (word0 >> 8) + 1) * 0x1p-25f;
+  const float radius = sqrtf(-2.0f * log_of(u));
+  const uint32_t turn = word1 >> 8;  // of 2^24
+  const uint32_t quadrant = (turn + (1u << 21)) >> 22;
+  const float t = (float)((int32_t)turn - (int32_t)(quadrant << 22)) * (6.2831853f * 0x1p-24f);
+  const float z = t * t;
+  float s = -1.9515295891e-4f * z + 8.3321608736e-3f;  // Cephes' sinf and cosf
+  s = s * z + -1.6666654611e-1f;
+  s = s * z * t + t;
+  float c = 2.4433157118e-5f * z + -1.3887316255e-3f;
+  c = c * z + 4.1666645683e-2f;
+  c = c * z * z + (z * -0.5f + 1.0f);
+  const bool odd = (quadrant & 1) != 0;
+  const float across = odd ? s : c, up = odd ? c : s;
+  const uint32_t minus_across = ((quadrant + 1) & 2) << 30, minus_up = (quadrant & 2) << 30;
+  *first = radius * from_bits(to_bits(across) ^ minus_across);
+  *second = radius * from_bits(to_bits(up) ^ minus_up);
+}
+
+// Magnitudes: |x| in 31 bits that order like it; kNoKey for NaN, which no cut takes.
+
+constexpr uint32_t kNoKey = 0xffffffffu;
+
+SOUP_FN uint32_t magnitude(float x) {
+  const uint32_t bits = to_bits(x) & ~kSign;
+  return bits > kInfinite ? kNoKey : bits;
+}
+
+// Population variance of d[0 .. M), d[m stride].
+SOUP_FN float variance(const float* d, int64_t stride, int models) {
+  float mean = 0;
+  for (int m = 0; m < models; ++m) mean = mean + d[m * stride];
+  mean = mean / (float)models;
+  float total = 0;
+  for (int m = 0; m < models; ++m) {
+    const float away = d[m * stride] - mean;
+    total = total + away * away;
+  }
+  return total / (float)models;
+}
+
+// `rank` elements of the same key come before.
+SOUP_FN bool in_cut(uint32_t key, uint32_t bits, int64_t rank, int64_t ties) {
+  return (key > bits && key != kNoKey) || (key == bits && rank < ties);
+}
+
+// Keep probability at place `at` of c, 0 for the smallest.
+SOUP_FN float rank_probability(float low, float spread, int64_t at, int64_t c) {
+  const float share = c > 1 ? (float)at / (float)(c - 1) : 0.5f;
+  return low + spread * share;
+}
+SOUP_FN float value_probability(float low, float spread, float size, float least, float most) {
+  const float range = most - least;
+  const float share = range > 0 ? (size - least) / range : 0.5f;
+  return low + spread * share;
+}
+
+// Terms, election, combination. Per element, models in order:
+//   d = x - base;  term = kept ? coefficient d [/ p] : 0,  coefficient = w / divide;  plain: 1 / divide for it
+//   total = sum of votes;  value, count, weight = sums over who agrees;  out = base + scale result
+// A NaN in any d makes out NaN, kept or not.
+
+template <class A>
+SOUP_FN A term(bool kept, A coefficient, A delta) {
+  const A x = coefficient * delta;
+  return kept ? x : (A)0;
+}
+
+template <class A>
+SOUP_FN A vote(Election election, A x) {
+  const A sign = x > 0 ? (A)1 : x < 0 ? (A)-1 : (A)0;
+  return election == Election::kCount ? sign : x;
+}
+
+template <class A>
+SOUP_FN A elected_sign(A total, int zero) {
+  return total > 0 ? (A)1 : total < 0 ? (A)-1 : (A)zero;
+}
+
+template <class A>
+SOUP_FN bool agrees(bool kept, A x, A elected) {
+  return kept & ((x > 0 & elected > 0) | (x < 0 & elected < 0));
+}
+
+template <class A>
+struct Combined {
+  A value, count, weight, alone;  // sums over A; with kMax value is the largest term yet
+};
+
+template <class A>
+SOUP_FN void combine(Combine how, bool agree, A x, A weight, A alone, Combined<A>* c) {
+  const A larger = fabs(x) > fabs(c->value) ? x : c->value;
+  const A next = how == Combine::kMax ? larger : c->value + x;
+  c->value = agree ? next : c->value;
+  c->count = agree ? c->count + 1 : c->count;
+  c->weight = agree ? c->weight + weight : c->weight;
+  c->alone = agree ? c->alone + alone : c->alone;
+}
+
+template <class A>
+SOUP_FN A combined(Combine how, bool has_alone, const Combined<A>& c) {
+  A divisor = 1;
+  if (how == Combine::kMean) divisor = c.count > 1 ? c.count : (A)1;
+  if (how == Combine::kWeightedMean) divisor = c.weight == 0 ? (A)1 : c.weight;
+  const A result = c.value / divisor;
+  return has_alone && c.count == 1 ? c.alone * result : result;
+}
+
+// Other rules.
+
+template <class A>
+SOUP_FN A fisher_weight(A coefficient, A f, A floor, A add) {
+  return coefficient * ((f > floor ? f : floor) + add);
+}
+
+SOUP_FN float nearswap(float base, float delta, float t) {
+  const float size = fabsf(delta), wide = size > 1e-6f ? size : 1e-6f;
+  const float ratio = t / wide;
+  const float w = ratio < 0 ? 0.0f : ratio > 1 ? 1.0f : ratio;
+  return base + w * delta;
+}
+
+SOUP_FN float clamped(float x, float low, float high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+SOUP_FN float swarm_velocity(const float* c, float x, float v, float best, float group_best,
+                             float group_worst) {
+  return ((c[0] * v + c[1] * (best - x)) + c[2] * (group_best - x)) - c[3] * (group_worst - x);
+}
+
+// Rounding. NaN has one form.
+
+SOUP_FN uint16_t round_bf16(float x) {
+  const uint32_t bits = to_bits(x), up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return (uint16_t)(x == x ? up : kNan >> 16);
+}
+
+SOUP_FN uint16_t round_half(float x) {
+  const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, size = bits & ~kSign;
+  const uint32_t normal = (size + 0xfff + ((size >> 13) & 1) - 0x38000000u) >> 13;
+  const uint32_t small =
+      to_bits(from_bits(size) + 0.5f) - 0x3f000000u;  // 0.5 lines up its last bit
+  uint32_t half = size < 0x38800000u ? small : normal;
+  half = size >= 0x477ff000u ? 0x7c00u : half;
+  half = size > kInfinite ? 0x7e00u : half;
+  return (uint16_t)(size > kInfinite ? half : sign | half);
+}
+
+// To one of the two neighbours, to each in proportion to how near it is; `word` is of kRound.
+SOUP_FN uint16_t stochastic_bf16(float x, uint32_t word) {
+  const uint32_t bits = to_bits(x), size = bits & ~kSign;
+  const uint32_t up = (bits + (word & 0xffff)) >> 16;
+  return (uint16_t)(size > kInfinite ? kNan >> 16 : size == kInfinite ? bits >> 16 : up);
+}
+
+SOUP_FN uint16_t stochastic_half(float x, uint32_t word) {
+  const uint32_t bits = to_bits(x), sign = (bits >> 16) & 0x8000, size = bits & ~kSign;
+  const uint32_t exponent = size >> 23, e = exponent > 1 ? exponent : 1;
+  const uint32_t mantissa = (size & 0x7fffff) | (exponent > 0 ? 0x800000u : 0);
+  const uint32_t shift = 13 + (e < 113 ? 113 - e : 0);  // float16 has fewer bits below 2^-14
+  const uint32_t extra = shift > 32 ? shift - 32 : 0, lost = extra < 31 ? extra : 31;
+  const uint32_t kept = shift - extra;
+  const uint64_t noise = word & (((uint64_t)1 << kept) - 1);
+  const uint32_t steps = (uint32_t)(((uint64_t)(mantissa >> lost) + noise) >> kept);
+  uint32_t half = steps + ((e > 113 ? e - 113 : 0) << 10);
+  half = half > 0x7c00u || size == kInfinite ? 0x7c00u : half;
+  return (uint16_t)(size > kInfinite ? 0x7e00u : sign | half);
+}
+
+SOUP_FN float round_float(float x) { return x == x ? x : from_bits(kNan); }
+
+// float64 to float32 so that a further rounding to 16 bits is the only one: to odd where it is not exact.
+SOUP_FN float to_odd(double x) {
+  const float near = (float)x;
+  const double back = (double)near;
+  const uint32_t bits = to_bits(near);
+  const uint32_t down = fabs(back) > fabs(x) ? bits - 1 : bits;
+  return back == x || !(fabs(back) <= 3.4028234663852886e38) ? near : from_bits(down | 1);
+}
+SOUP_FN float to_odd(float x) { return x; }
+
+}  // namespace gemma_ext::souping

@@ -1,0 +1,400 @@
+"""Weight-space merging from the formulas, one run of n elements at a time.
+
+    delta_m = x_m - base                         M models
+    soup    = base + scale sum_m w_m delta_m     or sum_m w_m x_m without a base
+    merge   = base + scale combine_{m in A} w_m mask_m delta_m / divide_m,  A: who agrees
+
+Arithmetic is float64. Choices (which elements are kept) look at delta as float32 rounds it, and at
+random numbers that depend on (seed, name, model, position) alone, so that they are the same
+everywhere. A NaN in any delta makes the result NaN and is never counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DROP, ROUND, GENE, NOISE, PICK = range(5)
+"""What a random number is for; numbers of different purposes are independent."""
+INFINITE = 0x7F800000
+_WORD = 0xFFFFFFFF
+_LONG = 0xFFFFFFFFFFFFFFFF
+
+
+# Random numbers: Philox4x32-10 (Salmon et al., SC 2011).
+
+
+def fnv64(name: str) -> int:
+    """FNV-1a of the UTF-8 bytes."""
+    value = 0xCBF29CE484222325
+    for byte in name.encode():
+        value = (value ^ byte) * 0x100000001B3 & _LONG
+    return value
+
+
+def splitmix64(value: int) -> int:
+    """One step of SplitMix64 (Steele, Lea, Flood 2014)."""
+    value = value + 0x9E3779B97F4A7C15 & _LONG
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _LONG
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _LONG
+    return value ^ value >> 31
+
+
+def random_key(seed: int, name: str) -> int:
+    """The 64-bit Philox key of a tensor."""
+    return splitmix64(seed & _LONG) ^ fnv64(name)
+
+
+def _high_low(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Words of the 64-bit product; b int64 below 2^32."""
+    low, high = a * (b & 0xFFFF), a * (b >> 16)
+    total = (high & 0xFFFF) * 65536 + low
+    return (high >> 16) + (total >> 32), total & _WORD
+
+
+def philox(key: int, counter: Sequence[Tensor]) -> list[Tensor]:
+    """Four words (int64 below 2^32) for each counter of four words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _WORD, key >> 32
+    for _ in range(10):
+        (h0, l0), (h1, l1) = _high_low(0xD2511F53, c0), _high_low(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = h1 ^ c1 ^ k0, l1, h0 ^ c3 ^ k1, l0
+        k0, k1 = k0 + 0x9E3779B9 & _WORD, k1 + 0xBB67AE85 & _WORD
+    return [c0, c1, c2, c3]
+
+
+def random_words(key: int, model: int, purpose: int, offset: int, n: int) -> Tensor:
+    """[n] int64 below 2^32, of positions offset .. offset + n: word position % 4 of the counter
+    (position / 4, model, purpose)."""
+    at = torch.arange(offset, offset + n)
+    quad = at // 4
+    same = torch.zeros_like(quad)
+    words = philox(key, [quad & _WORD, quad >> 32, same + model, same + purpose])
+    return torch.stack(words, -1).gather(-1, (at % 4).unsqueeze(-1)).squeeze(-1)
+
+
+def uniforms(key: int, model: int, purpose: int, offset: int, n: int) -> Tensor:
+    """[n] float64, multiples of 2^-24 in [0, 1)."""
+    return (random_words(key, model, purpose, offset, n) >> 8).double() * 2.0**-24
+
+
+def normals(key: int, model: int, offset: int, n: int) -> Tensor:
+    """[n] float64 standard normal by Box and Muller: positions 2i, 2i + 1 are a pair, cosine first,
+    of two uniforms at their places; the first is moved by half a step, away from 0."""
+    first = offset - offset % 2
+    u = uniforms(key, model, NOISE, first, n + offset - first + (offset + n) % 2)
+    radius = (-2 * (u[0::2] + 2.0**-25).log()).sqrt()
+    angle = 2 * math.pi * u[1::2]
+    pairs = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten()
+    return pairs[offset - first :][:n]
+
+
+# Rounding.
+
+
+def rounded(x: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> Tensor:
+    """float64 `x` in `dtype`, rounded once to nearest even.
+
+    With `noise` (random words) and a 16-bit `dtype`, x as float32 is rounded to one of its two
+    neighbours, to each in proportion to how near it is.
+    """
+    if dtype == torch.float64:
+        return x
+    single = x.float()
+    if dtype == torch.float32:
+        return single
+    if noise is not None:
+        return _stochastic(single, dtype, noise)
+    # rounding to odd first: a conversion through float32 would round twice
+    bits = single.view(torch.int32)
+    exact = (single.double() == x) | ~x.isfinite() | ~single.isfinite()
+    bits = torch.where(single.double().abs() > x.abs(), bits - 1, bits)
+    return torch.where(exact, bits, bits | 1).view(torch.float32).to(dtype)
+
+
+def _stochastic(x: Tensor, dtype: torch.dtype, noise: Tensor) -> Tensor:
+    if dtype == torch.bfloat16:
+        bits = x.view(torch.int32).long() & _WORD
+        up = (bits + (noise & 0xFFFF)) >> 16 << 16
+        up = torch.where(up >= 1 << 31, up - (1 << 32), up).int().view(torch.float32)
+        return torch.where(x.isfinite(), up, x).to(dtype)
+    # float16 keeps 11 bits, fewer below 2^-14; at most 32 bits of noise
+    bits = x.abs().view(torch.int32).long()
+    exponent = (bits >> 23).clamp(min=1)
+    mantissa = torch.where(bits >> 23 > 0, bits & 0x7FFFFF | 0x800000, bits & 0x7FFFFF)
+    shift = 13 + (113 - exponent).clamp(min=0)
+    lost = (shift - 32).clamp(min=0, max=31)
+    steps = ((mantissa >> lost) + (noise & ((1 << (shift - lost)) - 1))) >> (shift - lost)
+    size = steps.double() * 2.0 ** (exponent + shift - 150).double()
+    return torch.where(x.isfinite(), size.copysign(x), x.double()).to(dtype)
+
+
+# What every merge begins with.
+
+
+def deltas(x: Tensor, base: Tensor | None) -> Tensor:
+    """x - base [M, n] float64."""
+    return x.double() if base is None else x.double() - base.double()
+
+
+def soup(x: Tensor, base: Tensor | None, weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+    """float64 [n] of x [M, n], base [n], weights [M] or [M, n]."""
+    mixed = (_column(weights) * deltas(x, base)).sum(0)
+    return mixed if base is None else base.double() + scale * mixed
+
+
+def _column(value: Tensor) -> Tensor:
+    return value.double() if value.dim() == 2 else value.double().unsqueeze(-1)
+
+
+# Selection by magnitude.
+
+
+def keys(x: Tensor) -> Tensor:
+    """|x| as float32 in 31 bits that order like it, int64; -1 where NaN."""
+    bits = x.float().abs().view(torch.int32).long()
+    return torch.where(bits > INFINITE, -1, bits)
+
+
+def delta_keys(x: Tensor, base: Tensor | None) -> Tensor:
+    """Keys [M, n] of the differences in float32."""
+    return keys(x.float() if base is None else x.float() - base.float())
+
+
+def variance_keys(x: Tensor, base: Tensor | None) -> Tensor:
+    """Keys [1, n] of the population variance over the models, in float32, model by model."""
+    d = x.float() if base is None else x.float() - base.float()
+    count = torch.tensor(float(len(d)))
+    mean = torch.zeros_like(d[0])
+    for row in d:
+        mean = mean + row
+    mean = mean / count
+    total = torch.zeros_like(mean)
+    for row in d:
+        total = total + (row - mean) * (row - mean)
+    return keys(total / count).unsqueeze(0)
+
+
+def cut(keys: Tensor, keep: int) -> tuple[int, int]:
+    """(bits, ties): the `keep` largest keys [n] are those above `bits` and the first `ties` equal
+    to it."""
+    found = keys[keys >= 0].sort(descending=True).values
+    keep = min(keep, len(found))
+    if keep <= 0:
+        return 0x7FFFFFFF, 0
+    bits = int(found[keep - 1])
+    return bits, keep - int((found > bits).sum())
+
+
+def chosen(keys: Tensor, bits: int, ties: int) -> Tensor:
+    """bool [n]: keys above `bits`, and the first `ties` equal to it."""
+    equal = keys == bits
+    return (keys > bits) | (equal & (equal.cumsum(-1) <= ties))
+
+
+def row_order(keys: Tensor) -> Tensor:
+    """Place of each key [R, C] in its row from the largest down, lowest column first among equals."""
+    order = keys.sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(keys.shape[-1]).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def rank_probabilities(keys: Tensor, density: float, epsilon: float, by_value: bool) -> Tensor:
+    """float32 [R, C]: keep probabilities of MAGPRUNE (DELLA, arXiv 2406.11617), density - epsilon
+    for the smallest of a row up to density + epsilon for the largest, linear in the rank, or
+    `by_value` in the magnitude."""
+    low, spread = torch.tensor(density - epsilon).float(), torch.tensor(2 * epsilon).float()
+    if by_value:
+        size = keys.clamp(min=0).int().view(torch.float32)
+        least = torch.where(keys < 0, torch.inf, size).amin(-1, keepdim=True)
+        reach = size.amax(-1, keepdim=True) - least
+        share = torch.where(reach > 0, (size - least) / reach, 0.5)
+    else:
+        n = keys.shape[-1]
+        place = (n - 1 - row_order(keys)).float()
+        share = place / torch.tensor(float(n - 1)) if n > 1 else torch.full_like(place, 0.5)
+    return low + spread * share
+
+
+# Trim, elect, combine.
+
+
+def merge(
+    delta: Tensor,
+    base: Tensor | None,
+    weights: Tensor,
+    *,
+    mask: Tensor | None = None,
+    divide: Tensor | None = None,
+    alone: Tensor | None = None,
+    scale: float = 1.0,
+    election: str = "none",
+    weighted: bool = True,
+    zero: int = 1,
+    combine: str = "sum",
+) -> Tensor:
+    """float64 [n] of delta [M, n], mask bool [M, n], weights, divide, alone [M] (divide may be
+    [M, n]); the options are those of `gemma_ext.ops.souping.Rule`."""
+    x, agree, _ = elect(
+        delta,
+        weights,
+        mask=mask,
+        divide=divide,
+        election=election,
+        weighted=weighted,
+        zero=zero,
+    )
+    x = torch.where(agree, x, 0.0)
+    count = agree.sum(0)
+    if combine == "max":
+        top = x.abs().argmax(0, keepdim=True)
+        result = x.gather(0, top).squeeze(0)
+    else:
+        result = x.sum(0)
+    if combine == "mean":
+        result = result / count.clamp(min=1)
+    if combine == "weighted_mean":
+        total = (_column(weights) * agree).sum(0)
+        result = result / torch.where(total == 0, 1.0, total)
+    if alone is not None:
+        factor = (_column(alone) * agree).sum(0)
+        result = torch.where(count == 1, factor * result, result)
+    result = scale * result
+    if base is not None:
+        result = base.double() + result
+    return torch.where(delta.isnan().any(0), torch.nan, result)
+
+
+def elect(
+    delta: Tensor,
+    weights: Tensor,
+    *,
+    mask: Tensor | None = None,
+    divide: Tensor | None = None,
+    election: str = "none",
+    weighted: bool = True,
+    zero: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x [M, n]: masked, weighted deltas; agree [M, n]; elected sign before `zero` [n])."""
+    mask = torch.ones_like(delta, dtype=torch.bool) if mask is None else mask
+    y = torch.where(mask, delta, 0.0)
+    y = y if divide is None else y / _column(divide)
+    x = torch.where(mask, _column(weights) * y, 0.0)
+    votes = x if weighted else y
+    if election == "none":
+        return x, mask, torch.zeros_like(x[0])
+    sign = (votes.sign() if election == "count" else votes).sum(0).sign()
+    elected = torch.where(sign == 0, float(zero), sign)
+    return x, mask & (votes != 0) & (votes.sign() == elected), sign
+
+
+def norms(delta: Tensor, mask: Tensor | None) -> Tensor:
+    """float64 [M, 2, 3]: L1, squared L2 and largest magnitude of delta [M, n], all and masked; NaN
+    elements count as 0."""
+    whole = delta.double().nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf).abs()
+    kept = whole if mask is None else torch.where(mask, whole, 0.0)
+    both = torch.stack([whole, kept], 1)
+    top = both.amax(-1) if both.shape[-1] else both.new_zeros(both.shape[:2])
+    return torch.stack([both.sum(-1), both.square().sum(-1), top], -1)
+
+
+def gram(delta: Tensor) -> Tensor:
+    """<delta_i, delta_j>, float64 [M, M]."""
+    return delta.double() @ delta.double().T
+
+
+def overlaps(mask: Tensor) -> Tensor:
+    """int64 [M, 2]: in how many places of mask [M, n] a model stands alone, and with others."""
+    count = mask.sum(0)
+    return torch.stack([(mask & (count == 1)).sum(1), (mask & (count > 1)).sum(1)], -1)
+
+
+def consensus(
+    delta: Tensor,
+    base: Tensor,
+    lambdas: Tensor,
+    *,
+    votes: int,
+    task: int | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """TALL masks (arXiv 2405.07813, eq. 5): model m uses an element where
+    |delta_m| > lambda_m |sum_j delta_j - delta_m|; base + scale * sum_j delta_j where at least
+    `votes` models use it, or where model `task` does."""
+    total = delta.sum(0)
+    uses = delta.abs() > _column(lambdas) * (total - delta).abs()
+    where = uses.sum(0) >= votes if task is None else uses[task]
+    merged = base.double() + scale * torch.where(where, total, 0.0)
+    return torch.where(delta.isnan().any(0), torch.nan, merged)
+
+
+def fisher(
+    x: Tensor, base: Tensor | None, fishers: Tensor, weights: Tensor, floor: Tensor, add: float
+) -> Tensor:
+    """sum_m c_m F_m x_m / sum_m c_m F_m (arXiv 2111.09832, eq. 5), F_m = max(F_m, floor_m) + add; where
+    the divisor is 0 the base, or without one sum_m c_m x_m / sum_m c_m."""
+    c, x = _column(weights), x.double()
+    f = c * (torch.maximum(fishers.double(), _column(floor)) + add)
+    total = f.sum(0)
+    plain = (c * x).sum(0) / c.sum(0) if base is None else base.double()
+    return torch.where(total == 0, plain, (f * x).sum(0) / total)
+
+
+def nearswap(x: Tensor, base: Tensor, t: float) -> Tensor:
+    """base + clamp(t / max(|x - base|, 1e-6), 0, 1) (x - base), x [n]."""
+    delta = x.double() - base.double()
+    return base.double() + (t / delta.abs().clamp(min=1e-6)).clamp(0, 1) * delta
+
+
+def gather_rows(sources: Sequence[Tensor], rows: Tensor) -> Tensor:
+    """float64 [V, D]: mean over the models m with rows[v, m] >= 0 of sources[m][rows[v, m]]; zeros
+    where there is none."""
+    has = rows >= 0
+    taken = [s.double()[r.clamp(min=0)] for s, r in zip(sources, rows.T, strict=True)]
+    total = sum(torch.where(h.unsqueeze(-1), t, 0.0) for h, t in zip(has.T, taken, strict=True))
+    return total / has.sum(1).clamp(min=1).unsqueeze(-1)
+
+
+# Populations (GENOME, arXiv 2503.01155).
+
+
+def mutate(x: Tensor, rate: float, sigma: float, key: int, model: int, offset: int) -> Tensor:
+    """x + m sigma e with m ~ Bernoulli(rate), e ~ N(0, 1), float64 [n]."""
+    hit = uniforms(key, model, GENE, offset, len(x)) < rate
+    return x.double() + torch.where(hit, sigma * normals(key, model, offset, len(x)), 0.0)
+
+
+def pick(x: Tensor, weights: Tensor, u: Tensor) -> Tensor:
+    """x[m] with probability weights[m] / sum, by u [n]; weights [M] or [M, n], not negative."""
+    share = _column(weights)
+    bound = share.cumsum(0)
+    chosen = (u * bound[-1] >= bound[:-1]).sum(0, keepdim=True)
+    return x.double().gather(0, chosen.expand(1, x.shape[1])).squeeze(0)
+
+
+def blend(x: Tensor, weights: Tensor, alpha: float) -> Tensor:
+    """BLX-alpha: sum_m w_m x_m clamped to [min - alpha I, max + alpha I], I = max - min."""
+    x = x.double()
+    low, high = x.amin(0), x.amax(0)
+    reach = alpha * (high - low)
+    return soup(x, None, weights).clamp(low - reach, high + reach)
+
+
+def swarm(
+    x: Tensor,
+    v: Tensor,
+    best: Tensor,
+    group_best: Tensor,
+    group_worst: Tensor,
+    coefficients: Sequence[float],
+    step: float,
+) -> tuple[Tensor, Tensor]:
+    """(x, v) after v = c0 v + c1 (best - x) + c2 (group_best - x) - c3 (group_worst - x),
+    x = x + step v."""
+    x, v, p, g, w = (t.double() for t in (x, v, best, group_best, group_worst))
+    c0, c1, c2, c3 = coefficients
+    v = c0 * v + c1 * (p - x) + c2 * (g - x) - c3 * (w - x)
+    return x + step * v, v
