@@ -54,14 +54,18 @@ struct Table {
 
 enum class Rounding : int { kNearest, kStochastic };
 
+// Results are computed in float32, or in float64 where a call is wide or they are stored as float32.
+
 // out = base + scale sum_m w_m (x_m - base), or sum_m w_m x_m.
 struct Soup {
   Table table;
   const double* weights;  // [T, M], or by_row [R, M]
   const double* scale;    // [T], or by_row [R]
-  bool by_row, wide;      // wide: float64 instead of float32
+  bool by_row, wide;
   Rounding rounding;
 };
+
+inline bool is_wide(bool asked, const Array& out) { return asked || out.type == DType::kFloat32; }
 
 // The largest magnitudes: keys above bits, and of those equal to it the next `ties` by position. Streams are the
 // M models, or one for the variance.

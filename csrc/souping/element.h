@@ -69,11 +69,15 @@ SOUP_FN uint32_t reach(double p) {
   return steps >= 0x1p24 ? 1u << 24 : (uint32_t)ceil(steps);
 }
 
-// log x within 1e-7 for normal x > 0 (the polynomial of Cephes' logf).
-SOUP_FN float log_of(float x) {
-  const uint32_t bits = to_bits(x) - 0x3f3504f3u;  // of sqrt(1/2)
-  const float e = (float)((int32_t)bits >> 23);
-  const float m = from_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f, z = m * m;
+// log((2 k + 1) 2^-25) of k < 2^24 within 2e-7 relative (the polynomial of Cephes' logf).
+SOUP_FN float log_uniform(uint32_t k) {
+  const uint32_t odd = 2 * k + 1, missing = (1u << 25) - odd;
+  const uint32_t bits = to_bits((float)odd * 0x1p-25f) - 0x3f3504f3u;  // of sqrt(1/2)
+  const bool near_one = missing < (1u << 23);  // there `odd` has a bit too many
+  const float e = near_one ? 0.0f : (float)((int32_t)bits >> 23);
+  const float m =
+      near_one ? (float)missing * -0x1p-25f : from_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+  const float z = m * m;
   float p = 7.0376836292e-2f * m + -1.1514610310e-1f;
   p = p * m + 1.1676998740e-1f;
   p = p * m + -1.2420140846e-1f;
@@ -105,8 +109,7 @@ SOUP_FN float exp_of(float x) {
 
 // Two standard normal numbers (Box and Muller) of two words, for positions 2i and 2i + 1.
 SOUP_FN void normal_pair(uint32_t word0, uint32_t word1, float* first, float* second) {
-  const float u = (float)(2 * (word0 >> 8) + 1) * 0x1p-25f;
-  const float radius = sqrtf(-2.0f * log_of(u));
+  const float radius = sqrtf(-2.0f * log_uniform(word0 >> 8));
   const uint32_t turn = word1 >> 8;  // of 2^24
   const uint32_t quadrant = (turn + (1u << 21)) >> 22;
   const float t = (float)((int32_t)turn - (int32_t)(quadrant << 22)) * (6.2831853f * 0x1p-24f);
@@ -186,7 +189,7 @@ SOUP_FN A elected_sign(A total, int zero) {
 
 template <class A>
 SOUP_FN bool agrees(bool kept, A x, A elected) {
-  return kept & ((x > 0 & elected > 0) | (x < 0 & elected < 0));
+  return kept & (((x > 0) & (elected > 0)) | ((x < 0) & (elected < 0)));
 }
 
 template <class A>
@@ -220,19 +223,21 @@ SOUP_FN A fisher_weight(A coefficient, A f, A floor, A add) {
   return coefficient * ((f > floor ? f : floor) + add);
 }
 
-SOUP_FN float nearswap(float base, float delta, float t) {
-  const float size = fabsf(delta), wide = size > 1e-6f ? size : 1e-6f;
-  const float ratio = t / wide;
-  const float w = ratio < 0 ? 0.0f : ratio > 1 ? 1.0f : ratio;
+template <class A>
+SOUP_FN A nearswap(A base, A delta, A t) {
+  const A size = fabs(delta), wide = size > (A)1e-6 ? size : (A)1e-6;
+  const A ratio = t / wide;
+  const A w = ratio < 0 ? (A)0 : ratio > 1 ? (A)1 : ratio;
   return base + w * delta;
 }
 
-SOUP_FN float clamped(float x, float low, float high) {
+template <class A>
+SOUP_FN A clamped(A x, A low, A high) {
   return x < low ? low : x > high ? high : x;
 }
 
-SOUP_FN float swarm_velocity(const float* c, float x, float v, float best, float group_best,
-                             float group_worst) {
+template <class A>
+SOUP_FN A swarm_velocity(const A* c, A x, A v, A best, A group_best, A group_worst) {
   return ((c[0] * v + c[1] * (best - x)) + c[2] * (group_best - x)) - c[3] * (group_worst - x);
 }
 
@@ -276,6 +281,7 @@ SOUP_FN uint16_t stochastic_half(float x, uint32_t word) {
 }
 
 SOUP_FN float round_float(float x) { return x == x ? x : from_bits(kNan); }
+SOUP_FN double one_nan(double x) { return x == x ? x : (double)from_bits(kNan); }
 
 // float64 to float32 so that a further rounding to 16 bits is the only one: to odd where it is not exact.
 SOUP_FN float to_odd(double x) {

@@ -94,7 +94,8 @@ def refuse_derivatives(name: str) -> None:
             raise _refusal(name, "derivative of this order")
 
     def kernel(keys: torch.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        tensors = [x for x in args if isinstance(x, Tensor)]
+        lists = [x if isinstance(x, (list, tuple)) else [x] for x in args]
+        tensors = [x for each in lists for x in each if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise _refusal(name, "forward-mode derivative")
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):

@@ -196,7 +196,7 @@ def chosen(keys: Tensor, bits: int, ties: int) -> Tensor:
 
 
 def row_order(keys: Tensor) -> Tensor:
-    """Place of each key [R, C] in its row from the largest down, lowest column first among equals."""
+    """Place of each key [R, C] in its row from the largest down, equals by column."""
     order = keys.sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(keys.shape[-1]).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
@@ -334,8 +334,8 @@ def consensus(
 def fisher(
     x: Tensor, base: Tensor | None, fishers: Tensor, weights: Tensor, floor: Tensor, add: float
 ) -> Tensor:
-    """sum_m c_m F_m x_m / sum_m c_m F_m (arXiv 2111.09832, eq. 5), F_m = max(F_m, floor_m) + add; where
-    the divisor is 0 the base, or without one sum_m c_m x_m / sum_m c_m."""
+    """sum_m c_m F_m x_m / sum_m c_m F_m (arXiv 2111.09832, eq. 5), F_m = max(F_m, floor_m) + add;
+    where the divisor is 0 the base, or without one sum_m c_m x_m / sum_m c_m."""
     c, x = _column(weights), x.double()
     f = c * (torch.maximum(fishers.double(), _column(floor)) + add)
     total = f.sum(0)

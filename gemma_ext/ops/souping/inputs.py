@@ -39,6 +39,10 @@ def checked(
         if part.offset < 0:
             raise ValueError(f"expected an offset >= 0 in {part.name!r}, got {part.offset}")
         _check_tensors(part)
+    if len({part.base is None for part in parts}) > 1:
+        raise ValueError("expected a base in all parts or in none, got both")
+    if len({first_tensor(part).device for part in parts}) > 1:
+        raise ValueError("expected all parts on one device, got several")
     count = count or 0
     if count > MAX_MODELS:
         raise ValueError(f"expected at most {MAX_MODELS} models, got {count}")
@@ -102,6 +106,10 @@ def rows_of(part: Part) -> int:
 
 def first_tensor(part: Part) -> Tensor:
     return part.sources[0] if part.sources else part.base
+
+
+def device_of(parts: Sequence[Part]) -> torch.device | None:
+    return first_tensor(parts[0]).device if parts else None
 
 
 def models_of(part: Part) -> list[int]:

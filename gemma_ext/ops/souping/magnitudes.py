@@ -1,4 +1,4 @@
-"""The exact k-th largest magnitude of streams too long to sort: a radix select over two readings."""
+"""The exact k-th largest magnitude of streams too long to sort: radix select, two readings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import inputs, plain
+from gemma_ext.ops.souping import inputs, op, plain
 from gemma_ext.ops.souping.impls import is_reference
 from gemma_ext.ops.souping.parts import Part
 from gemma_ext.ops.souping.rules import NEVER, Cut
@@ -80,16 +80,25 @@ class Magnitudes:
             )
         if self._step > 1:
             raise ValueError("expected two readings of the parts, got a third")
-        plain.survey(
-            parts, groups, self.quantity, self._coarse, self._zeros, self._prefix, self._fine
-        )
+        device = inputs.device_of(parts)
+        reference = is_reference(self._impl, device)
+        self._move_to(torch.device("cpu") if reference else device)
+        into = (self._coarse, self._zeros, self._prefix, self._fine)
+        (plain if reference else op).survey(parts, groups, self.quantity, *into)
+
+    def _move_to(self, device: torch.device | None) -> None:
+        if device in (None, self._coarse.device):
+            return
+        for name in ("_coarse", "_zeros", "_prefix", "_left", "_fine"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held.to(device))
 
     def settle(self, keep: int | Sequence[int] | Tensor) -> None:
         """After all parts of a reading: `keep` elements are wanted, the same number both times.
 
         One number, [S], [S, cuts] or [G, S, cuts].
         """
-        keep = torch.as_tensor(keep, dtype=torch.int64, device=self._coarse.device)
+        keep = torch.as_tensor(keep, dtype=torch.int64).to(self._coarse.device)
         if keep.dim() == 1:
             keep = keep.unsqueeze(-1)
         shape = (self.groups, self.streams, self.cuts)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import inputs, plain
+from gemma_ext.ops.souping import inputs, op, plain
 from gemma_ext.ops.souping.impls import is_reference
 from gemma_ext.ops.souping.options import per_part
 from gemma_ext.ops.souping.parts import Part
@@ -52,8 +53,10 @@ def merge_(
     divide = inputs.table("divide", divide, count, models)
     alone = None if alone is None else inputs.table("alone", alone, count, models)
     scale = inputs.column("scale", scale, count)
-    is_reference(impl)
-    plain.merge_(parts, rule, weights, mask, divide, alone, scale, rounding, seed)
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.merge_(parts, rule, weights, mask, divide, alone, scale, rounding, seed)
+    else:
+        op.merge_(parts, rule, weights, mask, divide, alone, scale, rounding, seed, wide)
 
 
 def consensus_(
@@ -78,8 +81,12 @@ def consensus_(
         raise ValueError(f"expected task to be a model below {models}, got {task}")
     lambdas = inputs.table("lambdas", lambdas, len(parts), models)
     scale = inputs.column("scale", scale, len(parts))
-    is_reference(impl)
-    plain.consensus_(parts, lambdas, votes, task, scale, rounding, seed)
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.consensus_(parts, lambdas, votes, task, scale, rounding, seed)
+        return
+    numbers = torch.cat([lambdas, scale.unsqueeze(-1)], -1)
+    which = -1 if task is None else task
+    op.apply_(parts, op.CONSENSUS, numbers, rounding, seed, votes=votes, task=which)
 
 
 def fisher_(
@@ -110,8 +117,12 @@ def fisher_(
         inputs.check_like(part, "fishers", given, models)
     weights = inputs.table("weights", weights, len(parts), models)
     floor = inputs.table("floor", floor, len(parts), models)
-    is_reference(impl)
-    plain.fisher_(parts, fishers, weights, floor, add, rounding, seed)
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.fisher_(parts, fishers, weights, floor, add, rounding, seed)
+        return
+    numbers = torch.cat([weights, floor, torch.full_like(weights[:, :1], add)], -1)
+    extras = [x for given in fishers for x in given]
+    op.apply_(parts, op.FISHER, numbers, rounding, seed, extras=extras)
 
 
 def nearswap_(
@@ -129,8 +140,11 @@ def nearswap_(
     """
     inputs.checked(parts, out=True, base=True, models=1)
     inputs.check_rounding(rounding)
-    is_reference(impl)
-    plain.nearswap_(parts, inputs.column("t", t, len(parts)), rounding, seed)
+    t = inputs.column("t", t, len(parts))
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.nearswap_(parts, t, rounding, seed)
+    else:
+        op.apply_(parts, op.NEARSWAP, t.unsqueeze(-1), rounding, seed)
 
 
 def gather_rows_(
@@ -148,5 +162,7 @@ def gather_rows_(
         rows: int64 [V, M], below V_m.
     """
     inputs.check_rows(out, sources, rows)
-    is_reference(impl)
-    plain.gather_rows_(out, sources, rows)
+    if is_reference(impl, out.device):
+        plain.gather_rows_(out, sources, rows)
+    else:
+        op.gather_rows_(out, sources, rows)

@@ -1,4 +1,4 @@
-"""The souping ops in plain torch: parts taken apart, formulas of `reference.souping`, results put back."""
+"""The souping ops in plain torch: parts taken apart, formulas applied, results put back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma_ext.ops.souping.inputs import first_tensor, models_of, rows_of
 from gemma_ext.ops.souping.parts import Part
-from gemma_ext.ops.souping.rules import Cut, Mask, RowMask, Rule
+from gemma_ext.ops.souping.rules import Cut, RowMask, Rule
 from gemma_ext.reference import souping as formulas
 
 
@@ -136,7 +136,7 @@ def merge_(parts, rule: Rule, weights, mask, divide, alone, scale, rounding, see
 
 def sign_balance(parts, rule: Rule, weights, mask, divide, seed) -> Tensor:
     balance = torch.zeros(len(parts), dtype=torch.int64)
-    for t, part, x, base, kept, by_place in _merged(parts, mask, seed):
+    for t, _, x, base, kept, by_place in _merged(parts, mask, seed):
         _, _, sign = formulas.elect(
             formulas.deltas(x, base),
             weights[t],

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import inputs, plain
+from gemma_ext.ops.souping import inputs, op, plain
 from gemma_ext.ops.souping.impls import is_reference
 from gemma_ext.ops.souping.parts import Part
 from gemma_ext.ops.souping.rules import Numbers
@@ -51,8 +52,10 @@ def mutate_(
     inputs.check_rounding(rounding)
     rate = inputs.column("rate", rate, len(parts))
     sigma = inputs.column("sigma", sigma, len(parts))
-    is_reference(impl)
-    plain.mutate_(parts, rate, sigma, rounding, seed)
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.mutate_(parts, rate, sigma, rounding, seed)
+    else:
+        op.apply_(parts, op.MUTATE, torch.stack([rate, sigma], -1), rounding, seed)
 
 
 def crossover_(
@@ -69,9 +72,9 @@ def crossover_(
 
     Args:
         weights: [M] or [T, M], not negative.
-        kind: "pick": each element from one parent, with probability weights / sum; "magnitude": the
-            same with weights times softmax over the parents of |x|; "blend": BLX-alpha, sum_m w_m x_m
-            clamped to [min - alpha I, max + alpha I], I = max - min over the parents.
+        kind: "pick": each element from one parent, with probability weights / sum; "magnitude":
+            the same with weights times softmax over the parents of |x|; "blend": BLX-alpha,
+            sum_m w_m x_m clamped to [min - alpha I, max + alpha I], I = max - min over the parents.
         alpha: of "blend", one number or [T].
     """
     models = inputs.checked(parts, out=True)
@@ -82,8 +85,12 @@ def crossover_(
     if (weights < 0).any():
         raise ValueError(f"expected weights not to be negative, got {weights.min():g}")
     alpha = inputs.column("alpha", alpha, len(parts))
-    is_reference(impl)
-    plain.crossover_(parts, weights, kind, alpha, rounding, seed)
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.crossover_(parts, weights, kind, alpha, rounding, seed)
+        return
+    element = (op.PICK, op.PICK_MAGNITUDE, op.BLEND)[CROSSOVERS.index(kind)]
+    numbers = torch.cat([weights, alpha.unsqueeze(-1)], -1) if kind == "blend" else weights
+    op.apply_(parts, element, numbers, rounding, seed)
 
 
 def swarm_(
@@ -106,5 +113,7 @@ def swarm_(
     inputs.check_rounding(rounding)
     coefficients = inputs.table("coefficients", coefficients, len(moves), 4)
     step = inputs.column("step", step, len(moves))
-    is_reference(impl)
-    plain.swarm_(moves, coefficients, step, rounding, seed)
+    if is_reference(impl, moves[0].x.device if moves else None):
+        plain.swarm_(moves, coefficients, step, rounding, seed)
+    else:
+        op.swarm_(moves, coefficients, step, rounding, seed)

@@ -1,4 +1,4 @@
-"""What a merge does with the deltas of M models: which elements count, who agrees, how they add up."""
+"""What a merge does with M deltas: which elements count, who agrees, how they add up."""
 
 from __future__ import annotations
 
@@ -32,13 +32,17 @@ class Cut:
     quantity: str = "delta"
 
     @staticmethod
-    def above(threshold: float, models: int, *, inclusive: bool = False) -> Cut:
-        """|delta| > threshold, or >= where `inclusive`."""
+    def above(
+        threshold: float,
+        models: int,
+        *,
+        inclusive: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> Cut:
+        """|delta| > threshold, or >= where `inclusive`; for tensors on `device`."""
         bits = int(torch.tensor(float(threshold)).view(torch.int32))
-        full = torch.full((1, models), bits, dtype=torch.int32)
-        return Cut(full, torch.zeros(1, models, dtype=torch.int64)).resolved(
-            "all" if inclusive else "none"
-        )
+        full = torch.full((1, models), bits, dtype=torch.int32, device=device)
+        return Cut(full, full.long()).resolved("all" if inclusive else "none")
 
     def resolved(self, ties: str) -> Cut:
         """The same threshold with "all" elements equal to it, or "none"."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import inputs, plain
+from gemma_ext.ops.souping import inputs, op, plain
 from gemma_ext.ops.souping.impls import is_reference
 from gemma_ext.ops.souping.parts import Part
 from gemma_ext.ops.souping.rules import Numbers
@@ -48,8 +48,10 @@ def soup_(
     count = inputs.row_count(parts) if rows else len(parts)
     weights = inputs.table("weights", weights, count, models)
     scale = inputs.column("scale", scale, count)
-    is_reference(impl)
-    plain.soup_(parts, weights, scale, rows, rounding, seed)
+    if is_reference(impl, inputs.device_of(parts)):
+        plain.soup_(parts, weights, scale, rows, rounding, seed)
+    else:
+        op.soup_(parts, weights, scale, rows, rounding, seed, wide)
 
 
 def soup(
@@ -80,7 +82,6 @@ def soup(
     scale = torch.as_tensor(scale, dtype=weights.dtype, device=weights.device)
     if scale.shape not in ((), (1,), (count,)):
         raise ValueError(f"expected scale to be one number or [{count}], got {list(scale.shape)}")
-    is_reference(impl)
     tensors = [x for part in parts for x in (*part.sources, part.base)]
     return list(
         _Soup.apply(parts, impl, weights.expand(count, models), scale.expand(count), *tensors)

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// What runs inside one task, on one run of elements of one part: the table of the kernels that every
+// instruction set has.
+#pragma once
+
+#include "../../common/cpu/scratch.h"
+#include "../contract.h"
+
+namespace gemma_ext::souping {
+
+using gemma_ext::cpu::Scratch;
+
+// Elements begin .. begin + count of a part.
+struct Run {
+  int64_t part, begin, count;
+};
+
+// What a mask leaves of the elements from `begin`: kept [M, stride], null where all are, and the divisors of
+// survivors or null.
+struct Kept {
+  uint8_t* kept;
+  float* divide;
+  int64_t begin, stride;
+};
+
+// Parts of a Scratch; what a mask fills outlives the kernel that filled it.
+enum Slot { kInputs, kValues, kWords, kMasks, kResult, kOther, kKept, kDivide };
+
+// Strands [Q, kStrands], open spans [Q], tops [M, 2] of one run, before and after it.
+struct Partial {
+  double *strands, *span, *top;
+};
+
+struct Kernels {
+  void (*soup)(const Soup&, const Run&, bool stream, Scratch&);
+  // [streams] += elements equal to the threshold
+  void (*count_ties)(const Table&, const Cut&, const Run&, int64_t* ties, Scratch&);
+  // `before`: of the cuts keep and drop, [streams] equals in earlier runs, null where there is no cut
+  void (*mask)(const Table&, const Mask&, const Run&, const int64_t* keep_before,
+               const int64_t* drop_before, const Kept&, Scratch&);
+  // of whole rows
+  void (*mask_rows)(const Table&, const Mask&, const Run&, const Kept&, Scratch&);
+  void (*merge)(const Merge&, const Run&, const Kept&, bool stream, Scratch&);
+  void (*count)(const Counts&, const Run&, const Kept&, int64_t* out, Scratch&);
+  // two histograms to be added up, [2, streams, kCoarse], and zeros [streams]; or [streams, C, kFine]; zero before
+  void (*coarse)(const Survey&, const Run&, uint32_t* counts, int64_t* zeros, Scratch&);
+  void (*fine)(const Survey&, const Run&, uint32_t* counts, Scratch&);
+  // a run inside one span
+  void (*sums)(const Table&, Sum, const Run&, const Kept&, const Partial&, Scratch&);
+  void (*gram_rows)(const GramRows&, const Run&, Scratch&);
+  void (*apply)(const Apply&, const Run&, Scratch&);
+  void (*swarm)(const Swarm&, const Run&, Scratch&);
+  void (*gather_rows)(const GatherRows&, int64_t first, int64_t last, Scratch&);
+};
+
+// Of the chosen instruction set.
+const Kernels& kernels();
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+constexpr int64_t streams_of(const Cut& cut, int models) { return cut.variance ? 1 : models; }
+
+constexpr int64_t sums_of(Sum sum, int models) {
+  return sum == Sum::kGram ? models * (models + 1) / 2 : sum == Sum::kNorms ? 4 * models : models;
+}
+
+}  // namespace gemma_ext::souping
