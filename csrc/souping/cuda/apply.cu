@@ -1,175 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element rules with numbers of their own, and swarm steps.
-#include "chunk.cuh"
+// Element rules, and swarm steps.
+#include "rules.cuh"
 
 namespace gemma_ext::souping::cuda {
 namespace {
 
-struct ApplyParams {
-  Plan plan;
-  Range chunks;
-  const double* numbers;  // [T, columns]
-  int columns, votes, task;
-  Rounding rounding;
-};
-
-// What a rule sees of an octet.
-template <int kM>
-struct Seen {
-  const ApplyParams& p;
-  const Chunk& k;
-  const Octet& o;
-  const double* numbers;
-  Deltas<float, kM> deltas;
-
-  DEVICE Seen(const ApplyParams& p, const Chunk& k, const Octet& o)
-      : p(p), k(k), o(o), numbers(p.numbers + k.number * p.columns), deltas(k, o) {}
-
-  DEVICE float number(int i) const { return static_cast<float>(numbers[i]); }
-  template <class F>
-  DEVICE void each(F f) {
-    each_model<kM>(k.models, [&](int m) { f(m, deltas.of(m)); });
-  }
-};
-
-using Values = float[kLanes];
-
-template <int kM>
-DEVICE void consensus(Seen<kM>& s, Values& y) {
-  float total[kLanes] = {};
-  int votes[kLanes] = {};
-  bool chosen[kLanes] = {};
-  s.each([&](int, const Values& d) {
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) total[j] = total[j] + d[j];
-  });
-  s.each([&](int m, const Values& d) {
-    const float lambda = s.number(m);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      const bool uses = fabsf(d[j]) > lambda * fabsf(total[j] - d[j]);
-      votes[j] += uses;
-      chosen[j] = m == s.p.task ? uses : chosen[j];
-    }
-  });
-  const float scale = s.number(s.k.models);
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) {
-    const bool use = s.p.task < 0 ? votes[j] >= s.p.votes : chosen[j];
-    const float moved = s.deltas.base[j] + scale * (use ? total[j] : 0.0f);
-    y[j] = total[j] == total[j] ? moved : from_bits(kNan);
-  }
-}
-
-template <int kM>
-DEVICE void fisher(Seen<kM>& s, Values& y) {
-  const int models = s.k.models;
-  const float add = s.number(2 * models);
-  float above[kLanes] = {}, below[kLanes] = {}, plain[kLanes] = {}, coefficients = 0;
-  s.each([&](int m, const Values& d) {
-    const float c = s.number(m), floor = s.number(models + m);
-    Values f;
-    load(s.k.extra(m), s.o, f);
-    coefficients = coefficients + c;
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      const float weight = fisher_weight(c, f[j], floor, add);
-      above[j] = above[j] + weight * d[j];
-      below[j] = below[j] + weight;
-      plain[j] = plain[j] + c * d[j];
-    }
-  });
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) {
-    const float mean = above[j] / below[j];
-    if (s.k.based) {
-      y[j] = s.deltas.base[j] + (below[j] == 0 ? 0.0f : mean);
-    } else {
-      y[j] = below[j] == 0 ? plain[j] / coefficients : mean;
-    }
-  }
-}
-
-template <int kM>
-DEVICE void nearswap_rule(Seen<kM>& s, Values& y) {
-  const float t = s.number(0);
-  const Values& d = s.deltas.of(0);
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) y[j] = nearswap(s.deltas.base[j], d[j], t);
-}
-
-template <int kM>
-DEVICE void mutate(Seen<kM>& s, Values& y) {
-  const uint32_t bound = reach(s.numbers[0]);
-  const float sigma = s.number(1);
-  const uint32_t model = s.p.plan.table.model[s.k.part * s.k.models];
-  uint32_t hit[kLanes], noise[kLanes];
-  random_words(s.k.key, s.o, model, kGene, hit);
-  random_words(s.k.key, s.o, model, kNoise, noise);
-  const Values& x = s.deltas.of(0);
-  UNROLL
-  for (int j = 0; j < kLanes; j += 2) {
-    float normal[2];
-    normal_pair(noise[j], noise[j + 1], &normal[0], &normal[1]);
-    UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const float moved = x[j + i] + sigma * normal[i];
-      y[j + i] = draw(hit[j + i]) < bound ? moved : x[j + i];
-    }
-  }
-}
-
-template <int kM>
-DEVICE void pick(Seen<kM>& s, bool by_magnitude, Values& y) {
-  uint32_t chance[kLanes];
-  random_words(s.k.key, s.o, 0, kChoice, chance);
-  float top[kLanes] = {}, total[kLanes] = {}, at[kLanes], bound[kLanes] = {};
-  if (by_magnitude) {
-    s.each([&](int, const Values& x) {
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) top[j] = fabsf(x[j]) > top[j] ? fabsf(x[j]) : top[j];
-    });
-  }
-  const auto share = [&](int m, float x, float most) {
-    return s.number(m) * (by_magnitude ? exp_of(fabsf(x) - most) : 1.0f);
-  };
-  s.each([&](int m, const Values& x) {
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) total[j] = total[j] + share(m, x[j], top[j]);
-  });
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) at[j] = uniform(chance[j]) * total[j];
-  // the same sums once more: where each model's share begins
-  s.each([&](int m, const Values& x) {
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      y[j] = m == 0 || at[j] >= bound[j] ? x[j] : y[j];
-      bound[j] = bound[j] + share(m, x[j], top[j]);
-    }
-  });
-}
-
-template <int kM>
-DEVICE void blend(Seen<kM>& s, Values& y) {
-  Values low = {}, high = {};
-  s.each([&](int m, const Values& x) {
-    const float w = s.number(m);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = m == 0 || x[j] < low[j] ? x[j] : low[j];
-      high[j] = m == 0 || x[j] > high[j] ? x[j] : high[j];
-      y[j] = m == 0 ? w * x[j] : y[j] + w * x[j];
-    }
-  });
-  const float alpha = s.number(s.k.models);
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) {
-    const float away = alpha * (high[j] - low[j]);
-    y[j] = clamped(y[j], low[j] - away, high[j] + away);
-  }
-}
-
-template <Element kRule, int kM>
+template <class A, Element kRule, int kM>
 KERNEL_BOUNDS(kThreads, 2)
 void apply_kernel(ApplyParams p) {
   View* views = simt::shared<View>();
@@ -177,8 +13,8 @@ void apply_kernel(ApplyParams p) {
     const Chunk k = open_chunk(p.plan, c, views);
     each_octet(k, [&](const Octet& o) {
       by_bound<kM>(k, o, [&](auto bound) {
-        Seen<bound.value> s(p, k, o);
-        Values y = {};
+        Seen<A, bound.value> s(p, k, o);
+        Values<A> y = {};
         if constexpr (kRule == Element::kConsensus) consensus(s, y);
         if constexpr (kRule == Element::kFisher) fisher(s, y);
         if constexpr (kRule == Element::kNearswap) nearswap_rule(s, y);
@@ -193,92 +29,98 @@ void apply_kernel(ApplyParams p) {
 }
 
 // Sources x, best, group_best, group_worst; extra: the velocity.
+template <class A>
 KERNEL_BOUNDS(kThreads, 2)
 void swarm_kernel(ApplyParams p) {
   View* views = simt::shared<View>();
   for (int64_t c = p.chunks.from + simt::block_idx(); c < p.chunks.to; c += simt::grid_dim()) {
     const Chunk k = open_chunk(p.plan, c, views);
-    const double* numbers = p.numbers + k.number * 5;
-    float n[5];
+    A n[5];
     UNROLL
-    for (int i = 0; i < 5; ++i) n[i] = static_cast<float>(numbers[i]);
+    for (int i = 0; i < 5; ++i) n[i] = static_cast<A>(p.numbers[k.number * 5 + i]);
     each_octet(k, [&](const Octet& o) {
       Bits bits[5];
       UNROLL
-      for (int i = 0; i < 4; ++i) bits[i] = fetch(k.source(i), o);
-      bits[4] = fetch(k.extra(0), o);
-      Values x, best, group_best, group_worst, v;
-      widen(bits[0], k.source(0).type, x);
-      widen(bits[1], k.source(1).type, best);
-      widen(bits[2], k.source(2).type, group_best);
-      widen(bits[3], k.source(3).type, group_worst);
-      widen(bits[4], k.extra(0).type, v);
+      for (int i = 0; i < 5; ++i) bits[i] = fetch(i < 4 ? k.source(i) : k.extra(0), o);
+      Values<float> x[5];
+      UNROLL
+      for (int i = 0; i < 5; ++i) widen(bits[i], (i < 4 ? k.source(i) : k.extra(0)).type, x[i]);
+      Values<A> moved, speed;
       UNROLL
       for (int j = 0; j < kLanes; ++j) {
-        v[j] = swarm_velocity(n, x[j], v[j], best[j], group_best[j], group_worst[j]);
-        x[j] = x[j] + n[4] * v[j];
+        const A here = x[0][j];
+        speed[j] = swarm_velocity<A>(n, here, x[4][j], x[1][j], x[2][j], x[3][j]);
+        moved[j] = here + n[4] * speed[j];
       }
-      store(k.extra(0), o, v, Rounding::kNearest, k.key);
-      store(k.out(), o, x, p.rounding, k.key);
+      store(k.extra(0), o, speed, Rounding::kNearest, k.key);
+      store(k.out(), o, moved, p.rounding, k.key);
     });
   }
 }
 
+using ApplyKernel = void (*)(ApplyParams);
+
+// Two rules have one source; of the others two are worth a kernel for few models.
 template <Element kRule>
-void add_apply(Launches& launches, const ApplyParams& p) {
-  const int64_t grid = taking_turns(p.chunks.size());
-  const auto add = [&](auto kernel) { launches.add(kernel, grid, kThreads, kViewBytes, p); };
-  if constexpr (kRule == Element::kNearswap || kRule == Element::kMutate) {
-    add(apply_kernel<kRule, 1>);
-  } else if (p.plan.table.models <= 4) {
-    add(apply_kernel<kRule, 4>);
-  } else {
-    add(apply_kernel<kRule, 0>);
+ApplyKernel kernel_of(bool wide, int models) {
+  constexpr bool kOne = kRule == Element::kNearswap || kRule == Element::kMutate;
+  constexpr bool kFew = kRule == Element::kConsensus || kRule == Element::kFisher;
+  constexpr int kAny = kOne ? 1 : 0, kBound = kFew ? 4 : kAny;
+  if (wide) return apply_kernel<double, kRule, kAny>;
+  return models <= kBound ? apply_kernel<float, kRule, kBound> : apply_kernel<float, kRule, kAny>;
+}
+
+ApplyKernel kernel_of(Element element, bool wide, int models) {
+  switch (element) {
+    case Element::kConsensus: return kernel_of<Element::kConsensus>(wide, models);
+    case Element::kFisher: return kernel_of<Element::kFisher>(wide, models);
+    case Element::kNearswap: return kernel_of<Element::kNearswap>(wide, models);
+    case Element::kMutate: return kernel_of<Element::kMutate>(wide, models);
+    case Element::kPick: return kernel_of<Element::kPick>(wide, models);
+    case Element::kPickMagnitude: return kernel_of<Element::kPickMagnitude>(wide, models);
+    case Element::kBlend: break;
   }
+  return kernel_of<Element::kBlend>(wide, models);
+}
+
+// kernel(wide): what the parts of a width take.
+template <class Kernel>
+int64_t enqueue(const Table& t, const double* numbers, int columns, ApplyParams p, void* memory,
+                Launches* launches, Kernel kernel) {
+  const std::vector<int64_t> first = chunks_before(t, kChunk);
+  Arena arena(memory);
+  Upload upload(arena, launches);
+  p.plan = upload.add(t, kChunk, first);
+  p.numbers = upload.add(numbers, t.parts * columns);
+  p.columns = columns;
+  if (!launches) return arena.bytes();
+  upload.send();
+  for (const Run& run : runs_of(t, false)) {
+    p.chunks = {first[run.parts.from], first[run.parts.to]};
+    launches->add(kernel(run.wide), taking_turns(p.chunks.size()), kThreads, kViewBytes, p);
+  }
+  return arena.bytes();
 }
 
 int64_t enqueue(const Apply& call, void* memory, Launches* launches) {
-  const std::vector<int64_t> first = chunks_before(call.table, kChunk);
-  Arena arena(memory);
-  Upload upload(arena, launches);
   ApplyParams p{};
-  p.plan = upload.add(call.table, kChunk, first);
-  p.numbers = upload.add(call.numbers, call.table.parts * call.columns);
-  p.chunks = {0, first.back()};
-  p.columns = call.columns;
   p.votes = call.votes;
   p.task = call.task;
   p.rounding = call.rounding;
-  if (!launches) return arena.bytes();
-  upload.send();
-  switch (call.element) {
-    case Element::kConsensus: add_apply<Element::kConsensus>(*launches, p); break;
-    case Element::kFisher: add_apply<Element::kFisher>(*launches, p); break;
-    case Element::kNearswap: add_apply<Element::kNearswap>(*launches, p); break;
-    case Element::kMutate: add_apply<Element::kMutate>(*launches, p); break;
-    case Element::kPick: add_apply<Element::kPick>(*launches, p); break;
-    case Element::kPickMagnitude: add_apply<Element::kPickMagnitude>(*launches, p); break;
-    case Element::kBlend: add_apply<Element::kBlend>(*launches, p); break;
-  }
-  return arena.bytes();
+  return enqueue(call.table, call.numbers, call.columns, p, memory, launches, [&](bool wide) {
+    return kernel_of(call.element, wide, call.table.models);
+  });
 }
 
 int64_t enqueue(const Swarm& call, void* memory, Launches* launches) {
   Table t = call.table;
   t.extras = 1;
   t.extra = call.velocity;
-  const std::vector<int64_t> first = chunks_before(t, kChunk);
-  Arena arena(memory);
-  Upload upload(arena, launches);
   ApplyParams p{};
-  p.plan = upload.add(t, kChunk, first);
-  p.numbers = upload.add(call.numbers, t.parts * 5);
-  p.chunks = {0, first.back()};
   p.rounding = call.rounding;
-  if (!launches) return arena.bytes();
-  upload.send();
-  launches->add(swarm_kernel, taking_turns(p.chunks.size()), kThreads, kViewBytes, p);
-  return arena.bytes();
+  return enqueue(t, call.numbers, 5, p, memory, launches, [](bool wide) -> ApplyKernel {
+    return wide ? swarm_kernel<double> : swarm_kernel<float>;
+  });
 }
 
 }  // namespace

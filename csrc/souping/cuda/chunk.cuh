@@ -201,19 +201,14 @@ DEVICE void load_delta(const Chunk& k, int m, const Octet& o, float (&d)[kLanes]
   for (int j = 0; j < kLanes; ++j) d[j] = k.based ? d[j] - base[j] : d[j];
 }
 
-// Threads of a block, and how many of those a multiprocessor holds for a kernel of at most kM models: so few
-// registers that none spill.
 constexpr int kThreads = 256;
-constexpr int blocks_for(int kM) { return kM <= 4 ? 3 : 2; }
 
-constexpr int kGroupMost = 8;
-
-// with<kM>() for the smallest bound that is at least `models`, of 2, 4, 8 and none.
+// f(bound) with the least bound that is not below `models`, of 2, 4, 8 and none.
 template <class F>
 void by_models(int models, F f) {
   if (models <= 2) return f(std::integral_constant<int, 2>{});
   if (models <= 4) return f(std::integral_constant<int, 4>{});
-  if (models <= kGroupMost) return f(std::integral_constant<int, 8>{});
+  if (models <= 8) return f(std::integral_constant<int, 8>{});
   f(std::integral_constant<int, 0>{});
 }
 

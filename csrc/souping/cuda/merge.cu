@@ -50,7 +50,7 @@ void merge_kernel(MergeParams p) {
         UNROLL
         for (int j = 0; j < kLanes; ++j) {
           const A result = scale * combined(rule.combine, has_alone, held[j]);
-          y[j] = k.based ? static_cast<A>(ballot.deltas.base[j]) + result : result;
+          y[j] = k.based ? ballot.deltas.base[j] + result : result;
           if (ballot.nan >> j & 1) y[j] = static_cast<A>(from_bits(kNan));
         }
         store(k.out(), o, y, p.rounding, k.key);
@@ -107,9 +107,10 @@ int64_t enqueue(const Merge& call, void* memory, Launches* launches) {
     all.mask = work.begin(b, all.plan, mask, *launches);
     all.chunks = work.chunks(b);
     const int64_t grid = taking_turns(all.chunks.size());
-    if (call.wide) {
-      launches->add(merge_kernel<double, 0, Form::kAny>, grid, kThreads,
-                    sizeof(MergeShared<double>), p);
+    if (is_wide(call.wide, work.table().out[work.parts(b).from])) {
+      launches->add(call.table.models <= 4 ? merge_kernel<double, 4, Form::kAny>
+                                           : merge_kernel<double, 0, Form::kAny>,
+                    grid, kThreads, sizeof(MergeShared<double>), p);
     } else if (form_of(call) == Form::kSum) {
       add_merge<Form::kSum>(*launches, grid, p);
     } else if (form_of(call) == Form::kTies) {

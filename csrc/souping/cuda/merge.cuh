@@ -48,7 +48,7 @@ struct MergeShared {
 template <class A, int kM>
 class Ballot {
  public:
-  Deltas<float, kM> deltas;
+  Deltas<A, kM> deltas;
   A sign[kLanes] = {};  // elected, where there is an election
   unsigned nan = 0;
 
@@ -63,7 +63,7 @@ class Ballot {
     const bool elects = rule.election != Election::kNone;
     const A* coefficients = rule.weighted ? s.coefficients.weighted : s.coefficients.plain;
     each_model<kM>(k.models, [&](int m) {
-      const float (&d)[kLanes] = deltas.of(m);
+      const A(&d)[kLanes] = deltas.of(m);
       UNROLL
       for (int j = 0; j < kLanes; ++j) nan |= static_cast<unsigned>(d[j] != d[j]) << j;
       if (!elects) return;
@@ -79,7 +79,7 @@ class Ballot {
 
   // Terms of model m, a bit for each where it agrees.
   DEVICE unsigned of(int m, A (&x)[kLanes]) {
-    const float (&d)[kLanes] = deltas.of(m);
+    const A(&d)[kLanes] = deltas.of(m);
     const unsigned mine = kept(m);
     terms(m, d, mine, s_.coefficients.weighted[m], x);
     if (rule_.election == Election::kNone) return mine;
@@ -98,11 +98,11 @@ class Ballot {
     if constexpr (kM > 0) return static_cast<unsigned>(kept_ >> (8 * m)) & 0xff;
     return p_.mask.any() ? find_kept(m) : 0xff;
   }
-  DEVICE void terms(int m, const float (&d)[kLanes], unsigned mine, A coefficient,
+  DEVICE void terms(int m, const A (&d)[kLanes], unsigned mine, A coefficient,
                     A (&x)[kLanes]) const {
     UNROLL
     for (int j = 0; j < kLanes; ++j)
-      x[j] = term<A>(mine >> j & 1, coefficient, static_cast<A>(d[j]));
+      x[j] = term<A>(mine >> j & 1, coefficient, d[j]);
     if (!p_.mask.rescale) return;
     const float* marks = marks_of(p_.mask, k_, m, o_);
     UNROLL

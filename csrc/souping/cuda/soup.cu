@@ -13,7 +13,7 @@ struct SoupParams {
 };
 
 template <class A, int kM>
-KERNEL_BOUNDS(kThreads, blocks_for(kM))
+KERNEL_BOUNDS(kThreads, sizeof(A) == 8 || kM == 8 ? 2 : 3)
 void soup_kernel(SoupParams p) {
   View* views = simt::shared<View>();
   A* weights = simt::shared<A>(kViewBytes);
@@ -94,23 +94,23 @@ int64_t enqueue(const Soup& call, void* memory, Launches* launches) {
   Upload upload(arena, launches);
   SoupParams p{};
   p.plan = upload.add(t, kChunk, first);
-  p.chunks = {0, first.back()};
   p.weights = upload.add(call.weights, count * t.models);
   p.scale = upload.add(call.scale, count);
   p.rounding = call.rounding;
   if (!launches) return arena.bytes();
   upload.send();
-  const int64_t grid = taking_turns(p.chunks.size());
   const int shared = kViewBytes + kMaxModels * int{sizeof(double)};
-  if (call.by_row) {
-    launches->add(call.wide ? soup_rows_kernel<double> : soup_rows_kernel<float>, grid, kThreads,
-                  shared, p);
-  } else if (call.wide) {
-    launches->add(soup_kernel<double, 0>, grid, kThreads, shared, p);
-  } else {
-    by_models(t.models, [&](auto most) {
-      launches->add(soup_kernel<float, most.value>, grid, kThreads, shared, p);
-    });
+  for (const Run& run : runs_of(t, call.wide)) {
+    p.chunks = {first[run.parts.from], first[run.parts.to]};
+    const int64_t grid = taking_turns(p.chunks.size());
+    const auto add = [&](auto kernel) { launches->add(kernel, grid, kThreads, shared, p); };
+    if (call.by_row) {
+      add(run.wide ? soup_rows_kernel<double> : soup_rows_kernel<float>);
+    } else if (run.wide) {
+      add(t.models <= 4 ? soup_kernel<double, 4> : soup_kernel<double, 0>);
+    } else {
+      by_models(t.models, [&](auto bound) { add(soup_kernel<float, bound.value>); });
+    }
   }
   return arena.bytes();
 }

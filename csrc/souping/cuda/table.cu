@@ -42,6 +42,16 @@ std::vector<int64_t> chunks_before(const Table& t, int64_t grain) {
   return first;
 }
 
+std::vector<Run> runs_of(const Table& t, bool wide) {
+  std::vector<Run> runs;
+  for (int64_t p = 0; p < t.parts; ++p) {
+    const bool here = is_wide(wide, t.out[p]);
+    if (runs.empty() || runs.back().wide != here) runs.push_back({{p, p}, here});
+    runs.back().parts.to = p + 1;
+  }
+  return runs;
+}
+
 void Upload::copy(uintptr_t to, const void* from, int64_t bytes) {
   if (!launches_ || bytes == 0) return;
   if (image_.empty()) begin_ = to;

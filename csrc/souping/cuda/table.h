@@ -29,6 +29,13 @@ struct Range {
 // Chunks before each part, [T + 1].
 std::vector<int64_t> chunks_before(const Table&, int64_t grain);
 
+// Parts next to each other whose results are computed in float64, or in float32.
+struct Run {
+  Range parts;
+  bool wide;
+};
+std::vector<Run> runs_of(const Table&, bool wide);
+
 // What lies on the host, one behind the other in the workspace. Without launches only the size is of use.
 class Upload {
  public:
