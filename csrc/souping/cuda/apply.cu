@@ -107,9 +107,8 @@ int64_t enqueue(const Apply& call, void* memory, Launches* launches) {
   p.votes = call.votes;
   p.task = call.task;
   p.rounding = call.rounding;
-  return enqueue(call.table, call.numbers, call.columns, p, memory, launches, [&](bool wide) {
-    return kernel_of(call.element, wide, call.table.models);
-  });
+  return enqueue(call.table, call.numbers, call.columns, p, memory, launches,
+                 [&](bool wide) { return kernel_of(call.element, wide, call.table.models); });
 }
 
 int64_t enqueue(const Swarm& call, void* memory, Launches* launches) {

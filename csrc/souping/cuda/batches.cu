@@ -16,8 +16,8 @@ Batches::Batches(const Table& t, const Mask& mask, int64_t grain, bool in_order)
     rows_.push_back(rows_.back() + part.numel / part.width);
     if (part.numel > 0) longest_ = most(longest_, part.width);
     // results of another type are computed by another kernel
-    const bool other = p > 0 && t.out &&
-                       is_wide(false, table_.out[p]) != is_wide(false, table_.out[p - 1]);
+    const bool other =
+        p > 0 && t.out && is_wide(false, table_.out[p]) != is_wide(false, table_.out[p - 1]);
     const bool begins = parts_.empty() || other || (in_order && part.offset % kBlock != 0) ||
                         (mask.rows && elements_[p + 1] - elements_[parts_.back().from] > kMarked);
     if (begins) parts_.push_back({p, p});

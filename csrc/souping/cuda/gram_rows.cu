@@ -44,8 +44,7 @@ void gram_rows_kernel(GramRowsParams p) {
         spans[q] = 0;
       }
       if (k.end < width) return;
-      out[i * k.models + j] = out[j * k.models + i] =
-          one_nan(totals[q] + (spans[q] + sum));
+      out[i * k.models + j] = out[j * k.models + i] = one_nan(totals[q] + (spans[q] + sum));
     };
     for (k.begin = 0; k.begin < width; k.begin += kBlock) {
       k.end = least(k.begin + kBlock, width);
