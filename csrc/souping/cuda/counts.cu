@@ -64,7 +64,7 @@ void count_balance_kernel(CountsParams p) {
     open_mask(all.plan, all.mask, c, k, &s->mask);
     int balance = 0;
     each_octet(k, [&](const Octet& o) {
-      const Ballot<float, 0> ballot(all, rule, *s, k, o);
+      const Ballot<float, 0, true> ballot(all, rule, *s, k, o);
       UNROLL
       for (int j = 0; j < kLanes; ++j)
         if (o.has(j)) balance += static_cast<int>(ballot.sign[j]);

@@ -19,7 +19,7 @@ DEVICE void open_mask(const Plan& plan, const MaskPlan& mask, int64_t c, const C
       s->reach[m] = reach(mask.density[k.number * k.models + m]);
     simt::sync_block();
   }
-  UNROLL
+  NO_UNROLL
   for (int i = 0; i < 2; ++i)
     if (mask.cut[i].bits) settle_ties(plan, mask.cut[i], c, k, &s->cut[i]);
 }
@@ -36,17 +36,16 @@ DEVICE unsigned kept_of(const Plan& plan, const MaskPlan& mask, const MaskShared
   for (int i = 0; i < 2; ++i) {
     const CutPlan& cut = mask.cut[i];
     if (!cut.bits) continue;
-    uint32_t keys[kLanes];
-    keys_of(k, cut.variance, m, o, keys);
+    const Bits keys = keys_of(k, cut.variance, m, o);
     const unsigned found = taken(s.cut[i], cut.variance ? 0 : m, o, keys);
     kept &= i == 0 ? found : ~found;
   }
   if (mask.density) {
-    uint32_t words[kLanes];
-    random_words(k.key, o, plan.table.model[k.part * k.models + m], kDrop, words);
+    const uint32_t model = plan.table.model[k.part * k.models + m];
+    const Bits words = random_words(k.key, o.first, model, kDrop);
     UNROLL
     for (int j = 0; j < kLanes; ++j)
-      kept &= ~(static_cast<unsigned>(draw(words[j]) >= s.reach[m]) << j);
+      kept &= ~(static_cast<unsigned>(draw(words.word[j]) >= s.reach[m]) << j);
   }
   if (mask.marks) {
     const float* marks = marks_of(mask, k, m, o);

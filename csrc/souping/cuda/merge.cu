@@ -12,7 +12,7 @@ struct MergeParams {
   Rounding rounding;
 };
 
-// Rules that are compiled on their own: sums without an election, and what TIES does; any other.
+// What is compiled on its own: sums without an election, and what TIES does; any other.
 enum class Form { kSum, kTies, kAny };
 
 template <Form kForm>
@@ -23,7 +23,7 @@ DEVICE Rule rule_of(const Rule& rule) {
 }
 
 template <class A, int kM, Form kForm>
-KERNEL_BOUNDS(kThreads, kM == 4 ? 2 : 1)
+KERNEL_BOUNDS(kThreads, kForm == Form::kAny || kM == 8 ? 1 : 2)
 void merge_kernel(MergeParams p) {
   MergeShared<A>* s = simt::shared<MergeShared<A>>();
   const MergeCommon& all = p.common;
@@ -36,7 +36,7 @@ void merge_kernel(MergeParams p) {
     const A scale = static_cast<A>(p.scale[k.number]);
     each_octet(k, [&](const Octet& o) {
       by_bound<kM>(k, o, [&](auto bound) {
-        Ballot<A, bound.value> ballot(all, rule, *s, k, o);
+        Ballot<A, bound.value, kForm == Form::kAny> ballot(all, rule, *s, k, o);
         Combined<A> held[kLanes] = {};
         each_model<bound.value>(k.models, [&](int m) {
           A x[kLanes];
@@ -59,28 +59,25 @@ void merge_kernel(MergeParams p) {
   });
 }
 
+using MergeKernel = void (*)(MergeParams);
+
 template <Form kForm>
-void add_merge(Launches& launches, int64_t grid, const MergeParams& p) {
-  const int models = p.common.plan.table.models, shared = sizeof(MergeShared<float>);
-  if (models <= 4) {
-    launches.add(merge_kernel<float, 4, kForm>, grid, kThreads, shared, p);
-    return;
-  }
-  if constexpr (kForm != Form::kAny) {
-    if (models <= 8) {
-      launches.add(merge_kernel<float, 8, kForm>, grid, kThreads, shared, p);
-      return;
-    }
-  }
-  launches.add(merge_kernel<float, 0, kForm>, grid, kThreads, shared, p);
+MergeKernel kernel_of(int models) {
+  if (models <= 4) return merge_kernel<float, 4, kForm>;
+  if (models <= 8) return merge_kernel<float, 8, kForm>;
+  return merge_kernel<float, 0, kForm>;
 }
 
-Form form_of(const Merge& call) {
+MergeKernel kernel_of(const Merge& call) {
   const Rule& r = call.rule;
-  if (call.alone) return Form::kAny;
-  if (r.election == Election::kNone && r.combine == Combine::kSum) return Form::kSum;
   const bool ties = r.election == Election::kSum && r.weighted;
-  return ties && r.combine == Combine::kWeightedMean ? Form::kTies : Form::kAny;
+  if (!call.alone && !call.mask.rescale) {
+    if (r.election == Election::kNone && r.combine == Combine::kSum)
+      return kernel_of<Form::kSum>(call.table.models);
+    if (ties && r.combine == Combine::kWeightedMean)
+      return kernel_of<Form::kTies>(call.table.models);
+  }
+  return merge_kernel<float, 0, Form::kAny>;
 }
 
 int64_t enqueue(const Merge& call, void* memory, Launches* launches) {
@@ -106,18 +103,10 @@ int64_t enqueue(const Merge& call, void* memory, Launches* launches) {
   for (int64_t b = 0; b < work.size(); ++b) {
     all.mask = work.begin(b, all.plan, mask, *launches);
     all.chunks = work.chunks(b);
-    const int64_t grid = taking_turns(all.chunks.size());
-    if (is_wide(call.wide, work.table().out[work.parts(b).from])) {
-      launches->add(call.table.models <= 4 ? merge_kernel<double, 4, Form::kAny>
-                                           : merge_kernel<double, 0, Form::kAny>,
-                    grid, kThreads, sizeof(MergeShared<double>), p);
-    } else if (form_of(call) == Form::kSum) {
-      add_merge<Form::kSum>(*launches, grid, p);
-    } else if (form_of(call) == Form::kTies) {
-      add_merge<Form::kTies>(*launches, grid, p);
-    } else {
-      add_merge<Form::kAny>(*launches, grid, p);
-    }
+    const bool wide = is_wide(call.wide, work.table().out[work.parts(b).from]);
+    launches->add(wide ? merge_kernel<double, 0, Form::kAny> : kernel_of(call),
+                  taking_turns(all.chunks.size()), kThreads,
+                  wide ? sizeof(MergeShared<double>) : sizeof(MergeShared<float>), p);
   }
   return arena.bytes();
 }

@@ -44,8 +44,8 @@ struct MergeShared {
 };
 
 // The terms of an octet, and who agrees. Masks of up to kM models are found first, a byte each: in a loop, for they
-// are long.
-template <class A, int kM>
+// are long. kRescales: survivors may be divided by what marks say.
+template <class A, int kM, bool kRescales>
 class Ballot {
  public:
   Deltas<A, kM> deltas;
@@ -102,7 +102,7 @@ class Ballot {
                     A (&x)[kLanes]) const {
     UNROLL
     for (int j = 0; j < kLanes; ++j) x[j] = term<A>(mine >> j & 1, coefficient, d[j]);
-    if (!p_.mask.rescale) return;
+    if (!kRescales || !p_.mask.rescale) return;
     const float* marks = marks_of(p_.mask, k_, m, o_);
     UNROLL
     for (int j = 0; j < kLanes; ++j)

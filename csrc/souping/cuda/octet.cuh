@@ -47,7 +47,7 @@ struct alignas(16) Quad {
   uint32_t word[4];
 };
 
-// The bits of an octet: two to a word, or one of float32.
+// Eight words: of an octet the bits, two elements to a word or one of float32.
 struct Bits {
   uint32_t word[kLanes];
 };
@@ -66,7 +66,7 @@ DEVICE Bits fetch_whole(const View& v, const Octet& o) {
   return bits;
 }
 
-DEVICE Bits fetch_ragged(const View& v, const Octet& o) {
+DEVICE_CALL Bits fetch_ragged(const View v, const Octet o) {
   Bits bits{};
   if (v.type == DType::kFloat32) {
     UNROLL
@@ -131,11 +131,12 @@ DEVICE void put(const View& v, const Octet& o, const Bits& bits) {
 }
 
 // A word for each position.
-DEVICE void random_words(uint64_t key, const Octet& o, uint32_t model, Purpose purpose,
-                         uint32_t (&words)[kLanes]) {
-  const uint64_t quad = static_cast<uint64_t>(o.first) / 4;
-  philox(key, quad, model, purpose, words);
-  philox(key, quad + 1, model, purpose, words + 4);
+DEVICE_CALL Bits random_words(uint64_t key, int64_t first, uint32_t model, Purpose purpose) {
+  const uint64_t quad = static_cast<uint64_t>(first) / 4;
+  Bits words;
+  philox(key, quad, model, purpose, words.word);
+  philox(key, quad + 1, model, purpose, words.word + 4);
+  return words;
 }
 
 // Results rounded into the type of `out`.
@@ -150,12 +151,12 @@ DEVICE void store(const View& out, const Octet& o, const A (&y)[kLanes], Roundin
   }
   const bool brain = out.type == DType::kBFloat16;
   if (rounding == Rounding::kStochastic) {
-    uint32_t words[kLanes];
-    random_words(key, o, 0, kRound, words);
+    const Bits words = random_words(key, o.first, 0, kRound);
     UNROLL
     for (int j = 0; j < kLanes; ++j) {
       const float x = static_cast<float>(y[j]);
-      const uint32_t half = brain ? stochastic_bf16(x, words[j]) : stochastic_half(x, words[j]);
+      const uint32_t half =
+          brain ? stochastic_bf16(x, words.word[j]) : stochastic_half(x, words.word[j]);
       bits.word[j / 2] |= half << (16 * (j % 2));
     }
   } else {

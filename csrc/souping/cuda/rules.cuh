@@ -106,18 +106,17 @@ DEVICE void mutate(Seen<A, kM>& s, Values<A>& y) {
   const uint32_t bound = reach(s.numbers[0]);
   const A sigma = s.number(1);
   const uint32_t model = s.p.plan.table.model[s.k.part * s.k.models];
-  uint32_t hit[kLanes], noise[kLanes];
-  random_words(s.k.key, s.o, model, kGene, hit);
-  random_words(s.k.key, s.o, model, kNoise, noise);
+  const Bits hit = random_words(s.k.key, s.o.first, model, kGene);
+  const Bits noise = random_words(s.k.key, s.o.first, model, kNoise);
   const Values<A>& x = s.deltas.of(0);
   UNROLL
   for (int j = 0; j < kLanes; j += 2) {
     float normal[2];
-    normal_pair(noise[j], noise[j + 1], &normal[0], &normal[1]);
+    normal_pair(noise.word[j], noise.word[j + 1], &normal[0], &normal[1]);
     UNROLL
     for (int i = 0; i < 2; ++i) {
       const A moved = x[j + i] + sigma * static_cast<A>(normal[i]);
-      y[j + i] = draw(hit[j + i]) < bound ? moved : x[j + i];
+      y[j + i] = draw(hit.word[j + i]) < bound ? moved : x[j + i];
     }
   }
 }
@@ -125,8 +124,7 @@ DEVICE void mutate(Seen<A, kM>& s, Values<A>& y) {
 // Chances are float32 in both cases, so that the same parent is picked.
 template <class A, int kM>
 DEVICE void pick(Seen<A, kM>& s, bool by_magnitude, Values<A>& y) {
-  uint32_t chance[kLanes];
-  random_words(s.k.key, s.o, 0, kChoice, chance);
+  const Bits chance = random_words(s.k.key, s.o.first, 0, kChoice);
   Values<float> top = {}, total = {}, at, bound = {};
   const auto size = [](A x) { return fabsf(static_cast<float>(x)); };
   if (by_magnitude) {
@@ -144,7 +142,7 @@ DEVICE void pick(Seen<A, kM>& s, bool by_magnitude, Values<A>& y) {
     for (int j = 0; j < kLanes; ++j) total[j] = total[j] + share(m, x[j], top[j]);
   });
   UNROLL
-  for (int j = 0; j < kLanes; ++j) at[j] = uniform(chance[j]) * total[j];
+  for (int j = 0; j < kLanes; ++j) at[j] = uniform(chance.word[j]) * total[j];
   // the same sums once more: where each model's share begins
   s.each([&](int m, const Values<A>& x) {
     UNROLL

@@ -30,15 +30,14 @@ void survey_coarse_kernel(SurveyParams p) {
     const Chunk k = open_chunk(p.plan, i / p.streams, views);
     unsigned zeros = 0;
     each_octet(k, [&](const Octet& o) {
-      uint32_t keys[kLanes];
-      keys_of(k, p.variance, stream, o, keys);
+      const Bits keys = keys_of(k, p.variance, stream, o);
       UNROLL
       for (int j = 0; j < kLanes; ++j) {
-        if (!o.has(j) || keys[j] == kNoKey) continue;
-        if (keys[j] == 0) {
+        if (!o.has(j) || keys.word[j] == kNoKey) continue;
+        if (keys.word[j] == 0) {
           ++zeros;
         } else {
-          simt::atomic_add(&counts[keys[j] >> 17], 1u << (keys[j] >> 12 & 16));
+          simt::atomic_add(&counts[keys.word[j] >> 17], 1u << (keys.word[j] >> 12 & 16));
         }
       }
     });
@@ -70,7 +69,7 @@ struct FineShared {
   View views[2 * kMaxModels + 2];
 };
 
-KERNEL_BOUNDS(kThreads, 4)
+KERNEL_BOUNDS(kThreads, 3)
 void survey_fine_kernel(SurveyParams p) {
   FineShared* s = simt::shared<FineShared>();
   for (int i = simt::thread_idx(); i < kPlaces; i += kThreads) s->key[i] = s->count[i] = 0;
@@ -80,14 +79,13 @@ void survey_fine_kernel(SurveyParams p) {
     const int64_t first = (p.group[k.number] * p.streams + stream) * p.cuts;
     Word* fine = p.fine + first * kFine;
     each_octet(k, [&](const Octet& o) {
-      uint32_t keys[kLanes];
-      keys_of(k, p.variance, stream, o, keys);
+      const Bits keys = keys_of(k, p.variance, stream, o);
       for (int c = 0; c < p.cuts; ++c) {
         const uint32_t bin = static_cast<uint32_t>(p.prefix[first + c]);
         UNROLL
         for (int j = 0; j < kLanes; ++j) {
-          if (!o.has(j) || keys[j] >> 16 != bin) continue;
-          const unsigned at = static_cast<unsigned>(c) << 16 | (keys[j] & 0xffff);
+          if (!o.has(j) || keys.word[j] >> 16 != bin) continue;
+          const unsigned at = static_cast<unsigned>(c) << 16 | (keys.word[j] & 0xffff);
           const unsigned place = at % kPlaces;
           const unsigned holds = simt::atomic_cas(&s->key[place], 0u, at + 1);
           if (holds == 0 || holds == at + 1) {

@@ -18,47 +18,55 @@ constexpr int64_t kEverywhere = INT64_MAX;
 
 struct CutShared {
   uint32_t bits[kMaxModels];
-  int64_t limit
-      [kMaxModels];  // equals count at positions below it; negative: the -limit first of the chunk do
+  int64_t limit[kMaxModels];  // equals count at positions below; negative: the -limit first do
   unsigned equal[kMaxModels];
 };
 
-// Keys of one stream of an octet; the variance in the order of element.h.
-DEVICE void keys_of(const Chunk& k, bool by_variance, int stream, const Octet& o,
-                    uint32_t (&keys)[kLanes]) {
-  float x[kLanes] = {};
-  if (!by_variance) {
-    load_delta(k, stream, o, x);
-  } else {
-    Deltas<float, 0> deltas(k, o);
-    const float count = static_cast<float>(k.models);
-    float mean[kLanes] = {};
-    each_model<0>(k.models, [&](int m) {
-      const float (&d)[kLanes] = deltas.of(m);
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) mean[j] = mean[j] + d[j];
-    });
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) mean[j] = mean[j] / count;
-    each_model<0>(k.models, [&](int m) {
-      const float (&d)[kLanes] = deltas.of(m);
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        const float away = d[j] - mean[j];
-        x[j] = x[j] + away * away;
-      }
-    });
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) x[j] = x[j] / count;
-  }
+DEVICE Bits keys_of(const float (&x)[kLanes]) {
+  Bits keys;
   UNROLL
-  for (int j = 0; j < kLanes; ++j) keys[j] = magnitude(x[j]);
+  for (int j = 0; j < kLanes; ++j) keys.word[j] = magnitude(x[j]);
+  return keys;
 }
 
-DEVICE unsigned equals(const uint32_t (&keys)[kLanes], const Octet& o, uint32_t bits) {
+// Of the variance, in the order of element.h.
+DEVICE_CALL Bits variance_keys(const Chunk& k, const Octet o) {
+  Deltas<float, 0> deltas(k, o);
+  const float count = static_cast<float>(k.models);
+  float mean[kLanes] = {}, total[kLanes] = {};
+  each_model<0>(k.models, [&](int m) {
+    const float (&d)[kLanes] = deltas.of(m);
+    UNROLL
+    for (int j = 0; j < kLanes; ++j) mean[j] = mean[j] + d[j];
+  });
+  UNROLL
+  for (int j = 0; j < kLanes; ++j) mean[j] = mean[j] / count;
+  each_model<0>(k.models, [&](int m) {
+    const float (&d)[kLanes] = deltas.of(m);
+    UNROLL
+    for (int j = 0; j < kLanes; ++j) {
+      const float away = d[j] - mean[j];
+      total[j] = total[j] + away * away;
+    }
+  });
+  UNROLL
+  for (int j = 0; j < kLanes; ++j) total[j] = total[j] / count;
+  return keys_of(total);
+}
+
+// Keys of one stream of an octet.
+DEVICE Bits keys_of(const Chunk& k, bool by_variance, int stream, const Octet& o) {
+  if (by_variance) return variance_keys(k, o);
+  float d[kLanes];
+  load_delta(k, stream, o, d);
+  return keys_of(d);
+}
+
+DEVICE unsigned equals(const Bits& keys, const Octet& o, uint32_t bits) {
   unsigned found = 0;
   UNROLL
-  for (int j = 0; j < kLanes; ++j) found |= static_cast<unsigned>(o.has(j) && keys[j] == bits) << j;
+  for (int j = 0; j < kLanes; ++j)
+    found |= static_cast<unsigned>(o.has(j) && keys.word[j] == bits) << j;
   return found;
 }
 
@@ -104,9 +112,7 @@ DEVICE void find_limit(const Chunk& k, const CutPlan& cut, int stream, CutShared
     const Octet o = octet_of(q0 + simt::thread_idx(), k.begin, k.end);
     unsigned mine = 0;
     if (o.first < k.end) {
-      uint32_t keys[kLanes];
-      keys_of(k, cut.variance, stream, o, keys);
-      mine = equals(keys, o, bits);
+      mine = equals(keys_of(k, cut.variance, stream, o), o, bits);
     }
     unsigned up_to = simt::popcount(mine);
     UNROLL
@@ -146,9 +152,7 @@ DEVICE void settle_ties(const Plan& plan, const CutPlan& cut, int64_t c, const C
     if (ties[m] <= 0 || ties[m] >= kAllTies) continue;
     unsigned mine = 0;
     each_octet(k, [&](const Octet& o) {
-      uint32_t keys[kLanes];
-      keys_of(k, cut.variance, m, o, keys);
-      mine += simt::popcount(equals(keys, o, s->bits[m]));
+      mine += simt::popcount(equals(keys_of(k, cut.variance, m, o), o, s->bits[m]));
     });
     mine = simt::reduce_add(mine);
     if (simt::lane_idx() == 0 && mine > 0) simt::atomic_add(&s->equal[m], mine);
@@ -175,15 +179,14 @@ DEVICE void settle_ties(const Plan& plan, const CutPlan& cut, int64_t c, const C
 }
 
 // Of the keys of an octet those that a cut takes, a bit for each.
-DEVICE unsigned taken(const CutShared& s, int stream, const Octet& o,
-                      const uint32_t (&keys)[kLanes]) {
+DEVICE unsigned taken(const CutShared& s, int stream, const Octet& o, const Bits& keys) {
   const uint32_t bits = s.bits[stream];
   const int limit = static_cast<int>(most(least(s.limit[stream] - o.first, kLanes), 0));
   unsigned found = 0;
   UNROLL
   for (int j = 0; j < kLanes; ++j) {
     const uint32_t floor = bits + (j >= limit);
-    found |= static_cast<unsigned>(keys[j] >= floor && keys[j] != kNoKey) << j;
+    found |= static_cast<unsigned>(keys.word[j] >= floor && keys.word[j] != kNoKey) << j;
   }
   return found;
 }
