@@ -89,14 +89,19 @@ def prepare(
         trust_remote_code: of tokenizers.
 
     Raises:
-        RecipeError, ValueError, FileNotFoundError, ImportError: the recipe, a file or a package is
-            not as it has to be; in one sentence.
+        RecipeError: the recipe, or a model that it names, is not as it has to be.
+        OSError, ImportError: a file cannot be read, a package is missing.
     """
     method = find_method(recipe)
     options = {"names": names, "cache_dir": cache_dir, "lora_dtype": lora_dtype}
-    models = [open_model(reference, **options) for reference in recipe.models()]
+    models = []
+    for reference in recipe.models():
+        try:
+            models.append(open_model(reference, **options))
+        except (ValueError, FileNotFoundError) as error:
+            raise recipe.entry_of(reference).error(str(error)) from None
     if not allow_crimes:
-        _check_architectures(models)
+        _check_architectures(recipe, models)
     resolved = resolve(
         recipe,
         method,
@@ -108,7 +113,10 @@ def prepare(
     tokenizer, vocabulary, vocabularies, maps = None, None, None, None
     if recipe.tokenizer:
         folders = [model.tokenizer_folder for model in models]
-        tokenizers = load_tokenizers(folders, trust_remote_code=trust_remote_code)
+        try:
+            tokenizers = load_tokenizers(folders, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise recipe.tokenizer.entry.error(str(error)) from None
         tokenizer = build_tokenizer(
             recipe.tokenizer,
             recipe.models(),
@@ -158,7 +166,7 @@ def _template(
     return choose_template("auto", [tokenizer.chat_template for tokenizer in loaded])
 
 
-def _check_architectures(models: Sequence[Model]) -> None:
+def _check_architectures(recipe: Recipe, models: Sequence[Model]) -> None:
     kinds = {
         config["model_type"]: model
         for model in models
@@ -166,7 +174,7 @@ def _check_architectures(models: Sequence[Model]) -> None:
     }
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
-        raise ValueError(
+        raise recipe.entry_of(second.reference).error(
             f"{second.reference} is a {other} and {first.reference} a {one}: expected one kind of "
             "model, or --allow-crimes"
         )

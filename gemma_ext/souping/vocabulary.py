@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_ext.souping.recipe import TokenRule
 from gemma_ext.souping.references import ModelReference
+from gemma_ext.souping.tokens import TokenRule
 
 Vocabulary = Mapping[str, int]  # token to id
 
