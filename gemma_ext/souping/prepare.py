@@ -240,16 +240,17 @@ class _Sources:
             return model.source(tensor.name)
         stored = [_rows_of(each, tensor.name) for each in self.models]
         own = stored[tensor.model]
-        owners, picks = rows.owners, rows.rows
-        if rows.mean.any():
-            stored.append(Stored.of(_mean_row(own)))
-            owners, picks = owners.clone(), picks.clone()
-            owners[rows.mean, 0], picks[rows.mean, 0] = len(stored) - 1, 0
         # a model without such a tensor owns no row of it
         present = [index for index, each in enumerate(stored) if each is not None]
         places = torch.full((len(stored) + 1,), -1)
         places[present] = torch.arange(len(present))
-        mapped = RowMap([stored[index] for index in present], places[owners], picks)
+        owned = [stored[index] for index in present]
+        owners, picks = places[rows.owners], rows.rows
+        if rows.mean.any():
+            tokens = RowMap(owned, owners[~rows.mean], picks[~rows.mean])
+            owned.append(Stored.of(_mean_row(Source(own, rows=tokens))))
+            owners[rows.mean, 0] = len(owned) - 1
+        mapped = RowMap(owned, owners, picks)
         if len(shape) > 1:
             return Source(own, rows=mapped)
         # an engine maps rows of matrices; a head's bias is small
@@ -266,9 +267,10 @@ def _rows_of(model: Model, name: str) -> Stored | None:
     return stored if len(shape) > 1 else replace(stored, shape=(*shape, 1))
 
 
-def _mean_row(stored: Stored) -> Tensor:
+def _mean_row(source: Source) -> Tensor:
     """[1, D] float32."""
-    total = torch.zeros(stored.shape[1], dtype=torch.float64)
-    for (piece,) in read_pieces([Source(stored)], stored.shape):
-        total += piece.view(-1, stored.shape[1]).double().sum(0)
-    return (total / stored.shape[0]).float()[None]
+    rows, width = source.shape
+    total = torch.zeros(width, dtype=torch.float64)
+    for (piece,) in read_pieces([source], source.shape):
+        total += piece.view(-1, width).double().sum(0)
+    return (total / max(rows, 1)).float()[None]

@@ -26,7 +26,7 @@ class Rows:
     Attributes:
         owners: [V, K] int64, models that a row is the mean of, -1 for none.
         rows: [V, K] int64, which of their rows.
-        mean: [V] bool, rows of no token: the mean over the model's other rows.
+        mean: [V] bool, rows of no token: the mean over all other rows here.
     """
 
     owners: Tensor
