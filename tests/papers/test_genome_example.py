@@ -51,7 +51,7 @@ def test_no_sample_is_on_two_sides(example):
     for seed in (0, 1):
         tasks = example.mixed_tasks(50, seed)
         sizes = [(task.name, len(task.validation), len(task.test)) for task in tasks]
-        assert sizes == [("asyncio", 25, 25), ("email", 15, 15), ("docstrings", 10, 10)]
+        assert sizes == [("asyncio", 16, 16), ("email", 16, 16), ("docstrings", 16, 16)]
         validation |= {x["text"] for task in tasks for x in task.validation}
         test |= {x["text"] for task in tasks for x in task.test}
     assert not trained & validation
