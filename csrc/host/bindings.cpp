@@ -77,6 +77,11 @@ PYBIND11_MODULE(_host, m) {
       .def("check", &Transfers::check, py::arg("file"), py::arg("offset"), py::arg("bytes"),
            py::arg("seed"));
 
+  m.def(
+      "drop_mapped",
+      [](uintptr_t mapped, int64_t bytes) { gemma_ext::host::drop_mapped(at(mapped), bytes); },
+      py::arg("mapped"), py::arg("bytes"),
+      "Pages of a mapped file leave this process; any other memory would lose its contents.");
   m.def("reserve", &gemma_ext::host::reserve, py::arg("file"), py::arg("bytes"),
         py::call_guard<py::gil_scoped_release>(),
         "Reserves disk blocks for the first `bytes` of a file and sets its length.");

@@ -74,14 +74,6 @@ void copy_all(int from, int64_t from_offset, int to, int64_t to_offset, int64_t 
   }
 }
 
-// Clean pages of a file come back when they are read again; a failure is harmless.
-void drop_mapped(const void* mapped, int64_t bytes) {
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const auto first = reinterpret_cast<uintptr_t>(mapped) / page * page;
-  const auto last = reinterpret_cast<uintptr_t>(mapped) + bytes;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
-}
-
 }  // namespace
 
 Transfers::Transfers(int threads) {
@@ -118,7 +110,7 @@ Transfer Transfers::add(std::function<uint64_t()> job) {
   Transfer transfer = task.get_future().share();
   {
     const std::lock_guard lock(mutex_);
-    jobs_.push_back(std::move(task));
+    if (!closing_) jobs_.push_back(std::move(task));  // else waiting for it raises
   }
   changed_.notify_one();
   return transfer;
@@ -136,6 +128,8 @@ Transfer Transfers::write(int file, int64_t offset, const void* from, int64_t by
   return add([=] {
     const uint64_t value = digest(from, bytes, seed);
     write_all(file, offset, static_cast<const char*>(from), bytes);
+    // the disk begins now rather than at the last moment; a hint, whose failure is harmless
+    sync_file_range(file, offset, bytes, SYNC_FILE_RANGE_WRITE);
     return value;
   });
 }
@@ -161,6 +155,13 @@ Transfer Transfers::check(int file, int64_t offset, int64_t bytes, uint64_t seed
     read_all(file, offset, buffer.get(), bytes);
     return digest(buffer.get(), bytes, seed);
   });
+}
+
+void drop_mapped(const void* mapped, int64_t bytes) {
+  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const auto first = reinterpret_cast<uintptr_t>(mapped) / page * page;
+  const auto last = reinterpret_cast<uintptr_t>(mapped) + bytes;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
 }
 
 void reserve(int file, int64_t bytes) {

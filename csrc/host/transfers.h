@@ -33,8 +33,7 @@ class Transfers {
   Transfer write(int file, int64_t offset, const void* from, int64_t bytes, uint64_t seed);
   // inside the kernel, without bytes moved where the file system shares extents
   Transfer copy(int from, int64_t from_offset, int to, int64_t to_offset, int64_t bytes);
-  // from memory; the pages of a mapped file leave this process again. Other memory that is called
-  // mapped loses its contents.
+  // from memory, which is dropped afterwards if it is mapped
   Transfer fetch(const void* from, void* to, int64_t bytes, bool mapped);
   Transfer check(int file, int64_t offset, int64_t bytes, uint64_t seed);
 
@@ -48,6 +47,10 @@ class Transfers {
   bool closing_ = false;
   std::vector<std::thread> threads_;
 };
+
+// Pages of a mapped file leave this process; they come back when they are read again. Other memory
+// would lose its contents.
+void drop_mapped(const void* mapped, int64_t bytes);
 
 // Sets the length of a file and reserves its disk blocks, so that a full disk shows before the
 // first write; where a file system cannot reserve, the length alone is set.

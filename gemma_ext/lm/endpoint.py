@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from gemma_ext.lm.answers import FirstTokens, completed, echoed, first_tokens, score_of
 from gemma_ext.lm.base import Base, lengths
 from gemma_ext.lm.http import Client, EndpointError, Usage
 from gemma_ext.lm.protocol import Choice, Completion, Perplexity, Prompt, Sampling, Score
@@ -136,13 +137,13 @@ class EndpointModel(Base):
                 body["stop"] = list(sampling.stop)
             # some servers know no seed: a repeated prompt is a question of its own all the same
             bodies.append((body, count))
-        return self._answers(bodies, self._completion, Completion, "generating")
+        return self._answers(bodies, completed, Completion, "generating")
 
     def _score(self, pairs: list[tuple[Prompt, str]]) -> list[Score]:
         if self.api == "chat":
-            return self._first_tokens(pairs)
+            return self._score_first_tokens(pairs)
         asked = [(self._echo(prompt, text), text) for prompt, text in pairs if text]
-        scores = iter(self._answers(asked, _echoed, _to_score, "scoring"))
+        scores = iter(self._answers(asked, echoed, score_of, "scoring"))
         return [next(scores) if text else Score((), True) for _, text in pairs]
 
     def _echo(self, prompt: Prompt, text: str) -> dict[str, Any]:
@@ -158,12 +159,14 @@ class EndpointModel(Base):
             for text, score in zip(texts, scores, strict=True)
         ]
 
-    def _first_tokens(self, pairs: list[tuple[Prompt, str]]) -> list[Score]:
+    def _score_first_tokens(self, pairs: list[tuple[Prompt, str]]) -> list[Score]:
         """Scores of options that are one token, by what the endpoint tells of the first token."""
         body = {self.limit: 1, "temperature": 0, "logprobs": True, "top_logprobs": _TOP}
         asked = [({**self._asking(prompt), **body}, text) for prompt, text in pairs]
         # every option of a prompt asks the same
-        tops = self._answers([(body, "") for body, _ in asked], _tops, _Tops, "scoring")
+        tops = self._answers(
+            [(body, "") for body, _ in asked], first_tokens, FirstTokens, "scoring"
+        )
         return [top.score(text) for top, (_, text) in zip(tops, asked, strict=True)]
 
     def _asking(self, prompt: Prompt) -> dict[str, Any]:
@@ -226,67 +229,6 @@ class EndpointModel(Base):
             show_progress=self.show_progress,
         )
 
-    def _completion(self, response: dict[str, Any], _: Any) -> Completion:
-        choice = response["choices"][0]
-        text = choice["message"]["content"] if self.api == "chat" else choice["text"]
-        tokens = (response.get("usage") or {}).get("completion_tokens") or 0
-        return Completion(text or "", tokens, choice.get("finish_reason") != "length")
-
     def _needs_completions(self, what: str) -> None:
         if self.api == "chat":
             raise NotImplementedError(f"a chat endpoint gives no {what}; use api='completions'")
-
-
-class _Tops:
-    """The likeliest first tokens of an answer, and their log-probabilities."""
-
-    def __init__(self, tops: dict[str, float]) -> None:
-        self.tops = tops
-
-    def score(self, option: str) -> Score:
-        """Of all tokens that are the option but for white space around it."""
-        same = [value for token, value in self.tops.items() if token.strip() == option.strip()]
-        if not same:
-            return Score((-math.inf,), False)
-        best = max(same)
-        total = best + math.log(math.fsum(math.exp(value - best) for value in same))
-        return Score((total,), best == max(self.tops.values()))
-
-
-def _tops(response: dict[str, Any], _: Any) -> _Tops:
-    (first,) = response["choices"][0]["logprobs"]["content"][:1]
-    return _Tops({top["token"]: top["logprob"] for top in first["top_logprobs"]})
-
-
-def _to_score(token_logprobs: list[float], greedy: bool | None) -> Score:
-    return Score(tuple(token_logprobs), greedy)
-
-
-def _echoed(response: dict[str, Any], continuation: str) -> Score:
-    """The score of the end of an echoed prompt; a token across its start belongs to it."""
-    told = response["choices"][0]["logprobs"]
-    tokens, values, tops = told["tokens"][:-1], told["token_logprobs"][:-1], told["top_logprobs"]
-    end, start = continuation.encode("utf-8", "surrogatepass"), len(tokens)
-    tail = b""
-    while start > 0 and len(tail) < len(end):
-        start -= 1
-        tail = _bytes(tokens[start]) + tail
-    if not tail.endswith(end):
-        raise EndpointError(f"expected an echo that ends in {continuation!r}, got {tail!r}")
-    if None in values[start:]:
-        raise EndpointError(
-            "expected a log-probability of every token, got none of the first; give a text as "
-            "`begin` to stand before it"
-        )
-    greedy = None
-    if tops:
-        best = [max(top.values()) for top in tops[start : len(tokens)]]
-        greedy = all(value >= top for value, top in zip(values[start:], best, strict=True))
-    return Score(tuple(values[start:]), greedy)
-
-
-def _bytes(token: str) -> bytes:
-    """Of a token, which a server writes as bytes:\\xe2\\x82 if it is part of a character."""
-    if token.startswith("bytes:"):
-        return token[len("bytes:") :].encode().decode("unicode_escape").encode("latin-1")
-    return token.encode("utf-8", "surrogatepass")

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,23 +78,15 @@ class Generator:
         given = 1 if self.text.encoder_decoder else ids.shape[1]
         befores = [[] for _ in prompts] if self.text.encoder_decoder else prompts
         stops = _Stops(self.text, befores, given, sampling.stop)
-        own = self.model.generation_config
-        try:
-            # what a given configuration leaves open is taken from the model's
-            self.model.generation_config = config
+        with self._configured(config):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=real,
                 logits_processor=_processors(sampling, seeds, self.device),
                 stopping_criteria=[stops] if sampling.stop else [],
             )
-        finally:
-            self.model.generation_config = own
-        ends = (
-            {config.eos_token_id}
-            if isinstance(config.eos_token_id, int)
-            else set(config.eos_token_id or ())
-        )
+        end = config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
         return [
             self._completion(before, row, ends, sampling)
             for before, row in zip(befores, output[:, given:].tolist(), strict=True)
@@ -120,6 +113,22 @@ class Generator:
             else:
                 high = middle
         return low
+
+    @contextmanager
+    def _configured(self, config: GenerationConfig) -> Iterator[None]:
+        """In place of the model's own, from which a call takes what its configuration leaves open.
+
+        A model of peft hands its configuration to the model below it.
+        """
+        below = getattr(self.model, "get_base_model", lambda: self.model)()
+        own = [(model, model.generation_config) for model in (self.model, below)]
+        try:
+            for model, _ in own:
+                model.generation_config = config
+            yield
+        finally:
+            for model, before in own:
+                model.generation_config = before
 
     def _config(self, sampling: Sampling) -> GenerationConfig:
         """The model's own tokens, none of its habits."""

@@ -38,6 +38,13 @@ class Usage:
     cost: float = 0.0
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The key goes to the address it was given for, and nowhere else."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Client:
     """Posts to one endpoint, from any number of threads.
 
@@ -49,6 +56,9 @@ class Client:
             doubles from `backoff` seconds, with a random part, unless the server names one.
         timeout: seconds without an answer.
         prices: of a million input and a million output tokens.
+
+    Raises:
+        ValueError: a url of another kind.
     """
 
     def __init__(
@@ -62,7 +72,10 @@ class Client:
         timeout: float,
         prices: tuple[float, float],
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"expected url to begin with http:// or https://, got {url!r}")
         self.url, self._key = url.rstrip("/"), key
+        self._opener = urllib.request.build_opener(_NoRedirect)
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._retries, self._backoff, self._timeout = retries, backoff, timeout
         self._prices = prices
@@ -102,7 +115,7 @@ class Client:
         request = urllib.request.Request(
             self.url + path, json.dumps(body).encode(), headers, method="POST"
         )
-        with urllib.request.urlopen(request, timeout=self._timeout) as response:
+        with self._opener.open(request, timeout=self._timeout) as response:
             text = response.read()
         try:
             answer = json.loads(text)

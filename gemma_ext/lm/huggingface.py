@@ -77,10 +77,11 @@ class HuggingFaceModel(Base):
         self.text = Text(tokenizer, bool(model.config.is_encoder_decoder))
         self.max_length = max_length or _window(model, tokenizer)
         self.store = cache if isinstance(cache, Store) or cache is None else Store(cache)
-        device = model.get_input_embeddings().weight.device
+        self._device = model.get_input_embeddings().weight.device
         make = EncoderDecoder if self.text.encoder_decoder else Causal
-        self._scorer = make(Scored(model, impl), self.max_length, batch_tokens, device)
-        self._generator = Generator(model, self.text, self.max_length, batch_tokens, device)
+        sizes = (self.max_length, batch_tokens, self._device)
+        self._scorer = make(Scored(model, impl), *sizes)
+        self._generator = Generator(model, self.text, *sizes)
 
     @classmethod
     def load(
@@ -174,8 +175,13 @@ class HuggingFaceModel(Base):
         return found
 
     def _identity(self) -> str:
+        kind = self._device.type
         return identity(
-            self.model, text=self.text.describe(), window=self.max_length, impl=self.impl
+            self.model,
+            text=self.text.describe(),
+            window=self.max_length,
+            impl=self.impl,
+            autocast=torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         )
 
 

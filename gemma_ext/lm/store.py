@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ class Store:
     """A table from a digest of (model, question) to an answer, in one sqlite file.
 
     What `put` has returned for survives the death of the process; several processes may share a
-    file.
+    file, and several threads a store.
 
     Args:
         path: of the file; made with its folder if it is not there.
@@ -31,7 +32,8 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(self.path, timeout=60.0)
+        self._db = sqlite3.connect(self.path, timeout=60.0, check_same_thread=False)
+        self._lock = threading.Lock()
         try:
             with self._db:
                 self._db.execute(
@@ -48,13 +50,15 @@ class Store:
             some = keys[start : start + _KEYS_PER_QUERY]
             marks = ",".join("?" * len(some))
             query = f"SELECT key, value FROM answers WHERE key IN ({marks})"
-            found.update((key, json.loads(value)) for key, value in self._db.execute(query, some))
+            with self._lock:
+                rows = self._db.execute(query, some).fetchall()
+            found.update((key, json.loads(value)) for key, value in rows)
         return found
 
     def put(self, answers: Iterable[tuple[bytes, Any]]) -> None:
         """Write answers, all of them or none."""
         rows = [(key, json.dumps(value)) for key, value in answers]
-        with self._db:
+        with self._lock, self._db:
             self._db.executemany("INSERT OR REPLACE INTO answers VALUES (?, ?)", rows)
 
     def close(self) -> None:

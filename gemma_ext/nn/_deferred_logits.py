@@ -41,13 +41,14 @@ class LossOptions:
 
     Attributes:
         owner: class name of the model, for messages.
-        impl, filter_eps: as in `gemma_ext.linear_cross_entropy`.
+        impl, filter_eps, memory: as in `gemma_ext.linear_cross_entropy`.
         remedy: what to do about a refusal, for messages.
     """
 
     owner: str
     impl: str = "auto"
     filter_eps: float | str | None = "auto"
+    memory: str = "default"
     remedy: str = "unpatch the model to train it with materialised logits"
 
 
@@ -259,6 +260,7 @@ class DeferredLogits:
             "logit_scale": scale,
             "impl": self.options.impl,
             "filter_eps": self.options.filter_eps,
+            "memory": self.options.memory,
         }
 
     def autocast_of_the_head(self) -> torch.autocast:

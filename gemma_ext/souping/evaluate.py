@@ -129,11 +129,11 @@ def _check_models(recipe: Recipe, module: Module, part: Slice, method: type[Meth
         models |= {base}
     least, most = method.models
     if len(models) < least or (most is not None and len(models) > most):
-        wanted = (
-            f"{least}" if least == most else f"{least} to {most}" if most else f"{least} or more"
-        )
+        wanted = "1 model" if least == most == 1 else f"{least} models"
+        if least != most:
+            wanted = f"{least} to {most} models" if most else f"{least} or more models"
         beside = " beside the base" if method.base != "unused" and base is not None else ""
-        raise part.entry.error(f"{method.name} merges {wanted} models{beside}, got {len(models)}")
+        raise part.entry.error(f"{method.name} merges {wanted}{beside}, got {len(models)}")
 
 
 def _convert(parameter: Parameter, value: Any, entry: Entry) -> Any:
@@ -148,4 +148,4 @@ def _convert(parameter: Parameter, value: Any, entry: Entry) -> Any:
     if kind is str and isinstance(value, str):
         return value
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    raise entry.error(f"{parameter.key}: expected {names[kind]}, got {value!r}")
+    raise entry.error(f"expected {names[kind]}, got {value!r}")

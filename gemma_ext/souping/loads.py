@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,10 +25,9 @@ class Load:
         start, stop: which of its elements, flat.
         passes: what is done to them, in order.
         step: elements of every piece of the target but the last.
-        ends_survey: the step of a model-wide method that is over once this is done.
         staged: bytes that each input needs.
         written: bytes of the result.
-        memory: what holds them.
+        memory: what holds them; None where nothing is read.
         asked: transfers to wait for.
     """
 
@@ -37,7 +36,6 @@ class Load:
     stop: int
     passes: Sequence[int]
     step: int
-    ends_survey: int | None = None
     staged: Sequence[int] = ()
     written: int = 0
     memory: Tensor | None = None
@@ -75,6 +73,17 @@ class Load:
         return regions[:-1], regions[-1]
 
 
+@dataclass
+class EndOfSurvey:
+    """Stands after the loads of a model-wide survey."""
+
+    step: int
+    nbytes: ClassVar[int] = 0
+    memory_bytes: ClassVar[int] = 0
+    memory: ClassVar[None] = None
+    asked: ClassVar[Sequence[Any]] = ()
+
+
 def is_copied(target: Target) -> bool:
     (source, *more) = target.inputs
     return (
@@ -92,7 +101,7 @@ def cut(
     done: Collection[str],
     chunk_bytes: int,
     memory_bytes: int,
-) -> Iterator[Load]:
+) -> Iterator[Load | EndOfSurvey]:
     """Loads of all targets but those that are done, tensors one after another.
 
     A tensor that has to be seen several times is one load if two such loads fit the memory.
@@ -103,10 +112,8 @@ def cut(
         merged = [target for target in filled if target.values is not None]
         for step in range(method.surveys):
             for target in merged:
-                for load in _pieces(target, method, [step], chunk_bytes):
-                    if target is merged[-1] and load.is_last:
-                        load.ends_survey = step
-                    yield load
+                yield from _pieces(target, method, [step], chunk_bytes)
+            yield EndOfSurvey(step)
     for target in left:
         if is_copied(target):
             yield Load(target, 0, target.info.numel, [MERGE], target.info.numel)

@@ -25,15 +25,17 @@ class Entry:
         node: of PyYAML.
         file: shown in errors.
         key: dotted path from the top of the document, as in `models[1].parameters.weight`.
+        line: counted from 0; of the key where there is one.
     """
 
     node: yaml.Node = field(repr=False)
     file: str
     key: str = ""
+    line: int = 0
 
     @property
     def place(self) -> str:
-        line = f"{self.file}, line {self.node.start_mark.line + 1}"
+        line = f"{self.file}, line {self.line + 1}"
         return f"{line}, {self.key}" if self.key else line
 
     def error(self, text: str) -> RecipeError:
@@ -69,15 +71,15 @@ class Entry:
         found: dict[str, Entry] = {}
         known = None if allowed is None else list(allowed)
         for key_node, node in self.node.value:
+            line = key_node.start_mark.line
             if key_node.id != "scalar":
-                raise Entry(key_node, self.file, self.key).error("expected text as a key")
+                raise Entry(key_node, self.file, self.key, line).error("expected text as a key")
             name = key_node.value
-            entry = Entry(node, self.file, f"{self.key}.{name}" if self.key else name)
-            place = Entry(key_node, self.file, entry.key)
+            entry = Entry(node, self.file, f"{self.key}.{name}" if self.key else name, line)
             if name in found:
-                raise place.error("given twice")
+                raise entry.error("given twice")
             if known is not None and name not in known:
-                raise place.error(f"unknown key; {suggest(name, known)}")
+                raise entry.error(f"unknown key; {suggest(name, known)}")
             found[name] = entry
         return {name: entry for name, entry in found.items() if not entry.is_null()}
 
@@ -86,7 +88,7 @@ class Entry:
         if self.shape != "sequence":
             raise self.error(f"expected a list, got {_short(self)}")
         return [
-            Entry(node, self.file, f"{self.key}[{index}]")
+            Entry(node, self.file, f"{self.key}[{index}]", node.start_mark.line)
             for index, node in enumerate(self.node.value)
         ]
 
@@ -131,7 +133,7 @@ def read_yaml(text: str, file: str) -> list[Entry]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise RecipeError(f"{file}{line}: not YAML: {problem}") from None
-    entries = [Entry(node, file) for node in nodes]
+    entries = [Entry(node, file, line=node.start_mark.line) for node in nodes]
     return [entry for entry in entries if not entry.is_null()]
 
 

@@ -49,31 +49,52 @@ def merge_tensors(
     if out is None:
         out = {name: _like(tensor, dtype) for name, tensor in reference.items()}
     parts: dict[str, Part] = {}
-    states: dict[str, Any] = {}
-    layers = count_layers(reference)
+    written: set[tuple[Any, ...]] = set()
     for name, tensor in reference.items():
+        place = (out[name].data_ptr(), out[name].stride(), out[name].shape)
+        if place in written:
+            continue  # tied: merged already, perhaps over its own sources
         if not tensor.is_floating_point():
             out[name].copy_(tensor)
         elif tensor.numel():
+            written.add(place)
             sources = [widen(model[name].detach()) for model in models]
             origin = None if used is None else widen(tensor.detach())
             parts[name] = Part(sources, origin, out[name].detach(), name)
-            info = TensorInfo(name, tuple(tensor.shape), layer_of(name), layers)
-            states[name] = method.begin(info, values(info))
+    infos = _infos(parts, count_layers(reference))
     if method.model_wide:
-        for step in range(method.surveys):
-            for name, part in parts.items():
-                _survey(method, step, part, states[name])
-            method.settle_model(step, states)
-    for name, part in parts.items():
-        if not method.model_wide:
-            for step in range(method.surveys):
-                _survey(method, step, part, states[name])
-        method.merge(part, states.pop(name))
+        _merge_together(method, parts, {n: method.begin(i, values(i)) for n, i in infos.items()})
+    else:
+        for name, part in parts.items():
+            _merge_alone(method, part, method.begin(infos[name], values(infos[name])))
     return out
 
 
+def _infos(parts: Mapping[str, Part], layers: int) -> dict[str, TensorInfo]:
+    return {
+        name: TensorInfo(name, tuple(part.out.shape), layer_of(name), layers)
+        for name, part in parts.items()
+    }
+
+
+def _merge_alone(method: Method, part: Part, state: Any) -> None:
+    for step in range(method.surveys):
+        _survey(method, step, part, state)
+    method.merge(part, state)
+
+
+def _merge_together(method: Method, parts: Mapping[str, Part], states: dict[str, Any]) -> None:
+    for step in range(method.surveys):
+        for name, part in parts.items():
+            _survey(method, step, part, states[name])
+        method.settle_model(step, states)
+    for name, part in parts.items():
+        method.merge(part, states.pop(name))
+
+
 def _survey(method: Method, step: int, part: Part, state: Any) -> None:
+    if method.skips(step, state):
+        return
     method.survey(step, Part(part.sources, part.base, None, part.name), state)
     method.settle(step, state)
 

@@ -35,6 +35,26 @@ class Target:
     base: Source | None = None
     values: Values | None = None
 
+    def __post_init__(self) -> None:
+        shape = self.info.shape
+        for source in self.inputs:
+            # reading on beyond a tensor would take the next one for its rows
+            same = len(source.shape) == len(shape) and source.shape[1:] == shape[1:]
+            if not same or source.shape[:1] < shape[:1]:
+                raise ValueError(
+                    f"{source.stored.path}: expected {self.info.name!r} to be {list(shape)}, "
+                    f"got {list(source.shape)}"
+                )
+            if self.values is not None and not source.stored.dtype.is_floating_point:
+                raise ValueError(
+                    f"{source.stored.path}: expected {self.info.name!r} to be floating-point, "
+                    f"got {source.stored.dtype}"
+                )
+        if self.values is not None and self.dtype not in OUT_DTYPES:
+            raise ValueError(
+                f"dtype: expected a merge into float32, bfloat16 or float16, got {self.dtype}"
+            )
+
     @property
     def inputs(self) -> list[Source]:
         """The sources, and the base last."""
@@ -82,24 +102,35 @@ def plan(
                 raise
             kept = found[-1]
             if kept is not None:
-                targets.append(copied(name, kept, layers, dtype))
-            continue
-        stored = [one for one in found if one is not None]
-        if not stored[0].dtype.is_floating_point:
-            targets.append(copied(name, stored[-1] if used else stored[0], layers, None))
+                info = TensorInfo(name, kept.shape, layer_of(name), layers)
+                targets.append(copied(info, Source(kept), dtype))
             continue
         info = TensorInfo(name, shape, layer_of(name), layers)
-        sources = [Source(one) for one in stored]
-        targets.append(
-            Target(
-                info,
-                dtype or default_dtype((stored[-1] if used else stored[0]).dtype),
-                sources[: len(models)],
-                sources[-1] if used else None,
-                values(info),
-            )
-        )
+        sources = [Source(one) for one in found if one is not None]
+        origin = sources[len(models)] if used else None
+        targets.append(merged(info, sources[: len(models)], origin, values, dtype))
     return targets
+
+
+def merged(
+    info: TensorInfo,
+    sources: Sequence[Source],
+    base: Source | None,
+    values: Callable[[TensorInfo], Values],
+    dtype: torch.dtype | None = None,
+) -> Target:
+    """The target of a tensor: merged, or copied from the base or the first source if it holds
+    integers.
+
+    Args:
+        values: asked for the parameters if it is merged.
+        dtype: of the output; by default what the base, or the first source, stores.
+    """
+    reference = base or sources[0]
+    if not reference.stored.dtype.is_floating_point:
+        return copied(info, reference, None)
+    dtype = dtype or default_dtype(reference.stored.dtype)
+    return Target(info, dtype, sources, base, values(info))
 
 
 def check_models(method: Method, models: int, has_base: bool) -> None:
@@ -158,12 +189,11 @@ def common_shape(
     return (min(stored.shape[0] for stored in present), *first.shape[1:])
 
 
-def copied(name: str, stored: Stored, layers: int, dtype: torch.dtype | None) -> Target:
+def copied(info: TensorInfo, source: Source, dtype: torch.dtype | None) -> Target:
     """A tensor that is taken as it is, in its own dtype if None is given or it holds integers."""
-    info = TensorInfo(name, stored.shape, layer_of(name), layers)
-    if dtype is None or not stored.dtype.is_floating_point:
-        dtype = stored.dtype
-    return Target(info, dtype, [Source(stored)])
+    if dtype is None or not source.stored.dtype.is_floating_point:
+        dtype = source.stored.dtype
+    return Target(info, dtype, [source])
 
 
 def default_dtype(stored: torch.dtype) -> torch.dtype:

@@ -16,12 +16,13 @@ from gemma_ext.souping.evaluate import check_recipe
 from gemma_ext.souping.files.checkpoint import Stored
 from gemma_ext.souping.files.sources import RowMap, Source
 from gemma_ext.souping.method import Method
+from gemma_ext.souping.methods.linear import Passthrough
 from gemma_ext.souping.models import Model, open_model
 from gemma_ext.souping.peek import read_pieces, read_whole
 from gemma_ext.souping.plan import Target, default_dtype
 from gemma_ext.souping.recipe import Recipe
 from gemma_ext.souping.resolve import Input, Resolved, resolve
-from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizer
+from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizers
 from gemma_ext.souping.vocabulary import Rows, map_rows
 
 if TYPE_CHECKING:
@@ -88,14 +89,19 @@ def prepare(
         trust_remote_code: of tokenizers.
 
     Raises:
-        RecipeError, ValueError, FileNotFoundError, ImportError: the recipe, a file or a package is
-            not as it has to be; in one sentence.
+        RecipeError: the recipe, or a model that it names, is not as it has to be.
+        OSError, ImportError: a file cannot be read, a package is missing.
     """
     method = find_method(recipe)
     options = {"names": names, "cache_dir": cache_dir, "lora_dtype": lora_dtype}
-    models = [open_model(reference, **options) for reference in recipe.models()]
+    models = []
+    for reference in recipe.models():
+        try:
+            models.append(open_model(reference, **options))
+        except (ValueError, FileNotFoundError) as error:
+            raise recipe.entry_of(reference).error(str(error)) from None
     if not allow_crimes:
-        _check_architectures(models)
+        _check_architectures(recipe, models)
     resolved = resolve(
         recipe,
         method,
@@ -106,10 +112,11 @@ def prepare(
     lead = _lead(recipe)
     tokenizer, vocabulary, vocabularies, maps = None, None, None, None
     if recipe.tokenizer:
-        tokenizers = [
-            load_tokenizer(model.tokenizer_folder, trust_remote_code=trust_remote_code)
-            for model in models
-        ]
+        folders = [model.tokenizer_folder for model in models]
+        try:
+            tokenizers = load_tokenizers(folders, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise recipe.tokenizer.entry.error(str(error)) from None
         tokenizer = build_tokenizer(
             recipe.tokenizer,
             recipe.models(),
@@ -118,7 +125,8 @@ def prepare(
             trust_remote_code=trust_remote_code,
         )
         vocabulary = tokenizer.get_vocab()
-        vocabularies = [each.get_vocab() for each in tokenizers]
+        tables = {each: each.get_vocab() for each in dict.fromkeys(tokenizers)}
+        vocabularies = [tables[each] for each in tokenizers]
         maps = map_rows(
             vocabulary,
             recipe.models(),
@@ -153,13 +161,12 @@ def _template(
     if recipe.chat_template != "auto":
         return choose_template(recipe.chat_template, [])
     ordered = [models[lead], *(model for model in models if model is not models[lead])]
-    loaded = (
-        load_tokenizer(m.tokenizer_folder, trust_remote_code=trust_remote_code) for m in ordered
-    )
+    folders = [model.tokenizer_folder for model in ordered]
+    loaded = load_tokenizers(folders, trust_remote_code=trust_remote_code)
     return choose_template("auto", [tokenizer.chat_template for tokenizer in loaded])
 
 
-def _check_architectures(models: Sequence[Model]) -> None:
+def _check_architectures(recipe: Recipe, models: Sequence[Model]) -> None:
     kinds = {
         config["model_type"]: model
         for model in models
@@ -167,7 +174,7 @@ def _check_architectures(models: Sequence[Model]) -> None:
     }
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
-        raise ValueError(
+        raise recipe.entry_of(second.reference).error(
             f"{second.reference} is a {other} and {first.reference} a {one}: expected one kind of "
             "model, or --allow-crimes"
         )
@@ -181,11 +188,16 @@ def _targets(
 ) -> list[Target]:
     wanted = recipe.out_dtype or recipe.dtype
     sources = _Sources(models, maps)
-    return [_target(one, models, sources, wanted and getattr(torch, wanted)) for one in resolved]
+    dtype = wanted and getattr(torch, wanted)
+    return [_target(recipe, one, models, sources, dtype) for one in resolved]
 
 
 def _target(
-    one: Resolved, models: Sequence[Model], sources: _Sources, wanted: torch.dtype | None
+    recipe: Recipe,
+    one: Resolved,
+    models: Sequence[Model],
+    sources: _Sources,
+    wanted: torch.dtype | None,
 ) -> Target:
     origin = one.base or one.sources[0]
     stored = models[origin.model].stored(origin.name)
@@ -198,6 +210,10 @@ def _target(
     info = replace(one.info, shape=shape)
     if base and any(source.shape[1:] != shape[1:] for source in [*found, base]):
         return Target(info, dtype, [base])
+    if recipe.method == Passthrough.name and one.values.models[0]["scale"] in (None, 1.0):
+        source = found[0]
+        if source.is_plain and (source.stored.dtype, source.shape) == (dtype, shape):
+            return Target(info, dtype, found)  # bytes are copied, not merged
     return Target(info, dtype, found, base, one.values)
 
 

@@ -8,23 +8,21 @@ when it is whole; until then it is in `OUT.partial`, with a journal that a later
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gemma_ext.ops.souping.parts import Part
+from gemma_ext.souping.engine import Run
 from gemma_ext.souping.files import journal as journals
 from gemma_ext.souping.files import shards as files
 from gemma_ext.souping.files.checkpoint import open_checkpoint
-from gemma_ext.souping.files.disk import Disk, is_over, wait
-from gemma_ext.souping.files.ring import Ring
-from gemma_ext.souping.loads import MERGE, Load, cut
+from gemma_ext.souping.files.disk import Disk
 from gemma_ext.souping.method import Method, TensorInfo, Values
 from gemma_ext.souping.plan import Target, plan
 from gemma_ext.souping.progress import Progress
@@ -116,191 +114,47 @@ def write_checkpoint(
     ):
         if value < 1:
             raise ValueError(f"{name}: expected a number >= 1, got {value}")
+    _check_names(targets)
     _check_out(out, targets)
-    origin = provenance(method, targets, recipe)
-    metadata = {"format": "pt", "gemma_ext_merge": origin}
-    layout = {t.info.name: (t.dtype, t.info.shape) for t in targets}
-    shards = files.lay_out(layout, shard_bytes, metadata)
-    partial = out.with_name(f"{out.name}.partial")
-    files.check_room(out, partial, sum(shard.nbytes for shard in shards))
-
-    partial.mkdir(parents=True, exist_ok=True)
-    journal = journals.Journal(partial, f"{origin} {file_states(targets)}")
+    disk = Disk(threads)
     try:
-        _create(partial, shards, journal)
-        disk = Disk(threads)
+        metadata = {"format": "pt", "gemma_ext_merge": provenance(method, targets, recipe)}
+        layout = {t.info.name: (t.dtype, t.info.shape) for t in targets}
+        shards = files.lay_out(layout, shard_bytes, metadata)
+        partial = out.with_name(f"{out.name}.partial")
+        files.check_room(out, partial, sum(shard.nbytes for shard in shards))
+        journal = _open_journal(partial, _key(shards, targets))
         try:
-            merge = _Merge(targets, method, partial, shards, disk, journal, torch.device(device))
-            merge.run(chunk_bytes, memory_bytes, progress or (lambda done, total: None))
+            _create(partial, shards, journal)
+            run = Run(targets, method, partial, shards, disk, journal, torch.device(device))
+            run.go(chunk_bytes, memory_bytes, progress or (lambda done, total: None))
+            files.write_index(partial, shards)
+            if finish is not None:
+                finish(partial)
+            _publish(partial, out)
+        except (ValueError, TypeError):  # the same again would end here again
+            shutil.rmtree(partial)
+            raise
         finally:
-            disk.close()
-        files.write_index(partial, shards)
-        if finish is not None:
-            finish(partial)
-        for path in partial.iterdir():
-            files.sync(path)
-        journals.remove(partial)
-        files.sync(partial)
-        os.rename(partial, out)
-        files.sync(out.parent)
+            journal.close()
     finally:
-        journal.close()
+        disk.close()
     return out
 
 
-class _Merge:
-    """One run over the targets that are not done yet."""
-
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        method: Method,
-        folder: Path,
-        shards: Sequence[files.Shard],
-        disk: Disk,
-        journal: journals.Journal,
-        device: torch.device,
-    ) -> None:
-        self.targets, self.method = targets, method
-        self.disk, self.journal, self.device = disk, journal, device
-        self.places = {
-            name: (folder / shard.name, entry)
-            for shard in shards
-            for name, entry in shard.tensors.items()
-        }
-        self.states: dict[str, Any] = {}
-        self.digests: dict[str, int] = {}
-
-    def run(self, chunk_bytes: int, memory_bytes: int, progress: Progress) -> None:
-        self._verify()
-        loads = list(cut(self.targets, self.method, self.journal.done, chunk_bytes, memory_bytes))
-        if self.method.model_wide and any(load.ends_survey is not None for load in loads):
-            for target in self.targets:
-                self._state(target)
-        total, moved = sum(load.nbytes for load in loads), 0
-        most = max((load.memory_bytes for load in loads), default=0)
-        ring = Ring(max(most, memory_bytes), pinned=self.device.type == "cuda")
-        waiting, reading, writing = deque(loads), deque(), deque()
-        while waiting or reading or writing:
-            while waiting and self._request(waiting[0], ring):
-                reading.append(waiting.popleft())
-            if reading:
-                load = reading.popleft()
-                self._process(load)
-                writing.append(load)
-            while writing and (not reading or is_over(writing[0].asked)):
-                load = writing.popleft()
-                self._retire(load, ring)
-                moved += load.nbytes
-                progress(moved, total)
-                if not reading and waiting:
-                    break  # there is room to read into
-
-    def _verify(self) -> None:
-        """Forgets what the journal calls done and the disk does not hold."""
-        for done in list(self.journal.done.values()):
-            path, entry = self.places[done.name]
-            for at in range(0, entry.nbytes, done.step):
-                size = min(done.step, entry.nbytes - at)
-                self.disk.check(path, entry.offset + at, size, seed=at)
-            if wait(self.disk.asked()) != done.digest:
-                self.journal.forget(done.name)
-
-    def _request(self, load: Load, ring: Ring) -> bool:
-        """Asks for a load's bytes if there is memory for them."""
-        if load.is_copy:
-            path, entry = self.places[load.target.info.name]
-            self.disk.copy(load.target.sources[0].stored, path, entry.offset)
-            load.asked = self.disk.asked()
-            return True
-        load.memory = ring.take(load.memory_bytes)
-        if load.memory is None:
-            return False
-        for source, staged in zip(load.target.inputs, load.regions()[0], strict=True):
-            source.request(self.disk, load.start, load.stop, staged)
-        load.asked = self.disk.asked()
-        return True
-
-    def _process(self, load: Load) -> None:
-        """Surveys, merges and begins to write what has been read."""
-        if load.is_copy:
-            return
-        wait(load.asked)
-        target, (staged, written) = load.target, load.regions()
-        if target.values is None:
-            _convert(load, staged[0], written)
-        else:
-            self._apply(load, staged, written.view(target.dtype))
-        if load.written:
-            path, entry = self.places[target.info.name]
-            at = load.start * target.dtype.itemsize
-            self.disk.write(path, entry.offset + at, written, seed=at)
-        load.asked = self.disk.asked()
-
-    def _apply(self, load: Load, staged: Sequence[Tensor], result: Tensor) -> None:
-        target, state = load.target, self._state(load.target)
-        inputs = [
-            self._shaped(source.deliver(load.start, load.stop, bytes_), target)
-            for source, bytes_ in zip(target.inputs, staged, strict=True)
-        ]
-        sources = inputs[: len(target.sources)]
-        base = inputs[-1] if target.base else None
-        for step in load.passes:
-            if step == MERGE:
-                out = result.view(sources[0].shape)
-                if self.device.type != "cpu":
-                    out = torch.empty_like(out, device=self.device)
-                part = Part(sources, base, out, target.info.name, load.start)
-                self.method.merge(part, state)
-                if out.device != result.device:
-                    result.copy_(out.view(-1))
-            else:
-                part = Part(sources, base, None, target.info.name, load.start)
-                self.method.survey(step, part, state)
-                if load.is_last:
-                    self.method.settle(step, state)
-        if load.ends_survey is not None:
-            self.method.settle_model(load.ends_survey, self.states)
-
-    def _shaped(self, values: Tensor, target: Target) -> Tensor:
-        """On the device, in the shape that the method's grain promises."""
-        values = values.to(self.device, non_blocking=True)
-        shape = target.info.shape
-        if self.method.grain == "tensor":
-            return values.view(shape)
-        if self.method.grain == "row" and shape:
-            return values.view(-1, shape[-1])
-        return values
-
-    def _state(self, target: Target) -> Any:
-        name = target.info.name
-        if name not in self.states and target.values is not None:
-            self.states[name] = self.method.begin(target.info, target.values)
-        return self.states.get(name)
-
-    def _retire(self, load: Load, ring: Ring) -> None:
-        """Waits for a load's writes, and notes a tensor that is done."""
-        digest = wait(load.asked)
-        if load.is_copy:
-            return  # cheap to do again, and nobody has read it to know its digest
-        ring.give_back()
-        if MERGE not in load.passes:
-            return
-        name = load.target.info.name
-        total = (self.digests.pop(name, 0) + digest) % 2**64
-        if load.is_last:
-            self.states.pop(name, None)
-            self.journal.add(journals.Done(name, load.step * load.target.dtype.itemsize, total))
-        else:
-            self.digests[name] = total
+def _key(shards: Sequence[files.Shard], targets: Sequence[Target]) -> str:
+    """Of what a journal's lines hold for: the output to the byte, and sources as they are now."""
+    seen = hashlib.sha256(file_states(targets).encode())
+    for shard in shards:
+        seen.update(shard.name.encode() + shard.header)
+    return seen.hexdigest()
 
 
-def _convert(load: Load, staged: Tensor, written: Tensor) -> None:
-    source, dtype = load.target.sources[0], load.target.dtype
-    if source.is_plain and source.stored.dtype == dtype:
-        written.copy_(staged)
-    else:
-        written.view(dtype).copy_(source.deliver(load.start, load.stop, staged))
+def _check_names(targets: Sequence[Target]) -> None:
+    counts = Counter(target.info.name for target in targets)
+    if len(counts) < len(targets):
+        (name, count), *_ = counts.most_common(1)
+        raise ValueError(f"targets: expected every name once, got {name!r} {count} times")
 
 
 def _check_out(out: Path, targets: Sequence[Target]) -> None:
@@ -308,10 +162,19 @@ def _check_out(out: Path, targets: Sequence[Target]) -> None:
         raise ValueError(f"out: expected a folder that is empty or not there yet, got {out}")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out: expected a folder, got the file {out}")
-    folders = {source.stored.path.resolve().parent for t in targets for source in t.inputs}
+    folders = {source.stored.path.parent.resolve() for t in targets for source in t.inputs}
     for folder in folders:
         if (folder / "config.json").is_file() and folder in (out.resolve(), *out.resolve().parents):
             raise ValueError(f"out: expected a folder outside of the sources, got {out}")
+
+
+def _open_journal(partial: Path, key: str) -> journals.Journal:
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        return journals.Journal(partial, key)
+    except PermissionError as error:
+        reason = f"cannot write to {partial.parent}: {error.strerror}"
+        raise OSError(error.errno, f"out: {reason}") from None
 
 
 def _create(partial: Path, shards: Sequence[files.Shard], journal: journals.Journal) -> None:
@@ -326,3 +189,13 @@ def _create(partial: Path, shards: Sequence[files.Shard], journal: journals.Jour
         if not journal.done:
             shutil.rmtree(partial)
         raise OSError(error.errno, f"{partial.parent}: {error.strerror}") from None
+
+
+def _publish(partial: Path, out: Path) -> None:
+    """Gives the folder its name once all of it is on the disk."""
+    for path in partial.iterdir():
+        files.sync(path)
+    journals.remove(partial)
+    files.sync(partial)
+    os.rename(partial, out)
+    files.sync(out.parent)

@@ -45,7 +45,9 @@ def tokenizer(bos: bool = True, eos: bool = False) -> transformers.PreTrainedTok
     )
 
 
-def causal(name: str = "Gemma2", seed: int = 0, **options) -> transformers.PreTrainedModel:
+def causal(
+    name: str = "Gemma2", seed: int = 0, scale: float = 8.0, **options
+) -> transformers.PreTrainedModel:
     """A randomly initialised causal `name` whose next token is far from uniform."""
     torch.manual_seed(seed)
     cls = getattr(transformers, f"{name}{'LMHeadModel' if name == 'GPT2' else 'ForCausalLM'}")
@@ -54,7 +56,7 @@ def causal(name: str = "Gemma2", seed: int = 0, **options) -> transformers.PreTr
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(8.0)
+                parameter.mul_(scale)
     return model
 
 

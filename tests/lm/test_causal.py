@@ -14,7 +14,8 @@ from gemma_ext.lm import causal as causal_module
 from gemma_ext.lm.text import Job
 
 # plain and grouped heads, soft-caps, alternating and all sliding windows (shorter than the
-# prompts), absolute positions, a bias and a scale on the logits, positions from the mask
+# prompts), absolute positions, a bias and a scale on the logits, positions from the mask, experts,
+# and three whose state is no list of keys, so that nothing is shared
 ARCHITECTURES = {
     "Gemma2": {"sliding_window": 8, "final_logit_softcapping": 3.0},
     "Gemma3": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -25,6 +26,10 @@ ARCHITECTURES = {
     "Phi": {},
     "Cohere": {"logit_scale": 0.25},
     "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "Mixtral": {"num_local_experts": 4},
+    "Mamba": {"state_size": 4, "scale": 2.0},
+    "FalconH1": {"mamba_d_ssm": 32, "mamba_n_heads": 4},
+    "RecurrentGemma": {"logits_soft_cap": 5.0},
 }
 
 

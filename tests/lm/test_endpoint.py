@@ -164,6 +164,15 @@ def test_troubles_that_stay_are_told(server):
         lm_of(server, retries=0).generate(["a"])
 
 
+def test_a_key_is_not_sent_on(server):
+    other = FakeEndpoint()
+    server.troubles = [(302, {"Location": f"{other.url}/chat/completions"}, "")]
+    with pytest.raises(EndpointError, match="302 Found"):
+        lm_of(server, key="secret").generate(["a"])
+    assert other.seen == []
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
@@ -268,6 +277,7 @@ def test_an_interruption_keeps_what_has_come(server, tmp_path, monkeypatch):
     ("options", "sentence"),
     [
         ({"api": "speech"}, "expected api to be 'chat' or 'completions', got 'speech'"),
+        ({"url": "file:///etc"}, "expected url to begin with http:// or https://, got 'file:///e"),
         ({"concurrency": 0}, "expected concurrency to be at least 1, got 0"),
         ({"retries": -1}, "expected retries to be at least 0, got -1"),
         ({"requests_per_minute": 0}, "expected requests_per_minute to be positive, got 0"),
@@ -275,4 +285,4 @@ def test_an_interruption_keeps_what_has_come(server, tmp_path, monkeypatch):
 )
 def test_options_are_checked(options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        EndpointModel("http://127.0.0.1:1/v1", "m", **options)
+        EndpointModel(**{"url": "http://127.0.0.1:1/v1", "model": "m", **options})

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from lm_models import EOS, causal, tokenizer
-from test_causal import lm_of, words
+from test_causal import ARCHITECTURES, lm_of, words
 
 from gemma_ext.lm import Sampling
 
@@ -18,11 +18,10 @@ def own(lm, prompt: str, count: int) -> list[int]:
     return lm.model.generate(ids, max_new_tokens=count, do_sample=False)[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("name", ["Gemma2", "Llama", "OPT"])
+@pytest.mark.parametrize("name", ["Gemma2", "Llama", "OPT", "Mamba", "FalconH1"])
 @pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
 def test_greedy_completions_are_those_of_one_prompt_at_a_time(name, batch_tokens):
-    options = {"Gemma2": {"sliding_window": 8}, "OPT": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
-    lm = lm_of(causal(name, **options.get(name, {})), batch_tokens=batch_tokens)
+    lm = lm_of(causal(name, **ARCHITECTURES[name]), batch_tokens=batch_tokens)
     prompts = [*words(6, 6, 40), ""]
     for prompt, completion in zip(prompts, lm.generate(prompts, Sampling(9)), strict=True):
         ids = own(lm, prompt, 9)
@@ -105,6 +104,19 @@ def test_the_models_own_habits_do_not_count():
     plain = lm.generate(["abc"], Sampling(8))
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0)
     assert lm.generate(["abc"], Sampling(8)) == plain
+
+
+def test_a_lora_model_writes_and_keeps_its_configurations():
+    from peft import LoraConfig, get_peft_model
+
+    base = causal()
+    config = LoraConfig(target_modules=["q_proj"], r=2, init_lora_weights=False)
+    lm = lm_of(get_peft_model(base, config))
+    before = base.generation_config
+    (found,) = lm.generate(["abc"], Sampling(8))
+    assert base.generation_config is lm.model.generation_config is before
+    merged = lm.model.merge_and_unload()
+    assert lm_of(merged).generate(["abc"], Sampling(8)) == [found]
 
 
 def test_chats_are_rendered_by_the_template():

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +125,33 @@ def test_a_script_may_be_a_function():
     assert lm.generate([[{"role": "user", "content": "x y"}]])[0].text == "x y"
     assert lm.choices(["q", "r"], ["aa", "b"])[1].best() == 1
     assert lm.logprobs(["q"], [""]) == [Score((), None)]
+
+
+def test_a_missing_package_is_named_with_its_remedy():
+    from gemma_ext.lm.progress import require
+
+    with pytest.raises(ImportError, match=r"^scoring needs no_such: pip install 'gemma_ext\[lm\]'"):
+        require("scoring", "math", "no_such")
+
+
+def test_a_bar_is_drawn_only_if_asked_for(capfd):
+    from gemma_ext.lm.progress import progress_bar
+
+    for show in (False, True):
+        with progress_bar("scoring", 3, show) as advance:
+            advance(1)
+            advance(2)
+        written = capfd.readouterr().err
+        assert ("scoring" in written and "3/3" in written) == show
+
+
+def test_the_protocol_needs_no_model_library():
+    code = (
+        "import sys, gemma_ext.lm; print(*{'transformers', 'lm_eval', 'rich'} & set(sys.modules))"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == ""

@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,15 @@ def test_a_changed_model_is_another(tmp_path):
     assert after == lm_of(None, model).logprobs(["abc"], ["xyz"])
 
 
+def test_another_precision_is_another(tmp_path):
+    lm = lm_of(tmp_path / "answers.sqlite")
+    exact = lm.logprobs(["abc"], ["xyz"])
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = lm.logprobs(["abc"], ["xyz"])
+    assert rounded != exact == lm.logprobs(["abc"], ["xyz"])
+    assert rounded[0].token_logprobs == pytest.approx(exact[0].token_logprobs, abs=0.5)
+
+
 def test_an_identity_is_that_of_weights_configuration_and_adapters():
     from peft import LoraConfig, get_peft_model
 
@@ -168,6 +178,18 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     path.write_text("not a database, and longer than a header of sqlite" * 20)
     with pytest.raises(ValueError, match=r"notes.txt: expected a cache of answers, got file is"):
         Store(path)
+
+
+def test_threads_and_processes_share_a_file(tmp_path):
+    store, other = Store(tmp_path / "answers.sqlite"), Store(tmp_path / "answers.sqlite")
+
+    def put_and_get(place: int) -> object:
+        key = str(place).encode()
+        (store if place % 2 else other).put([(key, place)])
+        return other.get([key])[key]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(put_and_get, range(64))) == list(range(64))
 
 
 def test_many_keys_at_once(tmp_path):

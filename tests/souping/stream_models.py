@@ -72,12 +72,12 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def even(count: int):
-    """Values of `Linear` with uneven weights that add up to 1."""
-    total = count * (count + 1) / 2
+def rising(count: int, first: int = 1):
+    """Values of `Linear`: weights in the ratio first : first + 1 : ... that add up to 1."""
+    weights = [m + first for m in range(count)]
 
     def values(tensor: TensorInfo) -> Values:
-        return Values([{"weight": (m + 1) / total} for m in range(count)])
+        return Values([{"weight": weight / sum(weights)} for weight in weights])
 
     return values
 

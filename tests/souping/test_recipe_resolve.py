@@ -273,7 +273,7 @@ W = "parameters: {weight: 1}"
         (
             Soup,
             "models: [{model: a}]\nparameters:\n  weight:\n  - {filter: a, value: [1, true]}",
-            "line 5, parameters.weight[0].value[1]: weight: expected a number, got True",
+            "line 5, parameters.weight[0].value[1]: expected a number, got True",
         ),
         (Soup, f"models: [{{model: a}}]\n{W[:-1]}, steps: 1.5}}", "steps: expected a whole number"),
         (
@@ -290,7 +290,7 @@ W = "parameters: {weight: 1}"
             "line 2, models: deltas merges 1 or more models beside the base, got 0",
         ),
         (Pair, "models: [{model: a}]", "line 2, models: pair merges 2 models, got 1"),
-        (Copy, "models: [{model: a}, {model: b}]", "copy merges 1 models, got 2"),
+        (Copy, "models: [{model: a}, {model: b}]", "copy merges 1 model, got 2"),
         (
             Copy,
             "slices: [{sources: [{model: a, layer_range: [2, 4]}]}]",

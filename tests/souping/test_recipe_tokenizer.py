@@ -92,6 +92,10 @@ def test_what_has_no_tokenizer(two, tmp_path):
     with pytest.raises(ValueError, match="transformers cannot load the tokenizer") as error:
         load_tokenizer(tmp_path / "broken")
     assert "\n" not in str(error.value)
+    panics = (two / "a" / "tokenizer.json").read_text().replace('"soup"', '"so"')
+    (tmp_path / "broken" / "tokenizer.json").write_text(panics)
+    with pytest.raises(ValueError, match="transformers cannot load the tokenizer"):
+        load_tokenizer(tmp_path / "broken")
     with pytest.raises(RecipeError, match=r"r\.yml, line 3, tokenizer_source: .*got none"):
         build(two, f"tokenizer_source: {tmp_path / 'empty'}", "ab")
 

@@ -164,6 +164,10 @@ def _samples(stored: Stored) -> Iterator[bytes]:
     if stored.tensor is not None:
         data = stored.tensor.view(-1).view(torch.uint8) if size else torch.empty(0)
         yield from (data[at : at + length].numpy().tobytes() for at, length in spans)
+        if stored.mapped:
+            from gemma_ext._host import drop_mapped
+
+            drop_mapped(stored.tensor.data_ptr(), size)  # a large page or three of every tensor
         return
     with stored.path.open("rb") as file:
         for at, length in spans:

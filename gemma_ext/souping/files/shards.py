@@ -106,7 +106,7 @@ def check_room(out: Path, partial: Path, needed: int) -> None:
         for path in partial.iterdir():
             with suppress(OSError):
                 present += path.stat().st_blocks * 512
-    stats = os.statvfs(out.parent)
+    stats = os.statvfs(next(folder for folder in out.parents if folder.is_dir()))
     free = stats.f_bavail * stats.f_frsize
     if needed - present > free:
         raise OSError(

@@ -35,7 +35,7 @@ class Adapter:
 
 
 def load_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Reads an adapter folder.
+    """Reads an adapter folder. Embeddings that peft stores beside their updates are left out.
 
     Raises:
         ValueError: it is no LoRA of weights alone (DoRA, trained biases, modules saved whole), or
@@ -49,6 +49,8 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     sides: dict[str, dict[str, Any]] = {}
     embeddings = set()
     for key, tensor in load_file(folder / WEIGHTS).items():
+        if key.endswith(".base_layer.weight"):
+            continue
         found = _KEY.match(key)
         if not found:
             raise ValueError(f"expected LoRA factors in {folder / WEIGHTS}, got {key}")

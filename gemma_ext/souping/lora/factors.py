@@ -85,8 +85,9 @@ def merge_factors(
         rank: of what has a free rank (`exact`, `svd` and everything with `_svd`).
         density: share of elements that is kept, in [0, 1]; ties, dare and magnitude_prune need it.
         majority_sign_method: "total" or "frequency", of ties.
-        clamp: quantile in [0, 1] of the result's elements beyond which they are cut off, of `svd`
-            and everything with `_svd`.
+        clamp: quantile in [0.5, 1] of the elements of A, B, -A and -B beyond which they are cut
+            off, of `svd` and everything with `_svd`. peft takes that of A and B, which depends on
+            the signs that an SVD happens to return.
         seed: of dare's draws, which depend on it, on `name` and on positions alone.
         name: of the weight.
 
@@ -122,7 +123,9 @@ def merge_factors(
         a = _elementwise([f.a for f in factors], signed, *options, f"{name}.lora_A")
         b = _elementwise([f.b for f in factors], roots, *options, f"{name}.lora_B")
     if clamp is not None and combination_type.endswith("svd"):
-        bound = float(torch.cat([b.flatten(), a.flatten()]).double().quantile(clamp))
+        # of both signs of every element: which sign a singular vector has is nobody's choice
+        values = torch.cat([b.flatten(), a.flatten()]).double()
+        bound = float(torch.cat([values, -values]).quantile(clamp))
         b, a = b.clamp(-bound, bound), a.clamp(-bound, bound)
     return Factors(a.to(dtype), b.to(dtype))
 
@@ -159,7 +162,7 @@ def _elementwise(
     """float32 merge of tensors of one shape."""
     out = torch.empty_like(tensors[0], dtype=torch.float32)
     part = Part([t.contiguous() for t in tensors], out=out, name=name)
-    mask, divide = Mask(), None
+    mask, divide = Mask(), 1.0
     if rule in ("ties", "magnitude_prune"):
         mask = Mask(keep=_largest(part, int(density * out.numel())))
     elif rule.startswith("dare"):

@@ -88,8 +88,9 @@ class ModelTrim(Method):
     def _cut(self, values: Values) -> Cut:
         keep_equal = values.merge.get("keep_equal", self.equals == "all")
         cut = self.magnitudes.cut().resolved("all" if keep_equal else "none")
-        whole = torch.tensor([[d >= 1 for d in self.densities]])
+        whole = torch.tensor([[d >= 1 for d in self.densities]], device=cut.bits.device)
         every = Cut.above(0.0, len(self.densities), inclusive=True)
         return Cut(
-            torch.where(whole, every.bits, cut.bits), torch.where(whole, every.ties, cut.ties)
+            torch.where(whole, every.bits.to(cut.bits), cut.bits),
+            torch.where(whole, every.ties.to(cut.ties), cut.ties),
         )
