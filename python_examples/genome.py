@@ -5,7 +5,7 @@
 
 Experts are fine-tuned on slices of Python's standard library: the code of five packages, and all
 docstrings. The new task is an even mix of three of the slices, in files that no expert has seen:
-some samples to evolve on and as many, from yet other files, for the table. Beside GENOME+ stand the
+some samples to evolve on and more, from yet other files, for the table. Beside GENOME+ stand the
 best expert, static merges and other searches, each with as many evaluations.
 
 Everything is kept in the output folder; a run that was interrupted goes on where it stopped.
@@ -54,10 +54,11 @@ def main(
     ),
     method: Annotated[str, typer.Option(help="Preset: genome, genome+, ...")] = "genome+-script",
     seeds: Annotated[int, typer.Option(min=1, help="Runs: other samples, other draws.")] = 3,
-    budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 80,
+    budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 60,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert.")] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a training step.")] = 16,
-    samples: Annotated[int, typer.Option(min=9, help="Of the mix, in each split.")] = 120,
+    samples: Annotated[int, typer.Option(min=3, help="Of the mix, to evolve on.")] = 60,
+    test_samples: Annotated[int, typer.Option(min=3, help="Of the mix, for the table.")] = 600,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for this one.")] = 2,
 ) -> None:
     """Train experts of MODEL, evolve them, and compare."""
@@ -68,7 +69,7 @@ def main(
     runs = []
     for seed in range(seeds):
         folder = out / f"{method}-{budget}-{samples}" / f"seed-{seed}"
-        tasks = mixed_tasks(samples, seed)
+        tasks = mixed_tasks(samples, test_samples, seed)
         worker = ModelWorker(experts, tasks, folder.resolve() / "run" / FINISHED, device)
         # its published rates, with moves and children for as long as the budget lasts
         search = search_from(
@@ -95,7 +96,7 @@ def main(
         "model": model,
         "experts": ", ".join(SLICES),
         "task": f"{', '.join(MIX)} in equal parts",
-        "samples": f"{samples} to choose by, {samples} of other files for the table",
+        "samples": f"{samples} to choose by, {test_samples} of other files for the table",
         "score": "exp of the mean log-likelihood of a token",
     }
     found = write_report(page, runs, title=f"{method} over {len(SLICES)} experts", facts=facts)
@@ -183,18 +184,18 @@ def unseen() -> list[pocket.Document]:
     return [document for document in pocket.documents() if document.path not in seen]
 
 
-def mixed_tasks(samples: int, seed: int) -> tuple[Task, ...]:
+def mixed_tasks(samples: int, test_samples: int, seed: int) -> tuple[Task, ...]:
     """A task for each slice of the mix, with its share of the samples, drawn by the seed.
 
     What stands word for word on an earlier side (licences, copied helpers) is left out.
     """
     earlier = {piece for name in SLICES for piece in pieces(name, TRAINING)}
     drawn: dict[str, list[list[dict[str, str]]]] = {name: [] for name in MIX}
-    for eighths in (VALIDATION, TEST):
+    for eighths, count in ((VALIDATION, samples), (TEST, test_samples)):
         fresh = {name: [x for x in pieces(name, eighths) if x not in earlier] for name in MIX}
         for name, found in fresh.items():
             order = draws(seed, "mix", name, *eighths).permutation(len(found))
-            drawn[name].append([{"text": found[at]} for at in order[: samples // len(MIX)]])
+            drawn[name].append([{"text": found[at]} for at in order[: count // len(MIX)]])
             earlier.update(found)
     return tuple(Task(name, "likelihood", *splits) for name, splits in drawn.items())
 
