@@ -4,9 +4,9 @@
     python python_examples/genome.py --model google/gemma-3-270m --seeds 1 --steps 20 --batch 4
 
 Experts are fine-tuned on slices of Python's standard library: the code of five packages, and all
-docstrings. The new task is a mix of three of the slices, in files that no expert has seen: 200
-samples to evolve on and as many, from yet other files, for the table. Beside GENOME+ stand the best
-expert, static merges and other searches, each with as many evaluations.
+docstrings. The new task is an even mix of three of the slices, in files that no expert has seen:
+some samples to evolve on and more, from yet other files, for the table. Beside GENOME+ stand the
+best expert, static merges and other searches, each with as many evaluations.
 
 Everything is kept in the output folder; a run that was interrupted goes on where it stopped.
 """
@@ -35,10 +35,10 @@ from gemma_ext.papers.genome.lineage import FINISHED
 from gemma_ext.papers.genome.models import Experts, ModelWorker
 from gemma_ext.papers.genome.page import table, write_report
 from gemma_ext.papers.genome.study import run_study
-from gemma_ext.papers.genome.tasks import SAMPLES, Task
+from gemma_ext.papers.genome.tasks import Task
 
 SLICES = ("asyncio", "distutils", "docstrings", "email", "idlelib", "lib2to3")
-MIX = {"asyncio": 0.5, "email": 0.3, "docstrings": 0.2}
+MIX = ("asyncio", "email", "docstrings")  # in equal parts
 TRAINING, VALIDATION, TEST = ((0, 1, 2, 3), (4, 5), (6, 7))  # eighths of the files
 SAMPLE = 80  # characters, at least
 CONTEXT = 128  # tokens of a training row
@@ -52,12 +52,13 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of experts, runs and page.")] = Path(
         "out/genome"
     ),
-    method: Annotated[str, typer.Option(help="Preset: genome, genome+, ...")] = "genome+",
+    method: Annotated[str, typer.Option(help="Preset: genome, genome+, ...")] = "genome+-script",
     seeds: Annotated[int, typer.Option(min=1, help="Runs: other samples, other draws.")] = 3,
-    budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 40,
+    budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 60,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert.")] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a training step.")] = 16,
-    samples: Annotated[int, typer.Option(min=9, help="Of the mix, in each split.")] = SAMPLES,
+    samples: Annotated[int, typer.Option(min=3, help="Of the mix, to evolve on.")] = 60,
+    test_samples: Annotated[int, typer.Option(min=3, help="Of the mix, for the table.")] = 600,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 for this one.")] = 2,
 ) -> None:
     """Train experts of MODEL, evolve them, and compare."""
@@ -68,7 +69,7 @@ def main(
     runs = []
     for seed in range(seeds):
         folder = out / f"{method}-{budget}-{samples}" / f"seed-{seed}"
-        tasks = mixed_tasks(samples, seed)
+        tasks = mixed_tasks(samples, test_samples, seed)
         worker = ModelWorker(experts, tasks, folder.resolve() / "run" / FINISHED, device)
         # its published rates, with moves and children for as long as the budget lasts
         search = search_from(
@@ -94,8 +95,8 @@ def main(
     facts = {
         "model": model,
         "experts": ", ".join(SLICES),
-        "task": ", ".join(f"{weight:.0%} {name}" for name, weight in MIX.items()),
-        "samples": f"{samples} to choose by, {samples} of other files for the table",
+        "task": f"{', '.join(MIX)} in equal parts",
+        "samples": f"{samples} to choose by, {test_samples} of other files for the table",
         "score": "exp of the mean log-likelihood of a token",
     }
     found = write_report(page, runs, title=f"{method} over {len(SLICES)} experts", facts=facts)
@@ -183,32 +184,20 @@ def unseen() -> list[pocket.Document]:
     return [document for document in pocket.documents() if document.path not in seen]
 
 
-def mixed_tasks(samples: int, seed: int) -> tuple[Task, ...]:
-    """The mix as tasks of their weights' share of the samples, drawn by the seed.
+def mixed_tasks(samples: int, test_samples: int, seed: int) -> tuple[Task, ...]:
+    """A task for each slice of the mix, with its share of the samples, drawn by the seed.
 
     What stands word for word on an earlier side (licences, copied helpers) is left out.
     """
     earlier = {piece for name in SLICES for piece in pieces(name, TRAINING)}
-    splits = {}
-    for eighths in (VALIDATION, TEST):
+    drawn: dict[str, list[list[dict[str, str]]]] = {name: [] for name in MIX}
+    for eighths, count in ((VALIDATION, samples), (TEST, test_samples)):
         fresh = {name: [x for x in pieces(name, eighths) if x not in earlier] for name in MIX}
-        earlier |= {piece for found in fresh.values() for piece in found}
-        splits[eighths] = {
-            name: [found[at] for at in draws(seed, "mix", name, *eighths).permutation(len(found))]
-            for name, found in fresh.items()
-        }
-    return tuple(
-        Task(
-            name,
-            "likelihood",
-            *(
-                [{"text": x} for x in split[name][: round(weight * samples)]]
-                for split in splits.values()
-            ),
-            weight,
-        )
-        for name, weight in MIX.items()
-    )
+        for name, found in fresh.items():
+            order = draws(seed, "mix", name, *eighths).permutation(len(found))
+            drawn[name].append([{"text": found[at]} for at in order[: count // len(MIX)]])
+            earlier.update(found)
+    return tuple(Task(name, "likelihood", *splits) for name, splits in drawn.items())
 
 
 @functools.cache
