@@ -411,6 +411,9 @@ struct Binding {
                           limit.data(),  {out.mutable_data_ptr(), storage_type(op, "out", out)},
                           int(models),   count,
                           width};
+    for (int64_t i = 0; rows.is_cpu() && i < count * models; ++i)
+      STD_TORCH_CHECK(call.rows[i] < limit[i % models], op, ": expected rows of source ",
+                      i % models, " below ", limit[i % models], ", got ", call.rows[i]);
     if (count && width) engine.run(op, out, call);
   }
 

@@ -186,7 +186,7 @@ struct Swarm {
   Rounding rounding;      // of x; v to nearest
 };
 
-// out[v] = mean over rows[v, m] >= 0 of source[m][rows[v, m]]; zeros where there is none.
+// out[v] = mean over 0 <= rows[v, m] < limit[m] of source[m][rows[v, m]]; zeros where there is none.
 struct GatherRows {
   const Array* source;   // [M], rows of `width`, contiguous
   const int64_t* rows;   // [count, M]

@@ -69,12 +69,15 @@ def _without_forward_mode(function: type[torch.autograd.Function]) -> type:
     return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 
 
-def _refusal(name: str, what: str) -> NotImplementedError:
-    return NotImplementedError(f"{name} has no {what}; {_REMEDY}")
+def _refusal(name: str, what: str, remedy: str = _REMEDY) -> NotImplementedError:
+    return NotImplementedError(f"{name} has no {what}; {remedy}")
 
 
-def refuse_derivatives(name: str) -> None:
-    """Make `gemma_ext::name` raise when a derivative of it is asked for, of its gradients too."""
+def refuse_derivatives(name: str, remedy: str = _REMEDY) -> None:
+    """Make `gemma_ext::name` raise when a derivative of it is asked for, of its gradients too.
+
+    The `remedy` says who has one.
+    """
     op = getattr(torch.ops.gemma_ext, name).default
 
     def below(keys: torch.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
@@ -91,16 +94,17 @@ def refuse_derivatives(name: str) -> None:
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> None:
-            raise _refusal(name, "derivative of this order")
+            raise _refusal(name, "derivative of this order", remedy)
 
     def kernel(keys: torch.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
-        lists = [x if isinstance(x, (list, tuple)) else [x] for x in args]
-        tensors = [x for each in lists for x in each if isinstance(x, Tensor)]
+        listed = [x for each in args if isinstance(each, (list, tuple)) for x in each]
+        tensors = [x for x in (*args, *listed) if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise _refusal(name, "forward-mode derivative")
+            raise _refusal(name, "forward-mode derivative", remedy)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            if not op._schema.returns:  # nothing to hang a refusal on
-                raise _refusal(name, "derivative")
+            hidden = any(isinstance(x, Tensor) and x.requires_grad for x in listed)
+            if hidden or not op._schema.returns:  # nothing to hang a refusal on
+                raise _refusal(name, "derivative", remedy)
             with enable_single_level_autograd_function():
                 return Refused.apply(keys, *args)
         return below(keys, *args)

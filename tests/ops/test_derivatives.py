@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cce_oracle import assert_close, problem
-from test_cce_opcheck import SAMPLES
+from test_cce_opcheck import SAMPLES as CCE
+from test_soup_opcheck import SAMPLES as SOUP
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemma_ext import LinearCrossEntropy, linear_cross_entropy, linear_logprobs
 
+SAMPLES = CCE | SOUP
 REFUSED = "impl='reference'"
 WAYS = {
     "fused": {"impl": "exact"},
@@ -39,6 +41,10 @@ def tensors_of(outputs) -> list[torch.Tensor]:
     return [t for t in outputs if t.is_floating_point()]
 
 
+def is_tensors(items: list) -> bool:
+    return len(items) > 0 and isinstance(items[0], torch.Tensor)
+
+
 def arguments(name: str) -> list:
     assert name in SAMPLES, f"no sample of {name}: add one to SAMPLES"
     return list(SAMPLES[name](torch.float32, "full", False))
@@ -47,12 +53,13 @@ def arguments(name: str) -> list:
 @pytest.mark.parametrize("name", differentiable_ops())
 def test_op_refuses_reverse_mode(name):
     """An op whose gradient is right has a function around it; the op alone would drop terms."""
-    args = [
-        a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
-        for a in arguments(name)
-    ]
+    args = arguments(name)
+    listed = [x for a in args if isinstance(a, list) for x in a if isinstance(x, torch.Tensor)]
+    for a in (*args, *listed):
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            a.requires_grad_()
     op = getattr(torch.ops.gemma_ext, name)
-    if not op.default._schema.returns:
+    if listed or not op.default._schema.returns:
         with pytest.raises(NotImplementedError, match="has no derivative"):
             op(*args)
         return
@@ -70,11 +77,15 @@ def test_op_refuses_forward_mode(name):
     floating = [
         i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
     ]
-    for i in floating:
+    lists = [i for i, a in enumerate(args) if isinstance(a, list) and is_tensors(a)]
+    for i in (*floating, *lists):
         with forward_ad.dual_level():
-            dual = forward_ad.make_dual(args[i], torch.ones_like(args[i]))
-            with pytest.raises(NotImplementedError, match=REFUSED):
-                op(*args[:i], dual, *args[i + 1 :])
+            x = args[i]
+            first = x[0] if isinstance(x, list) else x
+            dual = forward_ad.make_dual(first, torch.ones_like(first))
+            given = [dual, *x[1:]] if isinstance(x, list) else dual
+            with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+                op(*args[:i], given, *args[i + 1 :])
 
 
 @pytest.mark.parametrize("leaf", ["e", "c", "bias"])

@@ -228,8 +228,9 @@ _WRITING = (
     "soup_swarm_",
     "soup_gather_rows_",
 )
+_REMEDY = "gemma_ext.ops.souping.soup has the first ones of a weighted sum"
 for _op in (*_WRITING, "soup_gram_rows", "soup_counts"):
-    refuse_derivatives(_op)
+    refuse_derivatives(_op, _REMEDY)
 
 
 def _fake_nothing(*args: Any, **kwargs: Any) -> None:
