@@ -194,6 +194,8 @@ def differs(subject: Subject, parts: Sequence[Part]) -> bool:
         )
         for part in few
     ]
+    for part in few:
+        part.out.zero_()
     subject.run(few)
     subject.run(here)
     return any(
@@ -216,13 +218,17 @@ def measure(parts: Sequence[Part], device: str, seconds: float, least: int) -> l
         measure=timing.measure_on_card if device == "cuda" else timing.measure,
     )
     copy_rate = 2 * source.numel() / timed[COPY].total
-    rows = [row_of(count, Subject(COPY, lambda _: None, 2 * (MODELS + 2)), timed, copy_rate)]
+    copied = Subject(COPY, target.copy_, 2 * (MODELS + 2))
+    rows = [row_of(count, copied, timed, copy_rate)]
     for subject in subjects():
         if subject.name in wrong:
             note = {"name": subject.name, "note": "other bits than on the CPU", "bars": "MISS"}
             rows.append(case_of(count) | note)
         else:
-            rows.append(row_of(count, subject, timed, copy_rate))
+            row = row_of(count, subject, timed, copy_rate)
+            if device == "cuda":
+                row["bars"] = "; ".join(bars(subject, row, timed))
+            rows.append(row)
     return rows
 
 
@@ -243,7 +249,7 @@ def row_of(
 ) -> dict[str, Any]:
     own = timed[subject.name]
     rate = None if subject.bytes is None else count * subject.bytes / own.total
-    row = case_of(count) | {
+    return case_of(count) | {
         "name": subject.name,
         "bytes": subject.bytes,
         "total": own.total,
@@ -254,9 +260,8 @@ def row_of(
         if subject.eager is None
         else timing.paired_ratio(timed[subject.eager], own),
         "note": "",
+        "bars": "",
     }
-    row["bars"] = "; ".join(bars(subject, row, timed))
-    return row
 
 
 def bars(subject: Subject, row: Mapping[str, Any], timed: Mapping[str, timing.Timing]) -> list[str]:

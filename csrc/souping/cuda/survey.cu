@@ -13,14 +13,14 @@ struct SurveyParams {
   Word *coarse, *zeros, *fine;
   const int64_t* prefix;
   int streams, cuts;
-  bool variance;
 };
 
 // Counters of 16 bits, so that the coarse histogram is 64 KiB and fits every card from sm_80 on.
 constexpr int64_t kCoarseChunk = 15 * kBlock;  // below 2^16
 constexpr int kCoarseThreads = 512, kCoarseWords = kCoarse / 2;
 
-KERNEL_BOUNDS(kCoarseThreads, 2)
+template <bool kVariance>
+KERNEL_BOUNDS(kCoarseThreads, kVariance ? 1 : 2)
 void survey_coarse_kernel(SurveyParams p) {
   unsigned* counts = simt::shared<unsigned>();
   View* views = simt::shared<View>(kCoarseWords * sizeof(unsigned));
@@ -30,7 +30,7 @@ void survey_coarse_kernel(SurveyParams p) {
     const Chunk k = open_chunk(p.plan, i / p.streams, views);
     unsigned zeros = 0;
     each_octet(k, [&](const Octet& o) {
-      const Bits keys = keys_of(k, p.variance, stream, o);
+      const Bits keys = keys_of(k, kVariance, stream, o);
       UNROLL
       for (int j = 0; j < kLanes; ++j) {
         if (!o.has(j) || keys.word[j] == kNoKey) continue;
@@ -69,6 +69,7 @@ struct FineShared {
   View views[2 * kMaxModels + 2];
 };
 
+template <bool kVariance>
 KERNEL_BOUNDS(kThreads, 3)
 void survey_fine_kernel(SurveyParams p) {
   FineShared* s = simt::shared<FineShared>();
@@ -79,7 +80,7 @@ void survey_fine_kernel(SurveyParams p) {
     const int64_t first = (p.group[k.number] * p.streams + stream) * p.cuts;
     Word* fine = p.fine + first * kFine;
     each_octet(k, [&](const Octet& o) {
-      const Bits keys = keys_of(k, p.variance, stream, o);
+      const Bits keys = keys_of(k, kVariance, stream, o);
       for (int c = 0; c < p.cuts; ++c) {
         const uint32_t bin = static_cast<uint32_t>(p.prefix[first + c]);
         UNROLL
@@ -122,13 +123,14 @@ int64_t enqueue(const Survey& call, void* memory, Launches* launches) {
   p.fine = reinterpret_cast<Word*>(call.fine);
   p.prefix = call.prefix;
   p.cuts = call.cuts;
-  p.variance = call.variance;
   const int64_t grid = taking_turns(p.items.size());
   if (call.fine) {
-    launches->add(survey_fine_kernel, grid, kThreads, sizeof(FineShared), p);
+    launches->add(call.variance ? survey_fine_kernel<true> : survey_fine_kernel<false>, grid,
+                  kThreads, sizeof(FineShared), p);
   } else {
     const int shared = kCoarseWords * int{sizeof(unsigned)} + kViewBytes;
-    launches->add(survey_coarse_kernel, grid, kCoarseThreads, shared, p);
+    launches->add(call.variance ? survey_coarse_kernel<true> : survey_coarse_kernel<false>, grid,
+                  kCoarseThreads, shared, p);
   }
   return arena.bytes();
 }
