@@ -65,12 +65,13 @@ def measure(target: Target) -> Measured | None:
         squares.add([Part([pieces[0] if base is None else base], None, None, name, offset)])
         offset += pieces[0].numel()
         if base is not None:
-            deltas = [source.float() - base.float() for source in sources]
-            positive = torch.stack([delta > 0 for delta in deltas])
-            negative = torch.stack([delta < 0 for delta in deltas])
-            opposed += int((positive.any(0) & negative.any(0)).sum())
-            moved += int((positive | negative).any(0).sum())
-            changed += (positive | negative).sum(1)
+            raised = lowered = torch.zeros(len(base), dtype=torch.bool)
+            for index, source in enumerate(sources):
+                up, down = source > base, source < base
+                raised, lowered = raised | up, lowered | down
+                changed[index] += int((up | down).sum())
+            opposed += int((raised & lowered).sum())
+            moved += int((raised | lowered).sum())
     has_base = target.base is not None
     return Measured(
         name=target.info.name,

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_ext.souping.recipe import TokenizerRecipe
 from gemma_ext.souping.references import ModelReference, locate
+from gemma_ext.souping.tokens import TokenizerRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

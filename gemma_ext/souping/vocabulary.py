@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_ext.souping.recipe import TokenRule
 from gemma_ext.souping.references import ModelReference
+from gemma_ext.souping.tokens import TokenRule
 
 Vocabulary = Mapping[str, int]  # token to id
 
@@ -26,7 +26,7 @@ class Rows:
     Attributes:
         owners: [V, K] int64, models that a row is the mean of, -1 for none.
         rows: [V, K] int64, which of their rows.
-        mean: [V] bool, rows of no token: the mean over the model's other rows.
+        mean: [V] bool, rows of no token: the mean over all other rows here.
     """
 
     owners: Tensor
