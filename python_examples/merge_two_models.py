@@ -79,14 +79,14 @@ def main(
     explain_recipe(open_recipe(recipes[0]), out / "explain.html")
 
     tokenizer = AutoTokenizer.from_pretrained(places["base"])
-    texts = (
-        pocket_texts(tokenizer)
-        if pocket
-        else {
-            path.stem: torch.tensor(tokenizer(path.read_text(encoding="utf-8")).input_ids)
-            for path in (text, other_text)
+    if pocket:
+        texts = pocket_texts(tokenizer)
+    else:
+        files = {"one's text": text, "other's text": other_text}
+        texts = {
+            name: torch.tensor(tokenizer(path.read_text(encoding="utf-8")).input_ids)
+            for name, path in files.items()
         }
-    )
     windows = {name: windows_of(ids) for name, ids in texts.items()}
     print(f"{'perplexity on':<14}" + "".join(f"{name:>14}" for name in windows))
     for name, place in {**places, **{name: out / name for name in RECIPES}}.items():

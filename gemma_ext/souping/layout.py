@@ -52,6 +52,11 @@ class Layout:
         )
 
     @property
+    def heads(self) -> list[str]:
+        """Weights that turn vectors into scores of tokens."""
+        return [n for n in self.outside if _HEAD.search(n) and n.endswith("weight")]
+
+    @property
     def rows(self) -> int:
         """Rows of the embedding."""
         return self.shapes[self.embedding][0] if self.embedding else 0

@@ -8,7 +8,7 @@ on any device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -17,6 +17,10 @@ from gemma_ext.ops.souping import Part
 from gemma_ext.souping.memory import merge_tensors
 from gemma_ext.souping.method import Method
 from gemma_ext.souping.parameters import constant
+
+if TYPE_CHECKING:
+    from gemma_ext.souping.recipe import Recipe
+    from gemma_ext.souping.run import Options
 
 Model = nn.Module | Mapping[str, Tensor]
 
@@ -201,6 +205,31 @@ class Swap:
         origin = None if base is None else self._named(base, "base")
         try:
             merge_tensors(method, sources, origin, values, live)
+        except BaseException:
+            self.restore()
+            raise
+
+    def recipe(self, recipe: Recipe, options: Options | None = None) -> None:
+        """Runs a recipe into the model, tensor by tensor from the files of its sources.
+
+        Memory: the tensors of one name of all sources, beside the copy. Surveys of the whole model
+        read the files once more each. If it fails, the model has its own weights.
+
+        Args:
+            recipe: `recipe.parse_recipe` of a file's text; its output has the model's shapes.
+            options: as of `run.run_recipe`; what concerns the output folder has no effect.
+
+        Raises:
+            RecipeError, ValueError, OSError, ImportError: as `run_recipe`; or the output has other
+                tensors than the model.
+        """
+        from gemma_ext.souping.into import merge_into
+        from gemma_ext.souping.run import open_recipe
+
+        prepared = open_recipe(recipe, options)
+        live = self._live()
+        try:
+            merge_into(live, prepared.targets, prepared.method, self.model.state_dict())
         except BaseException:
             self.restore()
             raise

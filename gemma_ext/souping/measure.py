@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma_ext.ops.souping import Gram, Part
 from gemma_ext.souping.files.sources import Source
 from gemma_ext.souping.peek import read_pieces
 from gemma_ext.souping.plan import Target
@@ -54,31 +55,30 @@ def measure(target: Target) -> Measured | None:
     numel = math.prod(shape)
     if target.values is None or not numel:
         return None
-    count = len(target.sources)
-    gram = torch.zeros(count, count, dtype=torch.float64)
-    base_square, opposed, moved = 0.0, 0, 0
+    count, name, offset = len(target.sources), target.info.name, 0
+    grams, squares = Gram(count), Gram(1)
+    opposed, moved = 0, 0
     changed = torch.zeros(count, dtype=torch.float64)
     for pieces in read_pieces(target.inputs, shape):
-        values = [piece.double() for piece in pieces]
-        if target.base is None:
-            stacked = torch.stack(values)
-            base_square += float(values[0] @ values[0])
-        else:
-            *values, base = values
-            stacked = torch.stack(values) - base
-            base_square += float(base @ base)
-            positive, negative = (stacked > 0).any(0), (stacked < 0).any(0)
-            opposed += int((positive & negative).sum())
-            moved += int((positive | negative).sum())
-            changed += (stacked != 0).sum(1)
-        gram += stacked @ stacked.T
+        sources, base = (pieces[:-1], pieces[-1]) if target.base else (pieces, None)
+        grams.add([Part(sources, base, None, name, offset)])
+        squares.add([Part([pieces[0] if base is None else base], None, None, name, offset)])
+        offset += pieces[0].numel()
+        if base is not None:
+            raised = lowered = torch.zeros(len(base), dtype=torch.bool)
+            for index, source in enumerate(sources):
+                up, down = source > base, source < base
+                raised, lowered = raised | up, lowered | down
+                changed[index] += int((up | down).sum())
+            opposed += int((raised & lowered).sum())
+            moved += int((raised | lowered).sum())
     has_base = target.base is not None
     return Measured(
         name=target.info.name,
         layer=target.info.layer,
         numel=numel,
-        gram=gram,
-        base_norm=math.sqrt(base_square),
+        gram=grams.value[0],
+        base_norm=math.sqrt(float(squares.value)),
         conflicts=opposed / max(moved, 1) if has_base else None,
         changed=changed / numel if has_base else None,
     )

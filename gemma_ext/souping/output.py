@@ -111,11 +111,16 @@ def _set_layers(config: Config, prepared: Prepared, old: Layout, new: Layout) ->
 
 
 def _unties(one: Resolved, prepared: Prepared) -> bool:
-    """Whether a head of the output is made of an embedding and of a head."""
+    """Whether this is a head beside the embedding: made of embeddings, or untied in a model."""
     if one.info.layer is not None:
         return False
-    kinds = {source.name == one.info.name for source in one.sources}
-    return kinds == {True, False}
+    inputs = [*one.sources, *([one.base] if one.base else [])]
+    if any(each.name != one.info.name for each in inputs):
+        return True
+    models = [prepared.models[each.model] for each in inputs]
+    return one.info.name in models[0].layout.heads and any(
+        (model.config or {}).get("tie_word_embeddings") is False for model in models
+    )
 
 
 def _set_template(folder: Path, template: str) -> None:

@@ -22,7 +22,7 @@ from gemma_ext.souping.peek import read_pieces, read_whole
 from gemma_ext.souping.plan import Target, default_dtype
 from gemma_ext.souping.recipe import Recipe
 from gemma_ext.souping.resolve import Input, Resolved, resolve
-from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizer
+from gemma_ext.souping.tokenizer import build_tokenizer, load_tokenizers
 from gemma_ext.souping.vocabulary import Rows, map_rows
 
 if TYPE_CHECKING:
@@ -89,14 +89,19 @@ def prepare(
         trust_remote_code: of tokenizers.
 
     Raises:
-        RecipeError, ValueError, FileNotFoundError, ImportError: the recipe, a file or a package is
-            not as it has to be; in one sentence.
+        RecipeError: the recipe, or a model that it names, is not as it has to be.
+        OSError, ImportError: a file cannot be read, a package is missing.
     """
     method = find_method(recipe)
     options = {"names": names, "cache_dir": cache_dir, "lora_dtype": lora_dtype}
-    models = [open_model(reference, **options) for reference in recipe.models()]
+    models = []
+    for reference in recipe.models():
+        try:
+            models.append(open_model(reference, **options))
+        except (ValueError, FileNotFoundError) as error:
+            raise recipe.entry_of(reference).error(str(error)) from None
     if not allow_crimes:
-        _check_architectures(models)
+        _check_architectures(recipe, models)
     resolved = resolve(
         recipe,
         method,
@@ -107,10 +112,11 @@ def prepare(
     lead = _lead(recipe)
     tokenizer, vocabulary, vocabularies, maps = None, None, None, None
     if recipe.tokenizer:
-        tokenizers = [
-            load_tokenizer(model.tokenizer_folder, trust_remote_code=trust_remote_code)
-            for model in models
-        ]
+        folders = [model.tokenizer_folder for model in models]
+        try:
+            tokenizers = load_tokenizers(folders, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            raise recipe.tokenizer.entry.error(str(error)) from None
         tokenizer = build_tokenizer(
             recipe.tokenizer,
             recipe.models(),
@@ -119,7 +125,8 @@ def prepare(
             trust_remote_code=trust_remote_code,
         )
         vocabulary = tokenizer.get_vocab()
-        vocabularies = [each.get_vocab() for each in tokenizers]
+        tables = {each: each.get_vocab() for each in dict.fromkeys(tokenizers)}
+        vocabularies = [tables[each] for each in tokenizers]
         maps = map_rows(
             vocabulary,
             recipe.models(),
@@ -154,13 +161,12 @@ def _template(
     if recipe.chat_template != "auto":
         return choose_template(recipe.chat_template, [])
     ordered = [models[lead], *(model for model in models if model is not models[lead])]
-    loaded = (
-        load_tokenizer(m.tokenizer_folder, trust_remote_code=trust_remote_code) for m in ordered
-    )
+    folders = [model.tokenizer_folder for model in ordered]
+    loaded = load_tokenizers(folders, trust_remote_code=trust_remote_code)
     return choose_template("auto", [tokenizer.chat_template for tokenizer in loaded])
 
 
-def _check_architectures(models: Sequence[Model]) -> None:
+def _check_architectures(recipe: Recipe, models: Sequence[Model]) -> None:
     kinds = {
         config["model_type"]: model
         for model in models
@@ -168,7 +174,7 @@ def _check_architectures(models: Sequence[Model]) -> None:
     }
     if len(kinds) > 1:
         (one, first), (other, second), *_ = kinds.items()
-        raise ValueError(
+        raise recipe.entry_of(second.reference).error(
             f"{second.reference} is a {other} and {first.reference} a {one}: expected one kind of "
             "model, or --allow-crimes"
         )
@@ -234,16 +240,17 @@ class _Sources:
             return model.source(tensor.name)
         stored = [_rows_of(each, tensor.name) for each in self.models]
         own = stored[tensor.model]
-        owners, picks = rows.owners, rows.rows
-        if rows.mean.any():
-            stored.append(Stored.of(_mean_row(own)))
-            owners, picks = owners.clone(), picks.clone()
-            owners[rows.mean, 0], picks[rows.mean, 0] = len(stored) - 1, 0
         # a model without such a tensor owns no row of it
         present = [index for index, each in enumerate(stored) if each is not None]
         places = torch.full((len(stored) + 1,), -1)
         places[present] = torch.arange(len(present))
-        mapped = RowMap([stored[index] for index in present], places[owners], picks)
+        owned = [stored[index] for index in present]
+        owners, picks = places[rows.owners], rows.rows
+        if rows.mean.any():
+            tokens = RowMap(owned, owners[~rows.mean], picks[~rows.mean])
+            owned.append(Stored.of(_mean_row(Source(own, rows=tokens))))
+            owners[rows.mean, 0] = len(owned) - 1
+        mapped = RowMap(owned, owners, picks)
         if len(shape) > 1:
             return Source(own, rows=mapped)
         # an engine maps rows of matrices; a head's bias is small
@@ -260,9 +267,10 @@ def _rows_of(model: Model, name: str) -> Stored | None:
     return stored if len(shape) > 1 else replace(stored, shape=(*shape, 1))
 
 
-def _mean_row(stored: Stored) -> Tensor:
+def _mean_row(source: Source) -> Tensor:
     """[1, D] float32."""
-    total = torch.zeros(stored.shape[1], dtype=torch.float64)
-    for (piece,) in read_pieces([Source(stored)], stored.shape):
-        total += piece.view(-1, stored.shape[1]).double().sum(0)
-    return (total / stored.shape[0]).float()[None]
+    rows, width = source.shape
+    total = torch.zeros(width, dtype=torch.float64)
+    for (piece,) in read_pieces([source], source.shape):
+        total += piece.view(-1, width).double().sum(0)
+    return (total / max(rows, 1)).float()[None]

@@ -13,7 +13,8 @@ from typing import Any
 
 from gemma_ext.souping.chat import TEMPLATES
 from gemma_ext.souping.marks import Entry, RecipeError, read_yaml
-from gemma_ext.souping.references import ModelReference, parse_reference, read_reference
+from gemma_ext.souping.references import ModelReference, read_reference
+from gemma_ext.souping.tokens import TokenizerRecipe, read_tokenizer
 from gemma_ext.souping.values import Settings, read_settings
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -66,40 +67,6 @@ class Module:
 
 
 @dataclass(frozen=True)
-class TokenRule:
-    """Where the embedding of a token comes from.
-
-    Attributes:
-        kind: "model" (its own row there), "model_token" (the row of another token) or "zero".
-        model: for the first two.
-        token: for "model_token": its text or its id.
-        force: for every model, also those that have the token.
-    """
-
-    kind: str
-    model: ModelReference | None
-    token: str | int | None
-    force: bool
-    entry: Entry
-
-
-@dataclass(frozen=True)
-class TokenizerRecipe:
-    """The vocabulary of the output.
-
-    Attributes:
-        source: "union", "base" or a model.
-        tokens: rules by the token's text; tokens that the vocabulary lacks are added.
-        pad: the number of rows is a multiple of it.
-    """
-
-    source: str | ModelReference
-    tokens: Mapping[str, TokenRule]
-    pad: int | None
-    entry: Entry
-
-
-@dataclass(frozen=True)
 class Recipe:
     """One document.
 
@@ -134,6 +101,16 @@ class Recipe:
         found = [s.model for module in self.modules for part in module.slices for s in part.sources]
         bases = [part.base for module in self.modules for part in module.slices]
         return list(dict.fromkeys([*found, *(base for base in [*bases, self.base] if base)]))
+
+    def entry_of(self, model: ModelReference) -> Entry:
+        """Where a model is named first."""
+        for module in self.modules:
+            for part in module.slices:
+                for source in part.sources:
+                    if source.model == model:
+                        return source.entry
+        own = [part.entry for m in self.modules for part in m.slices if part.base == model]
+        return own[0] if own else self.keys["base_model"]
 
 
 def read_recipes(path: Path | str) -> list[Recipe]:
@@ -184,7 +161,7 @@ def _read_document(entry: Entry, text: str) -> Recipe:
         dtype=_dtype(keys.get("dtype")),
         out_dtype=_dtype(keys.get("out_dtype")),
         settings=read_settings(keys.get("parameters")),
-        tokenizer=_tokenizer(keys),
+        tokenizer=read_tokenizer(keys),
         chat_template=template and _template(template),
         name=keys["name"].text() if "name" in keys else None,
         text=text[start:end],
@@ -256,57 +233,6 @@ def _distinct(sources: list[Source]) -> tuple[Source, ...]:
             raise source.entry.error(f"{source.model} is listed twice")
         seen.add(source.model)
     return tuple(sources)
-
-
-def _tokenizer(keys: Mapping[str, Entry]) -> TokenizerRecipe | None:
-    if "tokenizer_source" in keys:
-        entry = keys["tokenizer_source"]
-        if "tokenizer" in keys:
-            raise entry.error("expected tokenizer or tokenizer_source, got both")
-        return TokenizerRecipe(_vocabulary(entry), {}, None, entry)
-    if "tokenizer" not in keys:
-        return None
-    entry = keys["tokenizer"]
-    inner = entry.mapping(("source", "tokens", "pad_to_multiple_of"))
-    tokens = inner["tokens"].mapping() if "tokens" in inner else {}
-    pad = inner["pad_to_multiple_of"].integer() if "pad_to_multiple_of" in inner else None
-    if pad is not None and pad < 1:
-        raise inner["pad_to_multiple_of"].error(f"expected at least 1, got {pad}")
-    return TokenizerRecipe(
-        source=_vocabulary(inner["source"]) if "source" in inner else "union",
-        tokens={name: _token(rule) for name, rule in tokens.items()},
-        pad=pad,
-        entry=entry,
-    )
-
-
-def _vocabulary(entry: Entry) -> str | ModelReference:
-    if entry.shape == "scalar":
-        text = entry.text()
-        if text in ("union", "base"):
-            return text
-        if text.startswith("model:"):
-            return parse_reference(text.removeprefix("model:"))
-    return read_reference(entry)
-
-
-def _token(entry: Entry) -> TokenRule:
-    keys = entry.mapping(("source", "force"))
-    if "source" not in keys:
-        raise entry.error("expected source among the keys")
-    force = keys["force"].boolean() if "force" in keys else False
-    source = keys["source"]
-    if source.shape != "mapping" or "kind" not in source.mapping():
-        return TokenRule("model", read_reference(source), None, force, source)
-    kind = source.mapping()["kind"].choice("model_token", "zero")
-    if kind == "zero":
-        source.mapping(("kind",))
-        return TokenRule("zero", None, None, force, source)
-    inner = source.mapping(("kind", "model", "token", "token_id"))
-    if "model" not in inner or ("token" in inner) == ("token_id" in inner):
-        raise source.error("expected model and one of token and token_id")
-    token = inner["token"].text() if "token" in inner else inner["token_id"].integer()
-    return TokenRule("model_token", read_reference(inner["model"]), token, force, source)
 
 
 def _template(entry: Entry) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from gemma_ext.souping.evaluate import find_values
 from gemma_ext.souping.layout import Layout, read_layout, split_modules, stands_first
+from gemma_ext.souping.marks import Entry
 from gemma_ext.souping.method import Method, TensorInfo, Values
 from gemma_ext.souping.recipe import Module, Recipe, Slice, Source
 
@@ -48,12 +48,30 @@ class _Stream:
     source: Source | None
 
 
-class _Cut(NamedTuple):
-    """A slice with its models found."""
+@dataclass(frozen=True)
+class _Cut:
+    """A slice with its models found.
 
-    sources: list[_Stream]
+    Attributes:
+        module, part: of the recipe.
+        layouts: of every model, as far as the module goes.
+        length: number of layers.
+    """
+
+    module: Module
+    part: Slice
+    layouts: Sequence[Layout]
+    sources: Sequence[_Stream]
     base: _Stream | None
     length: int
+
+    @property
+    def used(self) -> list[_Stream]:
+        return [*self.sources, *([self.base] if self.base else [])]
+
+    def where(self, stream: _Stream) -> Entry:
+        """The place of an error about a model."""
+        return stream.source.entry if stream.source else self.part.entry
 
 
 def resolve(
@@ -102,13 +120,12 @@ class _Resolver:
             cuts = [self._cut(module, part, layouts) for part in module.slices]
             stacked = sum(cut.length for cut in cuts)
             start = 0
-            for position, (part, cut) in enumerate(zip(module.slices, cuts, strict=True)):
-                ends = (position == 0, position == len(cuts) - 1)
-                yield from self._elsewhere(module, part, cut, layouts, *ends)
-                yield from self._layers(module, part, cut, layouts, start, stacked)
+            for cut in cuts:
+                yield from self._elsewhere(cut, cut is cuts[0], cut is cuts[-1])
+                yield from self._layers(cut, start, stacked)
                 start += cut.length
 
-    def _layouts_of(self, module: Module) -> list[Layout]:
+    def _layouts_of(self, module: Module) -> Sequence[Layout]:
         if module.name is None:
             return self.layouts
         modules = [each.name for each in self.recipe.modules]
@@ -121,7 +138,7 @@ class _Resolver:
             found.append(read_layout({name: layout.shapes[name] for name in names}))
         return found
 
-    def _cut(self, module: Module, part: Slice, layouts: list[Layout]) -> _Cut:
+    def _cut(self, module: Module, part: Slice, layouts: Sequence[Layout]) -> _Cut:
         streams, length = [], None
         for source in part.sources:
             model = self.models.index(source.model)
@@ -138,147 +155,113 @@ class _Resolver:
                 )
             length = end - first
             streams.append(_Stream(model, first, source))
+        cut = _Cut(module, part, layouts, streams, None, length)
         base = part.base or self.recipe.base
         if base is None:
-            return _Cut(streams, None, length)
+            return cut
         model = self.models.index(base)
         listed = next((stream for stream in streams if stream.model == model), None)
         if self.method.base != "unused":
-            own = listed or self._beside(module, part, layouts, streams, model, length)
-            return _Cut([stream for stream in streams if stream.model != model], own, length)
+            others = [stream for stream in streams if stream.model != model]
+            return replace(cut, sources=others, base=listed or self._beside(cut, model))
         if listed is None and not module.sliced:
-            streams.append(self._beside(module, part, layouts, streams, model, length))
-        return _Cut(streams, None, length)
+            return replace(cut, sources=[*streams, self._beside(cut, model)])
+        return cut
 
-    def _beside(
-        self,
-        module: Module,
-        part: Slice,
-        layouts: list[Layout],
-        streams: list[_Stream],
-        model: int,
-        length: int,
-    ) -> _Stream:
+    def _beside(self, cut: _Cut, model: int) -> _Stream:
         """A base that is none of the sources: the same layers as theirs."""
-        starts = sorted({stream.start for stream in streams})
-        depth = layouts[model].layers
+        starts = sorted({stream.start for stream in cut.sources})
+        depth = cut.layouts[model].layers
         if len(starts) > 1:
-            raise part.entry.error(
+            raise cut.part.entry.error(
                 f"expected the base {self.models[model]} among the sources, because their layers "
                 f"differ: they start at {starts}"
             )
-        if starts[0] + length > depth or (depth != length and not module.sliced):
-            raise part.entry.error(
-                f"the base {self.models[model]} has {depth} layers, the sources have {length}"
+        if starts[0] + cut.length > depth or (depth != cut.length and not cut.module.sliced):
+            raise cut.part.entry.error(
+                f"the base {self.models[model]} has {depth} layers, the sources have {cut.length}"
             )
         return _Stream(model, starts[0], None)
 
-    def _layers(
-        self,
-        module: Module,
-        part: Slice,
-        cut: _Cut,
-        layouts: list[Layout],
-        start: int,
-        stacked: int,
-    ) -> Iterator[Resolved]:
-        used = [*cut.sources, *([cut.base] if cut.base else [])]
-        lead = layouts[used[0].model]
+    def _layers(self, cut: _Cut, start: int, stacked: int) -> Iterator[Resolved]:
+        stack = cut.layouts[cut.used[0].model].main
         for step in range(cut.length):
-            names = {
-                stream: layouts[stream.model].stacks[layouts[stream.model].main] for stream in used
+            depth = _depth(step, cut.length)
+            layers = {
+                stream: (layout.main, stream.start + step, layout)
+                for stream in cut.used
+                for layout in [cut.layouts[stream.model]]
             }
             rests = dict.fromkeys(
-                rest for stream, layers in names.items() for rest in layers[stream.start + step]
+                rest
+                for main, layer, layout in layers.values()
+                for rest in layout.stacks[main][layer]
             )
             for rest in rests:
-                inputs = {
-                    stream: f"{layouts[stream.model].main}.{stream.start + step}.{rest}"
-                    for stream in used
-                }
-                info = TensorInfo(f"{lead.main}.{start + step}.{rest}", (), start + step, stacked)
-                depth = step / (cut.length - 1) if cut.length > 1 else 1.0
-                yield from self._target(module, part, cut, inputs, info, depth)
+                inputs = {s: f"{main}.{layer}.{rest}" for s, (main, layer, _) in layers.items()}
+                info = TensorInfo(f"{stack}.{start + step}.{rest}", (), start + step, stacked)
+                yield from self._target(cut, inputs, info, depth)
 
-    def _elsewhere(
-        self,
-        module: Module,
-        part: Slice,
-        cut: _Cut,
-        layouts: list[Layout],
-        first: bool,
-        last: bool,
-    ) -> Iterator[Resolved]:
-        used = [*cut.sources, *([cut.base] if cut.base else [])]
-        names: dict[str, tuple[int, int] | None] = {}
-        for stream in used:
-            names = {**layouts[stream.model].elsewhere(), **names}
-        for name, place in names.items():
-            if not (first if place or stands_first(name) else last):
-                continue
-            depth = 0.0
-            if place:
-                depth = place[0] / (place[1] - 1) if place[1] > 1 else 1.0
-            inputs = dict.fromkeys(used, name)
-            yield from self._target(module, part, cut, inputs, TensorInfo(name, ()), depth)
+    def _elsewhere(self, cut: _Cut, first: bool, last: bool) -> Iterator[Resolved]:
+        """What is in no layer of the main stack: before it, from the first slice, or after it."""
+        places: dict[str, tuple[int, int] | None] = {}
+        for stream in cut.used:
+            places = {**cut.layouts[stream.model].elsewhere(), **places}
+        # where any model has a head of its own the output needs one
+        places = {**dict.fromkeys(h for layout in cut.layouts for h in layout.heads), **places}
+        for name, place in places.items():
+            if first if place or stands_first(name) else last:
+                depth = _depth(*place) if place else 0.0
+                yield from self._target(
+                    cut, dict.fromkeys(cut.used, name), TensorInfo(name, ()), depth
+                )
 
     def _target(
-        self,
-        module: Module,
-        part: Slice,
-        cut: _Cut,
-        inputs: Mapping[_Stream, str],
-        info: TensorInfo,
-        depth: float,
+        self, cut: _Cut, names: Mapping[_Stream, str], info: TensorInfo, depth: float
     ) -> Iterator[Resolved]:
-        found = {stream: self.layouts[stream.model].find(name) for stream, name in inputs.items()}
+        found = {stream: self.layouts[stream.model].find(name) for stream, name in names.items()}
         missing = [stream for stream, name in found.items() if name is None]
         if missing:
             if info.name.endswith(_COMPUTED):
                 return
-            where = missing[0].source.entry if missing[0].source else part.entry
             has = next(stream for stream, name in found.items() if name is not None)
-            raise where.error(
-                f"{self.models[missing[0].model]} has no tensor {inputs[missing[0]]}, which "
+            lacks = missing[0]
+            raise cut.where(lacks).error(
+                f"{self.models[lacks.model]} has no tensor {names[lacks]}, which "
                 f"{self.models[has.model]} has"
             )
-        shape = self._shape(part, {s: Input(s.model, name) for s, name in found.items()})
-        info = replace(info, shape=shape)
+        inputs = {stream: Input(stream.model, name) for stream, name in found.items()}
         values = find_values(
             self.recipe,
             self.method,
-            module,
-            part,
-            [(self.models[s.model], s.source) for s in cut.sources],
+            cut.module,
+            cut.part,
+            [(self.models[stream.model], stream.source) for stream in cut.sources],
             info.name,
             depth,
             self.seed,
         )
         yield Resolved(
-            info,
-            tuple(Input(s.model, found[s]) for s in cut.sources),
-            Input(cut.base.model, found[cut.base]) if cut.base else None,
+            replace(info, shape=self._shape(cut, inputs)),
+            tuple(inputs[stream] for stream in cut.sources),
+            inputs[cut.base] if cut.base else None,
             values,
         )
 
-    def _shape(self, part: Slice, inputs: Mapping[_Stream, Input]) -> tuple[int, ...]:
+    def _shape(self, cut: _Cut, inputs: Mapping[_Stream, Input]) -> tuple[int, ...]:
         shapes = {s: self.layouts[i.model].shapes[i.name] for s, i in inputs.items()}
-        first, *others = shapes.items()
-        shape = first[1]
+        by_token = all(self.layouts[i.model].is_vocabulary(i.name) for i in inputs.values())
+        (lead, shape), *others = shapes.items()
         for stream, other in others:
-            if other == shape:
-                continue
-            if (
-                other[1:] == shape[1:]
-                and shape
-                and all(self.layouts[i.model].is_vocabulary(i.name) for i in inputs.values())
-            ):
+            if by_token and other[1:] == shape[1:]:
                 shape = (min(shape[0], other[0]), *shape[1:])
-            elif not self.skip:
-                where = stream.source.entry if stream.source else part.entry
-                raise where.error(
+            elif other != shape and not self.skip:
+                raise cut.where(stream).error(
                     f"{inputs[stream].name} has shape {list(other)} in "
-                    f"{self.models[stream.model]} and {list(shape)} in "
-                    f"{self.models[first[0].model]}"
+                    f"{self.models[stream.model]} and {list(shape)} in {self.models[lead.model]}"
                 )
         return shape
+
+
+def _depth(layer: int, layers: int) -> float:
+    return layer / (layers - 1) if layers > 1 else 1.0

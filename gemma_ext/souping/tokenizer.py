@@ -7,14 +7,16 @@ have an id and a row and decode, but which the base's merges never produce.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_ext.souping.recipe import TokenizerRecipe
 from gemma_ext.souping.references import ModelReference, locate
+from gemma_ext.souping.tokens import TokenizerRecipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +52,30 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         raise ValueError(f"{folder}: transformers cannot load the tokenizer: {first}") from None
 
 
+def load_tokenizers(
+    folders: Sequence[Path], *, trust_remote_code: bool = False
+) -> list[PreTrainedTokenizerBase]:
+    """The tokenizers of several folders; where the files are the same, one object serves for all.
+
+    Fine-tunes mostly share their base's files, and reading a large vocabulary takes seconds.
+
+    Raises:
+        ValueError, ImportError: as `load_tokenizer`.
+    """
+    found: dict[str, PreTrainedTokenizerBase] = {}
+    loaded = []
+    for folder in folders:
+        seen = hashlib.sha256()
+        for name in FILES:
+            if (folder / name).is_file():
+                seen.update(name.encode() + b"\0" + (folder / name).read_bytes())
+        key = seen.hexdigest()
+        if key not in found:
+            found[key] = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+        loaded.append(found[key])
+    return loaded
+
+
 def build_tokenizer(
     recipe: TokenizerRecipe,
     models: Sequence[ModelReference],
@@ -81,7 +107,7 @@ def build_tokenizer(
             raise recipe.entry.error(str(error)) from None
     missing = [token for token in recipe.tokens if token not in found.get_vocab()]
     if missing:
-        found = _copy(found, trust_remote_code)
+        found = copy.deepcopy(found)
         known = _added(tokenizers)
         _add(found, {token: known.get(token) for token in missing})
     return found
@@ -100,7 +126,7 @@ def _union(
     base: int,
     trust_remote_code: bool,
 ) -> PreTrainedTokenizerBase:
-    others = [tokenizer for index, tokenizer in enumerate(tokenizers) if index != base]
+    others = [other for other in dict.fromkeys(tokenizers) if other is not tokenizers[base]]
     own = tokenizers[base].get_vocab()
     added = _added([tokenizers[base], *others])
     # in the order of ids, model by model
@@ -113,7 +139,7 @@ def _union(
     if not missing:
         return tokenizers[base]
     pieces = [token for token in missing if token not in added]
-    found = _copy(tokenizers[base], trust_remote_code, pieces, recipe)
+    found = _copy(tokenizers[base], pieces, recipe, trust_remote_code)
     _add(found, {token: added[token] for token in missing if token in added})
     vocabulary = found.get_vocab()
     lost = [token for token in (*own, *missing) if vocabulary.get(token) is None]
@@ -126,23 +152,24 @@ def _union(
 
 def _copy(
     tokenizer: PreTrainedTokenizerBase,
+    pieces: Sequence[str],
+    recipe: TokenizerRecipe,
     trust_remote_code: bool,
-    pieces: Sequence[str] = (),
-    recipe: TokenizerRecipe | None = None,
 ) -> PreTrainedTokenizerBase:
     """A tokenizer of its own, with further pieces at the end of its vocabulary."""
+    if not pieces:
+        return copy.deepcopy(tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        if pieces:
-            path = Path(folder) / "tokenizer.json"
-            if not path.is_file():
-                raise recipe.entry.error("a union needs tokenizers with a tokenizer.json")
-            data = json.loads(path.read_text(encoding="utf-8"))
-            try:
-                _extend(data, pieces)
-            except ValueError as error:
-                raise recipe.entry.error(str(error)) from None
-            path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise recipe.entry.error("a union needs tokenizers with a tokenizer.json")
+        data = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            _extend(data, pieces)
+        except ValueError as error:
+            raise recipe.entry.error(str(error)) from None
+        path.write_text(json.dumps(data, ensure_ascii=False), encoding="utf-8")
         return load_tokenizer(Path(folder), trust_remote_code=trust_remote_code)
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_ext.souping.recipe import TokenRule
 from gemma_ext.souping.references import ModelReference
+from gemma_ext.souping.tokens import TokenRule
 
 Vocabulary = Mapping[str, int]  # token to id
 
@@ -26,7 +26,7 @@ class Rows:
     Attributes:
         owners: [V, K] int64, models that a row is the mean of, -1 for none.
         rows: [V, K] int64, which of their rows.
-        mean: [V] bool, rows of no token: the mean over the model's other rows.
+        mean: [V] bool, rows of no token: the mean over all other rows here.
     """
 
     owners: Tensor
@@ -77,8 +77,11 @@ def map_rows(
     tokens: list[str | None] = [None] * (max(out.values(), default=-1) + 1)
     for token, index in out.items():
         tokens[index] = token
-    known = zip(vocabularies, stored, strict=True)
-    own = torch.stack([_ids(tokens, vocabulary, rows) for vocabulary, rows in known], dim=1)
+    # models mostly share a vocabulary: looked up once
+    ids = {id(each): _ids(tokens, each) for each in vocabularies}
+    columns = [ids[id(each)] for each in vocabularies]
+    own = torch.stack(columns, dim=1)
+    own.masked_fill_(own >= torch.tensor(stored), -1)
     fill_owners, fill_rows = _fill(own, base)
     zero = torch.zeros(len(tokens), dtype=torch.bool)
     forced = torch.zeros(len(tokens), dtype=torch.bool)
@@ -109,10 +112,9 @@ def map_rows(
     return found
 
 
-def _ids(tokens: Sequence[str | None], vocabulary: Vocabulary, stored: int) -> Tensor:
-    """[V] ids of the output's tokens in a model, -1 where it has no row for one."""
-    ids = torch.tensor([vocabulary.get(token, -1) for token in tokens], dtype=torch.int64)
-    return torch.where(ids < stored, ids, -1)
+def _ids(tokens: Sequence[str | None], vocabulary: Vocabulary) -> Tensor:
+    """[V] ids of the output's tokens in a vocabulary, -1 for none."""
+    return torch.tensor([vocabulary.get(token, -1) for token in tokens], dtype=torch.int64)
 
 
 def _fill(own: Tensor, base: int | None) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,14 @@ def test_regmean_of_one_model_is_the_model(generator):
     assert torch.allclose(regmean(weights, [x.T @ x]), weights[0], rtol=0, atol=1e-4)
 
 
+def test_regmean_of_negative_weights_is_refused(generator):
+    weights, grams = problem(generator)
+    with pytest.raises(
+        ValueError, match=r"expected weights >= 0 with regmean, got \[1.0, -0.5, 1.0"
+    ):
+        regmean(weights, grams, [1.0, -0.5, 1.0])
+
+
 def test_regmean_without_inputs_is_the_mean(generator):
     weights, _ = problem(generator)
     zero = [torch.zeros(7, 7, dtype=torch.float64)] * 3

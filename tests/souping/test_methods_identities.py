@@ -147,6 +147,11 @@ def test_nothing_moved_gives_the_base(name):
     assert_near(found, base, 3e-7)
 
 
+def test_a_fifth_of_five_equal_experts_is_the_expert():
+    tunes, base = family(1)
+    assert_near(run(METHODS["task_arithmetic"], tunes * 5, base, weight=0.2), tunes[0], 3e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_slerp_ends_are_the_models(dtype):
     tunes, base = family(1, dtype=dtype, size=3.0)

@@ -64,6 +64,7 @@ def test_recipe(path, kitchen, tmp_path, monkeypatch):
     if verdict == "runs":
         out = run(path, kitchen, tmp_path / "out", monkeypatch)
         assert generates(out)
+        assert (out / "tokenizer.json").is_file()
         again = run(path, kitchen, tmp_path / "again", monkeypatch)
         for file in out.glob("model*"):
             assert file.read_bytes() == (again / file.name).read_bytes()

@@ -105,13 +105,16 @@ def test_fisher_of_the_data_is_per_sequence():
 
 def test_fisher_of_the_model_has_the_right_mean():
     """Of the final norm, against the sum over the vocabulary, within five sigma of the draws."""
-    model, repeats = gemma2(), 300
+    model, repeats, rows = gemma2(), 12, 10
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name == "model.norm.weight")
     ids = torch.tensor([[1, 7, 3, 20]])
-    draws = torch.stack([
-        fisher_diagonal(model, [ids], seed=seed)["model.norm.weight"] for seed in range(repeats)
-    ])  # fmt: skip
+    draws = torch.stack(
+        [
+            fisher_diagonal(model, [ids.expand(rows, -1)], seed=seed)["model.norm.weight"]
+            for seed in range(repeats)
+        ]
+    )
     parameter = model.model.norm.weight
     true = torch.zeros_like(parameter)
     for position in range(3):
@@ -121,7 +124,9 @@ def test_fisher_of_the_model_has_the_right_mean():
             true += logp[label].exp().detach() * gradient.square()
     sigma = draws.std(0) / math.sqrt(repeats)
     assert ((draws.mean(0) - true).abs() < 5 * sigma).all()
-    assert torch.equal(draws[0], fisher_diagonal(model, [ids], seed=0)["model.norm.weight"])
+    assert torch.equal(
+        draws[0], fisher_diagonal(model, [ids.expand(rows, -1)], seed=0)["model.norm.weight"]
+    )
 
 
 def test_fisher_arguments():
@@ -219,9 +224,11 @@ def test_statistics_of_a_recipe_come_from_its_files(tmp_path):
     for index in range(2):
         save_statistics({"w": torch.full((2, 2), float(index))}, tmp_path / str(index))
     statistics = Statistics("grams")
-    found = statistics.of("w", values(str(tmp_path / "0"), str(tmp_path / "1")))
+    found = statistics.of("w", values(str(tmp_path / "0"), str(tmp_path / "1")), (2, 2))
     assert [float(f[0, 0]) for f in found] == [0.0, 1.0]
-    assert statistics.of("v", values(str(tmp_path / "0"), str(tmp_path / "1"))) == [None, None]
+    assert (
+        statistics.of("v", values(str(tmp_path / "0"), str(tmp_path / "1")), (2, 2)) == [None] * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -229,13 +236,18 @@ def test_statistics_of_a_recipe_come_from_its_files(tmp_path):
     [
         (None, (None, None), "expected grams of every model: a file each, got none"),
         ([{}], (None, None), "expected grams of 2 models, got 1"),
+        (
+            [{"w": torch.ones(2, 2)}, {"w": torch.ones(2, 3)}],
+            (None, None),
+            r"expected grams of w to be \[2, 2\], got \[2, 3\]",
+        ),
         ([{"w": 1}, {}], (None, None), "expected grams of w for every model or for none, got none "
                                        "for model 1"),
     ],
 )  # fmt: skip
 def test_statistics_that_do_not_fit(given, paths, message):
     with pytest.raises(ValueError, match=message):
-        Statistics("grams", given).of("w", values(*paths))
+        Statistics("grams", given).of("w", values(*paths), (2, 2))
 
 
 def test_progress_bars_count(capfd):

@@ -46,7 +46,7 @@ class Fisher(Method):
         self, tensor: TensorInfo, values: Values
     ) -> tuple[list[Tensor | None], list[float], Values]:
         weights = values.of("weight")
-        fishers = self.statistics.of(tensor.name, values)
+        fishers = self.statistics.of(tensor.name, values, tensor.shape)
         if values.merge["normalize"]:
             if self.norms is None:
                 self.norms = [_norm(held) for held in self.statistics.all(values)]

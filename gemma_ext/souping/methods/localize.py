@@ -88,7 +88,7 @@ class Stitch(Method):
         self.statistics = Statistics("masks", masks)
 
     def begin(self, tensor: TensorInfo, values: Values) -> list[Tensor | None]:
-        return self.statistics.of(tensor.name, values)
+        return self.statistics.of(tensor.name, values, tensor.shape)
 
     def merge(self, part: Part, state: list[Tensor | None]) -> None:
         if None in state:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import Part
+from gemma_ext.ops.souping import Part, soup_
 from gemma_ext.souping.method import Method, TensorInfo, Values
 from gemma_ext.souping.methods.keys import LAMBDA
 
@@ -63,10 +63,12 @@ class _Spectral(Method):
 
     def merge(self, part: Part, state: Any) -> None:
         has_directions, scale = state
+        if not has_directions:
+            soup_([part], 1.0 / len(part.sources), scale=scale)
+            return
         base = part.base.double()
         deltas = torch.stack([source.double() - base for source in part.sources])
-        merged = self.combine(deltas) if has_directions and base.numel() else deltas.mean(0)
-        part.out.copy_(base + scale * merged)
+        part.out.copy_(base + scale * self.combine(deltas))
 
     @staticmethod
     def combine(deltas: Tensor) -> Tensor:

@@ -38,15 +38,20 @@ def regmean(
     Args:
         weights: M tensors [out, in] (`nn.Linear`).
         grams: M tensors [in, in].
-        coefficients: M positive numbers, 1 by default.
+        coefficients: M numbers from 0 up, 1 by default.
         reduction: what the entries of a Gram matrix off its diagonal are multiplied by; 1 leaves
             it, 0 weighs every input on its own, 0.5 is MergeBench's choice.
         ridge: relative to the mean of the diagonal of the sum.
 
     Returns:
         [out, in] float64.
+
+    Raises:
+        ValueError: a negative coefficient.
     """
     coefficients = coefficients or [1.0] * len(weights)
+    if min(coefficients) < 0:
+        raise ValueError(f"expected weights >= 0 with regmean, got {list(coefficients)}")
     scaled = [c * _reduced(g.double(), reduction) for c, g in zip(coefficients, grams, strict=True)]
     whole = torch.stack(scaled).sum(0)
     size = len(whole)
@@ -84,7 +89,7 @@ class RegMean(Method):
         self.statistics = Statistics("grams", grams)
 
     def begin(self, tensor: TensorInfo, values: Values) -> tuple[list[Tensor] | None, Values]:
-        grams = self.statistics.of(tensor.name, values)
+        grams = self.statistics.of(tensor.name, values, tensor.shape[-1:] * 2)
         return (None if None in grams else grams), values
 
     def merge(self, part: Part, state: tuple[list[Tensor] | None, Values]) -> None:

@@ -27,6 +27,7 @@ class State:
     """One tensor between the calls for it."""
 
     values: Values
+    selects: bool
     norms: Norms
     variance: Magnitudes | None
     cut: Cut | None = None
@@ -54,15 +55,15 @@ class Sce(Method):
         models = len(values.models)
         selects = values.merge["select_topk"] < 1
         variance = Magnitudes(models, quantity="variance") if selects else None
-        return State(values, Norms(models), variance)
+        return State(values, selects, Norms(models), variance)
 
     def skips(self, step: int, state: State) -> bool:
-        return step < 2 and state.variance is None
+        return step < 2 and not state.selects
 
     def survey(self, step: int, part: Part, state: State) -> None:
         if step == 2:
             state.norms.add([part], mask=state.mask)
-        elif state.variance is not None:
+        elif state.selects:
             state.variance.survey([part])
 
     def settle(self, step: int, state: State) -> None:
@@ -71,7 +72,7 @@ class Sce(Method):
             total = sum(squares)
             state.weights = [s / total if total > 0 else 1.0 / len(squares) for s in squares]
             state.start()
-        elif state.variance is not None:
+        elif state.selects:
             varying = int(state.variance.counts - state.variance.zeros)
             share = max(0.0, state.values.merge["select_topk"])
             state.variance.settle(int(share * varying))

@@ -43,6 +43,8 @@ class State:
     scale: float
     norm: str | None
     """Which norm is kept, or None."""
+    trims: bool = False
+    """Whether anything is left out."""
     magnitudes: Magnitudes | None = None
     cuts: tuple[Cut, ...] = ()
     mask: Mask | RowMask | None = None
@@ -93,10 +95,12 @@ class TaskVectors(Method):
             total = sum(weights)
             scale = scale / total if abs(total) >= 1e-8 else scale
         state = State(tensor, values, self.rule(values), weights, scale, self._norm(values))
-        if self.cuts and self.wanted(state) is not None:
-            state.magnitudes = Magnitudes(len(weights), cuts=self.cuts)
+        if self.cuts:
+            state.trims = self.wanted(state) is not None
+            state.magnitudes = Magnitudes(len(weights), cuts=self.cuts) if state.trims else None
         else:
             state.mask = self.sparsify(state)
+            state.trims = state.mask is not None
         if values.merge.get("rescale") and state.norm is None:
             state.divide = self.by_density(state)
         if state.norm is not None:
@@ -112,14 +116,15 @@ class TaskVectors(Method):
         return None if norm == BY_DENSITY else norm
 
     def skips(self, step: int, state: State) -> bool:
-        if self.cuts and step < 2:
-            return state.magnitudes is None
-        return state.norms is None or (state.mask is None and not state.cuts)
+        return not state.trims or (state.norm is None and not self._finds_cuts(step))
+
+    def _finds_cuts(self, step: int) -> bool:
+        return self.cuts > 0 and step < 2
 
     def survey(self, step: int, part: Part, state: State) -> None:
         if self.skips(step, state):
             return
-        if self.cuts and step < 2:
+        if self._finds_cuts(step):
             state.magnitudes.survey([part])
         else:
             state.norms.add([part], mask=state.mask, seed=state.values.seed)
@@ -127,7 +132,7 @@ class TaskVectors(Method):
     def settle(self, step: int, state: State) -> None:
         if self.skips(step, state):
             return
-        if self.cuts and step < 2:
+        if self._finds_cuts(step):
             state.magnitudes.settle(self.wanted(state))
             if step == 1:
                 state.cuts = tuple(state.magnitudes.cut(i) for i in range(self.cuts))
@@ -155,7 +160,7 @@ def _norm_ratios(norms: Norms, norm: str) -> list[float]:
     if norm == "l2":
         whole, kept = whole.sqrt(), kept.sqrt()
     pairs = zip(whole.tolist(), kept.tolist(), strict=True)
-    return [k / w if w >= _TINY and k >= _TINY else 1.0 for w, k in pairs]
+    return [k / w if k >= _TINY else 1.0 for w, k in pairs]
 
 
 def shared_keys(*, normal: bool, rescale: bool | None = None, norm: str = "l1") -> tuple:

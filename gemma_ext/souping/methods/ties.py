@@ -28,7 +28,7 @@ from dataclasses import replace
 from typing import Any
 
 from gemma_ext.ops.souping import Mask, Part, RowMask, Rule, merge_, sign_balance
-from gemma_ext.souping.method import Parameter, Values
+from gemma_ext.souping.method import Parameter, TensorInfo, Values
 from gemma_ext.souping.methods import model_trim
 from gemma_ext.souping.methods.keys import INT8_MASK, LAMBDA, one_of
 from gemma_ext.souping.methods.model_trim import KEEP_EQUAL, ModelTrim, TrimState
@@ -125,6 +125,10 @@ class TiesRef(ModelTrim):
     def __init__(self) -> None:
         super().__init__()
         self.balance = 0
+
+    def begin(self, tensor: TensorInfo, values: Values) -> TrimState:
+        _rule(values)  # refused before anything is read
+        return super().begin(tensor, values)
 
     def skips(self, step: int, state: TrimState) -> bool:
         return step == 2 and state.values.merge["zero"] not in ("majority", "minority")

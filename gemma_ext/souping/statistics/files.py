@@ -28,12 +28,12 @@ class Statistics:
         self.given = given
         self.opened: dict[str, Mapping[str, Tensor]] = {}
 
-    def of(self, name: str, values: Values) -> list[Tensor | None]:
-        """What each of the M models has for a weight.
+    def of(self, name: str, values: Values, shape: Sequence[int]) -> list[Tensor | None]:
+        """What each of the M models has for a weight, of the given shape.
 
         Raises:
-            ValueError: there is nothing to read, or not for as many models as are merged, or only
-                for some of them.
+            ValueError: there is nothing to read, or not for as many models as are merged, only
+                for some of them, or of another shape.
         """
         found = [tensors.get(name) for tensors in self.all(values)]
         missing = [index for index, tensor in enumerate(found) if tensor is None]
@@ -42,6 +42,11 @@ class Statistics:
                 f"expected {self.key} of {name} for every model or for none, "
                 f"got none for model {missing[0]}"
             )
+        for tensor in found:
+            if tensor is not None and tuple(tensor.shape) != tuple(shape):
+                raise ValueError(
+                    f"expected {self.key} of {name} to be {list(shape)}, got {list(tensor.shape)}"
+                )
         return found
 
     def all(self, values: Values) -> Sequence[Mapping[str, Tensor]]:
