@@ -128,7 +128,12 @@ def run_subject(
     finally:
         shutil.rmtree(out, ignore_errors=True)
     if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1]), ""
+        run = json.loads(done.stdout.splitlines()[-1])
+        return (
+            (None, f"RED: {run['wrong'][0]} is not what memory gives")
+            if run["wrong"]
+            else (run, "")
+        )
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     killed = f"killed by signal {-done.returncode}" if done.returncode < 0 else "failed"
     return None, f"{killed}: {lines[-1][:120]}" if lines else killed

@@ -2,7 +2,7 @@
 
 JOB is a JSON file: recipe (mergekit's YAML), sources (folders), threads. The last line printed is
 JSON: wall (seconds of the merge itself, without imports), cpu (of the process up to there), peak
-(resident bytes, likewise).
+(resident bytes, likewise), wrong (tensors of ours that are not what memory gives).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 CHUNK = 4 << 20
+OURS = "gemma_ext"
 
 
 def raw(job: dict, out: Path) -> Callable[[], None]:
@@ -64,6 +65,34 @@ def gemma_ext(job: dict, out: Path) -> Callable[[], None]:
     return lambda: run_recipe(recipe, out, options) and None
 
 
+def differing(job: dict, out: Path) -> list[str]:
+    """Some tensors of our output that are not, to the bit, what the method gives in memory."""
+    import torch
+    from safetensors import safe_open
+
+    from gemma_ext.souping.files.checkpoint import open_checkpoint
+    from gemma_ext.souping.memory import merge_tensors
+    from gemma_ext.souping.recipe import parse_recipe
+    from gemma_ext.souping.run import open_recipe
+
+    def read(path: Path, name: str) -> dict[str, torch.Tensor]:
+        with safe_open(open_checkpoint(path).tensors[name].path, "pt") as file:
+            return {name: file.get_tensor(name)}
+
+    prepared = open_recipe(parse_recipe(job["recipe"]))
+    wrong = []
+    for target in prepared.targets:
+        name, values = target.info.name, target.values
+        if not name.startswith("model.layers.0."):
+            continue
+        inputs = [read(source.stored.path.parent, name) for source in target.inputs]
+        base = inputs.pop() if target.base else None
+        whole = merge_tensors(type(prepared.method)(), inputs, base, lambda _, v=values: v)
+        if not torch.equal(whole[name].view(torch.int16), read(out, name)[name].view(torch.int16)):
+            wrong.append(name)
+    return wrong
+
+
 def mergekit(job: dict, out: Path) -> Callable[[], None]:
     import yaml
     from mergekit.config import MergeConfiguration
@@ -86,7 +115,8 @@ def main(subject: str, job: str, out: str) -> None:
     # ru_maxrss would count what the parent had before exec
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     peak = int(status["VmHWM"].split()[0]) * 1024
-    print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak}))
+    wrong = differing(json.loads(Path(job).read_text()), Path(out)) if subject == OURS else []
+    print(json.dumps({"wall": wall, "cpu": cpu, "peak": peak, "wrong": wrong}))
 
 
 if __name__ == "__main__":
