@@ -85,11 +85,8 @@ class Generator:
                 logits_processor=_processors(sampling, seeds, self.device),
                 stopping_criteria=[stops] if sampling.stop else [],
             )
-        ends = (
-            {config.eos_token_id}
-            if isinstance(config.eos_token_id, int)
-            else set(config.eos_token_id or ())
-        )
+        end = config.eos_token_id
+        ends = {end} if isinstance(end, int) else set(end or ())
         return [
             self._completion(before, row, ends, sampling)
             for before, row in zip(befores, output[:, given:].tolist(), strict=True)

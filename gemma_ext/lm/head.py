@@ -39,7 +39,9 @@ class Scored:
             raise TypeError(f"expected {type(model).__name__} to have output embeddings, got None")
         self.model = model
         self._head = head
-        self._options = LossOptions(type(model).__name__, impl, None, _REMEDY)
+        self._options = LossOptions(
+            type(model).__name__, impl=impl, filter_eps=None, remedy=_REMEDY
+        )
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output.

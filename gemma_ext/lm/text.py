@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -129,15 +131,21 @@ class Text:
         return whole[len(head) :] if whole.startswith(head) else self._decoded(list(ids))
 
     def describe(self) -> dict[str, Any]:
-        """What the ids depend on, for the name of a cached answer."""
+        """What texts depend on besides their ids, for the name of a cached answer."""
         tokenizer = self.tokenizer
-        backend = getattr(tokenizer, "backend_tokenizer", None)
         return {
-            "vocabulary": backend.to_str() if backend else sorted(tokenizer.get_vocab().items()),
+            "vocabulary": self._vocabulary,
             "special": {name: str(value) for name, value in tokenizer.special_tokens_map.items()},
             "begin": self._begin,
             "template": tokenizer.chat_template,
         }
+
+    @functools.cached_property
+    def _vocabulary(self) -> str:
+        """Digest of the tokenizer as it is when it is first asked for."""
+        core = getattr(self.tokenizer, "backend_tokenizer", None)
+        text = core.to_str() if core else repr(sorted(self.tokenizer.get_vocab().items()))
+        return hashlib.blake2b(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def _opened(self, texts: Sequence[str]) -> list[list[int]]:
         begin = self._begin

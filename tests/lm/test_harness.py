@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lm_models
 import pytest
 import yaml
 
@@ -166,6 +167,28 @@ def test_answers_reach_lm_evals_own_cache_and_ours(folder, tmp_path):
     assert lm.loglikelihood(asked("loglikelihood", "def ", "main")) == score
     assert lm.loglikelihood_rolling(asked("loglikelihood_rolling", "def main")) == total
     assert lm.generate_until(asked("generate_until", "def ", {"max_gen_toks": 4})) == text
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_encoder_decoders_score_as_in_lm_eval(batch_size):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from test_encoder_decoder import model_of as seq2seq
+
+    draw = [(word * 3, " " + word[::-1]) for word in ("abc", "x y", "blxyz", "q", "")]
+    model, text = seq2seq("T5"), lm_models.tokenizer(bos=False, eos=True)
+    pairs = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(draw)]
+    texts = [Instance("loglikelihood_rolling", {}, pair[1:], i) for i, pair in enumerate(draw)]
+    theirs = HFLM(model, tokenizer=text, batch_size=batch_size, max_length=64)
+    ours = harness.GemmaExtLM(model, tokenizer=text, max_length=64, show_progress=False)
+    for (one, greedy), (other, alike) in zip(
+        ours.loglikelihood(pairs), theirs.loglikelihood(pairs), strict=True
+    ):
+        assert one == pytest.approx(other, rel=1e-5)
+        assert greedy == alike
+    assert ours.loglikelihood_rolling(texts) == pytest.approx(
+        theirs.loglikelihood_rolling(texts), rel=1e-5
+    )
 
 
 def test_mixed_precision_is_that_of_lm_eval(folder):

@@ -12,7 +12,7 @@ from cce_impls import KERNELS, Impl
 from cce_oracle import assert_close, check, expected, gradients, problem, run
 from device_code import schedule
 from hypothesis import HealthCheck, given, settings
-from test_cce_floors import check_rivals
+from test_cce_floors import check_common_number, check_rivals
 from test_cce_fuzz import calls, check_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -153,6 +153,11 @@ def test_a_loss_scale_is_not_rounded_to_the_dtype_of_the_gradients():
 @pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
 def test_rivals_in_the_labels_own_tile_are_not_lost(impl):
     check_rivals(impl, 20.0, 20 * 2.0**-16)
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
+def test_a_number_common_to_all_logits_costs_its_own_rounding(impl):
+    check_common_number(impl, 16384.0, "none")
 
 
 @pytest.mark.parametrize("value", [400, -1, 2**31, -(2**40), 2**62])

@@ -167,6 +167,14 @@ def test_num_items_matches_gradient_accumulation(impl):
     assert_close(torch.cat([part[1]["e"] for part in parts]), grads["e"].double(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("impl", KERNELS, ids=str, indirect=True)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_lean_values(impl, reduction):
+    p = problem(40, 24, 600, ignored=0.1)
+    options = {"softcap": 5.0, "reduction": reduction}
+    check(run(impl.loss, p, memory="lean", **options), expected(p, **options))
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("impl", [*KERNELS, Impl("auto", "auto")], ids=str, indirect=True)
 def test_the_cpu_has_one_form_of_memory(impl):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,14 +12,16 @@ import pytest
 import torch
 import yaml
 
+from gemma_ext import cli
 from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.papers.genome.command import read_config, run_config
 from gemma_ext.papers.genome.compare import Row
 from gemma_ext.papers.genome.evaluation import Job
+from gemma_ext.papers.genome.materialise import Materialiser
 from gemma_ext.papers.genome.models import Experts, ModelWorker
 from gemma_ext.papers.genome.page import mean_interval, number, summaries, table, write_report
 from gemma_ext.papers.genome.pool import load_adapters, load_checkpoints
-from gemma_ext.papers.genome.recipe import Noise, applied, expert, mix, with_noise
+from gemma_ext.papers.genome.recipe import Noise, applied, expert, from_table, mix, with_noise
 from gemma_ext.papers.genome.tasks import Task, score
 
 TEXT = [f"the {a} {b} the {c}. " for a in ("cat", "dog") for b in ("sees", "is") for c in "xyzuvw"]
@@ -209,6 +210,16 @@ def test_a_configuration_becomes_an_adapter_and_a_page(base, adapters, tmp_path)
     assert (tmp_path / "out" / "outcomes.jsonl").read_text() == evaluations
     with pytest.raises(ValueError, match="expected a run with this search"):
         run_config(path, compat="genome", show_progress=False)
+    note = json.loads((made["best"] / "genome.json").read_text())
+    assert note["genome"] == results[0]["genome"]
+    recipe = from_table(note["recipes"])[note["genome"]]
+    saved = load_adapters([made["best"]]).experts[0]
+    want = Materialiser(load_adapters(adapters)).tensors(recipe)
+    assert all(torch.equal(saved[name], x) for name, x in want.items())
+    note["genome"] = "another"
+    (made["best"] / "genome.json").write_text(json.dumps(note))
+    run_config(path, show_progress=False)  # the best of a run that has gone on since
+    assert json.loads((made["best"] / "genome.json").read_text())["genome"] == recipe.key
 
 
 def test_whole_checkpoints_evolve_and_vote(base, checkpoints, tmp_path):
@@ -224,17 +235,22 @@ def test_whole_checkpoints_evolve_and_vote(base, checkpoints, tmp_path):
     assert (made["best"] / "tokenizer.json").exists()
 
 
-def test_the_command_line_says_what_it_does_and_what_is_wrong(tmp_path):
-    command = [sys.executable, "-m", "gemma_ext.cli", "evolve"]
-    help_text = subprocess.run([*command, "--help"], capture_output=True, text=True).stdout
+def test_the_command_line_says_what_it_does_and_what_is_wrong(tmp_path, monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gemma-ext", "evolve", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code
+
+    assert call("--help") == 0
+    help_text = capsys.readouterr().out
     assert "- experts/code" in help_text
     assert "--compat" in help_text
     path = tmp_path / "evolve.yml"
     path.write_text("tasks: [{name: a}]\nchekpoints: []\n")
-    done = subprocess.run([*command, path], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "gemma-ext evolve: " in done.stderr
-    assert "got 'chekpoints'" in done.stderr
+    sentence = call(path)
+    assert sentence.startswith("gemma-ext evolve: ")
+    assert "got 'chekpoints'" in sentence
 
 
 @pytest.mark.parametrize(

@@ -138,6 +138,15 @@ def test_it_lives_with_scores_that_are_no_numbers():
         assert evolved.best is not None
 
 
+def test_a_population_of_forty_is_forty_recipes(fleet):
+    search = replace(PRESETS["genome+"], size=40, capacity=40, generations=2, longest=4)
+    evolved = evolve(search, toy_account(fleet), 5)
+    assert len(evolved.population) == 40
+    genomes = [genome for one in evolved.population for genome in one.genomes()]
+    assert max(genome.length for genome in genomes) <= 4
+    assert all(len(genome.terms) <= 5 + 4 for genome in genomes)
+
+
 def test_one_expert_is_a_population(fleet):
     evolved = evolve(replace(PRESETS["genome+"], generations=3), toy_account(fleet), 1)
     assert evolved.fitness >= toy_account(fleet).fitness([expert(0)])[0]

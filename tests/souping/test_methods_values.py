@@ -122,6 +122,14 @@ def test_arcee_fusion(models):
     check("arcee_fusion", (tunes, base), expected)
 
 
+def test_arcee_fusion_in_pieces(models, monkeypatch):
+    tunes, base = models
+    whole = run(METHODS["arcee_fusion"], tunes[:1], base)
+    monkeypatch.setattr("gemma_ext.souping.methods.pairs._PIECE", 20)
+    pieces = run(METHODS["arcee_fusion"], tunes[:1], base)
+    assert all(torch.equal(pieces[n], whole[n]) for n in base)
+
+
 @pytest.mark.parametrize("epsilon", [1e-5, 0.05])
 def test_ram(models, epsilon):
     def expected(d, b):

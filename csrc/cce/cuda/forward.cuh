@@ -50,14 +50,16 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   return r;
 }
 
-// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is
-// s log2(e). A NaN logit may hide from the maximum, never from the sum. kChains of each sum, for a warp is
-// nearly alone while it adds. keep(i, x, exp(s - max)) sees every element.
-template <Sums kSums, int kChains, int kCount, class At, class Id, class Weight, class Inside,
-          class Keep>
+// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is s or,
+// kLog2, s log2(e): an instruction less, and rounded as a large number common to all s is. A NaN logit may
+// hide from the maximum, never from the sum. kChains of each sum, for a warp is nearly alone while it adds.
+// keep(i, x, exp(s - max)) sees every element.
+template <Sums kSums, bool kLog2, int kChains, int kCount, class At, class Id, class Weight,
+          class Inside, class Keep>
 DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, Inside inside,
                            Keep keep) {
   const LogitMap& map = p.head.map;
+  constexpr float kUnit = kLog2 ? kLn2 : 1.0f;
   const auto quad_sum = [](const float (&x)[kChains]) {
     float sum = x[0];
     UNROLL
@@ -81,7 +83,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   float sum[kChains] = {}, bent[kChains] = {}, square[kChains] = {}, weighted[kChains] = {};
   UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const float x = at(i), e = simt::exp2_approx(x - base);
+    const float x = at(i), e = simt::exp2_approx(kLog2 ? x - base : (x - base) * kLog2E);
     keep(i, x, e);
     sum[i % kChains] += e;
     if (sloped) bent[i % kChains] += e * (x * x);
@@ -91,18 +93,18 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
     }
   }
   r.sum = quad_sum(sum);
-  const float t = map.t_over_cap * kLn2;  // of s log2(e)
+  const float t = map.t_over_cap * kUnit;
   r.slope = sloped ? r.sum - quad_sum(bent) * t * t : r.sum;
   if (drawn) r.square = quad_sum(square);
   if constexpr (kSums == Sums::kAll) {
-    if (p.out.weighted) r.weighted = quad_sum(weighted) * kLn2;
+    if (p.out.weighted) r.weighted = quad_sum(weighted) * kUnit;
     if (p.out.class_sum) {
       float classes[kChains] = {};
       UNROLL
       for (int i = 0; i < kCount; ++i) {
         if (inside(i)) classes[i % kChains] += weight(i) * at(i);
       }
-      r.class_sum = quad_sum(classes) * kLn2;
+      r.class_sum = quad_sum(classes) * kUnit;
     }
     if (p.out.argmax) {
       UNROLL
@@ -113,7 +115,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
       r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
     }
   }
-  r.max *= kLn2;
+  r.max *= kUnit;
   return r;
 }
 
@@ -127,6 +129,14 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
 }
+
+// float32 is worth the instruction.
+template <class T>
+constexpr bool kBase2 = sizeof(T) == 2;
+template <class T>
+constexpr float kToBase = kBase2<T> ? kLog2E : 1.0f;
+template <class T>
+constexpr float kFromBase = kBase2<T> ? kLn2 : 1.0f;
 
 // The lane that holds the logit of a row's label writes it, rounded as a maximum is, and takes it out of the
 // strip: beside its 1 the sums would lose what a confident row's loss is made of.
@@ -147,8 +157,8 @@ DEVICE void move_targets(mma::Tile<T>& tile, const SharedHead<T>& s, const Logit
     UNROLL
     for (int i = 0; i < 8; ++i) {
       if (s.label[row] == first_column + mma::Tile<T>::column(i)) {
-        target[row] = tile.at(r, i) * kLog2E * kLn2;
-        tile.at(r, i) = outside(map) * kLn2;
+        target[row] = tile.at(r, i) * kToBase<T> * kFromBase<T>;
+        tile.at(r, i) = outside(map) * kFromBase<T>;
       }
     }
   }
@@ -175,13 +185,13 @@ void strip_stats_kernel(StripParams p) {
     head_logits(tile, s, p.head, first_column);
     move_targets(tile, s, p.head.map, first_column, p.target + first_row);
     tile.each([&](int, int column, float& x) {
-      x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
+      x = s.column[column] < 0 ? outside(p.head.map) : x * kToBase<T>;
     });
     UNROLL
     for (int r = 0; r < 8; ++r) {
       const int row = mma::Tile<T>::row(r);
       const auto id = [&](int i) { return s.column[mma::Tile<T>::column(i)]; };
-      const StripSums part = quad_sums<Sums::kAll, 1, 8>(
+      const StripSums part = quad_sums<Sums::kAll, kBase2<T>, 1, 8>(
           p, [&](int i) { return tile.at(r, i); }, id,
           [&](int i) { return s.weight[mma::Tile<T>::column(i)]; },
           [&](int i) { return id(i) >= 0 && id(i) != s.label[row]; }, [](int, float, float) {});

@@ -30,6 +30,12 @@ class Launches {
                                    shared_bytes, stream_, params);
   }
 
+  // `from` may change once this has returned. Not for graphs, which would read it again.
+  void copy_in(void* to, const void* from, int64_t bytes) {
+    if (status_ != simt::Status{} || bytes == 0) return;
+    status_ = simt::copy_in(to, from, bytes, stream_);
+  }
+
   void check(simt::Status status) {
     if (status_ == simt::Status{}) status_ = status;
   }

@@ -61,6 +61,16 @@ Status launch(void (*kernel)(Params), int grid, int block, int shared_bytes, Str
   return launch_cluster(kernel, grid, block, 1, shared_bytes, stream, params);
 }
 
+// From pageable memory, which is read before this returns. Refused while the stream is being captured: a graph
+// would read it again.
+inline Status copy_in(void* to, const void* from, int64_t bytes, Stream stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const Status status = cudaStreamIsCapturing(stream, &capture);
+  if (status != cudaSuccess) return status;
+  if (capture != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
+  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+}
+
 DEVICE int thread_idx() { return threadIdx.x; }
 DEVICE int block_idx() { return blockIdx.x; }
 DEVICE int block_dim() { return blockDim.x; }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +20,8 @@ from gemma_ext.papers.genome.lineage import FINISHED
 from gemma_ext.papers.genome.materialise import Materialiser
 from gemma_ext.papers.genome.models import Experts, ModelWorker
 from gemma_ext.papers.genome.page import number, write_report
+from gemma_ext.papers.genome.pool import Pool
+from gemma_ext.papers.genome.recipe import Genome, to_table
 from gemma_ext.papers.genome.study import run_study
 from gemma_ext.papers.genome.tasks import Task, load_task
 
@@ -122,9 +126,7 @@ def run_config(
             bar=bar,
         )
     best = out / "best"
-    if not best.exists():
-        tensors = Materialiser(pool, worker.folder).tensors(rows[0].genome or evolved.best)
-        pool.save(tensors, best)
+    save_best(pool, Materialiser(pool, worker.folder), rows[0].genome, best)
     facts = {
         "pool": ", ".join(pool.names),
         "tasks": ", ".join(
@@ -138,6 +140,25 @@ def run_config(
         page, [rows], title=f"{search.method} over {len(experts)} experts", facts=facts
     )
     return {"best": best, "page": page, "summaries": found}
+
+
+def save_best(pool: Pool, materialiser: Materialiser, genome: Genome, best: Path) -> None:
+    """The individual as a folder, with its recipe in genome.json; one already there is replaced."""
+    note = best / "genome.json"
+    if note.exists() and json.loads(note.read_text(encoding="utf-8"))["genome"] == genome.key:
+        return
+    beside = best.with_name(f"{best.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    pool.save(materialiser.tensors(genome), beside)
+    record = {
+        "genome": genome.key,
+        "pool": pool.digest,
+        "experts": pool.names,
+        "recipes": to_table([genome]),
+    }
+    (beside / note.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(best, ignore_errors=True)
+    os.replace(beside, best)
 
 
 def read_config(path: Path) -> dict[str, Any]:

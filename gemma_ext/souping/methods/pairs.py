@@ -12,6 +12,7 @@ counting, so that they neither depend on a draw nor on how the tensor is cut.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from gemma_ext.ops.souping import Magnitudes, Part, nearswap_, soup_
 from gemma_ext.souping.method import Method, Parameter, TensorInfo, Values
 
 _EPS = 1e-8
+_PIECE = 1 << 16  # elements: 256 KiB in float32
 _QUARTERS = (0.25, 0.5, 0.75)
 
 
@@ -58,7 +60,8 @@ class ArceeFusion(Method):
         return State(tensor, Magnitudes(1, cuts=len(_QUARTERS)))
 
     def survey(self, step: int, part: Part, state: State) -> None:
-        state.magnitudes.survey([Part([importance(part)])])
+        for piece in _pieces(part):
+            state.magnitudes.survey([Part([importance(piece)])])
 
     def settle(self, step: int, state: State) -> None:
         n = int(state.magnitudes.counts)
@@ -70,8 +73,23 @@ class ArceeFusion(Method):
             state.threshold = middle + 1.5 * (high - low)
 
     def merge(self, part: Part, state: State) -> None:
-        taken = torch.where(importance(part) >= state.threshold, *_both(part))
-        soup_([Part([taken], None, part.out, part.name, part.offset)], 1.0)
+        for piece in _pieces(part):
+            taken = torch.where(importance(piece) >= state.threshold, *_both(piece))
+            soup_([Part([taken], None, piece.out, piece.name, piece.offset)], 1.0)
+
+
+def _pieces(part: Part) -> Iterator[Part]:
+    """Runs of whole rows that a cache holds, so that softmaxes need little memory."""
+    x, base, out = part.sources[0], part.base, part.out
+    if x.dim() < 2:
+        yield part
+        return
+    width = x[0].numel()
+    step = max(1, _PIECE // max(1, width))
+    for row in range(0, len(x), step):
+        rows = slice(row, row + step)
+        written = None if out is None else out[rows]
+        yield Part([x[rows]], base[rows], written, part.name, part.offset + row * width)
 
 
 def importance(part: Part) -> Tensor:

@@ -160,7 +160,7 @@ def _norm_ratios(norms: Norms, norm: str) -> list[float]:
     if norm == "l2":
         whole, kept = whole.sqrt(), kept.sqrt()
     pairs = zip(whole.tolist(), kept.tolist(), strict=True)
-    return [k / w if w >= _TINY and k >= _TINY else 1.0 for w, k in pairs]
+    return [k / w if k >= _TINY else 1.0 for w, k in pairs]
 
 
 def shared_keys(*, normal: bool, rescale: bool | None = None, norm: str = "l1") -> tuple:

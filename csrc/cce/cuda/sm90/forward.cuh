@@ -37,7 +37,7 @@ DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_
     // of a strip whose only column is the label nothing is kept
     const bool lone = label == first_column && first_column + 1 == p.head.V;
     const float t = p.head.map.t_over_cap * kLn2, whole = row < count && !lone ? 1.0f : 0.0f;
-    const StripSums sums = quad_sums<kSums, kKeep ? 1 : 4, wgmma::kRowElements>(
+    const StripSums sums = quad_sums<kSums, true, kKeep ? 1 : 4, wgmma::kRowElements>(
         p, at, id, [&](int i) { return p.head.class_weight[id(i)]; },
         [&](int i) { return id(i) < p.head.V && id(i) != label; },
         [&](int i, float x, float e) {
