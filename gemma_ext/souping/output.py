@@ -26,6 +26,7 @@ RECIPE = "mergekit_config.yml"  # the name that readers of merges look for
 
 def write_extras(
     prepared: Prepared,
+    config: Config | None,
     folder: Path,
     title: str,
     *,
@@ -36,13 +37,13 @@ def write_extras(
     """Fills the folder of the output.
 
     Args:
+        config: of `output_config`, which is asked for before the merge, as it may refuse.
         title: of the card.
         tokenizer: copy the lead model's where the recipe asks for none of its own.
         card: write README.md and the recipe.
         trust_remote_code: copy the lead model's Python files, if its configuration names them.
     """
     lead = prepared.models[prepared.lead]
-    config = output_config(prepared)
     if config is not None:
         _write_json(folder / "config.json", config)
         if trust_remote_code and "auto_map" in config:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gemma_ext.souping.output import write_extras
+from gemma_ext.souping.output import output_config, write_extras
 from gemma_ext.souping.prepare import Prepared, prepare
 from gemma_ext.souping.progress import byte_bar
 from gemma_ext.souping.recipe import Recipe
@@ -86,10 +86,12 @@ def run_recipe(
     """
     options, out = options or Options(), Path(out)
     prepared = open_recipe(recipe, options, names)
+    config = output_config(prepared)
 
     def finish(folder: Path) -> None:
         write_extras(
             prepared,
+            config,
             folder,
             out.name,
             tokenizer=options.copy_tokenizer,

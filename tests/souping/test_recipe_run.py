@@ -198,6 +198,24 @@ tokenizer:
     assert generates(out)
 
 
+def test_the_bias_of_a_head_goes_by_token_too(tmp_path):
+    save_models(tmp_path, "a", "b", kind="Phi", words=WORDS, num_key_value_heads=2)
+    text = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: $a}, {model: $b}]\n"
+    out = run(tmp_path, text + "tokenizer: {source: union, pad_to_multiple_of: 32}")
+    a, b, got = (
+        {
+            t: weights(folder)["lm_head.bias"][i]
+            for t, i in load_tokenizer(folder).get_vocab().items()
+        }
+        for folder in (tmp_path / "a", tmp_path / "b", out)
+    )
+    for token, value in got.items():
+        expected = (a.get(token, b.get(token)) + b.get(token, a.get(token))) / 2
+        torch.testing.assert_close(value, expected, rtol=1.01 * BF16, atol=1e-30)
+    assert weights(out)["lm_head.bias"].shape == (32,)
+    assert generates(out)
+
+
 def test_the_vocabulary_of_another_model(tmp_path):
     save_models(tmp_path, "a", "b", words={"a": WORDS["b"], "b": WORDS["a"]})
     text = """\
@@ -339,6 +357,15 @@ def test_models_that_do_not_go_together(tmp_path):
         run(tmp_path, LINEAR)
     with pytest.raises(RecipeError, match=r"r\.yml, line 3, models.*has no tensor"):
         run(tmp_path, LINEAR, allow_crimes=True)
+
+
+def test_a_depth_that_the_configuration_does_not_know(tmp_path):
+    save_models(tmp_path, "a")
+    change(tmp_path / "a", num_hidden_layers=7)
+    text = "merge_method: passthrough\nslices: [{sources: [{model: $a, layer_range: [0, 2]}]}]"
+    with pytest.raises(ValueError, match=r"config\.json: expected one of num_hidden_layers.* be 4"):
+        run(tmp_path, text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]
 
 
 def test_quantised_models_are_refused(tmp_path):
