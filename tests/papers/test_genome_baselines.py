@@ -79,6 +79,12 @@ def test_lorahub_penalises_large_weights_and_the_release_rewards_them():
     weights = [abs(w) for _, w in released.best[0].terms]
     assert sum(weights) / 5 > 0.5
     assert all(w <= baselines.LORAHUB_BOUND + 1e-9 for w in weights)
+    # 0.05 mean |w| of a loss in nats: an expert is taken where it lowers that by more than 0.01 w
+    for gain, taken in ((0.02, True), (0.005, False)):
+        scorer = Scorer(lambda w, gain=gain: 1e-3 * math.exp(gain * min(max(w[2], 0.0), 1.0)))
+        nats = Account(Ledger(scorer, {"near": 1.0}), 60)
+        baselines.lorahub(nats, 5, 0)
+        assert (dict(nats.best[0].terms).get(2, 0.0) > 0.5) == taken
     scorer = Scorer(lambda w: math.nan)
     nothing = Account(Ledger(scorer, {"near": 1.0}), 10)
     baselines.lorahub(nothing, 5, 0)

@@ -16,6 +16,7 @@ Each takes an account with a budget and leaves its choice, made on the validatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -103,10 +104,14 @@ def random_search(account: Account, experts: int, seed: int = 0) -> None:
 
 
 def lorahub(account: Account, experts: int, seed: int = 0, *, sign: float = -1.0) -> None:
-    """Weights w in [-1.5, 1.5]^M from 0 that maximise fitness + sign 0.05 mean |w|.
+    """Weights w in [-1.5, 1.5]^M from 0 that minimise loss + 0.05 mean |w|.
+
+    The loss is -log fitness where the fitness of w = 0 is above 0: of a likelihood that is the
+    paper's loss, in nats. Else it is -fitness. The release's sign, +1, maximises
+    fitness + 0.05 mean |w|.
 
     The search is COBYLA of scipy (the paper's is nevergrad's NGOpt, which chooses such methods for
-    few evaluations); further starts are drawn until the budget is spent. The release's sign is +1.
+    few evaluations); further starts are drawn until the budget is spent.
 
     Raises:
         ImportError: scipy is missing.
@@ -119,12 +124,15 @@ def lorahub(account: Account, experts: int, seed: int = 0, *, sign: float = -1.0
     def loss(w: np.ndarray) -> float:
         w = np.clip(w, -LORAHUB_BOUND, LORAHUB_BOUND)  # COBYLA steps over its bounds
         fitness = account.fitness([weighted(w.tolist())])[0]
+        if positive:
+            fitness = math.log(fitness) if fitness > 0.0 else math.nan
         value = fitness + sign * LORAHUB_PENALTY * float(np.abs(w).mean())
         if better(value, found[1]):
             found[:] = [w.tolist(), value]
         return -value if np.isfinite(value) else 1e9
 
-    found: list = [None, float("nan")]
+    found: list = [None, math.nan]
+    positive = sign < 0.0 and account.fitness([weighted([0.0] * experts)])[0] > 0.0
     bounds = [(-LORAHUB_BOUND, LORAHUB_BOUND)] * experts
     start = 0
     while account.left > 0:
