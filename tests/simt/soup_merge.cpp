@@ -137,9 +137,10 @@ CASE(soup_values) {
 }
 CASE(soup_whole_words) { soup_matches(kAligned, false, Rounding::kNearest); }
 
-CASE(soup_rows) {
-  Data d({.parts = {{7 * 13, 0, 13}, {3 * 300, 600, 300}}});
-  const auto weights = d.numbers(10 * 3, -1), scale = d.numbers(10);
+void soup_rows_match(const std::vector<Shape>& parts) {
+  Data d({.parts = parts});
+  const int64_t rows = d.part.back().row + parts.back().numel / parts.back().width;
+  const auto weights = d.numbers(rows * 3, -1), scale = d.numbers(rows);
   run(Soup{d.table(), weights.data(), scale.data(), true, false, Rounding::kNearest});
   expect_outs(d, false, Rounding::kNearest, [&](auto zero, int64_t p, int64_t i) {
     using A = decltype(zero);
@@ -149,6 +150,27 @@ CASE(soup_rows) {
       sum = sum + static_cast<A>(weights[row * 3 + m]) * d.delta<A>(p, m, i);
     return static_cast<A>(d.at(d.base[p], i)) + static_cast<A>(scale[row]) * sum;
   });
+}
+
+CASE(soup_rows) { soup_rows_match({{7 * 13, 0, 13}, {3 * 300, 600, 300}}); }
+CASE(soup_rows_beyond_parameters) { soup_rows_match({{40'000, 5, 1}}); }
+
+CASE(parts_are_cut_between_rows) {
+  Data d({.parts = {{7 * 10, 20, 10}, {0}, {3 * 40, 0, 40}}, .extras = 1});
+  const cuda::Split split(d.table(), 25);
+  const Table t = split.table(d.table());
+  EXPECT(t.parts == 4 + 3 && split.origin == std::vector<int64_t>({0, 0, 0, 0, 2, 2, 2}));
+  int64_t at = 0;
+  for (int64_t p = 0; p < t.parts; ++p) {
+    const int64_t whole = split.origin[p], size = gemma_ext::size_of(d.base[whole].type);
+    if (p > 0 && split.origin[p - 1] != whole) at = 0;
+    EXPECT(t.part[p].numel == std::min<int64_t>(whole == 0 ? 20 : 40, d.part[whole].numel - at));
+    EXPECT(t.part[p].offset == d.part[whole].offset + at && t.part[p].key == d.part[whole].key);
+    EXPECT(t.part[p].row == d.part[whole].row + at / t.part[p].width);
+    const char* base = static_cast<const char*>(d.base[whole].data);
+    EXPECT(t.base[p].data == base + at * size && t.model[3 * p + 2] == 4);
+    at += t.part[p].numel;
+  }
 }
 
 CASE(merge_trimmed) { merge_matches({}, {}); }

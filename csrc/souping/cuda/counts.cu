@@ -17,7 +17,7 @@ struct CountsShared {
 
 // How often a model's mask stands alone, and with others.
 KERNEL_BOUNDS(kThreads, 2)
-void count_overlaps_kernel(CountsParams p) {
+void count_overlaps_kernel(const GRID_CONSTANT CountsParams p) {
   CountsShared* s = simt::shared<CountsShared>();
   MergeShared<float>& merge = s->merge;
   const MergeCommon& all = p.common;
@@ -53,7 +53,7 @@ void count_overlaps_kernel(CountsParams p) {
 
 // Elected signs added up.
 KERNEL_BOUNDS(kThreads, 2)
-void count_balance_kernel(CountsParams p) {
+void count_balance_kernel(const GRID_CONSTANT CountsParams p) {
   MergeShared<float>* s = simt::shared<MergeShared<float>>();
   const MergeCommon& all = p.common;
   Rule rule = all.rule;

@@ -29,8 +29,8 @@ DEVICE const float* marks_of(const MaskPlan& mask, const Chunk& k, int m, const 
 }
 
 // A bit for each element of model m that counts.
-DEVICE unsigned kept_of(const Plan& plan, const MaskPlan& mask, const MaskShared& s, const Chunk& k,
-                        int m, const Octet& o) {
+DEVICE_CALL unsigned kept_of(const Plan& plan, const MaskPlan& mask, const MaskShared& s,
+                             const Chunk& k, int m, const Octet o) {
   unsigned kept = 0xff;
   NO_UNROLL
   for (int i = 0; i < 2; ++i) {

@@ -24,7 +24,7 @@ DEVICE Rule rule_of(const Rule& rule) {
 
 template <class A, int kM, Form kForm>
 KERNEL_BOUNDS(kThreads, kForm == Form::kAny || kM == 8 ? 1 : 2)
-void merge_kernel(MergeParams p) {
+void merge_kernel(const GRID_CONSTANT MergeParams p) {
   MergeShared<A>* s = simt::shared<MergeShared<A>>();
   const MergeCommon& all = p.common;
   const Rule rule = rule_of<kForm>(all.rule);
@@ -59,7 +59,7 @@ void merge_kernel(MergeParams p) {
   });
 }
 
-using MergeKernel = void (*)(MergeParams);
+using MergeKernel = void (*)(const MergeParams);
 
 template <Form kForm>
 MergeKernel kernel_of(int models) {

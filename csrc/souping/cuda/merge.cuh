@@ -43,10 +43,46 @@ struct MergeShared {
   Word dealt;
 };
 
-// The terms of an octet, and who agrees. Masks of up to kM models are found first, a byte each: in a loop, for they
-// are long. kRescales: survivors may be divided by what marks say.
+// What a mask leaves of an octet, a byte for each model; kM bounds their number, 0 does not.
+template <int kM>
+class KeptBytes {
+ public:
+  DEVICE KeptBytes(const MergeCommon& p, const MaskShared& s, const Chunk& k, const Octet& o)
+      : masked_(p.mask.any()) {
+    NO_UNROLL
+    for (int m = 0; masked_ && m < k.models; ++m) {
+      const unsigned kept = kept_of(p.plan, p.mask, s, k, m, o);
+      if constexpr (kM > 0) {
+        bytes_ ^= uint64_t{kept ^ 0xffu} << (8 * m);
+      } else {
+        array_[m] = static_cast<uint8_t>(kept);
+      }
+    }
+  }
+  DEVICE unsigned of(int m) const {
+    if constexpr (kM > 0) {
+      return static_cast<unsigned>(bytes_ >> (8 * m)) & 0xff;
+    } else {
+      return masked_ ? array_[m] : 0xffu;
+    }
+  }
+
+ private:
+  bool masked_;
+  uint64_t bytes_ = ~uint64_t{0};
+  uint8_t array_[kM > 0 ? 1 : kMaxModels];
+};
+
+// The terms of an octet, and who agrees. kRescales: survivors may be divided by what marks say.
 template <class A, int kM, bool kRescales>
 class Ballot {
+  const MergeCommon& p_;
+  const Rule& rule_;
+  const MergeShared<A>& s_;
+  const Chunk& k_;
+  const Octet& o_;
+  KeptBytes<kM> kept_;  // before the deltas: little else is live while they are found
+
  public:
   Deltas<A, kM> deltas;
   A sign[kLanes] = {};  // elected, where there is an election
@@ -54,12 +90,7 @@ class Ballot {
 
   DEVICE Ballot(const MergeCommon& p, const Rule& rule, const MergeShared<A>& s, const Chunk& k,
                 const Octet& o)
-      : deltas(k, o), p_(p), rule_(rule), s_(s), k_(k), o_(o) {
-    if constexpr (kM > 0) {
-      NO_UNROLL
-      for (int m = 0; p.mask.any() && m < k.models; ++m)
-        kept_ ^= uint64_t{find_kept(m) ^ 0xffu} << (8 * m);
-    }
+      : p_(p), rule_(rule), s_(s), k_(k), o_(o), kept_(p, s.mask, k, o), deltas(k, o) {
     const bool elects = rule.election != Election::kNone;
     const A* coefficients = rule.weighted ? s.coefficients.weighted : s.coefficients.plain;
     each_model<kM>(k.models, [&](int m) {
@@ -68,7 +99,7 @@ class Ballot {
       for (int j = 0; j < kLanes; ++j) nan |= static_cast<unsigned>(d[j] != d[j]) << j;
       if (!elects) return;
       A x[kLanes];
-      terms(m, d, kept(m), coefficients[m], x);
+      terms(m, d, kept_.of(m), coefficients[m], x);
       UNROLL
       for (int j = 0; j < kLanes; ++j) sign[j] = sign[j] + vote(rule.election, x[j]);
     });
@@ -80,7 +111,7 @@ class Ballot {
   // Terms of model m, a bit for each where it agrees.
   DEVICE unsigned of(int m, A (&x)[kLanes]) {
     const A(&d)[kLanes] = deltas.of(m);
-    const unsigned mine = kept(m);
+    const unsigned mine = kept_.of(m);
     terms(m, d, mine, s_.coefficients.weighted[m], x);
     if (rule_.election == Election::kNone) return mine;
     A votes[kLanes];
@@ -93,11 +124,6 @@ class Ballot {
   }
 
  private:
-  DEVICE unsigned find_kept(int m) const { return kept_of(p_.plan, p_.mask, s_.mask, k_, m, o_); }
-  DEVICE unsigned kept(int m) const {
-    if constexpr (kM > 0) return static_cast<unsigned>(kept_ >> (8 * m)) & 0xff;
-    return p_.mask.any() ? find_kept(m) : 0xff;
-  }
   DEVICE void terms(int m, const A (&d)[kLanes], unsigned mine, A coefficient,
                     A (&x)[kLanes]) const {
     UNROLL
@@ -108,13 +134,6 @@ class Ballot {
     for (int j = 0; j < kLanes; ++j)
       if (o_.has(j)) x[j] = mine >> j & 1 ? x[j] / static_cast<A>(marks[j]) : A{0};
   }
-
-  const MergeCommon& p_;
-  const Rule& rule_;
-  const MergeShared<A>& s_;
-  const Chunk& k_;
-  const Octet& o_;
-  uint64_t kept_ = ~uint64_t{0};
 };
 
 }  // namespace gemma_ext::souping::cuda

@@ -135,8 +135,8 @@ DEVICE void find_limit(const Chunk& k, const CutPlan& cut, int stream, CutShared
 }
 
 // Fills `s` for chunk c; by the block, with barriers.
-DEVICE void settle_ties(const Plan& plan, const CutPlan& cut, int64_t c, const Chunk& k,
-                        CutShared* s) {
+DEVICE_CALL void settle_ties(const Plan& plan, const CutPlan& cut, int64_t c, const Chunk& k,
+                             CutShared* s) {
   const int64_t row = cut.groups > 1 ? k.number : 0;
   const int64_t* ties = cut.ties + row * cut.streams;
   bool counts = false;
