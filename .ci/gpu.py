@@ -4,7 +4,7 @@ Uses the python it is started with and the tools on PATH; installs nothing and n
 stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
 $OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
 
-Stages, all by default: build, tests, sanitizer, step, sweep, profile, bench (docs/gpu.md).
+Stages, all by default: build, tests, sanitizer, souping, step, sweep, profile, bench (docs/gpu.md).
 GEMMA_EXT_GPU_TESTS_ON=cpu tries them without a card: no CUDA kernels, small shapes, nothing saved.
 """
 
@@ -30,6 +30,7 @@ LIMITS = {
     "build": 150.0,
     "tests": 170.0,
     "sanitizer": 110.0,
+    "souping": 60.0,
     "step": 110.0,
     "sweep": 45.0,
     "profile": 30.0,
@@ -38,6 +39,8 @@ LIMITS = {
 PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
 TESTS = ("edges", "sync", "graphs", "streams", "determinism")
 OP_TESTS = ("values", "gradients", "filter", "options", "outputs")
+SOUPING = "test_gpu_soup.py"
+SOUP_TESTS = ("merge", "select", "rows", "sums", "population", "values")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -147,19 +150,21 @@ def tests(stage: Stage) -> int:
         chosen = ("-k", "cuda", "-m", "not slow")
         runs.insert(0, ("-c", "tests/gpu/pytest.ini", *files, *chosen))
     # a process each: a kernel that breaks the card spoils one of them
-    return worst(
-        stage.run(
-            sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3", *words,
-            limit=PIECE, PYTHONPATH=import_path(), GEMMA_EXT_NEED_CARD="1",
-        )
-        for words in runs
+    return worst(run_tests(stage, *words) for words in runs)
+
+
+def run_tests(stage: Stage, *words: object, limit: float = PIECE) -> int:
+    return stage.run(
+        sys.executable, "-m", "pytest", "-q", "--tb=short", "--durations=3", *words,
+        limit=limit, PYTHONPATH=import_path(), GEMMA_EXT_NEED_CARD="1",
     )  # fmt: skip
 
 
 def test_files() -> list[Path]:
-    """Files of tests/gpu, those of TESTS first: time may run out."""
+    """Files of tests/gpu but souping's, those of TESTS first: time may run out."""
     names = [f"test_gpu_{name}.py" for name in TESTS]
     found = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
+    found = [path for path in found if path.name != SOUPING]
     return sorted(found, key=lambda p: names.index(p.name) if p.name in names else len(names))
 
 
@@ -180,6 +185,19 @@ def sanitizer(stage: Stage) -> int:
         )
         for check in SANITIZERS
     )  # fmt: skip
+
+
+def souping(stage: Stage) -> int:
+    """The benchmark has half of the time, the tests what it leaves."""
+    trial = ["--layers", 1, "--width", 64, "--seconds", 0, "--rounds", 1]
+    status = measure(stage, "bench_souping_card.py", ["--seconds", stage.left / 4], trial)
+    if find_spec("pytest") is None:
+        raise NotRun(f"{sys.executable} has no pytest")
+    runs: list[Sequence[object]] = [(f"tests/gpu/{SOUPING}",)]
+    if DEVICE == "cuda":
+        files = [f"tests/ops/test_soup_{name}.py" for name in SOUP_TESTS]
+        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
+    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
 
 
 def step(stage: Stage) -> int:
@@ -237,6 +255,7 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
+    "souping": souping,
     "step": step,
     "sweep": sweep,
     "profile": profile,

@@ -15,13 +15,18 @@ the report has both.
 from gemma_ext.pocket.bigram import bigram_perplexity
 from gemma_ext.pocket.cache import cache_dir
 from gemma_ext.pocket.corpus import Document, documents
+from gemma_ext.pocket.domains import DOMAINS, DomainText, load_domain
+from gemma_ext.pocket.experts import ExpertRecipe, expert_folder, load_expert
 from gemma_ext.pocket.model import SIZES, PocketSize, build_config, build_model
 from gemma_ext.pocket.store import Pocket, Text, load, load_text
 from gemma_ext.pocket.training import perplexity
 
 __all__ = [
+    "DOMAINS",
     "SIZES",
     "Document",
+    "DomainText",
+    "ExpertRecipe",
     "Pocket",
     "PocketSize",
     "Text",
@@ -30,7 +35,10 @@ __all__ = [
     "build_model",
     "cache_dir",
     "documents",
+    "expert_folder",
     "load",
+    "load_domain",
+    "load_expert",
     "load_text",
     "perplexity",
 ]

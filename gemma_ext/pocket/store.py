@@ -115,7 +115,7 @@ def load_text(size: str) -> Text:
     require("the pocket", "hf", *_PACKAGES)
     recipe = pocket_size(size)
     folder, partial = _folders(size, recipe)
-    with _locked(folder):
+    with locked(folder):
         if (folder / MANIFEST).exists():
             verify_manifest(folder)
             return _read_text(folder)
@@ -124,7 +124,7 @@ def load_text(size: str) -> Text:
 
 def _make(size: str, recipe: PocketSize, show_progress: bool) -> Path:
     folder, partial = _folders(size, recipe)
-    with _locked(folder):
+    with locked(folder):
         if (folder / MANIFEST).exists():
             return folder
         text, corpus = _make_text(partial, recipe)
@@ -190,6 +190,11 @@ def _scored(ids: Tensor, context: int) -> int:
     return (ids.numel() - 1) // context * context + 1
 
 
+def pocket_folder(size: str) -> Path:
+    """Where the pocket of a size is cached."""
+    return _folders(size, pocket_size(size))[0]
+
+
 def _folders(size: str, recipe: PocketSize) -> tuple[Path, Path]:
     python = f"{platform.python_implementation()} {platform.python_version()}"
     key = json.dumps([_FORMAT, python, asdict(recipe)], sort_keys=True)
@@ -199,7 +204,8 @@ def _folders(size: str, recipe: PocketSize) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes a folder."""
     from filelock import FileLock
 
     folder.parent.mkdir(parents=True, exist_ok=True)

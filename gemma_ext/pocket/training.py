@@ -86,6 +86,7 @@ def train(
     seed: int = 0,
     show_progress: bool = True,
     stop_after: int | None = None,
+    what: str = "training the pocket Gemma-2",
 ) -> Progress:
     """Trains `model` in place.
 
@@ -97,6 +98,7 @@ def train(
             seconds.
         seed: order of the windows.
         stop_after: end the call after this many steps in all, as an interruption would.
+        what: text of the progress bar.
 
     Returns:
         Losses and seconds from the first step, over all interruptions.
@@ -110,7 +112,7 @@ def train(
     model.train()
     last = size.steps if stop_after is None else min(stop_after, size.steps)
     saved = time.monotonic()
-    with progress_bar("training the pocket Gemma-2", size.steps, show_progress) as update:
+    with progress_bar(what, size.steps, show_progress) as update:
         for step in range(len(done.losses), last):
             start = time.monotonic()
             batch = windows[order[step * size.batch : (step + 1) * size.batch]]

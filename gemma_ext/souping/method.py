@@ -109,6 +109,10 @@ class Method:
         """State of one tensor, handed back to every later call for it."""
         return values
 
+    def skips(self, step: int, state: Any) -> bool:
+        """Whether this step has nothing to learn from this tensor, so that no part need be read."""
+        return False
+
     def survey(self, step: int, part: Part, state: Any) -> None:
         """Takes in one part; `part.out` is None."""
 

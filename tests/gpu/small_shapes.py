@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from gpu_problem import DEVICE, DTYPES, FORMS, ours, problem
+from soup_digest import results
 
 import gemma_ext
 
@@ -17,6 +18,7 @@ SHAPES = ((130, 72, 300), (7, 136, 515), (65, 9, 257))  # whole tiles and ragged
 
 def main() -> None:
     for dtype in DTYPES:
+        results(dtype, DEVICE)
         for shape in SHAPES:
             p = problem(*shape, dtype, bias=True)
             for options in FORMS.values():

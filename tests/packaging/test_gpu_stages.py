@@ -87,6 +87,17 @@ def test_only_what_a_card_measures_is_saved(gpu, monkeypatch, name):
     assert "--save" not in on_cpu
 
 
+def test_souping_measures_and_tests(gpu, monkeypatch):
+    measured, own, ops = commands_of(gpu, monkeypatch, "souping", "cuda")
+    assert measured[1] == "benchmarks/bench_souping_card.py"
+    assert "--save" in measured
+    assert own[-1].endswith("test_gpu_soup.py")
+    assert ops.index("cuda") == ops.index("-k") + 1
+    assert not any(path.name == "test_gpu_soup.py" for path in gpu.test_files())
+    measured, own = commands_of(gpu, monkeypatch, "souping", "cpu")
+    assert "--save" not in measured
+
+
 def test_without_a_card_nothing_is_built_for_one(gpu, monkeypatch):
     seen = []
     monkeypatch.setattr(gpu, "DEVICE", "cpu")

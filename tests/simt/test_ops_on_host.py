@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from toolchain import HERE
+from toolchain import HERE, ROOT
 
 OPS = HERE.parent / "ops"
 # files: which of their tests, some of each kind; test_all_ops runs the rest
@@ -28,6 +28,12 @@ PARTS = {
         "not (anything and inf) and not (no_valid_row and (sum or none))"
         " and not (test_layout and not both) and not (opcheck and (fp32 or bare))",
     ),
+    "soup": ("test_soup_values.py test_soup_merge.py test_soup_population.py", "not large_results"),
+    "soup_selection": (
+        "test_soup_select.py test_soup_sums.py test_soup_rows.py",
+        "not survivors_keep_their_mean",
+    ),
+    "soup_cuts": ("test_soup_bits.py", "cutting or permuted"),
 }
 
 
@@ -66,6 +72,20 @@ def test_all_ops(op_library):
 def test_before_hopper(op_library):
     chosen = "shapes and not fp32 or bit_for_bit and bf16 or any_call"
     run_on_device_code(op_library, "checks_device.py", "-k", chosen, GEMMA_EXT_TEST_HOPPER="0")
+
+
+def test_souping_has_the_bits_of_the_cpu(op_library):
+    def lines(*words: object) -> list[str]:
+        command = [sys.executable, HERE / "soup_cases.py", *words]
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path}
+        ran = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        return ran.stdout.splitlines()
+
+    cpu, device = lines(), lines(op_library)
+    assert len(cpu) == len(device) > 0
+    assert [pair for pair in zip(cpu, device, strict=True) if pair[0] != pair[1]] == []
 
 
 def test_fake_cuda(cuda_guard):

@@ -82,29 +82,32 @@ extern "C" void schedule(uint64_t seed, bool hopper) {
 
 
 def build_op_library(out: Path) -> Path:
-    """The CUDA binding of the cce ops and its kernels, for CPU tensors (common/torch/cuda.h)."""
-    torch = _torch_folder()
-    kernels, binding, library = out / "kernels.cpp", CSRC / "cce" / "cuda_ops.cpp", out / "ops.so"
-    sources = sorted(path.name for path in (CSRC / "cce" / "cuda").glob("*.cu"))
-    includes = "".join(f'#include "cce/cuda/{name}"\n' for name in sources)
-    kernels.write_text(includes + SCHEDULE)
+    """The CUDA bindings of the ops and their kernels, for CPU tensors (common/torch/cuda.h)."""
+    torch, library = _torch_folder(), out / "ops.so"
     compile_host = ["g++", "-std=c++20", "-g1", "-fPIC", f"-I{CSRC}", "-c"]
+    device = ["-O2", "-ffp-contract=off", "-ftrivial-auto-var-init=pattern"]
     host_binding = [
         *("-O1", "-DGEMMA_EXT_ON_HOST", "-DTORCH_STABLE_ONLY"),
         *("-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", torch / "include"),
     ]
 
-    def compiled(source: Path, flags: list[object]) -> Path:
-        made = out / f"{source.stem}.o"
+    def compiled(source: Path, name: str, flags: list[object]) -> Path:
+        made = out / f"{name}.o"
         subprocess.run([*compile_host, *flags, source, "-o", made], check=True)
         return made
 
-    sources_and_flags = {
-        kernels: ["-O2", "-ftrivial-auto-var-init=pattern"],
-        binding: host_binding,
-    }
-    with ThreadPoolExecutor() as side_by_side:
-        objects = list(side_by_side.map(compiled, *zip(*sources_and_flags.items(), strict=True)))
+    jobs = []
+    for binding in sorted(CSRC.glob("*/cuda_ops.cpp")):
+        family = binding.parent.name
+        kernels = out / f"{family}.cpp"
+        sources = sorted(path.name for path in (binding.parent / "cuda").glob("*.cu"))
+        kernels.write_text("".join(f'#include "{family}/cuda/{name}"\n' for name in sources))
+        jobs += [(kernels, family, device), (binding, f"{family}_binding", host_binding)]
+    schedule = out / "schedule.cpp"
+    schedule.write_text('#include "common/simt/simt.h"\n' + SCHEDULE)
+    jobs.append((schedule, "schedule", device))
+    with ThreadPoolExecutor(2) as side_by_side:
+        objects = list(side_by_side.map(compiled, *zip(*jobs, strict=True)))
     link = ["g++", "-shared", *objects, "-o", library]
     subprocess.run([*link, f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"], check=True)
     return library

@@ -61,6 +61,16 @@ Status launch(void (*kernel)(Params), int grid, int block, int shared_bytes, Str
   return launch_cluster(kernel, grid, block, 1, shared_bytes, stream, params);
 }
 
+// From pageable memory, which is read before this returns. Refused while the stream is being captured: a graph
+// would read it again.
+inline Status copy_in(void* to, const void* from, int64_t bytes, Stream stream) {
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  const Status status = cudaStreamIsCapturing(stream, &capture);
+  if (status != cudaSuccess) return status;
+  if (capture != cudaStreamCaptureStatusNone) return cudaErrorStreamCaptureUnsupported;
+  return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
+}
+
 DEVICE int thread_idx() { return threadIdx.x; }
 DEVICE int block_idx() { return blockIdx.x; }
 DEVICE int block_dim() { return blockDim.x; }
@@ -110,6 +120,7 @@ DEVICE unsigned ballot(bool predicate, unsigned mask = kFullMask) {
 }
 DEVICE int popcount(unsigned x) { return __popc(x); }
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE bool any(bool predicate, unsigned mask = kFullMask) { return __any_sync(mask, predicate); }
 DEVICE bool all(bool predicate, unsigned mask = kFullMask) { return __all_sync(mask, predicate); }
 

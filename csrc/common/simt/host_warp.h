@@ -166,6 +166,11 @@ Status launch(void (*kernel)(Params), int grid, int block, int shared_bytes, Str
   return launch_cluster(kernel, grid, block, 1, shared_bytes, stream, params);
 }
 
+inline Status copy_in(void* to, const void* from, int64_t bytes, Stream) {
+  memcpy(to, from, bytes);
+  return 0;
+}
+
 inline int thread_idx() { return host::self().thread; }
 inline int block_idx() { return host::self().block->index; }
 inline int block_dim() { return host::self(), host::machine->block_threads; }
@@ -270,6 +275,11 @@ inline uint32_t bits_of(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
   return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
 }
 inline bool any(bool predicate, unsigned mask = kFullMask, Where where = Where::current()) {
   return ballot(predicate, mask, where) != 0;

@@ -22,6 +22,7 @@
 #define KERNEL __global__
 #define KERNEL_BOUNDS(threads, blocks) __global__ __launch_bounds__(threads, blocks)
 #define DEVICE __device__ __forceinline__
+#define DEVICE_CALL static __device__ __noinline__  // long, and wanted in several places
 #define HOST_DEVICE __host__ __device__ __forceinline__
 #define GRID_CONSTANT __grid_constant__
 #define UNROLL _Pragma("unroll")
@@ -32,6 +33,7 @@
 #define KERNEL inline
 #define KERNEL_BOUNDS(threads, blocks) inline
 #define DEVICE inline
+#define DEVICE_CALL inline
 #define HOST_DEVICE inline
 #define GRID_CONSTANT
 #define UNROLL
