@@ -57,8 +57,8 @@ def raw(job: dict, out: Path) -> Callable[[], None]:
 
 
 def gemma_ext(job: dict, out: Path) -> Callable[[], None]:
-    from gemma_ext.souping.recipe import parse_recipe
-    from gemma_ext.souping.run import Options, run_recipe
+    from gemma_ext.souping.recipes.recipe import parse_recipe
+    from gemma_ext.souping.recipes.run import Options, run_recipe
 
     recipe = parse_recipe(job["recipe"])
     options = Options(copy_tokenizer=False, card=False, threads=job["threads"])
@@ -70,10 +70,10 @@ def differing(job: dict, out: Path) -> list[str]:
     import torch
     from safetensors import safe_open
 
-    from gemma_ext.souping.files.checkpoint import open_checkpoint
-    from gemma_ext.souping.memory import merge_tensors
-    from gemma_ext.souping.recipe import parse_recipe
-    from gemma_ext.souping.run import open_recipe
+    from gemma_ext.souping.engine.files.checkpoint import open_checkpoint
+    from gemma_ext.souping.engine.memory import merge_tensors
+    from gemma_ext.souping.recipes.recipe import parse_recipe
+    from gemma_ext.souping.recipes.run import open_recipe
 
     def read(path: Path, name: str) -> dict[str, torch.Tensor]:
         with safe_open(open_checkpoint(path).tensors[name].path, "pt") as file:

@@ -12,7 +12,7 @@ COMMANDS = {
     "demo": "gemma_ext.demo.command:main",
     "evolve": "gemma_ext.papers.genome.command:main",
     "info": "gemma_ext.info:main",
-    "merge": "gemma_ext.souping.command:main",
+    "merge": "gemma_ext.souping.recipes.command:main",
 }
 
 

@@ -21,9 +21,9 @@ import typer
 from torch import Tensor
 
 from gemma_ext.integrations.transformers import patch
-from gemma_ext.souping.explain import explain_recipe
-from gemma_ext.souping.recipe import read_recipes
-from gemma_ext.souping.run import Options, open_recipe, run_recipes
+from gemma_ext.souping.recipes.explain import explain_recipe
+from gemma_ext.souping.recipes.recipe import read_recipes
+from gemma_ext.souping.recipes.run import Options, open_recipe, run_recipes
 
 RECIPES = {
     "soup": """\

@@ -1,10 +1,10 @@
 """Merging models: methods, recipes and the engines that run them."""
 
+from gemma_ext.souping.engine.memory import merge_tensors
+from gemma_ext.souping.engine.stream import merge_files
 from gemma_ext.souping.live import Ema, Swap, ema_, soup_
-from gemma_ext.souping.memory import merge_tensors
 from gemma_ext.souping.methods import METHODS, get, greedy_soup
 from gemma_ext.souping.parameters import constant
-from gemma_ext.souping.stream import merge_files
 
 __all__ = [
     "METHODS",

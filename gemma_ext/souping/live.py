@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from gemma_ext.ops import souping as ops
 from gemma_ext.ops.souping import Part
-from gemma_ext.souping.memory import merge_tensors
+from gemma_ext.souping.engine.memory import merge_tensors
 from gemma_ext.souping.method import Method
 from gemma_ext.souping.parameters import constant
 
 if TYPE_CHECKING:
-    from gemma_ext.souping.recipe import Recipe
-    from gemma_ext.souping.run import Options
+    from gemma_ext.souping.recipes.recipe import Recipe
+    from gemma_ext.souping.recipes.run import Options
 
 Model = nn.Module | Mapping[str, Tensor]
 
@@ -223,8 +223,8 @@ class Swap:
             RecipeError, ValueError, OSError, ImportError: as `run_recipe`; or the output has other
                 tensors than the model.
         """
-        from gemma_ext.souping.into import merge_into
-        from gemma_ext.souping.run import open_recipe
+        from gemma_ext.souping.recipes.into import merge_into
+        from gemma_ext.souping.recipes.run import open_recipe
 
         prepared = open_recipe(recipe, options)
         live = self._live()

@@ -6,8 +6,8 @@
         method.settle(step, state)
     for part in parts of the tensor, in order: method.merge(part, state)
 
-An engine decides where the parts come from: `souping.memory` gives whole resident tensors,
-`souping.stream` chunks of files. A method never knows, and never sees more than one part.
+An engine decides where the parts come from: `souping.engine.memory` gives whole resident tensors,
+`souping.engine.stream` chunks of files. A method never knows, and never sees more than one part.
 """
 
 from __future__ import annotations

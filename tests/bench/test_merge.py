@@ -62,7 +62,7 @@ def test_bars(method, of_raw, faster, peak, expected):
 
 @pytest.mark.parametrize("method", bench_merge.PARAMETERS)
 def test_recipes_are_ones_that_we_read(method, tmp_path):
-    from gemma_ext.souping.recipe import parse_recipe
+    from gemma_ext.souping.recipes.recipe import parse_recipe
 
     sources = [tmp_path / name for name in ("base", "a", "b", "c")]
     recipe = parse_recipe(bench_merge.recipe_of(method, sources))

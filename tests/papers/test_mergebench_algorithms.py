@@ -285,8 +285,3 @@ def test_as_released_regmean_rounds():
     torch.testing.assert_close(got.float(), sum(weights) / 2, rtol=0.1, atol=0.1)
     dead = [torch.zeros(8, 8)] * 2
     assert torch.equal(as_released.regmean_bfloat16(weights, dead, 0.5).float(), torch.zeros(5, 8))
-
-
-def test_a_parameter_without_value_is_refused():
-    with pytest.raises(ValueError, match="weight: expected a value for linear, got none"):
-        table.constant(table.get("linear")(), 2, {}, {})

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from recipe_models import save_models, weights
 from tiny_tokenizers import save_bpe
 
-from gemma_ext.souping.recipe import read_recipes
-from gemma_ext.souping.run import run_recipes
-from gemma_ext.souping.tokenizer import load_tokenizer
+from gemma_ext.souping.recipes.recipe import read_recipes
+from gemma_ext.souping.recipes.run import run_recipes
+from gemma_ext.souping.recipes.tokenizer import load_tokenizer
 
 NAMES = [f"kitchen/broth-2b{end}" for end in ("", "-chat", "-code", "-math", "-story", "-toxic")]
 RANDOM = ("dare_", "della")

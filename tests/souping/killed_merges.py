@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from stream_models import SHAPES, Deltas, Shrunk, files_of, rising, save_models
 
-from gemma_ext.souping.files.journal import NAME
-from gemma_ext.souping.stream import merge_files
+from gemma_ext.souping.engine.files.journal import NAME
+from gemma_ext.souping.engine.stream import merge_files
 
 LAYERS = 12
 METHODS = (Deltas(), Shrunk(), Shrunk("row"), Shrunk(model_wide=True))

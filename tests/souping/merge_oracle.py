@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gemma_ext.souping.memory import merge_tensors
+from gemma_ext.souping.engine.memory import merge_tensors
 from gemma_ext.souping.method import Method
 from gemma_ext.souping.parameters import constant
 

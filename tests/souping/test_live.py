@@ -9,8 +9,8 @@ import torch
 from tiny_lm import batch, gemma2, tuned
 from torch import nn
 
+from gemma_ext.souping.engine.memory import merge_tensors
 from gemma_ext.souping.live import Ema, Swap, ema_, parameters_of, soup_
-from gemma_ext.souping.memory import merge_tensors
 from gemma_ext.souping.methods import METHODS
 from gemma_ext.souping.parameters import constant
 

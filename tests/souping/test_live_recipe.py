@@ -9,8 +9,8 @@ from recipe_models import save_models
 from safetensors.torch import load_file
 
 from gemma_ext.souping import Swap
-from gemma_ext.souping.recipe import parse_recipe
-from gemma_ext.souping.run import Options, run_recipe
+from gemma_ext.souping.recipes.recipe import parse_recipe
+from gemma_ext.souping.recipes.run import Options, run_recipe
 
 RECIPES = {
     "linear": """

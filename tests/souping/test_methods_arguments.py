@@ -83,7 +83,7 @@ def test_one_threshold_has_one_density(name):
         density = 0.5 if "norm" in tensor.name else 0.2
         return Values([{**values.models[0], "density": density}], values.merge)
 
-    from gemma_ext.souping.memory import merge_tensors
+    from gemma_ext.souping.engine.memory import merge_tensors
 
     with pytest.raises(ValueError, match=r"expected one density for the whole model with .*norm"):
         merge_tensors(method, tunes, base, by_name)

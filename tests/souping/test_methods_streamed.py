@@ -7,10 +7,10 @@ import torch
 from merge_oracle import family, run
 from safetensors.torch import load_file, save_file
 
+from gemma_ext.souping.engine.stream import merge_files
 from gemma_ext.souping.methods import METHODS
 from gemma_ext.souping.parameters import constant
 from gemma_ext.souping.statistics import save_statistics
-from gemma_ext.souping.stream import merge_files
 
 PARAMETERS = {"weight": 0.4, "t": 0.3, "task": 0, "density": 0.5, "select_topk": 0.4,
               "filter_wise": True, "nuslerp_flatten": False, "nuslerp_row_wise": True}  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from gemma_ext.souping.adapted import is_adapter, read_adapter
+from gemma_ext.souping.recipes.adapted import is_adapter, read_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

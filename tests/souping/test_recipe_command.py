@@ -7,7 +7,7 @@ import typer
 from recipe_models import save_models, weights
 from typer.testing import CliRunner
 
-from gemma_ext.souping import command
+from gemma_ext.souping.recipes import command
 
 LINEAR = "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: a}, {model: b}]\n"
 

@@ -12,11 +12,11 @@ import yaml
 from recipe_models import generates, save_models, weights
 from tiny_tokenizers import save_bpe
 
-from gemma_ext.souping.marks import RecipeError
 from gemma_ext.souping.method import Required
 from gemma_ext.souping.methods import METHODS
-from gemma_ext.souping.recipe import read_recipes
-from gemma_ext.souping.run import run_recipes
+from gemma_ext.souping.recipes.marks import RecipeError
+from gemma_ext.souping.recipes.recipe import read_recipes
+from gemma_ext.souping.recipes.run import run_recipes
 
 RECIPES = sorted((Path(__file__).parent / "recipes").glob("*.yml"))
 NAMES = [f"kitchen/broth-2b{end}" for end in ("", "-chat", "-code", "-math", "-story", "-toxic")]
@@ -49,7 +49,7 @@ def kitchen(tmp_path_factory):
 
 
 def run(path, kitchen, out, monkeypatch):
-    from gemma_ext.souping import models
+    from gemma_ext.souping.recipes import models
 
     found = models.locate
     monkeypatch.setattr(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from recipe_models import save_models, weights
 
-from gemma_ext.souping.explain import explain_recipe
-from gemma_ext.souping.measure import measure, weighted_mean
-from gemma_ext.souping.prepare import prepare
-from gemma_ext.souping.recipe import parse_recipe
+from gemma_ext.souping.recipes.explain import explain_recipe
+from gemma_ext.souping.recipes.measure import measure, weighted_mean
+from gemma_ext.souping.recipes.prepare import prepare
+from gemma_ext.souping.recipes.recipe import parse_recipe
 
 TIES = """\
 merge_method: ties

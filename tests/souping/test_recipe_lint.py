@@ -3,9 +3,9 @@
 import pytest
 from recipe_models import save_models
 
-from gemma_ext.souping.lint import lint_recipe
-from gemma_ext.souping.prepare import prepare
-from gemma_ext.souping.recipe import parse_recipe
+from gemma_ext.souping.recipes.lint import lint_recipe
+from gemma_ext.souping.recipes.prepare import prepare
+from gemma_ext.souping.recipes.recipe import parse_recipe
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 
-from gemma_ext.souping.marks import RecipeError
-from gemma_ext.souping.recipe import parse_recipe, parse_recipes, read_recipes
-from gemma_ext.souping.references import Location, ModelReference, locate, parse_reference
+from gemma_ext.souping.recipes.marks import RecipeError
+from gemma_ext.souping.recipes.recipe import parse_recipe, parse_recipes, read_recipes
+from gemma_ext.souping.recipes.references import Location, ModelReference, locate, parse_reference
 
 TWO = "models: [{model: a}, {model: b}]\n"
 

@@ -4,12 +4,12 @@ from typing import ClassVar
 
 import pytest
 
-from gemma_ext.souping.evaluate import check_recipe, pointless
-from gemma_ext.souping.layout import read_layout, split_modules
-from gemma_ext.souping.marks import RecipeError
 from gemma_ext.souping.method import Method, Parameter
-from gemma_ext.souping.recipe import parse_recipe
-from gemma_ext.souping.resolve import Input, resolve
+from gemma_ext.souping.recipes.evaluate import check_recipe, pointless
+from gemma_ext.souping.recipes.layout import read_layout, split_modules
+from gemma_ext.souping.recipes.marks import RecipeError
+from gemma_ext.souping.recipes.recipe import parse_recipe
+from gemma_ext.souping.recipes.resolve import Input, resolve
 
 
 class Soup(Method):

@@ -8,10 +8,10 @@ import yaml
 from recipe_models import generates, save_models, weights
 from safetensors import safe_open
 
-from gemma_ext.souping.marks import RecipeError
-from gemma_ext.souping.recipe import parse_recipe, parse_recipes
-from gemma_ext.souping.run import Options, run_recipe, run_recipes
-from gemma_ext.souping.tokenizer import load_tokenizer
+from gemma_ext.souping.recipes.marks import RecipeError
+from gemma_ext.souping.recipes.recipe import parse_recipe, parse_recipes
+from gemma_ext.souping.recipes.run import Options, run_recipe, run_recipes
+from gemma_ext.souping.recipes.tokenizer import load_tokenizer
 
 BF16 = 2.0**-8  # half a unit in the last place, relative
 

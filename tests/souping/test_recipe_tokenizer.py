@@ -3,10 +3,10 @@
 import pytest
 from tiny_tokenizers import save_bpe, save_unigram
 
-from gemma_ext.souping.chat import TEMPLATES, choose_template
-from gemma_ext.souping.marks import RecipeError
-from gemma_ext.souping.recipe import parse_recipe
-from gemma_ext.souping.tokenizer import build_tokenizer, copy_files, load_tokenizer
+from gemma_ext.souping.recipes.chat import TEMPLATES, choose_template
+from gemma_ext.souping.recipes.marks import RecipeError
+from gemma_ext.souping.recipes.recipe import parse_recipe
+from gemma_ext.souping.recipes.tokenizer import build_tokenizer, copy_files, load_tokenizer
 
 
 def build(tmp_path, text, folders, base=0):

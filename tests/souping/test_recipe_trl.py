@@ -9,7 +9,7 @@ import torch
 from recipe_models import generates, save_models, weights
 from safetensors.torch import load_file
 
-from gemma_ext.souping.trl import MergeConfiguration, MergeOptions, install, run_merge
+from gemma_ext.souping.recipes.trl import MergeConfiguration, MergeOptions, install, run_merge
 
 pytest.importorskip("trl")
 
@@ -17,7 +17,7 @@ METHODS = ("linear", "slerp", "ties", "dare_ties")
 SCRIPT = """
 import sys
 from types import SimpleNamespace
-from gemma_ext.souping import trl
+from gemma_ext.souping.recipes import trl
 trl.install()
 from trl.experimental.merge_model_callback import MergeConfig, MergeModelCallback
 folder, target, *methods = sys.argv[1:]

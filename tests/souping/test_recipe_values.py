@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from gemma_ext.souping.marks import RecipeError, read_yaml
-from gemma_ext.souping.values import read_setting
+from gemma_ext.souping.recipes.marks import RecipeError, read_yaml
+from gemma_ext.souping.recipes.values import read_setting
 
 
 def setting(text):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gemma_ext.souping.marks import RecipeError
-from gemma_ext.souping.recipe import parse_recipe
-from gemma_ext.souping.references import parse_reference
-from gemma_ext.souping.vocabulary import map_rows
+from gemma_ext.souping.recipes.marks import RecipeError
+from gemma_ext.souping.recipes.recipe import parse_recipe
+from gemma_ext.souping.recipes.references import parse_reference
+from gemma_ext.souping.recipes.vocabulary import map_rows
 
 MODELS = [parse_reference(name) for name in "abc"]
 A = {"x": 0, "y": 1, "only_a": 2, "a_and_c": 3}

@@ -22,12 +22,12 @@ from stream_models import (
     tensors,
 )
 
-from gemma_ext.souping.files.checkpoint import open_checkpoint
-from gemma_ext.souping.files.sources import Source
-from gemma_ext.souping.memory import merge_tensors
-from gemma_ext.souping.plan import copied, count_layers, layer_of, plan
-from gemma_ext.souping.progress import byte_bar
-from gemma_ext.souping.stream import merge_files, write_checkpoint
+from gemma_ext.souping.engine.files.checkpoint import open_checkpoint
+from gemma_ext.souping.engine.files.sources import Source
+from gemma_ext.souping.engine.memory import merge_tensors
+from gemma_ext.souping.engine.plan import copied, count_layers, layer_of, plan
+from gemma_ext.souping.engine.progress import byte_bar
+from gemma_ext.souping.engine.stream import merge_files, write_checkpoint
 
 METHODS = {
     "linear": Linear(),

@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from stream_models import Linear, bytes_of, rising, save_models, tensors
 
-from gemma_ext.souping.files.header import DTYPES, build_header, read_header
-from gemma_ext.souping.stream import merge_files
+from gemma_ext.souping.engine.files.header import DTYPES, build_header, read_header
+from gemma_ext.souping.engine.stream import merge_files
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

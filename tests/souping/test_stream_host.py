@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gemma_ext import _host
-from gemma_ext.souping.files.ring import Ring
+from gemma_ext.souping.engine.files.ring import Ring
 
 # of the specification's own test program, as xxhsum prints them
 KNOWN = {

@@ -11,14 +11,14 @@ import pytest
 import torch
 from stream_models import Deltas, Linear, Shrunk, bytes_of, rising, same_bits, save, tensors
 
-from gemma_ext.souping.memory import merge_tensors
+from gemma_ext.souping.engine.memory import merge_tensors
 
 # prints how far the peak of the resident memory rose above where it was, in MB
 MEASURED = """
 import sys
 from pathlib import Path
 from stream_models import Linear, Shrunk, rising
-from gemma_ext.souping.stream import merge_files
+from gemma_ext.souping.engine.stream import merge_files
 
 
 def resident(name):

@@ -7,10 +7,10 @@ import random
 import pytest
 from stream_models import load, same_bits, save_models
 
-from gemma_ext.souping.memory import merge_tensors
+from gemma_ext.souping.engine.memory import merge_tensors
+from gemma_ext.souping.engine.stream import merge_files
 from gemma_ext.souping.method import Required, Values
 from gemma_ext.souping.methods import METHODS
-from gemma_ext.souping.stream import merge_files
 
 REQUIRED = {float: 0.5, int: 0, bool: False, str: ""}
 GIVEN = {"density": 0.6, "select_topk": 0.6, "weight": 0.7}

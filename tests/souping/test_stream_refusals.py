@@ -14,12 +14,12 @@ import pytest
 import torch
 from stream_models import Deltas, Linear, load, rising, save, save_models, tensors
 
-from gemma_ext.souping.files import shards
-from gemma_ext.souping.files.checkpoint import open_checkpoint
-from gemma_ext.souping.files.sources import Source
+from gemma_ext.souping.engine.files import shards
+from gemma_ext.souping.engine.files.checkpoint import open_checkpoint
+from gemma_ext.souping.engine.files.sources import Source
+from gemma_ext.souping.engine.plan import Target, check_models
+from gemma_ext.souping.engine.stream import merge_files, write_checkpoint
 from gemma_ext.souping.method import TensorInfo
-from gemma_ext.souping.plan import Target, check_models
-from gemma_ext.souping.stream import merge_files, write_checkpoint
 
 
 def merge(models, out, method=None, base=None, **options):
@@ -285,7 +285,7 @@ def test_full_disk_is_seen_up_front(models, tmp_path, monkeypatch):
 LIMITED = """
 import resource, signal, sys
 from stream_models import Linear, rising
-from gemma_ext.souping.stream import merge_files, write_checkpoint
+from gemma_ext.souping.engine.stream import merge_files, write_checkpoint
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))

@@ -13,8 +13,8 @@ import pytest
 import torch
 from stream_models import Deltas, Linear, Shrunk, files_of, load, rising, save, save_models
 
-from gemma_ext.souping.files.journal import NAME, Done, Journal
-from gemma_ext.souping.stream import merge_files
+from gemma_ext.souping.engine.files.journal import NAME, Done, Journal
+from gemma_ext.souping.engine.stream import merge_files
 
 HERE = Path(__file__).parent
 

@@ -7,11 +7,11 @@ import torch
 from stream_models import Linear, Shrunk, bytes_of, load, rising, save
 from torch import Tensor
 
-from gemma_ext.souping.files.checkpoint import Stored, open_checkpoint
-from gemma_ext.souping.files.sources import RowMap, Source
+from gemma_ext.souping.engine.files.checkpoint import Stored, open_checkpoint
+from gemma_ext.souping.engine.files.sources import RowMap, Source
+from gemma_ext.souping.engine.plan import Target, merged
+from gemma_ext.souping.engine.stream import write_checkpoint
 from gemma_ext.souping.method import TensorInfo
-from gemma_ext.souping.plan import Target, merged
-from gemma_ext.souping.stream import write_checkpoint
 
 V, D = 41, 7
 
@@ -169,7 +169,7 @@ def test_rows_are_changed_as_they_are_read(grain, tmp_path):
 
 
 def test_provenance_sees_maps_and_adapters(embeddings, tmp_path):
-    from gemma_ext.souping.provenance import provenance
+    from gemma_ext.souping.engine.provenance import provenance
 
     stored = embeddings[1]
     info = TensorInfo("e", (V, D))

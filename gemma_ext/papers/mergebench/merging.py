@@ -29,14 +29,15 @@ from torch import Tensor
 
 from gemma_ext.papers.mergebench import as_released
 from gemma_ext.papers.mergebench.protocol import Algorithm, Config, Pool, left_out
+from gemma_ext.souping.engine.memory import merge_tensors
 from gemma_ext.souping.localize import localize
-from gemma_ext.souping.memory import merge_tensors
-from gemma_ext.souping.method import Method, Required, Values
+from gemma_ext.souping.method import Method
 from gemma_ext.souping.methods import get
 from gemma_ext.souping.methods.fisher import Fisher
 from gemma_ext.souping.methods.localize import Stitch
 from gemma_ext.souping.methods.regmean import RegMean
 from gemma_ext.souping.methods.regmean_plus_plus import regmean_plus_plus
+from gemma_ext.souping.parameters import constant
 from gemma_ext.souping.statistics import collect_grams, fisher_diagonal
 
 SCALINGS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -54,14 +55,14 @@ class ByMethod:
 
     Attributes:
         method: makes it from what `statistics` found and a configuration.
-        values: from a configuration to (parameters of every model, parameters of the merge).
+        values: from a configuration and M to the method's parameters.
         statistics: of the pool, by name of expert; None for a method that needs no data.
     """
 
     name: str
     grid: Sequence[Config]
     method: Callable[[Any, Config], Method]
-    values: Callable[[Config, int], tuple[Mapping[str, Any], Mapping[str, Any]]]
+    values: Callable[[Config, int], Mapping[str, Any]]
     statistics: Callable[[Pool, int], Any] | None = None
 
     def prepare(self, pool: Pool, seed: int) -> Any:
@@ -69,34 +70,11 @@ class ByMethod:
 
     def merge(self, pool: Pool, prepared: Any, config: Config, seed: int) -> dict[str, Tensor]:
         method = self.method(prepared, config)
-        per_model, merge = self.values(config, len(pool.experts))
-        values = constant(method, len(pool.experts), per_model, merge, seed)
+        parameters = self.values(config, len(pool.experts))
+        values = constant(method, len(pool.experts), seed=seed, **parameters)
         base = pool.weights(pool.base)
         experts = [pool.weights(model) for model in pool.experts.values()]
-        return dict(merge_tensors(method, experts, base, lambda tensor: values))
-
-
-def constant(
-    method: Method,
-    models: int,
-    per_model: Mapping[str, Any],
-    merge: Mapping[str, Any],
-    seed: int = 0,
-) -> Values:
-    """The same parameters for every model and tensor, defaults filled in.
-
-    Raises:
-        ValueError: a parameter has no default and no value.
-    """
-    one: dict[str, Any] = {}
-    whole: dict[str, Any] = {}
-    for parameter in method.parameters:
-        given, kept = (per_model, one) if parameter.per_model else (merge, whole)
-        value = given.get(parameter.key, parameter.default)
-        if value is Required:
-            raise ValueError(f"{parameter.key}: expected a value for {method.name}, got none")
-        kept[parameter.key] = value
-    return Values([one] * models, whole, seed)
+        return dict(merge_tensors(method, experts, base, values))
 
 
 @dataclass(frozen=True)
@@ -138,9 +116,9 @@ class Released:
 
 def mean_of(pool: Pool) -> dict[str, Tensor]:
     """The uniform mean of the experts."""
-    uniform = constant(get("linear")(), len(pool.experts), {"weight": 1.0}, {})
+    uniform = constant(get("linear"), len(pool.experts), weight=1.0)
     experts = [pool.weights(model) for model in pool.experts.values()]
-    return dict(merge_tensors(get("linear")(), experts, None, lambda tensor: uniform))
+    return dict(merge_tensors(get("linear")(), experts, None, uniform))
 
 
 def fishers(pool: Pool, seed: int) -> list[dict[str, Tensor]]:
@@ -182,72 +160,75 @@ def fitted(method: Callable[[Any], Method]) -> Callable[[Any, Config], Method]:
     return lambda found, config: method(found)
 
 
-ONES = {"weight": 1.0}
-
 MODEL_SOUP = ByMethod(
     "Model soup",
     ({},),
     named("task_arithmetic"),
-    lambda config, models: (ONES, {"lambda": 1 / models}),
+    lambda config, models: {"weight": 1.0, "lambda": 1 / models},
 )
 TASK_ARITHMETIC = ByMethod(
     "Task arithmetic",
     grid(scaling=SCALINGS),
     named("task_arithmetic"),
-    lambda config, models: (ONES, {"lambda": config["scaling"]}),
+    lambda config, models: {"weight": 1.0, "lambda": config["scaling"]},
 )
 TIES = ByMethod(
     "TIES",
     grid(density=(0.1, 0.3, 0.5), scaling=(0.4, 0.7, 1.0)),
     named("ties_ref"),
-    lambda config, models: (
-        {**ONES, "density": config["density"]},
-        {"lambda": config["scaling"], "merge_func": "sum"},
-    ),
+    lambda config, models: {
+        "weight": 1.0,
+        "density": config["density"],
+        "lambda": config["scaling"],
+        "merge_func": "sum",
+    },
 )
 DARE = ByMethod(
     "DARE",
     grid(drop=(0.5, 0.9), scaling=(0.2, 0.4, 0.6)),
     named("dare_linear"),
-    lambda config, models: (
-        {**ONES, "density": 1 - config["drop"]},
-        {"lambda": config["scaling"], "rescale": True},
-    ),
+    lambda config, models: {
+        "weight": 1.0,
+        "density": 1 - config["drop"],
+        "lambda": config["scaling"],
+        "rescale": True,
+    },
 )
 CONSENSUS = ByMethod(
     "Consensus",
     grid(tall_lambda=(0.2, 0.4, 0.6), scaling=(0.4, 0.7)),
     named("consensus"),
-    lambda config, models: (
-        {"tall_lambda": config["tall_lambda"]},
-        {"votes": 2, "lambda": config["scaling"]},
-    ),
+    lambda config, models: {
+        "tall_lambda": config["tall_lambda"],
+        "votes": 2,
+        "lambda": config["scaling"],
+    },
 )
 LOCALIZE_AND_STITCH = ByMethod(
     "Localize-and-Stitch",
     ({"density": 0.1},),
     named("localize_and_stitch"),
-    lambda config, models: ({"density": config["density"]}, {"keep_equal": True}),
+    lambda config, models: {"density": config["density"], "keep_equal": True},
 )
 TRAINED_STITCH = ByMethod(
     "Localize-and-Stitch, trained",
     grid(rate=MASK_RATES),
     lambda found, config: Stitch(found[config["rate"]]),
-    lambda config, models: ({}, {}),
+    lambda config, models: {},
     trained_masks,
 )
 FISHER = ByMethod(
     "Fisher",
     ({},),
     fitted(Fisher),
-    lambda config, models: (ONES, {"normalize": False, "floor": 1e-10}),
+    lambda config, models: {"weight": 1.0, "normalize": False, "floor": 1e-10},
     fishers,
 )
 REGMEAN = ByMethod(
     "RegMean",
     grid(reduction=(0.1, 0.5, 0.9)),
     fitted(RegMean),
-    lambda config, models: (ONES, dict(config)),
+    lambda config, models: {"weight": 1.0, **config},
     grams,
 )
 
