@@ -86,7 +86,7 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float]:
 def number(value: tuple[float, float]) -> str:
     """A mean with its interval."""
     mean, width = value
-    return f"{mean:.4f}" if math.isnan(width) else f"{mean:.4f} ± {width:.4f}"
+    return f"{mean:.4g}" if math.isnan(width) else f"{mean:.4g} ± {width:.2g}"
 
 
 def table(found: Sequence[Summary]) -> list[dict[str, str]]:
@@ -151,7 +151,7 @@ def write_report(
         title=title,
         rows=table(found),
         tasks=list(found[0].scores),
-        scores=[[one.method, *(f"{s:.4f}" for s in one.scores.values())] for one in found],
+        scores=[[one.method, *(f"{s:.4g}" for s in one.scores.values())] for one in found],
         curves=curves(runs),
         facts={name: str(value) for name, value in facts.items()},
         seeds=len(runs),
