@@ -9,9 +9,8 @@
 
 #include "soup_data.h"
 
+namespace soup_test {
 namespace {
-
-using namespace soup_test;
 
 void soup_matches(const Options& options, bool wide, Rounding rounding) {
   Data d(options);
@@ -340,3 +339,5 @@ void survey_matches(bool variance) {
 
 CASE(survey_deltas) { survey_matches(false); }
 CASE(survey_variance) { survey_matches(true); }
+
+}  // namespace soup_test
