@@ -10,7 +10,9 @@ from importlib import import_module
 
 COMMANDS = {
     "demo": "gemma_ext.demo.command:main",
+    "evolve": "gemma_ext.papers.genome.command:main",
     "info": "gemma_ext.info:main",
+    "merge": "gemma_ext.souping.recipes.command:main",
 }
 
 

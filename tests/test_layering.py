@@ -24,7 +24,7 @@ ALLOWED = {
     "distributed": CORE | {"gemma_ext"},
     "pocket": CORE | {"gemma_ext"},
     "bench": CORE | {"gemma_ext", "testing", "pocket", "info"},
-    "demo": CORE | {"gemma_ext", "pocket", "integrations", "bench", "info"},
+    "demo": CORE | {"gemma_ext", "pocket", "integrations", "bench", "info", "report"},
 }
 TORCH_INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10)/')
 

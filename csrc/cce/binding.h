@@ -5,6 +5,7 @@
 //   here(t)                 whether t lies where it computes
 //   matrix(op, name, t)     t [rows, columns] with strides that it takes, a padded copy if need be
 //   run(op, like, call)     a call of contract.h
+//   kLean                   whether it has a lean form
 #pragma once
 
 #include <tuple>
@@ -116,14 +117,18 @@ struct Binding {
     }
   };
 
+  static ScalarType type_of_masses(bool lean) {
+    return Engine::kLean && lean ? ScalarType::BFloat16 : ScalarType::Float;
+  }
+
   using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static RowTensors forward(const Tensor& e, const Tensor& c, const Tensor& targets,
                             const std::optional<Tensor>& bias,
                             const std::optional<Tensor>& class_weight, double softcap,
                             double logit_scale, double temperature, int64_t ignore_index,
-                            bool allow_missing, double filter_eps, bool want_mean,
-                            bool want_argmax) {
+                            bool allow_missing, double filter_eps, bool want_mean, bool want_argmax,
+                            bool lean) {
     const char* op = "cce_forward";
     Engine engine(op, e);
     const Prepared p(op, {e, c, targets, bias, class_weight, softcap, logit_scale, temperature,
@@ -139,7 +144,7 @@ struct Binding {
     Tensor summary = new_empty(e, {3}, ScalarType::Double);
     Tensor masses = new_empty(
         e, {filtered ? 1 + want_mean : 0, filtered ? tiles_of(p.head.V) : 0, filtered ? rows : 0},
-        ScalarType::Float);
+        type_of_masses(lean));
     Forward call{};
     call.head = p.head;
     call.out = {floats(nll),
@@ -148,9 +153,10 @@ struct Binding {
                 want_mean ? floats(mean) : nullptr,
                 class_weight ? floats(class_sum) : nullptr,
                 want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr};
-    call.masses = filtered ? floats(masses) : nullptr;
+    call.masses = filtered ? masses.mutable_data_ptr() : nullptr;
     call.summary = static_cast<double*>(summary.mutable_data_ptr());
     call.eps = filter_eps;
+    call.lean = Engine::kLean && lean;
     engine.run(op, e, call);
     return {nll, lse, lse_low, mean, class_sum, argmax, masses, summary};
   }
@@ -162,7 +168,7 @@ struct Binding {
       const std::optional<Tensor>& scale, const Tensor& d_nll, const Tensor& d_lse,
       const std::optional<Tensor>& d_mean, const std::optional<Tensor>& d_class, double softcap,
       double logit_scale, double temperature, int64_t ignore_index, bool allow_missing,
-      int64_t seed, bool need_e, bool need_c, bool need_bias) {
+      int64_t seed, bool lean, bool need_e, bool need_c, bool need_bias) {
     const char* op = "cce_backward";
     Engine engine(op, e);
     const Prepared p(op, {e, c, targets, bias, class_weight, softcap, logit_scale, temperature,
@@ -171,7 +177,7 @@ struct Binding {
     const bool filtered = masses.numel() > 0;
     STD_TORCH_CHECK(
         !filtered || (masses.dim() == 3 && masses.is_contiguous() && masses.size(1) == tiles &&
-                      masses.size(2) == rows && masses.scalar_type() == ScalarType::Float),
+                      masses.size(2) == rows && masses.scalar_type() == type_of_masses(lean)),
         op, ": expected masses of the same forward, [planes, ", tiles, ", ", rows, "], or empty");
     STD_TORCH_CHECK(summary.numel() == 3 && summary.scalar_type() == ScalarType::Double, op,
                     ": expected summary to be [3] float64");
@@ -199,10 +205,11 @@ struct Binding {
     if (scale) call.up.scale = values("scale", *scale, rows);
     // a gradient of the weighted logit sum is dense
     if (filtered && !d_class) {
-      call.masses = floats(masses);
+      call.masses = masses.data_ptr();
       call.summary = static_cast<const double*>(summary.data_ptr());
     }
     call.seed = seed;
+    call.lean = Engine::kLean && lean;
     GradTensors grads(p, e.size(1), need_e, need_c, need_bias);
     call.out = grads.out;
     engine.run(op, e, call);
@@ -214,8 +221,8 @@ struct Binding {
   static FusedTensors fused(const Tensor& e, const Tensor& c, const Tensor& targets,
                             const std::optional<Tensor>& bias, const Tensor& nll_coef,
                             const Tensor& lse2_coef, double softcap, double logit_scale,
-                            double temperature, int64_t ignore_index, bool need_e, bool need_c,
-                            bool need_bias) {
+                            double temperature, int64_t ignore_index, bool lean, bool need_e,
+                            bool need_c, bool need_bias) {
     const char* op = "cce_fused";
     Engine engine(op, e);
     const std::optional<Tensor> none;
@@ -236,6 +243,7 @@ struct Binding {
     call.nll = floats(nll);
     call.lse = floats(lse);
     call.out = grads.out;
+    call.lean = Engine::kLean && lean;
     engine.run(op, e, call);
     const auto [de, dc, dbias] = grads.finish();
     return {loss, nll, lse, de, dc, dbias};

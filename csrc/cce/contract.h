@@ -68,10 +68,12 @@ struct Forward {
   Head head;
   RowOutputs out;
   // What the filter draws by, or null: of compact rows, zero behind the last, [1 or, with out.mean, 2;
-  // tiles, N]: sum p T ds/da of the strip, the same times max(1, |max s - mean|).
-  float* masses;
+  // tiles, N] float32 or, lean, bfloat16: sum p T ds/da of the strip, without the label, and the same times
+  // max(1, |max s - mean|).
+  void* masses;
   double* summary;  // [3]: share of strips kept, predicted relative standard error of dE, tau
   double eps;       // tau, kAutoEps: choose; looked at with masses only, else summary is 1, 0, 0
+  bool lean;        // less memory before less time, of an engine that can
 };
 
 // [N] each, at the rows of e.
@@ -92,10 +94,11 @@ struct Gradients {
 struct Backward {
   Head head;
   Upstream up;
-  const float* masses;    // of the forward
+  const void* masses;     // of the forward
   const double* summary;  // of the forward; null keeps every strip
   int64_t seed;           // of the draw
   Gradients out;
+  bool lean;  // as the forward was
 };
 
 // loss = sum_n nll_coef nll + lse2_coef lse^2 with its gradients, every strip kept.
@@ -104,6 +107,7 @@ struct Fused {
   const float *nll_coef, *lse2_coef;  // [N]
   float *loss, *nll, *lse;            // [1], [N], [N]
   Gradients out;
+  bool lean;
 };
 
 // x *= factor; where that is 1, x is not touched.

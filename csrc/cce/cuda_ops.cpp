@@ -9,18 +9,20 @@
 namespace gemma_ext::cce {
 namespace {
 
-// Memory for gradient strips: GEMMA_EXT_CCE_WORKSPACE_MB, 256 by default.
-int64_t strip_bytes() {
+// Memory for gradient strips: GEMMA_EXT_CCE_WORKSPACE_MB, 256 by default and 56 in the lean form.
+int64_t strip_bytes(bool lean) {
   const char* asked = getenv("GEMMA_EXT_CCE_WORKSPACE_MB");
-  const int64_t megabytes = asked && *asked ? strtoll(asked, nullptr, 10) : 256;
+  if (!asked || !*asked) return lean ? cuda::kLeanStripBytes : cuda::kStripBytes;
+  const int64_t megabytes = strtoll(asked, nullptr, 10);
   STD_TORCH_CHECK(megabytes > 0,
                   "expected GEMMA_EXT_CCE_WORKSPACE_MB to be a positive number, got ", asked);
   return megabytes << 20;
 }
 
 struct Cuda {
+  static constexpr bool kLean = true;
   OnDevice device;
-  cuda::Memory memory{nullptr, strip_bytes()};
+  cuda::Memory memory;
 
   Cuda(const char*, const Tensor& e) : device(e) {}
 
@@ -42,6 +44,7 @@ struct Cuda {
   // The workspace lives until the stream has passed it.
   template <class Call>
   void run(const char* op, const Tensor& like, const Call& call) {
+    if constexpr (!std::is_same_v<Call, Scale>) memory.strip_bytes = strip_bytes(call.lean);
     Tensor workspace = new_empty(like, {cuda::workspace(call, memory)}, ScalarType::Byte);
     memory.workspace = workspace.mutable_data_ptr();
     const cuda::Status status = cuda::run(call, memory, device.stream);

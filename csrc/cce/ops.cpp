@@ -8,6 +8,7 @@ namespace gemma_ext::cce {
 namespace {
 
 struct Cpu {
+  static constexpr bool kLean = false;
   Workers workers;
 
   Cpu(const char*, const Tensor&)
@@ -43,7 +44,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
   m.def(
       "cce_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? class_weight, "
       "float softcap, float logit_scale, float temperature, int ignore_index, bool allow_missing, "
-      "float filter_eps, bool want_mean, bool want_argmax) -> (Tensor nll, Tensor lse, "
+      "float filter_eps, bool want_mean, bool want_argmax, bool lean) -> (Tensor nll, Tensor lse, "
       "Tensor lse_low, Tensor mean, Tensor class_sum, Tensor argmax, Tensor masses, "
       "Tensor summary)");
   m.def(
@@ -51,12 +52,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
       "Tensor nll, Tensor lse, Tensor lse_low, Tensor mean, Tensor masses, Tensor summary, "
       "Tensor? scale, Tensor d_nll, Tensor d_lse, Tensor? d_mean, Tensor? d_class, "
       "float softcap, float logit_scale, float temperature, int ignore_index, "
-      "bool allow_missing, int seed, bool need_e, bool need_c, bool need_bias) "
+      "bool allow_missing, int seed, bool lean, bool need_e, bool need_c, bool need_bias) "
       "-> (Tensor de, Tensor dc, Tensor dbias)");
   m.def(
       "cce_fused(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor nll_coef, "
       "Tensor lse2_coef, float softcap, float logit_scale, float temperature, int ignore_index, "
-      "bool need_e, bool need_c, bool need_bias) "
+      "bool lean, bool need_e, bool need_c, bool need_bias) "
       "-> (Tensor loss, Tensor nll, Tensor lse, Tensor de, Tensor dc, Tensor dbias)");
   m.def("cce_scale_(Tensor(a!) x, Tensor factor) -> ()");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The arithmetic of one element, for both engines: every operation rounds once, in the order written, so a build
-// that uses it may not contract a * b + c. A is float, or double where a call is wide. Free of branches that
-// depend on values, so that loops over elements become vectors.
+// that uses it may not contract a * b + c. A is float, or double where results are wide, or a vector of either; K is
+// what comparing them gives. Free of branches that depend on values, so that loops over elements become vectors.
 #pragma once
 
 #include <math.h>
@@ -137,13 +137,14 @@ SOUP_FN uint32_t magnitude(float x) {
 }
 
 // Population variance of d[0 .. M), d[m stride].
-SOUP_FN float variance(const float* d, int64_t stride, int models) {
-  float mean = 0;
+template <class A>
+SOUP_FN A variance(const A* d, int64_t stride, int models) {
+  A mean = A{};
   for (int m = 0; m < models; ++m) mean = mean + d[m * stride];
   mean = mean / (float)models;
-  float total = 0;
+  A total = A{};
   for (int m = 0; m < models; ++m) {
-    const float away = d[m * stride] - mean;
+    const A away = d[m * stride] - mean;
     total = total + away * away;
   }
   return total / (float)models;
@@ -170,26 +171,27 @@ SOUP_FN float value_probability(float low, float spread, float size, float least
 //   total = sum of votes;  value, count, weight = sums over who agrees;  out = base + scale result
 // A NaN in any d makes out NaN, kept or not.
 
-template <class A>
-SOUP_FN A term(bool kept, A coefficient, A delta) {
+template <class K, class A>
+SOUP_FN A term(K kept, A coefficient, A delta) {
   const A x = coefficient * delta;
-  return kept ? x : (A)0;
-}
-
-template <class A>
-SOUP_FN A vote(Election election, A x) {
-  const A sign = x > 0 ? (A)1 : x < 0 ? (A)-1 : (A)0;
-  return election == Election::kCount ? sign : x;
+  return kept ? x : A{};
 }
 
 template <class A>
 SOUP_FN A elected_sign(A total, int zero) {
-  return total > 0 ? (A)1 : total < 0 ? (A)-1 : (A)zero;
+  const A below = total < 0.0f ? A{} - 1.0f : A{} + (float)zero;
+  return total > 0.0f ? A{} + 1.0f : below;
 }
 
 template <class A>
-SOUP_FN bool agrees(bool kept, A x, A elected) {
-  return kept & (((x > 0) & (elected > 0)) | ((x < 0) & (elected < 0)));
+SOUP_FN A vote(Election election, A x) {
+  return election == Election::kCount ? elected_sign(x, 0) : x;
+}
+
+// `elected` is 1, -1 or 0, and a term that is not kept is 0: neither agrees with 0.
+template <class A>
+SOUP_FN auto agrees(A x, A elected) {
+  return x * elected > 0.0f;
 }
 
 template <class A>
@@ -197,23 +199,24 @@ struct Combined {
   A value, count, weight, alone;  // sums over A; with kMax value is the largest term yet
 };
 
-template <class A>
-SOUP_FN void combine(Combine how, bool agree, A x, A weight, A alone, Combined<A>* c) {
-  const A larger = fabs(x) > fabs(c->value) ? x : c->value;
-  const A next = how == Combine::kMax ? larger : c->value + x;
+template <class K, class A>
+SOUP_FN void combine(Combine how, K agree, A x, A weight, A alone, Combined<A>* c) {
+  const A size = x < 0.0f ? -x : x, held = c->value < 0.0f ? -c->value : c->value;
+  const A next = how == Combine::kMax ? (size > held ? x : c->value) : c->value + x;
   c->value = agree ? next : c->value;
-  c->count = agree ? c->count + 1 : c->count;
+  c->count = agree ? c->count + 1.0f : c->count;
   c->weight = agree ? c->weight + weight : c->weight;
   c->alone = agree ? c->alone + alone : c->alone;
 }
 
 template <class A>
 SOUP_FN A combined(Combine how, bool has_alone, const Combined<A>& c) {
-  A divisor = 1;
-  if (how == Combine::kMean) divisor = c.count > 1 ? c.count : (A)1;
-  if (how == Combine::kWeightedMean) divisor = c.weight == 0 ? (A)1 : c.weight;
-  const A result = c.value / divisor;
-  return has_alone && c.count == 1 ? c.alone * result : result;
+  const A one = A{} + 1.0f;
+  A result = c.value;
+  if (how == Combine::kMean) result = result / (c.count > 1.0f ? c.count : one);
+  if (how == Combine::kWeightedMean) result = result / (c.weight == 0.0f ? one : c.weight);
+  if (has_alone) result = c.count == 1.0f ? c.alone * result : result;
+  return result;
 }
 
 // Other rules.

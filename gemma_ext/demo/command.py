@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -25,6 +24,7 @@ from gemma_ext.demo.stages import stage
 from gemma_ext.demo.training import LOSSES, Plan, train
 from gemma_ext.pocket.extras import require
 from gemma_ext.pocket.progress import progress_bar
+from gemma_ext.report import this_machine
 
 
 def main(
@@ -96,14 +96,7 @@ def run(
             path = out / f"head-{loss}-{sized.tokens}.json"
             heads.setdefault(sized.tokens, {})[loss] = stage(path, key, make)
         update(len(todo), "")
-    machine = {
-        "processor": _processor(),
-        "cores": f"{os.cpu_count()}, {torch.get_num_threads()} threads used",
-        "memory": f"{total_memory() / 2**30:.0f} GiB",
-        "instruction set": torch.ops.gemma_ext.cpu_isa(),
-        "torch": torch.__version__,
-        "gemma_ext": f"{__version__}, commit {build['commit']}",
-    }
+    machine = {"memory": f"{total_memory() / 2**30:.0f} GiB", **this_machine()}
     return write_page(
         out / "report.html",
         trainings=trainings,
@@ -123,13 +116,3 @@ def _fast_dtype() -> str:
 
 def _short(key: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next(
-        (x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "unknown"
-    )

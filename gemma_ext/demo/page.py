@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from gemma_ext import report
 from gemma_ext.demo.head import DATA, Head
 from gemma_ext.demo.training import Plan
-from gemma_ext.pocket.cache import write_text
 from gemma_ext.pocket.model import pocket_size
+from gemma_ext.report import BLUE, GREY, INK, axes, size, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _TEMPLATE = "report.html.jinja"
-_GREY, _BLUE, _INK = "#9aa5b1", "#1a73e8", "#202833"
 _NAMES = {
     "eager": "eager",
     "ours": "gemma_ext",
@@ -26,18 +24,6 @@ _NAMES = {
     "sampled": "gemma_ext, sampled",
 }
 _HEADS = ("eager", "exact", "sampled")
-_FIGURE_STYLE = {
-    "font.size": 10,
-    "font.family": "sans-serif",
-    "svg.fonttype": "none",
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.edgecolor": "#c5ccd3",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def write_page(
@@ -62,15 +48,14 @@ def write_page(
     Returns:
         page: the path; numbers: the five (name, value) pairs at its top.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     numbers = five_numbers(trainings, heads[head.tokens])
-    environment = Environment(
-        loader=PackageLoader("gemma_ext.demo", ""), autoescape=True, undefined=StrictUndefined
-    )
     recipe = pocket_size(plan.size)
-    html = environment.get_template(_TEMPLATE).render(
+    report.write_page(
+        path,
+        "gemma_ext.demo",
+        _TEMPLATE,
         numbers=numbers,
+        machine=machine,
         curves=_curves(trainings),
         bars={n: _bars(runs, n, head.vocabulary) for n, runs in heads.items()},
         trainings=trainings,
@@ -83,13 +68,10 @@ def write_page(
         names=_NAMES,
         head_losses=_HEADS,
         data=DATA,
-        machine=machine,
         minutes=seconds / 60,
         median=median,
-        size=_size,
+        size=size,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, html)
     return {"page": str(path), "numbers": numbers}
 
 
@@ -112,7 +94,7 @@ def five_numbers(
         ),
         (
             "2B head, memory beside gradients",
-            f"{_size(extra[0])} → {_size(extra[1])} ({100 * extra[1] / extra[0]:.1f} %)",
+            f"{size(extra[0])} → {size(extra[1])} ({100 * extra[1] / extra[0]:.1f} %)",
         ),
     ]
 
@@ -123,24 +105,24 @@ def _extra(run: dict[str, Any]) -> int:
 
 
 def _curves(trainings: dict[str, dict[str, Any]]) -> str:
-    figure, (top, bottom) = _axes(2, 1, (7.6, 4.6), height_ratios=[3, 1], sharex=True)
+    figure, (top, bottom) = axes(2, 1, (7.6, 4.6), height_ratios=[3, 1], sharex=True)
     eager, ours = trainings["eager"]["losses"], trainings["ours"]["losses"]
     steps = range(1, len(eager) + 1)
-    top.plot(steps, eager, color=_GREY, linewidth=5, solid_capstyle="round", label="eager")
-    top.plot(steps, ours, color=_BLUE, linewidth=1.4, label="gemma_ext")
+    top.plot(steps, eager, color=GREY, linewidth=5, solid_capstyle="round", label="eager")
+    top.plot(steps, ours, color=BLUE, linewidth=1.4, label="gemma_ext")
     top.set_ylabel("loss (nats per token)")
     top.legend(frameon=False)
-    bottom.axhline(0, color=_GREY, linewidth=1)
-    bottom.plot(steps, [b - a for a, b in zip(eager, ours, strict=True)], color=_BLUE, linewidth=1)
+    bottom.axhline(0, color=GREY, linewidth=1)
+    bottom.plot(steps, [b - a for a, b in zip(eager, ours, strict=True)], color=BLUE, linewidth=1)
     bottom.set_ylabel("ours − eager")
     bottom.set_xlabel("optimiser step")
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     figure.align_ylabels()
-    return _svg(figure, "Training loss of both runs and their difference, step by step")
+    return svg(figure, "Training loss of both runs and their difference, step by step")
 
 
 def _bars(heads: dict[str, dict[str, Any]], tokens: int, vocabulary: int) -> str:
-    figure, (time, memory) = _axes(1, 2, (7.6, 2.9), sharey=True)
+    figure, (time, memory) = axes(1, 2, (7.6, 2.9), sharey=True)
     labels = [_NAMES[name] for name in _HEADS]
     runs = [heads[name] for name in _HEADS]
     forward = [run["forward"] for run in runs]
@@ -154,7 +136,7 @@ def _bars(heads: dict[str, dict[str, Any]], tokens: int, vocabulary: int) -> str
     memory.set_xlabel("peak GiB\ngradients light, all else dark")
     logits = runs[0]["logits"] / gib
     time.invert_yaxis()
-    memory.axvline(logits, color=_INK, linewidth=1, linestyle=":")
+    memory.axvline(logits, color=INK, linewidth=1, linestyle=":")
     memory.annotate(
         "fp32 logits once",
         (logits, 1),
@@ -163,13 +145,13 @@ def _bars(heads: dict[str, dict[str, Any]], tokens: int, vocabulary: int) -> str
         va="bottom",
         fontsize=8,
     )
-    return _svg(figure, f"Time and peak memory of the head, N = {tokens}, V = {vocabulary}")
+    return svg(figure, f"Time and peak memory of the head, N = {tokens}, V = {vocabulary}")
 
 
 def _stacked(
     axes: Axes, labels: list[str], first: list[float], second: list[float], form: str
 ) -> None:
-    colors = [_GREY, _BLUE, _BLUE]
+    colors = [GREY, BLUE, BLUE]
     axes.barh(labels, first, color=colors, height=0.55)
     axes.barh(labels, second, left=first, color=colors, alpha=0.4, height=0.55)
     for row, total in enumerate(a + b for a, b in zip(first, second, strict=True)):
@@ -178,28 +160,3 @@ def _stacked(
         )
     axes.margins(x=0.22)
     axes.set_xlim(left=0)
-
-
-def _axes(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Figure, Any]:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    ratios = options.pop("height_ratios", None)
-    with matplotlib.rc_context(_FIGURE_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        return figure, figure.subplots(rows, columns, height_ratios=ratios, **options)
-
-
-def _svg(figure: Figure, description: str) -> str:
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_FIGURE_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -61,7 +61,7 @@ def shard_rows(
         class_weight=class_weight,
         group=shard.group,
         seed=(method.seed ^ shard.start * _GOLDEN) % 2**63,
-        head={**head.scalars(), "allow_missing": True},
+        head={**head.scalars(), "allow_missing": True, "lean": False},
         options={
             "filter_eps": method.tau(e.dtype) if samples else 0.0,
             "want_mean": want_entropy,

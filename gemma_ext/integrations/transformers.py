@@ -5,7 +5,7 @@
     patch("gemma2")                   # the same by model type or class name
 
 The model's own forward still runs, from the backbone to auxiliary losses; only the head's product
-is deferred (`gemma_ext.integrations._deferred_logits`) until the model asks for a cross-entropy.
+is deferred (`gemma_ext.nn._deferred_logits`) until the model asks for a cross-entropy.
 Soft-caps, logit scales, shifted labels, `num_items_in_batch`, `logits_to_keep`, router losses and
 adapters on the head are therefore the model's, not a copy of them, and a model that treats its
 logits in a way that cannot be deferred raises instead of training on another loss.
@@ -27,18 +27,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from gemma_ext.integrations._defer_head import (
+from gemma_ext.integrations._forwards import layers, level_of, stand_in
+from gemma_ext.nn._defer_head import (
     defer_head,
     is_deferred,
     prepare_head,
     release_head,
 )
-from gemma_ext.integrations._deferred_logits import (
+from gemma_ext.nn._deferred_logits import (
     DeferredLogits,
     DeferredLogitsError,
     LossOptions,
 )
-from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.ops.cce import inputs
 
 __all__ = ["patch", "unpatch"]
@@ -57,12 +57,13 @@ class _Patch:
         below: the forwards that ours replaced, each in the namespace of the model or class, None
             for none. There is more than one if others wrapped our forward before it was patched
             again.
-        impl, filter_eps, train_only: as in `patch`.
+        impl, filter_eps, memory, train_only: as in `patch`.
     """
 
     below: list[Forward | None]
     impl: str
     filter_eps: float | str | None
+    memory: str
     train_only: bool | None
     enabled: bool = True
     warned: bool = False
@@ -73,6 +74,7 @@ def patch(
     *,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
+    memory: str = "default",
     state: object = None,
     train_only: bool | None = None,
 ) -> Target:
@@ -84,7 +86,7 @@ def patch(
     Args:
         model_or_class_or_name: a model (wrappers are looked through), a model class, or the name of
             one: a class name such as "Gemma2ForCausalLM" or a model type such as "gemma2".
-        impl, filter_eps: as in `gemma_ext.linear_cross_entropy`.
+        impl, filter_eps, memory: as in `gemma_ext.linear_cross_entropy`.
         state: ignored; there is no state any more.
         train_only: True leaves evaluation as it is, logits included; False drops the logits of
             every call with labels; None keeps them where a `Trainer` collects them, and warns once
@@ -101,7 +103,7 @@ def patch(
         >>> model = patch(AutoModelForCausalLM.from_pretrained("google/gemma-2-2b"))
         >>> Trainer(model=model, ...).train()
     """
-    inputs.Method(impl, filter_eps)
+    inputs.Method(impl, filter_eps, memory=memory)
     warn_of_state(state)
     owner = _resolve(model_or_class_or_name)
     cls = owner if isinstance(owner, type) else type(owner)
@@ -121,7 +123,7 @@ def patch(
             "use gemma_ext.integrations.trl.patch(trainer)"
         )
     head = _require_head(owner)
-    setattr(owner, _PATCH, _Patch(below, impl, filter_eps, train_only))
+    setattr(owner, _PATCH, _Patch(below, impl, filter_eps, memory, train_only))
     if level is None and owner is cls:
         cls.forward = _class_forward(cls, len(below) - 1)
     elif level is None:
@@ -294,7 +296,7 @@ def _run(
     if is_deferred(head) or (not model.training and _keeps_logits(model, settings)):
         return below(*args, **kwargs)
     losses: list[None] = []
-    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps)
+    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps, settings.memory)
     with defer_head(head, options, lambda: losses.append(None)) as mode:
         output = below(*args, **kwargs)
     if not mode.entered:

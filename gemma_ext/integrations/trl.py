@@ -21,10 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.integrations._defer_head import defer_head
-from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.integrations.transformers import output_head, unwrap, warn_of_state
+from gemma_ext.nn._defer_head import defer_head
+from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.ops.cce import cce_rows, inputs
 
 __all__ = ["patch", "unpatch"]
@@ -45,7 +45,7 @@ class _Patch:
         fused: the forward that trl installed; also answers calls without `fused_lm_head`.
         native: the forward below it.
         temperature, float32, fields: what trl asked its own head for.
-        impl, filter_eps: as in `patch`.
+        impl, filter_eps, memory: as in `patch`.
     """
 
     fused: Callable[..., Any]
@@ -55,6 +55,7 @@ class _Patch:
     fields: tuple[str, ...]
     impl: str
     filter_eps: float | str | None
+    memory: str
     enabled: bool = True
 
 
@@ -63,6 +64,7 @@ def patch(
     *,
     impl: str = "auto",
     filter_eps: float | str | None = "auto",
+    memory: str = "default",
     state: object = None,
 ) -> Trainer:
     """Replace the fused head of a trl trainer, and of its reference model, by this package's.
@@ -72,7 +74,7 @@ def patch(
 
     Args:
         trainer: of trl, with a model that has a fused head.
-        impl, filter_eps, state: as in `gemma_ext.integrations.transformers.patch`.
+        impl, filter_eps, memory, state: as in `gemma_ext.integrations.transformers.patch`.
 
     Returns:
         The trainer. Patching again replaces the options.
@@ -81,7 +83,7 @@ def patch(
         TypeError: the trainer's model has no fused head of trl, or one of an unknown release.
         ValueError: unknown option.
     """
-    inputs.Method(impl, filter_eps)
+    inputs.Method(impl, filter_eps, memory=memory)
     warn_of_state(state)
     for index, model in enumerate(_models(trainer)):
         installed = vars(model).get("forward")
@@ -89,7 +91,7 @@ def patch(
         levels = [level for f in layers(installed) if (level := _level_of(f)) is not None]
         if levels:
             patches[levels[0]] = dataclasses.replace(
-                patches[levels[0]], impl=impl, filter_eps=filter_eps, enabled=True
+                patches[levels[0]], impl=impl, filter_eps=filter_eps, memory=memory, enabled=True
             )
             continue
         if not _takes_fused_head(getattr(installed, "__func__", None)):
@@ -99,13 +101,15 @@ def patch(
                 f"expected a trainer of trl >= 1.16 whose model has a fused head and has not been "
                 f"prepared for training yet, got {type(trainer).__name__}"
             )
-        patches.append(_read(installed, impl, filter_eps))
+        patches.append(_read(installed, impl, filter_eps, memory))
         setattr(model, _PATCH, patches)
         model.forward = types.MethodType(_wrap(installed.__func__, len(patches) - 1), model)
     return trainer
 
 
-def _read(fused: Callable[..., Any], impl: str, filter_eps: float | str | None) -> _Patch:
+def _read(
+    fused: Callable[..., Any], impl: str, filter_eps: float | str | None, memory: str
+) -> _Patch:
     """The settings that trl's fused forward closes over."""
     closed = inspect.getclosurevars(fused.__func__).nonlocals
     missing = [name for name in _CLOSURE if name not in closed]
@@ -115,7 +119,7 @@ def _read(fused: Callable[..., Any], impl: str, filter_eps: float | str | None) 
             f"got one without {', '.join(missing)}"
         )
     native, temperature, float32, fields = (closed[name] for name in _CLOSURE)
-    return _Patch(fused, native, temperature, float32, tuple(fields), impl, filter_eps)
+    return _Patch(fused, native, temperature, float32, tuple(fields), impl, filter_eps, memory)
 
 
 def unpatch(trainer: Trainer) -> Trainer:
@@ -167,7 +171,7 @@ def _score(
     items = kwargs.pop("num_items_in_batch", None)
     kwargs.update(use_cache=False, return_dict=True)
     head = output_head(model)
-    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps)
+    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps, settings.memory)
     with defer_head(head, options):
         output = settings.native(*args, **kwargs)
     logits = output.logits

@@ -13,6 +13,7 @@ import hashlib
 import sys
 import sysconfig
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _HELDOUT_PER_256 = 20  # about 8 % of the files
@@ -91,6 +92,7 @@ def corpus_digest(texts: list[Document]) -> str:
     return digest.hexdigest()
 
 
+@cache  # parsing the library takes seconds; its text is 20 MB
 def split_docstrings(source: str) -> tuple[str, str]:
     """Takes the docstrings out of a module: (prose, code). What does not parse is all code."""
     try:

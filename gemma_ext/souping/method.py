@@ -6,8 +6,8 @@
         method.settle(step, state)
     for part in parts of the tensor, in order: method.merge(part, state)
 
-An engine decides where the parts come from: `souping.memory` gives whole resident tensors,
-`souping.stream` chunks of files. A method never knows, and never sees more than one part.
+An engine decides where the parts come from: `souping.engine.memory` gives whole resident tensors,
+`souping.engine.stream` chunks of files. A method never knows, and never sees more than one part.
 """
 
 from __future__ import annotations
@@ -108,6 +108,10 @@ class Method:
     def begin(self, tensor: TensorInfo, values: Values) -> Any:
         """State of one tensor, handed back to every later call for it."""
         return values
+
+    def skips(self, step: int, state: Any) -> bool:
+        """Whether this step has nothing to learn from this tensor, so that no part need be read."""
+        return False
 
     def survey(self, step: int, part: Part, state: Any) -> None:
         """Takes in one part; `part.out` is None."""

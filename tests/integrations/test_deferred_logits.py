@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from gemma_ext.integrations._defer_head import defer_head, prepare_head, release_head
-from gemma_ext.integrations._deferred_logits import (
+from gemma_ext.integrations.transformers import _resolve_logits
+from gemma_ext.integrations.trl import per_token
+from gemma_ext.nn._defer_head import defer_head, prepare_head, release_head
+from gemma_ext.nn._deferred_logits import (
     DeferredLogits,
     DeferredLogitsError,
     LossOptions,
 )
-from gemma_ext.integrations.transformers import _resolve_logits
-from gemma_ext.integrations.trl import per_token
 
 B, T, D, V = 2, 5, 7, 11
 OPTIONS = LossOptions("Toy", impl="reference")

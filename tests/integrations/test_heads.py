@@ -20,9 +20,9 @@ from tiny_models import (
 from torch import nn
 from transformers import BertForSequenceClassification, MobileBertConfig, MobileBertForMaskedLM
 
-from gemma_ext.integrations._defer_head import defer_head
-from gemma_ext.integrations._deferred_logits import DeferredLogitsError, LossOptions
 from gemma_ext.integrations.transformers import patch, unpatch
+from gemma_ext.nn._defer_head import defer_head
+from gemma_ext.nn._deferred_logits import DeferredLogitsError, LossOptions
 
 BACKBONE = ["q_proj", "v_proj"]
 

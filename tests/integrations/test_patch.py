@@ -20,6 +20,7 @@ from tiny_models import (
 )
 from transformers import Gemma2ForCausalLM, GemmaForCausalLM
 
+from gemma_ext.integrations import _deferred_logits
 from gemma_ext.integrations.transformers import patch, unpatch
 
 
@@ -237,6 +238,23 @@ def test_unpatch_below_another_wrapper(pair):
     patched.forward = lambda *args, **kwargs: inner(*args, **kwargs)
     unpatch(patched)
     assert patched(**batch()).logits is not None
+
+
+def test_memory_reaches_the_loss(pair, monkeypatch):
+    patched, seen = pair[1], []
+    inner = _deferred_logits.linear_cross_entropy
+
+    def spy(*args, **kwargs):
+        seen.append(kwargs["memory"])
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(_deferred_logits, "linear_cross_entropy", spy)
+    patched(**batch()).loss.backward()
+    patch(patched, memory="lean")
+    patched(**batch()).loss.backward()
+    assert seen == ["default", "lean"]
+    with pytest.raises(ValueError, match="expected memory to be one of default, lean, got 'big'"):
+        patch(patched, memory="big")
 
 
 def test_patching_again_replaces_the_options(pair):

@@ -25,8 +25,8 @@ from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTr
 from trl.trainer.utils import add_fused_lm_head
 
 from gemma_ext.integrations import trl as trl_patch
-from gemma_ext.integrations._deferred_logits import DeferredLogits
 from gemma_ext.integrations.transformers import patch
+from gemma_ext.nn._deferred_logits import DeferredLogits
 
 STEPS = 3
 ARGUMENTS = {

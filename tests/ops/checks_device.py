@@ -12,6 +12,7 @@ from cce_impls import KERNELS, Impl
 from cce_oracle import assert_close, check, expected, gradients, problem, run
 from device_code import schedule
 from hypothesis import HealthCheck, given, settings
+from test_cce_floors import check_common_number, check_rivals
 from test_cce_fuzz import calls, check_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,7 +59,48 @@ def test_shapes(impl, dtype, n, v, d):
     check(run(impl.loss, p, **options), expected(p, **options), floor=floor)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("impl", KERNELS, ids=str, indirect=True)
+def test_lean_shapes(impl, reduction, dtype):
+    p = problem(130, 40, 600, ignored=0.2, dtype=dtype, seed=1)
+    options = {"softcap": 5.0, "reduction": reduction}
+    check(run(impl.loss, p, memory="lean", **options), expected(p, **options))
+
+
+def test_lean_loss_is_the_default_loss():
+    p = zipf_problem(130, 40, 600, ignored=0.2, dtype=torch.bfloat16, seed=1)
+    flags = {"return_lse": True, "return_entropy": True, "return_argmax": True}
+    usual, lean = (
+        run(linear_cross_entropy, p, reduction="none", memory=memory, **flags)[0]
+        for memory in ("default", "lean")
+    )
+    assert torch.equal(usual.argmax, lean.argmax)
+    for name in ("loss", "lse", "entropy"):
+        torch.testing.assert_close(getattr(lean, name), getattr(usual, name), rtol=0, atol=2e-6)
+
+
+def test_lean_draws_are_unbiased():
+    """Masses are rounded to 8 bits before the draw, which weighs by what it has drawn with."""
+    p = zipf_problem(40, 24, 1000, dtype=torch.float32, seed=2)
+    _, want = run(linear_cross_entropy, p, impl="exact")
+    total = {name: torch.zeros_like(g, dtype=torch.float64) for name, g in want.items()}
+    seeds, spread = 12, {}
+    for seed in range(seeds):
+        _, got = run(linear_cross_entropy, p, filter_eps=2.0**-5, filter_seed=seed, memory="lean")
+        for name, g in got.items():
+            total[name] += g.double() / seeds
+            error = (g.double() - want[name].double()).norm() / want[name].double().norm()
+            spread[name] = max(spread.get(name, 0.0), float(error))
+    for name, g in want.items():
+        error = (total[name] - g.double()).norm() / g.double().norm()
+        assert spread[name] > 2e-3, f"d{name}: nothing was left out"
+        assert error < 1.5 * spread[name] / seeds**0.5, f"d{name}: {error:.1e}"
+
+
 OPTIONS = {
+    "lean": {"memory": "lean", "return_entropy": True, "return_stats": True},
+    "lean exact": {"memory": "lean", "impl": "exact"},
     "mean": {},
     "everything": {
         "softcap": 5.0,
@@ -108,6 +150,16 @@ def test_a_loss_scale_is_not_rounded_to_the_dtype_of_the_gradients():
         assert ((x * y).sum() / (x * x).sum()).item() == pytest.approx(1 / 3, rel=3e-4)
 
 
+@pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
+def test_rivals_in_the_labels_own_tile_are_not_lost(impl):
+    check_rivals(impl, 20.0, 20 * 2.0**-16)
+
+
+@pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
+def test_a_number_common_to_all_logits_costs_its_own_rounding(impl):
+    check_common_number(impl, 16384.0, "none")
+
+
 @pytest.mark.parametrize("value", [400, -1, 2**31, -(2**40), 2**62])
 @pytest.mark.parametrize("impl", [*KERNELS, AUTO], ids=str, indirect=True)
 def test_label_outside_the_vocabulary_makes_its_loss_nan(impl, value):
@@ -145,15 +197,16 @@ def test_labels_are_checked_on_request(impl, monkeypatch):
 
 @pytest.mark.parametrize("impl", [*KERNELS, Impl("cce", 2.0**-8)], ids=["exact", "all", "filter"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_runs_are_equal_bit_for_bit(impl, dtype):
+@pytest.mark.parametrize("memory", ["default", "lean"])
+def test_runs_are_equal_bit_for_bit(impl, dtype, memory):
     """In whatever order the device runs its threads."""
     p = zipf_problem(130, 40, 600, ignored=0.2, dtype=dtype, seed=1)
     flags = {"return_lse": True, "return_entropy": True, "return_argmax": True}
     runs = []
     for seed in range(3):
         schedule(seed)
-        out, grads = run(impl.loss, p, softcap=10.0, **flags)
-        bare, bare_grads = run(impl.loss, p, softcap=10.0)
+        out, grads = run(impl.loss, p, softcap=10.0, memory=memory, **flags)
+        bare, bare_grads = run(impl.loss, p, softcap=10.0, memory=memory)
         values = (out.loss, out.lse, out.entropy, out.argmax, bare)
         runs.append([*values, *grads.values(), *bare_grads.values()])
     schedule(0)

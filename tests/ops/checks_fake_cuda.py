@@ -51,6 +51,17 @@ def described(t: Tensor) -> tuple:
     return t.shape, t.dtype, t.stride()
 
 
+@pytest.mark.parametrize("lean", [False, True])
+def test_lean_masses_are_bfloat16(fake, lean):
+    e, c, targets = tensors(torch.float32)
+    out = torch.ops.gemma_ext.cce_forward(
+        e.reshape(-1, D), c, targets.reshape(-1), None, None, 0.0, 1.0, 1.0, -100, False, 0.1,
+        True, False, lean,
+    )  # fmt: skip
+    assert out[6].dtype == (torch.bfloat16 if lean else torch.float32)
+    assert out[6].shape == (2, 2, B * T)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", ["bare", "auto", "full"])
 @pytest.mark.parametrize("name", OPS)

@@ -27,7 +27,7 @@ def forward_args(dtype, variant: str, grad: bool):
     e, c, y, bias = inputs(dtype, bias=variant != "bare", grad=grad)
     full = variant == "full"
     eps = {"bare": 0.0, "full": 2.0**-3, "auto": -1.0}[variant]
-    return (e, c, y, bias, weights(full), *HEAD, False, eps, full, full)
+    return (e, c, y, bias, weights(full), *HEAD, False, eps, full, full, False)
 
 
 def backward_args(dtype, variant: str, grad: bool = False):
@@ -41,14 +41,14 @@ def backward_args(dtype, variant: str, grad: bool = False):
         *args[:5],
         *(nll, lse, low, mean, masses, summary, scale.abs() if variant == "auto" else None),
         *(d_nll, d_lse, *((d_mean, d_class) if full else (None, None))),
-        *(*HEAD, False, 7, True, True, args[3] is not None),
+        *(*HEAD, False, 7, False, True, True, args[3] is not None),
     )
 
 
 def fused_args(dtype, variant: str, grad: bool):
     e, c, y, bias = inputs(dtype, bias=variant != "bare", grad=grad)
     coef = torch.rand(N, generator=torch.Generator().manual_seed(5))
-    return (e, c, y, bias, coef, 0.1 * coef, *HEAD, True, True, bias is not None)
+    return (e, c, y, bias, coef, 0.1 * coef, *HEAD, False, True, True, bias is not None)
 
 
 def scale_args(dtype, variant: str):
@@ -131,10 +131,10 @@ def test_raw_ops_refuse_what_does_not_fit(case):
     e, c, y, bias = inputs(torch.float32, bias=True, grad=False)
     bad = change(e, c, y, bias)
     with pytest.raises(RuntimeError, match=name):
-        torch.ops.gemma_ext.cce_forward(*bad, None, *HEAD, False, 0.0, False, False)
+        torch.ops.gemma_ext.cce_forward(*bad, None, *HEAD, False, 0.0, False, False, False)
     coef = torch.ones(len(bad[2]))
     with pytest.raises(RuntimeError, match=name):
-        torch.ops.gemma_ext.cce_fused(*bad, coef, coef, *HEAD, True, True, False)
+        torch.ops.gemma_ext.cce_fused(*bad, coef, coef, *HEAD, False, True, True, False)
 
 
 def test_masses_of_another_forward_are_refused():

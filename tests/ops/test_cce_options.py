@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cce_impls import KERNELS, Impl
 from cce_oracle import IGNORE, Problem, assert_close, check, expected, problem, run
 
 N, D, V = 37, 48, 600
@@ -164,3 +165,29 @@ def test_num_items_matches_gradient_accumulation(impl):
     assert_close(sum(part[0] for part in parts), whole.double(), rtol=1e-6)
     assert_close(parts[0][1]["c"] + parts[1][1]["c"], grads["c"].double(), rtol=1e-5)
     assert_close(torch.cat([part[1]["e"] for part in parts]), grads["e"].double(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("impl", KERNELS, ids=str, indirect=True)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_lean_values(impl, reduction):
+    p = problem(40, 24, 600, ignored=0.1)
+    options = {"softcap": 5.0, "reduction": reduction}
+    check(run(impl.loss, p, memory="lean", **options), expected(p, **options))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("impl", [*KERNELS, Impl("auto", "auto")], ids=str, indirect=True)
+def test_the_cpu_has_one_form_of_memory(impl):
+    p = problem(40, 24, 600, dtype=torch.bfloat16, ignored=0.1)
+    usual, lean = (run(impl.loss, p, softcap=5.0, memory=memory) for memory in ("default", "lean"))
+    assert torch.equal(usual[0], lean[0])
+    for name, g in usual[1].items():
+        assert torch.equal(g, lean[1][name])
+
+
+@pytest.mark.parametrize("call", ["loss", "logprobs", "rows"])
+def test_an_unknown_memory_is_refused(impl, call):
+    p = problem(4, 8, 20)
+    sentence = "expected memory to be one of default, lean, got 'small'"
+    with pytest.raises(ValueError, match=sentence):
+        getattr(impl, call)(p.e, p.c, p.targets, memory="small")

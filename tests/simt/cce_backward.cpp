@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <array>
+
 #include "cce/cuda/backward.cu"
 
 #include "cce_data.h"
@@ -20,7 +22,8 @@ struct Request {
   int64_t strip_bytes = 64 << 20;
   double tolerance = 1e-2;  // two roundings to bf16
   double most_kept = 1;
-  bool with_summary = false;   // of a forward that kept everything
+  bool with_summary = false;  // of a forward that kept everything
+  bool lean = false;
   bool sparse_chunks = false;  // as little memory as the sparse form needs, less than for one chunk
 };
 
@@ -128,7 +131,7 @@ void gradients_match(const Options& options, const Request& q) {
   Data<T> d(options);
   d.remember();
   const Upstreams up(d.o.N);
-  const ForwardRun<T> rows(d, q.eps);
+  const ForwardRun<T> rows(d, q.eps, true, true, {q.lean});
   const Truth truth(d, q, up, q.eps > 0 ? &rows : nullptr);
   std::vector<T> de(d.o.N * d.o.D, cce_test::rounded<T>(NAN));
   std::vector<T> dc(d.o.V * d.o.D, cce_test::rounded<T>(NAN));
@@ -144,7 +147,8 @@ void gradients_match(const Options& options, const Request& q) {
           q.entropy ? up.mean.data() : nullptr,
           q.class_sum ? up.classes.data() : nullptr,
           q.scale ? up.scale.data() : nullptr};
-  b.masses = rows.masses.data();
+  b.lean = q.lean;
+  b.masses = q.lean ? static_cast<const void*>(rows.lean_masses.data()) : rows.masses.data();
   b.summary = q.eps > 0 || q.with_summary ? rows.summary.data() : nullptr;
   b.seed = q.seed;
   b.out = {q.need_e ? de.data() : nullptr, q.need_c ? dc.data() : nullptr,
@@ -167,7 +171,7 @@ void gradients_match(const Options& options, const Request& q) {
 
 template <class T>
 void fused_matches(const Options& options, bool gradients, double tolerance,
-                   int64_t strip_bytes = 1) {
+                   int64_t strip_bytes = 1, bool lean = false) {
   Data<T> d(options);
   d.remember();
   Upstreams up(d.o.N);
@@ -193,7 +197,8 @@ void fused_matches(const Options& options, bool gradients, double tolerance,
   f.nll = nll.data();
   f.lse = lse.data();
   if (gradients) f.out = {de.data(), dc.data(), dbias.data()};
-  cce_test::run(f, {.strip_bytes = strip_bytes});
+  f.lean = lean;
+  cce_test::run(f, {.strip_bytes = strip_bytes, .plane_bytes = 1});
   close("loss", std::fabs(found - loss) / (1e-30 + std::fabs(loss)), 1e-5);
   if (!gradients) return;
   close("dE", error(de, truth.de), tolerance);
@@ -349,6 +354,19 @@ CASE(cce_fused_in_three_products) {
   o.ignored = 1;
   fused_matches<simt::f16>(o, true, 0, 1 << 20);
 }
+// In the last tile there is no column but the label of the first row.
+CASE(cce_fused_of_a_lone_label) {
+  Options o;
+  o.N = 3;
+  o.V = 257;
+  o.D = 8;
+  o.ignored = 0;
+  o.temperature = 30;
+  o.softcap = 0.5;  // whose square outside of the vocabulary float16 cannot hold
+  for (const int64_t strip_bytes : {1, 1 << 20}) {
+    fused_matches<simt::f16>(o, true, 2e-3, strip_bytes);
+  }
+}
 CASE(cce_fused_wgmma_of_a_narrow_cap) {
   Options o;
   o.N = 3;
@@ -370,5 +388,177 @@ CASE(cce_scale) {
   for (const float factor : {1.0f, 0.5f}) {
     cce_test::run(cce::Scale{x.data(), gemma_ext::DType::kBFloat16, 1000, &factor}, {});
     for (const simt::bf16 value : x) EXPECT(simt::to_float(value) == 3 * factor);
+  }
+}
+CASE(cce_backward_lean) {
+  Request q{0x1p-2};
+  q.most_kept = cuda::kListedShare;
+  q.lean = true;
+  gradients_match<simt::bf16>(sparse(), q);
+  q.entropy = q.scale = true;
+  gradients_match<simt::bf16>(sparse(), q);
+  q = {0x1p-3};
+  q.lean = q.sparse_chunks = true;
+  Options o = sparse();
+  o.N = 40;
+  o.V = 4500;
+  o.D = 264;
+  o.ignored = 0;
+  gradients_match<simt::bf16>(o, q);
+}
+CASE(cce_backward_lean_before_hopper) {
+  simt::host::options.hopper = false;
+  Request q{0x1p-2};
+  q.lean = true;
+  q.strip_bytes = 1;
+  gradients_match<simt::bf16>(peaked(), q);
+  q.tolerance = 2e-3;
+  gradients_match<simt::f16>(peaked(), q);
+}
+CASE(cce_backward_lean_float) {
+  Options o = peaked();
+  o.D = 140;
+  o.N = 40;
+  Request q{0x1p-2};
+  q.lean = true;
+  q.tolerance = 1e-4;
+  gradients_match<float>(o, q);
+}
+// More is kept than lists are for: dense, with the strips in dC while there is room.
+CASE(cce_backward_lean_wgmma) {
+  Options o;
+  o.N = 150;
+  o.V = 2000;
+  o.D = 264;
+  Request q;
+  q.lean = q.with_summary = true;
+  q.strip_bytes = 1;
+  gradients_match<simt::bf16>(o, q);
+  q.need_c = false;
+  gradients_match<simt::bf16>(o, q);
+  q.need_c = true;
+  q.need_e = false;
+  q.tolerance = 2e-3;
+  gradients_match<simt::f16>(o, q);
+}
+CASE(cce_fused_lean) {
+  Options o;
+  o.N = 300;
+  o.D = 264;
+  o.V = 1500;
+  fused_matches<simt::bf16>(o, true, 1e-2, 1, true);
+  fused_matches<simt::bf16>(o, false, 0, 1, true);
+  o.V = 300;
+  fused_matches<simt::bf16>(o, true, 1e-2, 1 << 20, true);  // all strips fit
+  o.N = 40;
+  fused_matches<float>(o, true, 1e-4, 1, true);
+}
+namespace {
+
+// Gradients of a forward, exact, in the workspace alone.
+template <class T>
+std::vector<float> exact_gradients(const Data<T>& d, const ForwardRun<T>& rows, bool lean) {
+  const Upstreams up(d.o.N);
+  std::vector<T> de(d.o.N * d.o.D);
+  std::vector<float> all;
+  cce::Backward b{};
+  b.head = d.head();
+  b.up = {rows.nll.data(), rows.lse.data(), rows.lse_low.data(),
+          nullptr,         up.nll.data(),   up.lse.data(),
+          nullptr,         nullptr,         nullptr};
+  b.out.de = de.data();
+  b.lean = lean;
+  cce_test::run(b, {.strip_bytes = 1});
+  for (const T x : de) all.push_back(static_cast<float>(cce_test::value_of(x)));
+  return all;
+}
+
+}  // namespace
+// Sums in two halves are the same sums.
+CASE(cce_backward_lean_has_the_same_bits) {
+  for (const bool hopper : {true, false}) {
+    simt::host::options.hopper = hopper;
+    Options o;
+    o.V = 1300;
+    o.D = 264;
+    const Data<simt::bf16> d(o);
+    const ForwardRun<simt::bf16> rows(d, 0, false);
+    EXPECT(exact_gradients(d, rows, true) == exact_gradients(d, rows, false));
+  }
+  const Data<float> d(Options{});
+  const ForwardRun<float> rows(d, 0, false);
+  EXPECT(exact_gradients(d, rows, true) == exact_gradients(d, rows, false));
+}
+namespace {
+
+cce::Head large_head(int64_t N) {
+  cce::Head h{};
+  h.dtype = gemma_ext::DType::kBFloat16;
+  h.N = N;
+  h.V = 256000;
+  h.D = 2304;
+  return h;
+}
+
+// Bytes of a step: {sampled, exact}.
+std::array<int64_t, 2> step_bytes(int64_t N, bool lean) {
+  static char there;  // never written
+  float* const vector = reinterpret_cast<float*>(&there);
+  const cuda::Memory memory{.strip_bytes = lean ? cuda::kLeanStripBytes : cuda::kStripBytes};
+  cce::Forward f{};
+  f.head = large_head(N);
+  f.masses = vector;
+  f.lean = lean;
+  cce::Backward b{};
+  b.head = f.head;
+  b.masses = vector;
+  b.summary = reinterpret_cast<double*>(&there);
+  b.out = {vector, vector, nullptr};
+  b.lean = lean;
+  cce::Fused fused{};
+  fused.head = f.head;
+  fused.out = b.out;
+  fused.lean = lean;
+  return {cuda::step_bytes(f, b, memory), cuda::step_bytes(fused, memory)};
+}
+
+}  // namespace
+// At N 8192, D 2304, V 256000 in bfloat16.
+CASE(cce_lean_memory) {
+  const auto usual = step_bytes(8192, false), lean = step_bytes(8192, true);
+  EXPECT(lean[0] <= 120'000'000 && lean[1] <= 120'000'000);
+  EXPECT(usual[0] > 3 * lean[0] && usual[1] > 3 * lean[1]);
+  for (const int64_t N : {1, 512, 2048, 32768}) {
+    EXPECT(step_bytes(N, true)[0] <= step_bytes(N, false)[0]);
+    EXPECT(step_bytes(N, true)[1] <= step_bytes(N, false)[1]);
+  }
+}
+// Strips in dC lie behind all of it that their chunk writes, and every tile has its turn.
+CASE(cce_dense_chunks) {
+  cce::Head h = large_head(0);
+  for (const int64_t N : {1, 300, 8192, 40000}) {
+    for (const int64_t V : {int64_t{1}, int64_t{257}, int64_t{70000}, int64_t{256000}}) {
+      for (const bool in_dc : {false, true}) {
+        h.N = N;
+        h.V = V;
+        const cuda::DenseChunks chunks(h, cuda::kLeanStripBytes, in_dc);
+        int first = 0, launches = 0;
+        while (first < chunks.tiles) {
+          const auto chunk = chunks.from(first);
+          EXPECT(chunk.tiles >= 1 && first + chunk.tiles <= chunks.tiles);
+          const int64_t strips = chunk.tiles * chunks.tile_bytes;
+          if (chunk.in_dc) {
+            EXPECT(in_dc && chunk.in_dc % 256 == 0 && strips <= cuda::kStripBytes);
+            EXPECT(chunk.in_dc >= (first + chunk.tiles) * chunks.dc_tile_bytes);
+            EXPECT(chunk.in_dc + strips <= V * h.D * 2);
+          } else {
+            EXPECT(chunk.tiles <= chunks.in_workspace);
+          }
+          first += chunk.tiles;
+          ++launches;
+        }
+        EXPECT(first == chunks.tiles && launches <= chunks.tiles);
+      }
+    }
   }
 }

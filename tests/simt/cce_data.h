@@ -161,14 +161,22 @@ void run(const Call& call, cuda::Memory memory) {
   EXPECT(cuda::run(call, memory, nullptr) == cuda::Status{});
 }
 
+// Little memory, and how much of it there is for the sums of strips: a tile at a time.
+struct Lean {
+  bool on = false;
+  int64_t plane_bytes = 1;
+};
+
 // The results of a forward, poisoned before it.
 template <class T>
 struct ForwardRun {
   std::vector<float> nll, lse, lse_low, mean, class_sum, masses;
+  std::vector<simt::bf16> lean_masses;
   std::vector<int64_t> argmax;
   std::vector<double> summary;
 
-  ForwardRun(const Data<T>& d, double eps, bool want_masses = true, bool want_mean = true)
+  ForwardRun(const Data<T>& d, double eps, bool want_masses = true, bool want_mean = true,
+             const Lean& lean = {})
       : nll(d.o.N, NAN),
         lse(d.o.N, NAN),
         lse_low(d.o.N, NAN),
@@ -185,10 +193,15 @@ struct ForwardRun {
              want_mean ? mean.data() : nullptr,
              d.o.class_weight ? class_sum.data() : nullptr,
              argmax.data()};
-    f.masses = want_masses ? masses.data() : nullptr;
+    f.lean = lean.on;
+    if (lean.on) lean_masses.resize(masses.size(), rounded<simt::bf16>(NAN));
+    f.masses = !want_masses ? nullptr
+               : lean.on    ? static_cast<void*>(lean_masses.data())
+                            : masses.data();
     f.summary = summary.data();
     f.eps = eps;
-    run(f, {});
+    run(f, {.plane_bytes = lean.plane_bytes});
+    for (size_t i = 0; i < lean_masses.size(); ++i) masses[i] = simt::to_float(lean_masses[i]);
   }
 };
 

@@ -107,7 +107,7 @@ void merge_matches(const Options& options, const MergeCase& c) {
     for (int m = 0; m < models; ++m) {
       const int64_t at = p * models + m;
       const bool agree =
-          c.rule.election == Election::kNone ? kept[m] : agrees(true, votes[m], sign);
+          c.rule.election == Election::kNone ? kept[m] : agrees(votes[m], sign);
       combine(c.rule.combine, agree, x[m], static_cast<A>(weights[at]),
               c.alone ? static_cast<A>(alone[at]) : A{1}, &held);
     }

@@ -71,6 +71,7 @@ std::vector<float> draw(const Problem& p, const Backward& b, const Coefficients&
   double total = 0;
   for (float x : coef.scale) total += x;
   const float mean_scale = p.n ? float(total / double(p.n)) : 0;
+  const float* masses = static_cast<const float*>(b.masses);
   std::vector<float> weight(p.tiles * p.n);
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
     const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);
@@ -90,8 +91,8 @@ std::vector<float> draw(const Problem& p, const Backward& b, const Coefficients&
           w = 1;
           continue;
         }
-        float x = std::fabs(coef.a[r]) * b.masses[at];
-        if (p.want_mean) x += std::fabs(coef.q[r]) * b.masses[p.tiles * b.head.N + at];
+        float x = std::fabs(coef.a[r]) * masses[at];
+        if (p.want_mean) x += std::fabs(coef.q[r]) * masses[p.tiles * b.head.N + at];
         const float u = x / threshold[i];
         const uint32_t step = phase_step(u);
         phase[i] += step;

@@ -148,7 +148,8 @@ Status run(const Forward& f, Workers& workers) {
   StripStats strips{};
   strips.max = planes.data();
   strips.sum = planes.data() + plane;
-  strips.slope = f.masses;
+  float* const masses = static_cast<float*>(f.masses);
+  strips.slope = masses;
   strips.square = f.masses ? planes.data() + 2 * plane : nullptr;
   strips.weighted = p.want_mean ? planes.data() + planes.size() - plane : nullptr;
   RowResults out(p.n);
@@ -162,9 +163,9 @@ Status run(const Forward& f, Workers& workers) {
   if (f.out.argmax) valid.scatter(out.argmax, f.out.argmax, int64_t{-1});
   FilterReport report;
   if (f.masses) {
-    float* reaches = f.masses + p.tiles * f.head.N;
+    float* reaches = masses + p.tiles * f.head.N;
     report = draw_by(p, strips, out, reaches, f.eps, workers);
-    spread(f.masses, p.tiles, p.n, f.head.N);
+    spread(masses, p.tiles, p.n, f.head.N);
     if (p.want_mean) spread(reaches, p.tiles, p.n, f.head.N);
   }
   const double summary[] = {report.kept, report.error, report.tau};

@@ -10,21 +10,37 @@ namespace gemma_ext::cce::cuda {
 namespace {
 
 struct BackwardMemory {
+  int64_t e_bytes;  // of a copy of the valid rows, for wgmma
+  DenseChunks chunks;
   Plan plan;
-  float* de_sum;
-  void* e;  // a copy of the valid rows, for wgmma
+  DeSums sums{};
+  void *e, *dense_strips;
 
   BackwardMemory(Arena& memory, const Backward& b, int64_t strip_bytes)
-      : plan(memory, b.head, strip_bytes, b.out.de != nullptr,
-             by_wgmma(b.head) ? DenseChunk(b.head, strip_bytes).bytes : 0),
-        de_sum(memory.take<float>(b.out.de ? b.head.N * b.head.D : 0)),
-        e(memory.take<uint16_t>(by_wgmma(b.head) ? b.head.N * b.head.D : 0)) {}
+      : e_bytes(by_wgmma(b.head) ? Arena::aligned(b.head.N * b.head.D * size_of(b.head.dtype)) : 0),
+        chunks(b.head, b.lean ? strip_bytes - e_bytes : strip_bytes, b.lean && b.out.dc),
+        plan(memory, b.head, strip_bytes, b.out.de != nullptr,
+             by_wgmma(b.head) ? in_plan(b) + chunks.in_workspace * chunks.tile_bytes : 0),
+        e(plan.strips),
+        dense_strips(static_cast<char*>(plan.strips) + in_plan(b)) {
+    const int64_t sums_of_de = b.out.de ? b.head.N * b.head.D : 0;
+    if (b.lean) {
+      if (size_of(b.head.dtype) == 2) sums.low = memory.take<uint16_t>(sums_of_de);
+    } else {
+      sums.whole = memory.take<float>(sums_of_de);
+      e = memory.take<char>(e_bytes);
+    }
+  }
+
+  // Lean: the copy lies before the strips, where lists have theirs.
+  int64_t in_plan(const Backward& b) const { return b.lean ? e_bytes : 0; }
 };
 
 // On Hopper only the device knows whether it is these or the dense kernels: both are launched, and one of
 // them leaves at once.
-template <class T>
+template <class T, bool kLean>
 void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
+  using M = std::conditional_t<kLean, simt::bf16, float>;  // of masses
   constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
   const Head& h = b.head;
   const Plan& plan = m.plan;
@@ -33,16 +49,16 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
   const bool exact_elsewhere = by_wgmma(h);
   PlanParams planning{h,      plan, exact_elsewhere, b.masses, b.up.d_mean != nullptr, b.summary,
                       b.seed, 0};
-  launches.add(sample_kernel, plan.words, kSampleThreads, kSampleThreads * sizeof(uint32_t),
+  launches.add(sample_kernel<M>, plan.words, kSampleThreads, kSampleThreads * sizeof(uint32_t),
                planning);
   launches.add(count_kernel, tiles, simt::kWarpSize, 0, planning);
   launches.add(chunk_kernel, 1, kChunkThreads, sizeof(ChunkShared), planning);
 
-  GradientParams p{h, plan, m.de_sum, b.out, static_cast<int>(column_blocks), 0};
+  GradientParams p{h, plan, m.sums, b.out, static_cast<int>(column_blocks), 0};
   const int chunks = exact_elsewhere ? plan.capacity.sparse_chunks : plan.chunks;
   for (int chunk = 0; chunk < chunks; ++chunk) {
     p.chunk = planning.chunk = chunk;
-    launches.add(list_kernel, tiles, kPlanThreads, 0, planning);
+    launches.add(list_kernel<M>, tiles, kPlanThreads, 0, planning);
     launches.add(strip_gradient_kernel<T>, taking_turns(halves), mma::kThreads,
                  kStripSharedBytes<T>, planning);
     if (b.out.dc) {
@@ -56,81 +72,95 @@ void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
       launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
       const auto kernel = [] {
         if constexpr (mma::Tile<T>::kSplit)
-          return de_by_tile_kernel;
+          return de_by_tile_kernel<kLean>;
         else
-          return de_kernel<T>;
+          return de_kernel<T, kLean>;
       }();
       launches.add(kernel, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
     }
     for (int slice = 0; chunk < plan.capacity.sparse_chunks && slice * kSlice < h.D; ++slice) {
-      const SliceParams slices{h, plan, m.de_sum, chunk, slice};
+      const SliceParams slices{h, plan, m.sums, b.out.de, chunk, slice};
       launches.add(parts_kernel<T>, taking_turns(halves), mma::kThreads, kTileShared, slices);
-      launches.add(add_parts_kernel<T>, taking_turns(h.N), kPartThreads, sizeof(RowSlots), slices);
+      launches.add(add_parts_kernel<T, kLean>, taking_turns(h.N), kPartThreads, sizeof(RowSlots),
+                   slices);
     }
   }
-  if (b.out.de) launches.add(finish_de_kernel<T>, h.N, kPlanThreads, 0, p);
+  if (b.out.de) launches.add(finish_de_kernel<T, kLean>, h.N, kPlanThreads, 0, p);
 }
 
-// Its rows are listed and their coefficients known.
-template <class T>
-void add_dense(Launches& launches, Dense p, bool general, int64_t strip_bytes) {
+// Its rows are listed and their coefficients known. general: they have a q or a class coefficient.
+template <class T, bool kLean>
+void add_dense(Launches& launches, const BackwardMemory& m, Dense p, bool general) {
   const Head& h = p.tma.head;
   constexpr simt::Major kK = simt::Major::kK, kMn = simt::Major::kMn;
-  const DenseChunk chunk(h, strip_bytes);
-  p.stride = chunk.stride;
-  p.tiles = static_cast<int>(tiles_of(h.V));
-  p.chunk_tiles = chunk.tiles;
+  const DenseChunks& chunks = m.chunks;
+  p.stride = chunks.stride;
+  p.tiles = chunks.tiles;
   p.slices = static_cast<int>(ceil_div(h.D, kTile));
-  const int64_t strips = chunk.tiles * chunk.stride, pairs = ceil_div(h.N, kPairRows);
-  launches.check(wgmma::make_map<T, kMn>(&p.g_map, p.strips, strips, kTile, kTile));
+  const int64_t pairs = ceil_div(h.N, kPairRows);
   launches.check(wgmma::make_map<T, kMn>(&p.e_map, p.tma.e, h.N, h.D, h.D));
-  launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, p.strips, strips, kTile, kTile));
   launches.check(wgmma::make_map<T, kMn>(&p.c_map, h.c, h.V, h.D, h.c_stride));
-  for (p.chunk = 0; p.chunk * p.chunk_tiles < p.tiles; ++p.chunk) {
+  for (; p.first_tile < p.tiles; p.first_tile += p.tiles_at_hand) {
+    const DenseChunks::Chunk chunk = chunks.from(p.first_tile);
+    const int64_t strips = chunk.tiles * p.stride;
+    p.tiles_at_hand = chunk.tiles;
+    p.strips = chunk.in_dc ? static_cast<char*>(p.out.dc) + chunk.in_dc : m.dense_strips;
+    launches.check(wgmma::make_map<T, kMn>(&p.g_map, p.strips, strips, kTile, kTile));
+    launches.check(wgmma::make_map<T, kK>(&p.g_rows_map, p.strips, strips, kTile, kTile));
     if (p.max) {
       launches.add(scale_strips_kernel<T>, p.tiles * (p.stride / kScaleRows), kPlanThreads, 0, p);
     } else {
       add_wgmma(launches,
                 general ? dense_general_strips_wgmma_kernel<T> : dense_strips_wgmma_kernel<T>,
-                pairs * p.chunk_tiles, p);
+                pairs * p.tiles_at_hand, p);
     }
     if (p.out.dc) {
-      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.chunk_tiles} * p.slices, p);
+      add_wgmma(launches, dense_dc_wgmma_kernel<T>, int64_t{p.tiles_at_hand} * p.slices, p);
     }
-    if (p.out.de) add_wgmma(launches, dense_de_wgmma_kernel<T>, pairs * p.slices, p);
+    if (p.out.de) add_wgmma(launches, dense_de_wgmma_kernel<T, kLean>, pairs * p.slices, p);
     if (p.out.dbias) {
-      launches.add(dense_dbias_kernel<T>, p.chunk_tiles * kSumParts, kSumThreads, kSumSharedBytes,
+      launches.add(dense_dbias_kernel<T>, p.tiles_at_hand * kSumParts, kSumThreads, kSumSharedBytes,
                    p);
     }
   }
 }
 
-// kept: of a forward that left its strips in the plan's memory, or without any.
-void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
-                  int64_t strip_bytes, const float* lse2_coef, const KeptStrips& kept) {
+template <class T, bool kLean>
+void add_gradients(Launches& launches, const BackwardMemory& m, const Backward& b,
+                   const KeptStrips& kept) {
   const Head& h = b.head;
   const Plan& plan = m.plan;
-  gather_rows(launches, h, plan.rows);
-  add_coefficients(launches, h.N, {plan.rows, plan.row, plan.unit, b.up, lse2_coef});
-  by_dtype(h.dtype, [&](auto type) {
+  if (b.out.de) {
+    launches.add(clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0,
+                 {b.out.de, h.N * h.D});
+  }
+  if (b.summary || !by_wgmma(h)) add_lists<T, kLean>(launches, m, b);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (!by_wgmma(h)) return;
+    Dense dense(gather_e<T>(launches, h, plan.rows, m.e));
+    dense.row = plan.row;
+    dense.unit = plan.unit;
+    dense.sums = m.sums;
+    dense.out = b.out;
+    dense.listed = b.summary ? plan.listed : nullptr;
+    dense.max = kept.max;
+    dense.target = kept.target;
+    add_dense<T, kLean>(launches, m, dense, b.up.d_mean || b.up.d_class);
+  }
+}
+
+// kept: of a forward that left its strips in the workspace, or without any.
+void add_backward(Launches& launches, const BackwardMemory& m, const Backward& b,
+                  const float* lse2_coef, const KeptStrips& kept) {
+  const Plan& plan = m.plan;
+  gather_rows(launches, b.head, plan.rows);
+  add_coefficients(launches, b.head.N, {plan.rows, plan.row, plan.unit, b.up, lse2_coef});
+  by_dtype(b.head.dtype, [&](auto type) {
     using T = decltype(type);
-    if (b.out.de) {
-      launches.add(clear_kernel<T>, ceil_div(h.N * h.D, 2 * kPlanThreads), kPlanThreads, 0,
-                   {b.out.de, h.N * h.D});
-    }
-    if (b.summary || !by_wgmma(h)) add_lists<T>(launches, m, b);
-    if constexpr (!std::is_same_v<T, float>) {
-      if (!by_wgmma(h)) return;
-      Dense dense(gather_e<T>(launches, h, plan.rows, m.e));
-      dense.row = plan.row;
-      dense.unit = plan.unit;
-      dense.strips = plan.strips;
-      dense.de_sum = m.de_sum;
-      dense.out = b.out;
-      dense.listed = b.summary ? plan.listed : nullptr;
-      dense.max = kept.max;
-      dense.target = kept.target;
-      add_dense<T>(launches, dense, b.up.d_mean || b.up.d_class, strip_bytes);
+    if (b.lean) {
+      add_gradients<T, true>(launches, m, b, kept);
+    } else {
+      add_gradients<T, false>(launches, m, b, kept);
     }
   });
 }
@@ -178,6 +208,7 @@ Forward forward_of(const Fused& f, float* lse_low) {
   r.out.nll = f.nll;
   r.out.lse = f.lse;
   r.out.lse_low = lse_low;
+  r.lean = f.lean;
   return r;
 }
 
@@ -191,6 +222,7 @@ Backward backward_of(const Fused& f, const float* lse_low) {
   r.up.lse_low = lse_low;
   r.up.d_nll = f.nll_coef;
   r.out = f.out;
+  r.lean = f.lean;
   return r;
 }
 
@@ -204,21 +236,22 @@ struct FusedMemory {
   Memory of_forward;
   KeptStrips kept;  // all strips
 
-  FusedMemory(Arena& memory, const Fused& f, int64_t strip_bytes)
+  FusedMemory(Arena& memory, const Fused& f, const Memory& bounds)
       : summary(memory.take<double>(3)),
         lse_low(memory.take<float>(f.head.N)),
         shared(memory),
         call(backward_of(f, lse_low)),
-        backward(memory, call, strip_bytes),
+        backward(memory, call, bounds.strip_bytes),
         forward(forward_of(f, lse_low)),
-        of_forward{} {
+        of_forward{.plane_bytes = bounds.plane_bytes} {
     const Head& h = f.head;
     forward.summary = summary;
     if (by_wgmma(h) && wants_any(f.out)) {
-      const DenseChunk chunk(h, strip_bytes);
-      if (chunk.tiles == backward.plan.tiles) {
-        kept = {backward.plan.strips, chunk.stride, memory.take<float>(h.N * chunk.tiles),
+      const DenseChunks& chunks = backward.chunks;
+      if (chunks.in_workspace == chunks.tiles) {
+        kept = {backward.dense_strips, chunks.stride, memory.take<float>(h.N * chunks.tiles),
                 memory.take<float>(h.N)};
+        forward.lean = false;  // all tiles at once
       }
     }
     Arena& arena = kept.rows ? memory : shared;
@@ -239,32 +272,45 @@ Status run(const Backward& b, const Memory& memory, Stream stream) {
   Arena arena(memory.workspace);
   const BackwardMemory m(arena, b, memory.strip_bytes);
   Launches launches(stream);
-  add_backward(launches, m, b, memory.strip_bytes, nullptr, {});
+  add_backward(launches, m, b, nullptr, {});
   return launches.status();
 }
 
 int64_t workspace(const Fused& f, const Memory& memory) {
   Arena arena(nullptr);
-  FusedMemory all(arena, f, memory.strip_bytes);
+  FusedMemory all(arena, f, memory);
   return arena.bytes();
 }
 
 Status run(const Fused& f, const Memory& memory, Stream stream) {
   Arena arena(memory.workspace);
-  const FusedMemory m(arena, f, memory.strip_bytes);
+  const FusedMemory m(arena, f, memory);
   const Status status = forward(m.forward, m.of_forward, m.kept, stream);
   if (status != Status{}) return status;
 
   Launches launches(stream);
   const Rows& rows = m.backward.plan.rows;
   if (wants_any(f.out)) {
-    add_backward(launches, m.backward, m.call, memory.strip_bytes, f.lse2_coef, m.kept);
+    add_backward(launches, m.backward, m.call, f.lse2_coef, m.kept);
   } else {
     gather_rows(launches, f.head, rows);
   }
   launches.add(loss_kernel, 1, kPlanThreads, kPlanThreads * sizeof(double),
                {rows, f.nll, f.lse, f.nll_coef, f.lse2_coef, f.loss});
   return launches.status();
+}
+
+int64_t step_bytes(const Forward& f, const Backward& b, const Memory& memory) {
+  const Head& h = f.head;
+  const int64_t vectors = 3 + (f.out.mean != nullptr) + (f.out.class_sum != nullptr) +
+                          2 * (f.out.argmax != nullptr);  // of 4 bytes
+  const int64_t masses = f.masses ? tiles_of(h.V) * h.N * (f.out.mean ? 2 : 1) : 0;
+  return vectors * h.N * 4 + masses * (f.lean ? 2 : 4) +
+         std::max(workspace(f, memory), workspace(b, memory));
+}
+
+int64_t step_bytes(const Fused& f, const Memory& memory) {
+  return 2 * f.head.N * 4 + workspace(f, memory);
 }
 
 Status run(const Scale& call, const Memory&, Stream stream) {

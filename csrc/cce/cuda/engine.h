@@ -19,12 +19,18 @@ using Status = int;    // cudaError_t
 struct Memory {
   void* workspace = nullptr;
   int64_t strip_bytes = 0;  // bound on the memory for gradient strips; at least one tile's are held
+  int64_t plane_bytes = int64_t{16} << 20;  // the same of a lean forward's sums
 };
+constexpr int64_t kStripBytes = int64_t{256} << 20, kLeanStripBytes = int64_t{56} << 20;
 
 int64_t workspace(const Forward&, const Memory&);
 int64_t workspace(const Backward&, const Memory&);
 int64_t workspace(const Fused&, const Memory&);
 inline int64_t workspace(const Scale&, const Memory&) { return 0; }
+
+// The most bytes that a step holds at a time beside its inputs and gradients, results of the forward included.
+int64_t step_bytes(const Forward&, const Backward&, const Memory&);
+int64_t step_bytes(const Fused&, const Memory&);
 
 Status run(const Forward&, const Memory&, Stream);
 Status run(const Backward&, const Memory&, Stream);

@@ -33,7 +33,7 @@ DEVICE float tanh_any(float u) {
   return 1.0f - 2.0f * simt::rcp_approx(1.0f + simt::exp2_approx(2.0f * kLog2E * u));
 }
 
-// Outside the vocabulary, in place of s log2(e): 2^-1000 below the least logit. Not -inf, for its square
+// Outside the vocabulary, in place of s or s log2(e): 2^-1000 below the least logit. Not -inf, for its square
 // takes part in the slope; without a cap, where a logit may be -inf itself, there is no such square.
 DEVICE float outside(const LogitMap& map) {
   return map.inv_cap > 0.0f ? -1000.0f - kLog2E * map.cap_over_t : -kInfinity;

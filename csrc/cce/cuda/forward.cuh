@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Forward of one strip block: 128 rows against a tile of 256 columns, as two products of 128 x 128.
 //   s = softcap(scale e.c + bias) / T;   per row: max s, sum exp(s - max), sum exp(s - max) T ds/da, ...
+// of all columns but the row's label, which `combine.cuh` adds.
 // The logits never leave the registers.
 #pragma once
 
@@ -8,7 +9,7 @@
 
 namespace gemma_ext::cce::cuda {
 
-// [tiles, N] each, compact rows; null where not wanted.
+// [tiles at a time, N] each, compact rows; null where not wanted.
 struct StripPlanes {
   float *max, *sum, *slope, *square, *weighted, *class_sum;
   int* argmax;
@@ -27,6 +28,7 @@ struct StripParams {
   StripPlanes out;
   float* target;  // [N] s at the label
   int tiles, row_blocks;
+  int first_tile;  // of those that are at hand
 };
 
 struct StripSums {
@@ -48,14 +50,16 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   return r;
 }
 
-// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is
-// s log2(e). A NaN logit may hide from the maximum, never from the sum. kChains of each sum, for a warp is
-// nearly alone while it adds. keep(i, x, exp(s - max)) sees every element.
-template <Sums kSums, int kChains, int kCount, class At, class Id, class Weight, class Inside,
-          class Keep>
+// Sums over the columns of one row that its four lanes hold, kCount each; all four get them. at(i) is s or,
+// kLog2, s log2(e): an instruction less, and rounded as a large number common to all s is. A NaN logit may
+// hide from the maximum, never from the sum. kChains of each sum, for a warp is nearly alone while it adds.
+// keep(i, x, exp(s - max)) sees every element.
+template <Sums kSums, bool kLog2, int kChains, int kCount, class At, class Id, class Weight,
+          class Inside, class Keep>
 DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, Inside inside,
                            Keep keep) {
   const LogitMap& map = p.head.map;
+  constexpr float kUnit = kLog2 ? kLn2 : 1.0f;
   const auto quad_sum = [](const float (&x)[kChains]) {
     float sum = x[0];
     UNROLL
@@ -79,7 +83,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   float sum[kChains] = {}, bent[kChains] = {}, square[kChains] = {}, weighted[kChains] = {};
   UNROLL
   for (int i = 0; i < kCount; ++i) {
-    const float x = at(i), e = simt::exp2_approx(x - base);
+    const float x = at(i), e = simt::exp2_approx(kLog2 ? x - base : (x - base) * kLog2E);
     keep(i, x, e);
     sum[i % kChains] += e;
     if (sloped) bent[i % kChains] += e * (x * x);
@@ -89,18 +93,18 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
     }
   }
   r.sum = quad_sum(sum);
-  const float t = map.t_over_cap * kLn2;  // of s log2(e)
+  const float t = map.t_over_cap * kUnit;
   r.slope = sloped ? r.sum - quad_sum(bent) * t * t : r.sum;
   if (drawn) r.square = quad_sum(square);
   if constexpr (kSums == Sums::kAll) {
-    if (p.out.weighted) r.weighted = quad_sum(weighted) * kLn2;
+    if (p.out.weighted) r.weighted = quad_sum(weighted) * kUnit;
     if (p.out.class_sum) {
       float classes[kChains] = {};
       UNROLL
       for (int i = 0; i < kCount; ++i) {
         if (inside(i)) classes[i % kChains] += weight(i) * at(i);
       }
-      r.class_sum = quad_sum(classes) * kLn2;
+      r.class_sum = quad_sum(classes) * kUnit;
     }
     if (p.out.argmax) {
       UNROLL
@@ -111,12 +115,12 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
       r.argmax = lesser(r.argmax, simt::shfl_xor(r.argmax, 2));
     }
   }
-  r.max *= kLn2;
+  r.max *= kUnit;
   return r;
 }
 
 DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripSums& sums) {
-  const int64_t to = tile * p.head.N + row;
+  const int64_t to = (tile - p.first_tile) * p.head.N + row;
   p.out.max[to] = sums.max;
   p.out.sum[to] = sums.sum;
   if (p.out.slope) p.out.slope[to] = sums.slope;
@@ -126,10 +130,19 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
 }
 
-// The lane that holds the logit of a row's label writes it, rounded as the maximum is: nll >= 0.
+// float32 is worth the instruction.
 template <class T>
-DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t first_column,
-                          float* target) {
+constexpr bool kBase2 = sizeof(T) == 2;
+template <class T>
+constexpr float kToBase = kBase2<T> ? kLog2E : 1.0f;
+template <class T>
+constexpr float kFromBase = kBase2<T> ? kLn2 : 1.0f;
+
+// The lane that holds the logit of a row's label writes it, rounded as a maximum is, and takes it out of the
+// strip: beside its 1 the sums would lose what a confident row's loss is made of.
+template <class T>
+DEVICE void move_targets(mma::Tile<T>& tile, const SharedHead<T>& s, const LogitMap& map,
+                         int64_t first_column, float* target) {
   const int warp_column = simt::warp_idx() % 4 * 32;
   bool here = false;
   UNROLL
@@ -144,7 +157,8 @@ DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t fi
     UNROLL
     for (int i = 0; i < 8; ++i) {
       if (s.label[row] == first_column + mma::Tile<T>::column(i)) {
-        target[row] = tile.at(r, i) * kLog2E * kLn2;
+        target[row] = tile.at(r, i) * kToBase<T> * kFromBase<T>;
+        tile.at(r, i) = outside(map) * kFromBase<T>;
       }
     }
   }
@@ -153,7 +167,8 @@ DEVICE void write_targets(mma::Tile<T>& tile, const SharedHead<T>& s, int64_t fi
 template <class T>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void strip_stats_kernel(StripParams p) {
-  const Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
+  Raster at = raster<kRasterRows>(simt::block_idx(), p.row_blocks, p.tiles);
+  at.tile += p.first_tile;
   const int64_t first_row = int64_t{at.row_block} * kBlockRows;
   const int count = *p.rows.count, t = simt::thread_idx();
   if (first_row >= count) return;
@@ -168,18 +183,18 @@ void strip_stats_kernel(StripParams p) {
     name_columns(s, p.head, first_column);
     simt::sync_block();
     head_logits(tile, s, p.head, first_column);
-    write_targets(tile, s, first_column, p.target + first_row);
+    move_targets(tile, s, p.head.map, first_column, p.target + first_row);
     tile.each([&](int, int column, float& x) {
-      x = s.column[column] < 0 ? outside(p.head.map) : x * kLog2E;
+      x = s.column[column] < 0 ? outside(p.head.map) : x * kToBase<T>;
     });
     UNROLL
     for (int r = 0; r < 8; ++r) {
+      const int row = mma::Tile<T>::row(r);
       const auto id = [&](int i) { return s.column[mma::Tile<T>::column(i)]; };
-      const StripSums part = quad_sums<Sums::kAll, 1, 8>(
+      const StripSums part = quad_sums<Sums::kAll, kBase2<T>, 1, 8>(
           p, [&](int i) { return tile.at(r, i); }, id,
           [&](int i) { return s.weight[mma::Tile<T>::column(i)]; },
-          [&](int i) { return id(i) >= 0; }, [](int, float, float) {});
-      const int row = mma::Tile<T>::row(r);
+          [&](int i) { return id(i) >= 0 && id(i) != s.label[row]; }, [](int, float, float) {});
       if (simt::lane_idx() % 4 == 0) s_parts[row * 4 + simt::warp_idx() % 4] = part;
     }
     simt::sync_block();

@@ -7,10 +7,57 @@
 
 namespace gemma_ext::cce::cuda {
 
+// Sums of dE in fp32, [N, D].
+struct DeSums {
+  float* whole;  // compact rows, or null: lean
+  uint16_t*
+      low;  // of 16-bit heads, compact rows: the lower halves of sums whose upper halves are in dE
+};
+
+// Of one row, two neighbours at a time. Lean: in the row of dE itself.
+template <class T, bool kLean>
+struct SumRow {
+  float* whole{};
+  T* high{};
+  uint16_t* low{};
+
+  DEVICE SumRow(const DeSums& sums, const Rows& rows, void* de, int64_t D, int64_t row) {
+    if constexpr (kLean) {
+      high = static_cast<T*>(de) + rows.row[row] * D;
+      if constexpr (sizeof(T) == 2) low = sums.low + row * D;
+    } else {
+      whole = sums.whole + row * D;
+    }
+  }
+  DEVICE Pair load(int64_t d) const {
+    if constexpr (!kLean)
+      return load_pair(whole + d);
+    else if constexpr (std::is_same_v<T, float>)
+      return load_pair(high + d);
+    else {
+      const uint32_t upper = *reinterpret_cast<const uint32_t*>(high + d);
+      const uint32_t lower = *reinterpret_cast<const uint32_t*>(low + d);
+      return {simt::float_of(upper << 16 | (lower & 0xffff)),
+              simt::float_of((upper & 0xffff0000) | lower >> 16)};
+    }
+  }
+  DEVICE void store(int64_t d, float x, float y) const {
+    if constexpr (!kLean)
+      store_pair(whole + d, x, y);
+    else if constexpr (std::is_same_v<T, float>)
+      store_pair(high + d, x, y);
+    else {
+      const uint32_t first = simt::bits_of(x), second = simt::bits_of(y);
+      *reinterpret_cast<uint32_t*>(high + d) = first >> 16 | (second & 0xffff0000);
+      *reinterpret_cast<uint32_t*>(low + d) = (first & 0xffff) | second << 16;
+    }
+  }
+};
+
 struct GradientParams {
   Head head;
   Plan plan;
-  float* de_sum;  // [N, D], compact rows
+  DeSums sums;
   Gradients out;
   int column_blocks;  // of 128 columns of D
   int chunk;
@@ -19,7 +66,8 @@ struct GradientParams {
 struct SliceParams {
   Head head;
   Plan plan;
-  float* de_sum;
+  DeSums sums;
+  void* de;
   int chunk, slice;
 };
 
@@ -107,8 +155,8 @@ KERNEL void block_tiles_kernel(GradientParams p) {
   if (simt::thread_idx() == 0) plan.block_tile_count[block] = total;
 }
 
-// de_sum += G C over the tiles of the chunk; a block per 128 rows and 128 columns of D.
-template <class T>
+// The sums += G C over the tiles of the chunk; a block per 128 rows and 128 columns of D.
+template <class T, bool kLean>
 DEVICE void add_de(const GradientParams& p) {
   const Plan& plan = p.plan;
   const int64_t block = simt::block_idx() / p.column_blocks, first_row = block * kBlockRows;
@@ -151,22 +199,33 @@ DEVICE void add_de(const GradientParams& p) {
   } else {
     add_tiles(tiles, count);
   }
-  tile.each([&](int row, int column, float x) {
-    if (first_row + row >= *plan.rows.count || d0 + column >= D) return;
-    float& sum = p.de_sum[(first_row + row) * p.head.D + d0 + column];
-    sum = p.chunk == 0 ? x : sum + x;
-  });
+  UNROLL
+  for (int r = 0; r < 8; ++r) {
+    const int64_t row = first_row + mma::Tile<T>::row(r);
+    if (row >= *plan.rows.count) continue;
+    const SumRow<T, kLean> sum(p.sums, plan.rows, p.out.de, D, row);
+    UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int d = d0 + mma::Tile<T>::column(2 * j);
+      if (d >= D) continue;
+      const Pair before = p.chunk == 0 ? Pair{} : sum.load(d);
+      sum.store(d, before.x + tile.at(r, 2 * j), before.y + tile.at(r, 2 * j + 1));
+    }
+  }
 }
 
-template <class T>
+template <class T, bool kLean>
 KERNEL_BOUNDS(mma::kThreads, kMmaBlocks<T>)
 void de_kernel(GradientParams p) {
-  add_de<T>(p);
+  add_de<T, kLean>(p);
 }
 
 // Spills: of two sets of sums.
+template <bool kLean>
 KERNEL_BOUNDS(mma::kThreads, 1)
-void de_by_tile_kernel(GradientParams p) { add_de<float>(p); }
+void de_by_tile_kernel(GradientParams p) {
+  add_de<float, kLean>(p);
+}
 
 // parts[slot] = G[slot] C, columns `slice` of D, of the chunk's strips; units as in strip_gradient_kernel.
 template <class T>
@@ -214,10 +273,10 @@ struct RowSlots {
   int count;
 };
 
-// de_sum[row, slice] += its parts, in order of the tiles; blocks take turns over rows, a thread per two
+// The sums of [row, slice] += its parts, in order of the tiles; blocks take turns over rows, a thread per two
 // columns.
 constexpr int kPartThreads = kSlice / 2;
-template <class T>
+template <class T, bool kLean>
 KERNEL void add_parts_kernel(SliceParams p) {
   const Plan& plan = p.plan;
   RowSlots& s = *simt::shared<RowSlots>();
@@ -263,8 +322,9 @@ KERNEL void add_parts_kernel(SliceParams p) {
       simt::sync_block();
     }
     if (d >= p.head.D) continue;
-    float* to = p.de_sum + row * p.head.D + d;
-    store_pair(to, p.chunk == 0 ? sum : to[0] + sum, p.chunk == 0 ? next : to[1] + next);
+    const SumRow<T, kLean> to(p.sums, plan.rows, p.de, p.head.D, row);
+    const Pair before = p.chunk == 0 ? Pair{} : to.load(d);
+    to.store(d, before.x + sum, before.y + next);
   }
 }
 
@@ -280,17 +340,18 @@ KERNEL void clear_kernel(ClearParams p) {
   if (i < p.count) store_pair(static_cast<T*>(p.to) + i, 0.0f, 0.0f);
 }
 
-// dE = unit de_sum, rounded once, to the rows it belongs to; a block per row.
-template <class T>
+// dE = unit times the sums, rounded once, to the rows it belongs to; a block per row.
+template <class T, bool kLean>
 KERNEL void finish_de_kernel(GradientParams p) {
   const Plan& plan = p.plan;
   const int64_t row = simt::block_idx(), D = p.head.D;
   if (row >= *plan.rows.count || !*plan.listed) return;
   const float unit = plan.unit[0];
-  const float* sum = p.de_sum + row * D;
+  const SumRow<T, kLean> sums(p.sums, plan.rows, p.out.de, D, row);
   T* to = static_cast<T*>(p.out.de) + plan.rows.row[row] * D;
   for (int64_t d = 2 * simt::thread_idx(); d < D; d += 2 * kPlanThreads) {
-    store_pair(to + d, sum[d] * unit, sum[d + 1] * unit);
+    const Pair sum = sums.load(d);
+    store_pair(to + d, sum.x * unit, sum.y * unit);
   }
 }
 

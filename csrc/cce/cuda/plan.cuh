@@ -77,10 +77,11 @@ struct Plan {
   float* list_weight;      // [capacity]
   void* strips;            // [capacity, kTile] gradients of the chunk, in the head's dtype
   void* parts;             // [sparse capacity, kSlice] of dE, in the head's dtype
-  BlockTile* block_tiles;  // [row blocks, tiles] of the chunk
+  BlockTile* block_tiles;  // [row blocks, tiles] of the chunk; where lists may hold everything
   int* block_tile_count;   // [row blocks]
 
-  Plan(Arena& memory, const Head& h, int64_t strip_bytes, bool need_de, int64_t least_bytes)
+  // dense_bytes: of the kernels that need no lists of everything, 0 where there are none.
+  Plan(Arena& memory, const Head& h, int64_t strip_bytes, bool need_de, int64_t dense_bytes)
       : rows(memory, h),
         tiles(static_cast<int>(tiles_of(h.V))),
         words(static_cast<int>(ceil_div(h.N, kWordRows))),
@@ -88,7 +89,8 @@ struct Plan {
         capacity(h.N, tiles, strip_bytes, kTile * size_of(h.dtype), kSlice * size_of(h.dtype),
                  need_de) {
     const int64_t strip = kTile * size_of(h.dtype), part = kSlice * size_of(h.dtype);
-    const int64_t dense = capacity.dense_tiles * h.N, sparse_slots = capacity.sparse;
+    const int64_t dense = dense_bytes ? 0 : capacity.dense_tiles * h.N;
+    const int64_t sparse_slots = capacity.sparse;
     const int64_t slots = std::max(dense, sparse_slots);
     chunks = std::max(capacity.dense_chunks, capacity.sparse_chunks);
     row = memory.take<Coefficients>(h.N);
@@ -108,10 +110,10 @@ struct Plan {
     list_row = memory.take<int>(slots);
     list_weight = memory.take<float>(slots);
     char* both =
-        memory.take<char>(std::max({dense * strip, sparse_slots * (strip + part), least_bytes}));
+        memory.take<char>(std::max({dense * strip, sparse_slots * (strip + part), dense_bytes}));
     strips = both;
     parts = both + sparse_slots * strip;
-    const int64_t blocks = need_de ? ceil_div(h.N, kBlockRows) : 0;
+    const int64_t blocks = need_de && !dense_bytes ? ceil_div(h.N, kBlockRows) : 0;
     block_tiles = memory.take<BlockTile>(blocks * tiles);
     block_tile_count = memory.take<int>(blocks);
   }
@@ -188,8 +190,8 @@ struct PlanParams {
   Head head;
   Plan plan;
   bool exact_elsewhere;  // a call that keeps everything has kernels of its own: no chunk has tiles
-  const float* masses;
-  bool has_reach;  // a second plane of masses
+  const void* masses;    // of the type that kernels are made for: bf16 in the lean form
+  bool has_reach;        // a second plane of masses
   const double* summary;
   int64_t seed;
   int chunk;
@@ -200,14 +202,15 @@ DEVICE float tau_drawn(const PlanParams& p) {
 }
 
 // A row's strips: u of tile t, and whether it holds the label.
+template <class M>
 struct RowShare {
-  const float *mass, *reach;  // of the row, a tile per `stride`
+  const M *mass, *reach;  // of the row, a tile per `stride`
   int64_t stride;
   float a, q, threshold;
   int label_tile;
 
   DEVICE RowShare(const PlanParams& p, float tau, int64_t r)
-      : mass(p.masses + r), stride(p.head.N) {
+      : mass(static_cast<const M*>(p.masses) + r), stride(p.head.N) {
     const Plan& plan = p.plan;
     const Coefficients& c = plan.row[r];
     reach = p.has_reach ? mass + plan.tiles * stride : nullptr;
@@ -218,8 +221,8 @@ struct RowShare {
     label_tile = label >= 0 ? label / kTile : -1;
   }
   DEVICE float operator()(int tile) const {
-    const float x = a * mass[tile * stride];
-    return (reach ? fmaf(q, reach[tile * stride], x) : x) / threshold;
+    const float x = a * widen(mass[tile * stride]);
+    return (reach ? fmaf(q, widen(reach[tile * stride]), x) : x) / threshold;
   }
 };
 
@@ -227,6 +230,7 @@ constexpr int kSampleWarps = 16;
 constexpr int kSampleThreads = kSampleWarps * simt::kWarpSize;
 
 // A word of 32 rows, one per lane; each warp has a run of tiles.
+template <class M>
 KERNEL void sample_kernel(PlanParams p) {
   uint32_t (*s_step)[simt::kWarpSize] = simt::shared<uint32_t[simt::kWarpSize]>();
   const Plan& plan = p.plan;
@@ -246,7 +250,7 @@ KERNEL void sample_kernel(PlanParams p) {
     }
     return;
   }
-  const RowShare share(p, tau, alive ? r : 0);
+  const RowShare<M> share(p, tau, alive ? r : 0);
   uint32_t phase = 0;
   UNROLL_BY(4)
   for (int t = first; t < last; ++t) {
@@ -368,6 +372,7 @@ KERNEL void chunk_kernel(PlanParams p) {
 }
 
 // A block per tile of the chunk.
+template <class M>
 KERNEL void list_kernel(PlanParams p) {
   const Plan& plan = p.plan;
   const int tile = plan.chunk_tile[p.chunk] + simt::block_idx();
@@ -382,7 +387,7 @@ KERNEL void list_kernel(PlanParams p) {
       const int r = word * kWordRows + i;
       float weight = 1.0f;
       if (tau != 0.0f) {
-        const RowShare share(p, tau, r);
+        const RowShare<M> share(p, tau, r);
         if (tile != share.label_tile) weight = draw_weight(phase_step(share(tile)));
       }
       plan.list[slot] = r;

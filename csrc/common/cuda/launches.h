@@ -63,10 +63,13 @@ class Arena {
   T* take(int64_t count) {
     T* p = reinterpret_cast<T*>(base_ + used_);
     const int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += aligned(bytes);
     return p;
   }
   int64_t bytes() const { return static_cast<int64_t>(used_); }
+  static int64_t aligned(int64_t bytes) {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
   // Reaches at least as far as another one with the same base.
   void cover(const Arena& other) { used_ = used_ > other.used_ ? used_ : other.used_; }
 

@@ -120,6 +120,7 @@ DEVICE unsigned ballot(bool predicate, unsigned mask = kFullMask) {
 }
 DEVICE int popcount(unsigned x) { return __popc(x); }
 DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 DEVICE bool any(bool predicate, unsigned mask = kFullMask) { return __any_sync(mask, predicate); }
 DEVICE bool all(bool predicate, unsigned mask = kFullMask) { return __all_sync(mask, predicate); }
 

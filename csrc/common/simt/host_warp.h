@@ -276,6 +276,11 @@ inline uint32_t bits_of(float x) {
   memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+inline float float_of(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
 inline bool any(bool predicate, unsigned mask = kFullMask, Where where = Where::current()) {
   return ballot(predicate, mask, where) != 0;
 }

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Weight-space merging on the CPU: everything that runs inside a task. Compiled once per instruction set; the
 // namespace is the set's name.
+
+// Only functions that are inlined take vectors wider than the registers.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #include "mask.h"
 #include "merge.h"
 #include "rules.h"

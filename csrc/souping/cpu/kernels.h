@@ -26,6 +26,8 @@ struct Kept {
 // Parts of a Scratch; what a mask fills outlives the kernel that filled it.
 enum Slot { kInputs, kValues, kWords, kMasks, kResult, kOther, kKept, kDivide };
 
+constexpr int kCopies = 2;
+
 // Strands [Q, kStrands], open spans [Q], tops [M, 2] of one run, before and after it.
 struct Partial {
   double *strands, *span, *top;
@@ -42,7 +44,8 @@ struct Kernels {
   void (*mask_rows)(const Table&, const Mask&, const Run&, const Kept&, Scratch&);
   void (*merge)(const Merge&, const Run&, const Kept&, bool stream, Scratch&);
   void (*count)(const Counts&, const Run&, const Kept&, int64_t* out, Scratch&);
-  // two histograms to be added up, [2, streams, kCoarse], and zeros [streams]; or [streams, C, kFine]; zero before
+  // counts [kCopies, streams, kCoarse], of which the first holds the sum afterwards, and zeros [streams]; or
+  // counts [streams, C, kFine]; zero before
   void (*coarse)(const Survey&, const Run&, uint32_t* counts, int64_t* zeros, Scratch&);
   void (*fine)(const Survey&, const Run&, uint32_t* counts, Scratch&);
   // a run inside one span

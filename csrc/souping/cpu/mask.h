@@ -2,25 +2,10 @@
 // Which elements count: by magnitude, by chance, by the place in a row.
 #pragma once
 
-#include "stages.h"
+#include "lanes.h"
 
 namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
-
-// Keys of one stream of a step.
-inline void keys_of(const Deltas<float>& d, int models, bool by_variance, int stream, int n,
-                    uint32_t* __restrict keys) {
-  if (!by_variance) {
-    const float* __restrict x = d.at[stream];
-    for (int i = 0; i < n; ++i) keys[i] = magnitude(x[i]);
-    return;
-  }
-  float column[kMaxModels];
-  for (int i = 0; i < n; ++i) {
-    for (int m = 0; m < models; ++m) column[m] = d.at[m][i];
-    keys[i] = magnitude(variance(column, 1, models));
-  }
-}
 
 // Row of a cut's tensors that a part uses.
 inline int64_t cut_row(const Cut& cut, int64_t part) { return cut.groups > 1 ? part : 0; }
@@ -28,11 +13,11 @@ inline int64_t cut_row(const Cut& cut, int64_t part) { return cut.groups > 1 ? p
 void count_ties(const Table& t, const Cut& cut, const Run& run, int64_t* ties, Scratch& s) {
   const int64_t streams = streams_of(cut, t.models);
   const int32_t* bits = cut.bits + cut_row(cut, run.part) * streams;
-  uint32_t* keys = scratch<uint32_t>(s, kWords, kStep + 8);
+  alignas(64) uint32_t keys[kStep];
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas<float> d(t, run.part, at, n, s);
+    const Inputs in(t, run.part, at, n, true, s);
     for (int m = 0; m < streams; ++m) {
-      keys_of(d, t.models, cut.variance, m, n, keys);
+      keys_of(in, t.models, cut.variance, m, n, keys);
       const uint32_t bound = uint32_t(bits[m]);
       int equal = 0;
       for (int i = 0; i < n; ++i) equal += keys[i] == bound;
@@ -77,21 +62,21 @@ struct CutState {
 void mask(const Table& t, const Mask& mask, const Run& run, const int64_t* keep_before,
           const int64_t* drop_before, const Kept& out, Scratch& s) {
   const Part& part = t.part[run.part];
-  uint32_t* words = scratch<uint32_t>(s, kWords, 2 * (kStep + 8));
-  uint32_t* keys = words + kStep + 8;
+  uint32_t* words = scratch<uint32_t>(s, kWords, kWordRoom + kStep);
+  uint32_t* keys = words + kWordRoom;
   uint8_t *taken = scratch<uint8_t>(s, kOther, 2 * kStep), *dropped = taken + kStep;
   memset(taken, 1, kStep);
   memset(dropped, 0, kStep);
   CutState keep(mask.keep, t.models, run.part, keep_before);
   CutState drop(mask.drop, t.models, run.part, drop_before);
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas<float> d(t, run.part, at, n, s);
+    const Inputs in(t, run.part, at, n, true, s);
     for (int m = 0; m < t.models; ++m) {
       uint8_t* __restrict mine = out.kept + (at - out.begin) + m * out.stride;
       CutState* const states[] = {&keep, &drop};
       for (CutState* state : states) {
         if (!state->cut.bits || (state->cut.variance && m > 0)) continue;
-        keys_of(d, t.models, state->cut.variance, m, n, keys);
+        keys_of(in, t.models, state->cut.variance, m, n, keys);
         state->step(m, keys, n, state == &keep ? taken : dropped);
       }
       for (int i = 0; i < n; ++i) mine[i] = taken[i] & !dropped[i];
@@ -144,7 +129,7 @@ void mask_rows(const Table& t, const Mask& mask, const Run& run, const Kept& out
   uint32_t *order = keys + c, *spare = order + c;
   float* chance = reinterpret_cast<float*>(spare + c);
   float* inputs = scratch<float>(s, kInputs, 2 * kStep);
-  uint32_t* words = scratch<uint32_t>(s, kWords, kStep + 8);
+  uint32_t* words = scratch<uint32_t>(s, kWords, kWordRoom);
   for (int64_t row = run.begin; row < run.begin + run.count; row += c)
     for (int m = 0; m < t.models; ++m) {
       const RowChoice& choice = mask.rows[m];

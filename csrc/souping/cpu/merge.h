@@ -2,22 +2,10 @@
 // Trim, elect, combine: out = base + scale result.
 #pragma once
 
-#include "stages.h"
+#include "lanes.h"
 
 namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
-
-// coefficient delta [/ divide], 0 where not kept.
-template <class A>
-void terms(const A* __restrict delta, const uint8_t* __restrict kept,
-           const float* __restrict divide, A coefficient, int n, A* __restrict x) {
-  if (!kept)
-    for (int i = 0; i < n; ++i) x[i] = coefficient * delta[i];
-  else
-    for (int i = 0; i < n; ++i) x[i] = term<A>(kept[i] != 0, coefficient, delta[i]);
-  if (divide)
-    for (int i = 0; i < n; ++i) x[i] = kept[i] ? x[i] / A(divide[i]) : A(0);
-}
 
 template <class A>
 struct Numbers {
@@ -36,139 +24,140 @@ struct Numbers {
   }
 };
 
-// Terms and votes of a step, and what is kept: all ones where no mask says.
+// What all vectors of a step have in common.
 template <class A>
-struct Ballot {
-  const A *x[kMaxModels], *votes[kMaxModels];
-  const uint8_t* kept[kMaxModels];
-  const A* sign;  // elected, where there is an election
+struct Step {
+  const Inputs& in;
+  const Numbers<A>& numbers;
+  Rule rule;
+  Kept mask;      // ones, [kStep] for all models, where everything is kept
+  int64_t place;  // of the step's first element in it
+  A scale;
+  bool has_alone;
   int models, n;
+};
 
-  static int64_t values(int models) { return int64_t(2 * models + 1) * kStep; }
+// Rules that are compiled on their own; the last one is whatever a step says.
+constexpr Rule kRules[] = {{Election::kNone, true, 1, Combine::kSum},
+                           {Election::kSum, true, 1, Combine::kSum},
+                           {Election::kSum, true, 1, Combine::kMean},
+                           {Election::kSum, true, 1, Combine::kWeightedMean}};
+constexpr int kAnyRule = sizeof(kRules) / sizeof(kRules[0]);
 
-  Ballot(const Rule& rule, const Numbers<A>& numbers, const A* const* delta, int64_t at,
-         const Kept& mask, const uint8_t* ones, int models, int n, A* buffer)
-      : models(models), n(n) {
+// Terms and votes of kLanes elements, and the sign that they elect; kM models, 0: any number.
+template <class A, bool kBf16, int kM, int kRule>
+struct Ballot {
+  static constexpr int kRoom = kM ? kM : kMaxModels;
+  V<A> base, sign, x[kRoom], votes[kRoom];
+  V<A> bad;  // NaN where a delta is: masks that are joined by & and | gcc 12 takes apart bit by bit
+  K<A> kept[kRoom];
+
+  GEMMA_EXT_INLINE Ballot(const Step<A>& s, const Rule& rule, int i) {
     const bool elects = rule.election != Election::kNone;
-    for (int m = 0; m < models; ++m) {
-      const int64_t place = m * mask.stride + (at - mask.begin);
-      const uint8_t* mine = mask.kept ? mask.kept + place : nullptr;
-      const float* divide = mask.divide ? mask.divide + place : nullptr;
-      A *to = buffer + 2 * m * kStep, *other = to + kStep;
-      terms(delta[m], mine, divide, numbers.weighted[m], n, to);
-      x[m] = votes[m] = to;
-      kept[m] = mine ? mine : ones;
-      if (!elects || rule.weighted) continue;
-      terms(delta[m], mine, divide, numbers.plain[m], n, other);
-      votes[m] = other;
+    base = load_base<A, kBf16>(s.in, i);
+    bad = V<A>{};
+    V<A> total = V<A>{};
+#pragma GCC unroll 4
+    for (int m = 0; m < (kM ? kM : s.models); ++m) {
+      const int64_t at = m * s.mask.stride + s.place + i;
+      const V<A> d = load_delta<A, kBf16>(s.in, m, i, base);
+      bad = d == d ? bad : d;
+      kept[m] = load_mask<A>(s.mask.kept + at);
+      const auto term_of = [&](A coefficient) {
+        const V<A> y = term(kept[m], V<A>{} + coefficient, d);
+        if (kRule != kAnyRule || !s.mask.divide) return y;
+        return kept[m] ? y / Lane<A>::from(load_floats(s.mask.divide + at)) : V<A>{};
+      };
+      x[m] = term_of(s.numbers.weighted[m]);
+      if (!elects) continue;
+      votes[m] = rule.weighted ? x[m] : term_of(s.numbers.plain[m]);
+      total = total + vote(rule.election, votes[m]);
     }
-    A* elected = buffer + 2 * models * kStep;
-    sign = elected;
-    if (elects) elect(rule, elected);
-  }
-
- private:
-  void elect(const Rule& rule, A* __restrict total) const {
-    for (int i = 0; i < n; ++i) total[i] = 0;
-    for (int m = 0; m < models; ++m) {
-      const A* __restrict v = votes[m];
-      if (rule.election == Election::kCount)
-        for (int i = 0; i < n; ++i) total[i] = total[i] + vote(Election::kCount, v[i]);
-      else
-        for (int i = 0; i < n; ++i) total[i] = total[i] + v[i];
-    }
-    for (int i = 0; i < n; ++i) total[i] = elected_sign(total[i], rule.zero);
+    sign = elected_sign(total, s.rule.zero);
   }
 };
 
-// Sums over A of a step, kStep each.
-template <class A>
-struct Held {
-  A *value, *count, *weight, *alone;
-};
-
-template <class A>
-using CombineStep = void (*)(const Ballot<A>&, const Numbers<A>&, const Held<A>&);
-
-template <class A, Combine kHow, bool kElected, bool kAlone>
-void combine_step(const Ballot<A>& b, const Numbers<A>& numbers, const Held<A>& held) {
-  constexpr bool kCounts = kHow == Combine::kMean || kAlone;
-  constexpr bool kWeighs = kHow == Combine::kWeightedMean;
-  A* __restrict value = held.value, * __restrict count = held.count;
-  A* __restrict weight = held.weight, * __restrict alone = held.alone;
-  const int n = b.n;
-  for (int i = 0; i < n; ++i) {
-    value[i] = 0;
-    if (kCounts) count[i] = 0;
-    if (kWeighs) weight[i] = 0;
-    if (kAlone) alone[i] = 0;
-  }
-  for (int m = 0; m < b.models; ++m) {
-    const A* __restrict x = b.x[m], * __restrict votes = b.votes[m], * __restrict sign = b.sign;
-    const uint8_t* __restrict kept = b.kept[m];
-    const A mine = numbers.weight[m], factor = numbers.alone[m];
-    for (int i = 0; i < n; ++i) {
-      const bool agree = kElected ? agrees(true, votes[i], sign[i]) : kept[i] != 0;
-      Combined<A> c{value[i], kCounts ? count[i] : 0, kWeighs ? weight[i] : 0,
-                    kAlone ? alone[i] : 0};
-      combine(kHow, agree, x[i], mine, factor, &c);
-      value[i] = c.value;
-      if (kCounts) count[i] = c.count;
-      if (kWeighs) weight[i] = c.weight;
-      if (kAlone) alone[i] = c.alone;
+// Not inlined: in one function with its siblings the registers do not suffice.
+template <class A, bool kBf16, int kM, int kRule, class Out>
+__attribute__((noinline)) void merge_step(const Step<A>& s, Out* out) {
+  const Rule rule = kRule == kAnyRule ? s.rule : kRules[kRule % kAnyRule];
+  const bool elects = rule.election != Election::kNone;
+  for (int i = 0; i < s.n; i += kLanes) {
+    const Ballot<A, kBf16, kM, kRule> b(s, rule, i);
+    Combined<V<A>> c{};
+#pragma GCC unroll 4
+    for (int m = 0; m < (kM ? kM : s.models); ++m) {
+      const K<A> agree = elects ? agrees(b.votes[m], b.sign) : b.kept[m];
+      combine(rule.combine, agree, b.x[m], V<A>{} + s.numbers.weight[m],
+              V<A>{} + s.numbers.alone[m], &c);
     }
+    const V<A> moved = s.scale * combined(rule.combine, kRule == kAnyRule && s.has_alone, c);
+    const V<A> result = s.in.base ? b.base + moved : moved;
+    put_lanes(out, i, b.bad == b.bad ? result : b.bad);
   }
-  for (int i = 0; i < n; ++i)
-    value[i] = combined(kHow, kAlone,
-                        Combined<A>{value[i], kCounts ? count[i] : 0, kWeighs ? weight[i] : 0,
-                                    kAlone ? alone[i] : 0});
 }
 
-template <class A, Combine kHow>
-CombineStep<A> combiner_of(bool elected, bool alone) {
-  if (elected)
-    return alone ? combine_step<A, kHow, true, true> : combine_step<A, kHow, true, false>;
-  return alone ? combine_step<A, kHow, false, true> : combine_step<A, kHow, false, false>;
-}
-
-template <class A>
-CombineStep<A> combiner(Combine how, bool elected, bool alone) {
-  switch (how) {
-    case Combine::kSum: return combiner_of<A, Combine::kSum>(elected, alone);
-    case Combine::kMean: return combiner_of<A, Combine::kMean>(elected, alone);
-    case Combine::kWeightedMean: return combiner_of<A, Combine::kWeightedMean>(elected, alone);
-    case Combine::kMax: break;
+inline int rule_of(const Step<float>& s) {
+  if (s.mask.divide || s.has_alone) return kAnyRule;
+  for (int r = 0; r < kAnyRule; ++r) {
+    const Rule& rule = kRules[r];
+    const bool voted = rule.election == Election::kNone || s.rule.weighted;
+    if (rule.election == s.rule.election && rule.combine == s.rule.combine && voted) return r;
   }
-  return combiner_of<A, Combine::kMax>(elected, alone);
+  return kAnyRule;
 }
 
-template <class A>
-void merge_run(const Merge& call, const Run& run, const Kept& mask, bool stream, Scratch& s) {
-  const Table& t = call.table;
-  const int models = t.models;
-  const Numbers<A> numbers(call.weights, call.divide, call.alone, models, run.part);
-  const A scale = A(call.scale[run.part]);
-  const Array& out = t.out[run.part];
-  const CombineStep<A> combine =
-      combiner<A>(call.rule.combine, call.rule.election != Election::kNone, call.alone);
-  A* buffer = scratch<A>(s, kValues, Ballot<A>::values(models) + 4 * kStep);
-  A* __restrict result = buffer + Ballot<A>::values(models);
-  const Held<A> held{result, result + kStep, result + 2 * kStep, result + 3 * kStep};
+// bfloat16 all over, the usual case: models and rule are known when this is compiled.
+template <int kM>
+void merge_bf16(const Step<float>& s, uint16_t* out) {
+  switch (rule_of(s)) {
+    case 0: return merge_step<float, true, kM, 0>(s, out);
+    case 1: return merge_step<float, true, kM, 1>(s, out);
+    case 2: return merge_step<float, true, kM, 2>(s, out);
+    case 3: return merge_step<float, true, kM, 3>(s, out);
+    default: return merge_step<float, true, 0, kAnyRule>(s, out);
+  }
+}
+
+// A vector of ones made in a register would wait for the one of the elements before.
+inline Kept or_ones(const Kept& mask, Scratch& s) {
+  if (mask.kept) return mask;
   uint8_t* ones = scratch<uint8_t>(s, kMasks, kStep);
   memset(ones, 1, kStep);
+  return {ones, nullptr, 0, 0};
+}
+
+template <class A>
+void merge_run(const Merge& call, const Run& run, const Kept& given, bool stream, Scratch& s) {
+  const Table& t = call.table;
+  const Numbers<A> numbers(call.weights, call.divide, call.alone, t.models, run.part);
+  const Array& out = t.out[run.part];
+  A* result = scratch<A>(s, kValues, kStep);
+  const Kept mask = or_ones(given, s);
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas<A> d(t, run.part, at, n, s);
-    const Ballot<A> ballot(call.rule, numbers, d.at, at, mask, ones, models, n, buffer);
-    combine(ballot, numbers, held);
-    const float* __restrict base = d.base;
-    if (base)
-      for (int i = 0; i < n; ++i) result[i] = A(base[i]) + scale * result[i];
-    else
-      for (int i = 0; i < n; ++i) result[i] = scale * result[i];
-    for (int m = 0; m < models; ++m) {
-      const A* __restrict delta = d.at[m];
-      for (int i = 0; i < n; ++i) result[i] = delta[i] == delta[i] ? result[i] : A(NAN);
-    }
+    const Inputs in(t, run.part, at, n, true, s);
+    const Step<A> step{in,
+                       numbers,
+                       call.rule,
+                       mask,
+                       given.kept ? at - mask.begin : 0,
+                       A(call.scale[run.part]),
+                       call.alone != nullptr,
+                       t.models,
+                       n};
+    if constexpr (sizeof(A) == sizeof(float))
+      if (in.bf16 && out.type == DType::kBFloat16 && call.rounding == Rounding::kNearest) {
+        alignas(64) uint16_t narrow[kStep];
+        switch (t.models) {
+          case 2: merge_bf16<2>(step, narrow); break;
+          case 3: merge_bf16<3>(step, narrow); break;
+          case 4: merge_bf16<4>(step, narrow); break;
+          default: merge_bf16<0>(step, narrow); break;
+        }
+        return put(out, at, n, narrow, stream);
+      }
+    in.bf16 ? merge_step<A, true, 0, kAnyRule>(step, result)
+            : merge_step<A, false, 0, kAnyRule>(step, result);
     store(out, at, n, result, rounding_words(call.rounding, out, t.part[run.part], at, n, s),
           stream);
   });
@@ -180,34 +169,41 @@ void merge(const Merge& call, const Run& run, const Kept& mask, bool stream, Scr
                                                : merge_run<float>(call, run, mask, stream, s);
 }
 
+template <bool kBf16>
+int64_t sign_balance(const Step<float>& s) {
+  int64_t sum = 0;
+  for (int i = 0; i < s.n; i += kLanes) {
+    const Ballot<float, kBf16, 0, kAnyRule> b(s, s.rule, i);
+    for (int k = 0; k < kLanes && i + k < s.n; ++k) sum += int64_t(b.sign[k]);
+  }
+  return sum;
+}
+
 // In a call of kOverlaps out is [M, 2], of kBalance [1].
 void count(const Counts& call, const Run& run, const Kept& mask, int64_t* out, Scratch& s) {
   const Table& t = call.table;
   const int models = t.models;
-  uint8_t* ones = scratch<uint8_t>(s, kMasks, kStep);
-  memset(ones, 1, kStep);
   if (call.count == Count::kOverlaps) {
-    in_steps(run, [&](int64_t at, int n) {
-      for (int i = 0; i < n; ++i) {
-        int standing = 0;
-        const auto kept = [&](int m) {
-          return mask.kept ? mask.kept[m * mask.stride + (at - mask.begin) + i] : uint8_t{1};
-        };
-        for (int m = 0; m < models; ++m) standing += kept(m);
-        for (int m = 0; m < models; ++m)
-          if (kept(m)) ++out[2 * m + (standing > 1)];
-      }
-    });
+    for (int64_t at = run.begin - mask.begin, i = 0; i < run.count; ++i) {
+      int standing = 0;
+      const auto kept = [&](int m) {
+        return mask.kept ? mask.kept[m * mask.stride + at + i] : uint8_t{1};
+      };
+      for (int m = 0; m < models; ++m) standing += kept(m);
+      for (int m = 0; m < models; ++m)
+        if (kept(m)) ++out[2 * m + (standing > 1)];
+    }
     return;
   }
   const Numbers<float> numbers(call.weights, call.divide, nullptr, models, run.part);
-  float* buffer = scratch<float>(s, kValues, Ballot<float>::values(models));
   Rule rule = call.rule;
   rule.zero = 0;
+  const Kept all = or_ones(mask, s);
   in_steps(run, [&](int64_t at, int n) {
-    const Deltas<float> d(t, run.part, at, n, s);
-    const Ballot<float> ballot(rule, numbers, d.at, at, mask, ones, models, n, buffer);
-    for (int i = 0; i < n; ++i) out[0] += int64_t(ballot.sign[i]);
+    const Inputs in(t, run.part, at, n, true, s);
+    const int64_t place = mask.kept ? at - mask.begin : 0;
+    const Step<float> step{in, numbers, rule, all, place, 1.0f, false, models, n};
+    out[0] += in.bf16 ? sign_balance<true>(step) : sign_balance<false>(step);
   });
 }
 

@@ -37,11 +37,10 @@ void run(const Survey& call, Workers& workers) {
       return;
     }
     const int64_t bins = streams * kCoarse;
-    uint32_t* counts = cleared(s, 2 * bins);
+    uint32_t* counts = cleared(s, kCopies * bins);
     int64_t zeros[kMaxModels] = {};
     kernels().coarse(call, work[i], counts, zeros, s);
     add(call.coarse + group * bins, counts, bins);
-    add(call.coarse + group * bins, counts + bins, bins);
     for (int64_t m = 0; m < streams; ++m)
       std::atomic_ref<int64_t>(call.zeros[group * streams + m]).fetch_add(zeros[m]);
   });

@@ -19,7 +19,7 @@ struct Seen {
   int64_t position;
   int models, n;
   uint32_t model;   // of the first source, in random numbers
-  uint32_t* words;  // [2, kStep + 8]
+  uint32_t* words;  // [2, kWordRoom]
 };
 
 template <class A>
@@ -75,7 +75,7 @@ void mutate(const Seen<A>& s, A* __restrict out) {
   const uint32_t* hit = random_words(s.part.key, s.model, kGene, s.position, s.n, s.words);
   const int skip = int(s.position % 2);
   const uint32_t* noise = random_words(s.part.key, s.model, kNoise, s.position - skip,
-                                       (s.n + skip + 1) / 2 * 2, s.words + kStep + 8);
+                                       (s.n + skip + 1) / 2 * 2, s.words + kWordRoom);
   float normal[kStep + 2];
   for (int i = 0; i < s.n + skip; i += 2)
     normal_pair(noise[i], noise[i + 1], normal + i, normal + i + 1);
@@ -132,7 +132,7 @@ void apply_run(const Apply& call, const Run& run, Scratch& s) {
   const Array& out = t.out[run.part];
   float* extra = scratch<float>(s, kValues, t.extras * kStep);
   A* result = scratch<A>(s, kResult, kStep);
-  uint32_t* words = scratch<uint32_t>(s, kMasks, 2 * (kStep + 8));
+  uint32_t* words = scratch<uint32_t>(s, kMasks, 2 * kWordRoom);
   const float* extras[kMaxModels];
   using Function = void (*)(const Seen<A>&, A*);
   constexpr Function kRules[] = {consensus<A>, fisher<A>, nearswap_rule<A>, mutate<A>,

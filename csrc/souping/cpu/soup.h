@@ -2,30 +2,33 @@
 // out = base + scale sum_m w_m (x_m - base), or sum_m w_m x_m.
 #pragma once
 
-#include "stages.h"
+#include "lanes.h"
 
 namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
 
-template <class A>
-void soup_step(const float* const* x, const float* base, int models, const A* w, A scale, int n,
-               A* __restrict sum) {
-  for (int m = 0; m < models; ++m) {
-    const float* __restrict y = x[m];
-    const A weight = w[m];
-    if (base && m == 0)
-      for (int i = 0; i < n; ++i) sum[i] = weight * (A(y[i]) - A(base[i]));
-    else if (base)
-      for (int i = 0; i < n; ++i) sum[i] = sum[i] + weight * (A(y[i]) - A(base[i]));
-    else if (m == 0)
-      for (int i = 0; i < n; ++i) sum[i] = weight * A(y[i]);
-    else
-      for (int i = 0; i < n; ++i) sum[i] = sum[i] + weight * A(y[i]);
+// Elements first .. last of a step, in whole vectors; kM models, 0: any number. Out is A, or bfloat16.
+template <class A, bool kBf16, int kM, class Out>
+void soup_step(const Inputs& in, int models, const A* w, A scale, int first, int last, Out* sum) {
+  const int count = kM ? kM : models;
+  for (int i = first; i < last; i += kLanes) {
+    const V<A> base = load_base<A, kBf16>(in, i);
+    V<A> total = V<A>{};
+    if (count) total = w[0] * load_delta<A, kBf16>(in, 0, i, base);
+    for (int m = 1; m < count; ++m) total = total + w[m] * load_delta<A, kBf16>(in, m, i, base);
+    put_lanes(sum, i, in.base ? base + scale * total : total);
   }
-  if (models == 0)
-    for (int i = 0; i < n; ++i) sum[i] = 0;
-  if (base)
-    for (int i = 0; i < n; ++i) sum[i] = A(base[i]) + scale * sum[i];
+}
+
+template <class A, bool kBf16, class Out>
+void soup_models(const Inputs& in, int models, const A* w, A scale, int first, int last, Out* sum) {
+  switch (sizeof(A) == sizeof(float) ? models : 0) {
+    case 1: return soup_step<A, kBf16, 1>(in, models, w, scale, first, last, sum);
+    case 2: return soup_step<A, kBf16, 2>(in, models, w, scale, first, last, sum);
+    case 3: return soup_step<A, kBf16, 3>(in, models, w, scale, first, last, sum);
+    case 4: return soup_step<A, kBf16, 4>(in, models, w, scale, first, last, sum);
+    default: return soup_step<A, kBf16, 0>(in, models, w, scale, first, last, sum);
+  }
 }
 
 template <class A>
@@ -33,26 +36,31 @@ void soup_run(const Soup& call, const Run& run, bool stream, Scratch& s) {
   const Table& t = call.table;
   const Part& part = t.part[run.part];
   const int models = t.models;
-  float* inputs = scratch<float>(s, kInputs, (models + 1) * kStep);
-  A* sum = scratch<A>(s, kValues, kStep);
+  // a row may end inside a vector, which the next one then overwrites from its own beginning
+  A* sum = scratch<A>(s, kValues, kStep + kLanes);
   const Array& out = t.out[run.part];
   A w[kMaxModels];
-  const float* x[kMaxModels];
+  const auto set = [&](int64_t number) {
+    for (int m = 0; m < models; ++m) w[m] = A(call.weights[number * models + m]);
+    return A(call.scale[number]);
+  };
+  A scale = call.by_row ? A(0) : set(run.part);
   in_steps(run, [&](int64_t at, int n) {
-    for (int m = 0; m < models; ++m)
-      x[m] = widen(t.source[run.part * models + m], at, n, inputs + m * kStep);
-    const float* base = widen(t.base[run.part], at, n, inputs + models * kStep);
-    // every row of a step has its numbers, or the part has
-    for (int done = 0; done < n;) {
+    const Inputs in(t, run.part, at, n, !call.by_row, s);
+    const auto compute = in.bf16 ? soup_models<A, true, A> : soup_models<A, false, A>;
+    if constexpr (sizeof(A) == sizeof(float))
+      if (in.bf16 && out.type == DType::kBFloat16 && call.rounding == Rounding::kNearest) {
+        alignas(64) uint16_t narrow[kStep];
+        soup_models<A, true>(in, models, w, scale, 0, n, narrow);
+        return put(out, at, n, narrow, stream);
+      }
+    if (!call.by_row) compute(in, models, w, scale, 0, n, sum);
+    for (int done = 0; call.by_row && done < n;) {
       const int64_t row = (at + done) / part.width;
-      const int64_t number = call.by_row ? part.row + row : run.part;
-      const int left = call.by_row ? int(least(n - done, (row + 1) * part.width - at - done)) : n;
-      for (int m = 0; m < models; ++m) w[m] = A(call.weights[number * models + m]);
-      const float* shifted[kMaxModels];
-      for (int m = 0; m < models; ++m) shifted[m] = x[m] + done;
-      soup_step<A>(shifted, base ? base + done : nullptr, models, w, A(call.scale[number]), left,
-                   sum + done);
-      done += left;
+      const int last = int(least(n, (row + 1) * part.width - at));
+      scale = set(part.row + row);
+      compute(in, models, w, scale, done, last, sum);
+      done = last;
     }
     store(out, at, n, sum, rounding_words(call.rounding, out, part, at, n, s), stream);
   });

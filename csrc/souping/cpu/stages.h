@@ -8,6 +8,7 @@
 #include <immintrin.h>
 #endif
 
+#include "../../common/cpu/vec.h"
 #include "../element.h"
 #include "kernels.h"
 
@@ -16,6 +17,9 @@ namespace {
 
 // A merge of 3 models has a dozen float buffers of a step: 24 KiB of a 32 KiB L1.
 constexpr int kStep = 512;
+
+using gemma_ext::cpu::GEMMA_EXT_ISA::kLanes;
+using gemma_ext::cpu::GEMMA_EXT_ISA::Vu;
 
 template <class T>
 T* scratch(Scratch& s, Slot slot, int64_t count) {
@@ -34,12 +38,70 @@ inline const float* widen(const Array& a, int64_t at, int n, float* __restrict t
   return to;
 }
 
-// Random words of positions at .. at + n; `words` holds n + 6.
+// The upper words of a * b.
+inline Vu multiply_high(uint32_t a, Vu b) {
+#if defined(__AVX512F__)
+  typedef uint64_t Pairs __attribute__((vector_size(64)));
+  const __m512i factor = _mm512_set1_epi32(int(a)), odd = (__m512i)((Pairs)b >> 32);
+  const Vu low = (Vu)((Pairs)_mm512_maskz_mul_epu32(0xff, (__m512i)b, factor) >> 32);
+  const Vu high = (Vu)_mm512_maskz_mul_epu32(0xff, odd, factor);
+#elif defined(__AVX2__)
+  const __m256i factor = _mm256_set1_epi32(int(a)), odd = _mm256_srli_epi64((__m256i)b, 32);
+  const Vu low = (Vu)_mm256_srli_epi64(_mm256_mul_epu32((__m256i)b, factor), 32);
+  const Vu high = (Vu)_mm256_mul_epu32(odd, factor);
+#elif defined(__SSE2__)
+  const __m128i factor = _mm_set1_epi32(int(a)), odd = _mm_srli_epi64((__m128i)b, 32);
+  const Vu low = (Vu)_mm_srli_epi64(_mm_mul_epu32((__m128i)b, factor), 32);
+  const Vu high = (Vu)_mm_mul_epu32(odd, factor);
+#else
+  Vu found;
+  for (int i = 0; i < kLanes; ++i) found[i] = uint32_t(uint64_t(a) * b[i] >> 32);
+  return found;
+#endif
+#if defined(__SSE2__)
+  Vu upper;
+  for (int i = 0; i < kLanes; ++i) upper[i] = i % 2 ? ~0u : 0u;
+  return (high & upper) | low;
+#endif
+}
+
+// philox of kLanes quads that agree in their upper words.
+inline void philox_lanes(uint64_t key, uint64_t quad, uint32_t model, uint32_t purpose,
+                         uint32_t* __restrict words) {
+  Vu c0 = Vu{} + uint32_t(quad), c1 = Vu{} + uint32_t(quad >> 32);
+  Vu c2 = Vu{} + model, c3 = Vu{} + purpose;
+  for (int i = 0; i < kLanes; ++i) c0[i] += uint32_t(i);
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Vu p = multiply_high(0xD2511F53u, c0), q = multiply_high(0xCD9E8D57u, c2);
+    const Vu low_p = c0 * 0xD2511F53u, low_q = c2 * 0xCD9E8D57u;
+    c0 = q ^ c1 ^ k0;
+    c2 = p ^ c3 ^ k1;
+    c1 = low_q;
+    c3 = low_p;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  alignas(64) uint32_t found[4][kLanes];
+  const Vu all[4] = {c0, c1, c2, c3};
+  memcpy(found, all, sizeof(found));
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < 4; ++j) words[4 * i + j] = found[j][i];
+}
+
+// Random words of positions at .. at + n; `words` holds kWordRoom.
+constexpr int kWordRoom = kStep + 4 * kLanes + 4;
+
 inline const uint32_t* random_words(uint64_t key, uint32_t model, Purpose purpose, int64_t at,
                                     int n, uint32_t* __restrict words) {
-  const int64_t first = at / 4;
+  const uint64_t first = uint64_t(at / 4);
   const int skip = int(at % 4), quads = (skip + n + 3) / 4;
-  for (int q = 0; q < quads; ++q) philox(key, uint64_t(first + q), model, purpose, words + 4 * q);
+  if (first >> 32 != (first + quads + kLanes) >> 32) {
+    for (int q = 0; q < quads; ++q) philox(key, first + q, model, purpose, words + 4 * q);
+    return words + skip;
+  }
+  for (int q = 0; q < quads; q += kLanes)
+    philox_lanes(key, first + q, model, purpose, words + 4 * q);
   return words + skip;
 }
 
@@ -76,6 +138,16 @@ inline void end_stream(bool stream) {
 #endif
 }
 
+// n elements as they are stored.
+inline void put(const Array& out, int64_t at, int n, const void* from, bool stream) {
+  const int64_t size = size_of(out.type);
+  char* to = static_cast<char*>(const_cast<void*>(out.data)) + at * size;
+  if (stream)
+    stream_bytes(to, static_cast<const char*>(from), n * size);
+  else
+    memcpy(to, from, n * size);
+}
+
 // n <= kStep results; `words` where they are rounded by chance.
 template <class A>
 void store(const Array& out, int64_t at, int n, const A* __restrict value,
@@ -97,12 +169,7 @@ void store(const Array& out, int64_t at, int n, const A* __restrict value,
     else
       for (int i = 0; i < n; ++i) narrow[i] = round_half(to_odd(value[i]));
   }
-  const int64_t size = size_of(out.type);
-  char* to = static_cast<char*>(const_cast<void*>(out.data)) + at * size;
-  if (stream)
-    stream_bytes(to, static_cast<const char*>(from), n * size);
-  else
-    memcpy(to, from, n * size);
+  put(out, at, n, from, stream);
 }
 
 // Words for the rounding of a step, or null.
@@ -110,7 +177,7 @@ inline const uint32_t* rounding_words(Rounding rounding, const Array& out, const
                                       int64_t at, int n, Scratch& s) {
   if (rounding != Rounding::kStochastic || out.type == DType::kFloat32) return nullptr;
   return random_words(part.key, 0, kRound, part.offset + at, n,
-                      scratch<uint32_t>(s, kWords, kStep + 8));
+                      scratch<uint32_t>(s, kWords, kWordRoom));
 }
 
 // Calls step(at, n) for runs of at most kStep.

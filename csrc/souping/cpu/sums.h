@@ -40,6 +40,16 @@ inline void add_values(const double* __restrict a, int first, int n, double* __r
   for (int j = 0; i + j < n; ++j) strands[j] = strands[j] + a[i + j];
 }
 
+inline double largest(const double* __restrict x, int n, double least) {
+  double top[8] = {least, least, least, least, least, least, least, least};
+  int i = 0;
+  for (; i + 8 <= n; i += 8)
+    for (int j = 0; j < 8; ++j) top[j] = x[i + j] > top[j] ? x[i + j] : top[j];
+  for (; i < n; ++i) top[0] = x[i] > top[0] ? x[i] : top[0];
+  for (int j = 1; j < 8; ++j) top[0] = top[j] > top[0] ? top[j] : top[0];
+  return top[0];
+}
+
 // A run inside one block.
 void add_step(const Table& t, Sum sum, const Run& run, const Kept& mask, int64_t at, int n,
               int first, double* strands, double* top, Scratch& s) {
@@ -69,10 +79,8 @@ void add_step(const Table& t, Sum sum, const Run& run, const Kept& mask, int64_t
     add_products(size, size, first, n, strands + kStrands);
     add_values(more, first, n, strands + 2 * kStrands);
     add_products(more, more, first, n, strands + 3 * kStrands);
-    for (int i = 0; i < n; ++i) {
-      top[0] = size[i] > top[0] ? size[i] : top[0];
-      top[1] = more[i] > top[1] ? more[i] : top[1];
-    }
+    top[0] = largest(size, n, top[0]);
+    top[1] = largest(more, n, top[1]);
   }
 }
 

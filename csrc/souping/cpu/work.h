@@ -107,6 +107,9 @@ class Ties {
   std::unique_ptr<std::atomic<int64_t>[]> before_;
 };
 
+// Whole vectors are read, of what follows too.
+constexpr int64_t kPadding = 64;
+
 // The mask of every run of a list.
 class Masks {
  public:
@@ -125,10 +128,11 @@ class Masks {
       run = {run.part, first, ceil_div(run.begin + run.count, width) * width - first};
     }
     const int64_t count = table_.models * run.count;
-    const Kept kept{
-        static_cast<uint8_t*>(s.part(kKept, count)),
-        mask_.rows && mask_.rescale ? static_cast<float*>(s.part(kDivide, 4 * count)) : nullptr,
-        run.begin, run.count};
+    const Kept kept{static_cast<uint8_t*>(s.part(kKept, count + kPadding)),
+                    mask_.rows && mask_.rescale
+                        ? static_cast<float*>(s.part(kDivide, (count + kPadding) * 4))
+                        : nullptr,
+                    run.begin, run.count};
     if (mask_.rows) {
       kernels().mask_rows(table_, mask_, run, kept, s);
       return kept;

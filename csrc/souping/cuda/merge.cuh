@@ -119,7 +119,7 @@ class Ballot {
     unsigned agree = 0;
     UNROLL
     for (int j = 0; j < kLanes; ++j)
-      agree |= static_cast<unsigned>(agrees(true, rule_.weighted ? x[j] : votes[j], sign[j])) << j;
+      agree |= static_cast<unsigned>(agrees(rule_.weighted ? x[j] : votes[j], sign[j])) << j;
     return agree;
   }
 

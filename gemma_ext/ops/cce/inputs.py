@@ -14,6 +14,7 @@ from gemma_ext import _loader
 from gemma_ext.ops import _devices
 
 IMPLS = ("auto", "cce", "exact", "reference")
+MEMORIES = ("default", "lean")
 _KERNEL_DEVICES = ("cpu", "meta", "cuda")
 _CUDA_REFUSAL = _loader.cuda_refusal("cce_forward")  # looked up once: a compiler traces the checks
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,17 +28,22 @@ class Method:
     """How gradients are computed; see the table of `gemma_ext.ops.cce`.
 
     Raises:
-        TypeError, ValueError: an unknown `impl`, a `filter_eps` that is not "auto", None or a
-            number in [0, 1), a `filter_seed` that is not an int.
+        TypeError, ValueError: an unknown `impl` or `memory`, a `filter_eps` that is not "auto",
+            None or a number in [0, 1), a `filter_seed` that is not an int.
     """
 
     impl: str = "auto"
     filter_eps: float | str | None = "auto"
     filter_seed: int = 0
+    memory: str = "default"
 
     def __post_init__(self) -> None:
         if self.impl not in IMPLS:
             raise ValueError(f"expected impl to be one of {', '.join(IMPLS)}, got {self.impl!r}")
+        if self.memory not in MEMORIES:
+            raise ValueError(
+                f"expected memory to be one of {', '.join(MEMORIES)}, got {self.memory!r}"
+            )
         check_filter_eps(self.filter_eps)
         if isinstance(self.filter_seed, bool) or not isinstance(self.filter_seed, _INTEGERS):
             got = type(self.filter_seed).__name__
@@ -47,6 +53,10 @@ class Method:
     def materialises(self) -> bool:
         """Whether the logits are held."""
         return self.impl == "reference"
+
+    @property
+    def lean(self) -> bool:
+        return self.memory == "lean"
 
     def tau(self, dtype: torch.dtype) -> float:
         """Threshold for inputs of `dtype` as the ops take it: 0 is exact, negative their choice.

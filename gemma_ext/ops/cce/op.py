@@ -69,6 +69,7 @@ def rows(
     want_argmax: bool = False,
     want_stats: bool = False,
     allow_missing: bool = False,
+    lean: bool = False,
 ) -> Rows:
     """Differentiable rows of e [N, D] under c [V, D], on the compiled kernels.
 
@@ -92,6 +93,7 @@ def rows(
                 filter_eps=tau if wants_grad or want_stats else 0.0,
                 want_mean=want_entropy,
                 want_argmax=want_argmax,
+                lean=lean,
                 seed=seed,
             ),
         )
@@ -115,6 +117,7 @@ def fused_loss(
     *,
     nll_coef: Tensor,
     lse2_coef: Tensor,
+    lean: bool = False,
 ) -> Tensor:
     """sum_n nll_coef_n nll_n + lse2_coef_n lse_n^2.
 
@@ -131,6 +134,7 @@ def fused_loss(
             nll_coef=nll_coef.detach().float(),
             lse2_coef=lse2_coef.detach().float(),
             **head.scalars(),
+            lean=lean,
             need_e=e.requires_grad,
             need_c=c.requires_grad,
             need_bias=bias is not None and bias.requires_grad,
@@ -154,7 +158,7 @@ class CceRows(torch.autograd.Function):
         ctx.mark_non_differentiable(out.lse_low, out.argmax, out.masses, out.summary)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.e, x.c, x.targets, x.bias, x.class_weight, *out)
-        ctx.options = {name: getattr(x, name) for name in (*_HEAD, "allow_missing", "seed")}
+        ctx.options = {name: getattr(x, name) for name in (*_HEAD, "allow_missing", "lean", "seed")}
         ctx.want_mean = x.want_mean
 
     @staticmethod
@@ -240,7 +244,8 @@ class CceFusedLoss(torch.autograd.Function):
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.e, x.c, x.targets, x.bias, x.nll_coef, x.lse2_coef)
-        ctx.options = {name: getattr(x, name) for name in (*_HEAD, "need_e", "need_c", "need_bias")}
+        names = (*_HEAD, "lean", "need_e", "need_c", "need_bias")
+        ctx.options = {name: getattr(x, name) for name in names}
         ctx.grads = rest[-3:]
 
     @staticmethod
@@ -307,7 +312,11 @@ def _forward_fake(*args):
         vector(n if x.want_mean else 0),
         vector(n if x.class_weight is not None else 0),
         x.e.new_empty(n if x.want_argmax else 0, dtype=torch.int64),
-        vector((1 + x.want_mean, tiles, n) if x.filter_eps else (0, 0, 0)),
+        x.e.new_empty(
+            (1 + x.want_mean, tiles, n) if x.filter_eps else (0, 0, 0),
+            # the CPU has no lean form
+            dtype=torch.bfloat16 if x.lean and x.e.device.type == "cuda" else torch.float32,
+        ),
         x.e.new_empty(3, dtype=torch.float64),
     )
 

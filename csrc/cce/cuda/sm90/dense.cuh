@@ -4,24 +4,24 @@
 //   G as in strips.cuh,   dC = G^T E,   dE = sum over the chunks of G C
 #pragma once
 
-#include "cce/cuda/strips.cuh"
+#include "cce/cuda/gradients.cuh"
 #include "head.cuh"
 
 namespace gemma_ext::cce::cuda {
 
-// Strips of one chunk: [chunk_tiles, stride, kTile], zero behind the last valid row of its 128.
+// Strips of one chunk: [tiles at hand, stride, kTile], zero behind the last valid row of its 128.
 struct Dense {
   HeadTma tma;
   Coefficients* row{};  // [N]
   float* unit{};        // [2]
   void* strips{};
-  float* de_sum{};  // [N, D]
+  DeSums sums{};
   Gradients out{};
   const int* listed{};            // of the plan: nothing is done where lists are, or null
-  const float *max{}, *target{};  // [tiles, N] and [N] of a forward that kept its strips, or null
+  const float *max{}, *target{};  // [tiles, N] and [N] of a forward that kept all strips, or null
   int64_t stride{};               // rows of a tile, whole blocks
-  int tiles{}, chunk_tiles{}, slices{};
-  int chunk{};
+  int tiles{}, slices{};
+  int first_tile{}, tiles_at_hand{};  // of the chunk
   // operands of dC = G^T E and of dE = G C
   simt::TensorMap g_map{}, e_map{}, g_rows_map{}, c_map{};
 
@@ -29,10 +29,6 @@ struct Dense {
 };
 
 DEVICE bool is_listed(const Dense& p) { return p.listed && *p.listed; }
-DEVICE int first_tile_of(const Dense& p) { return p.chunk * p.chunk_tiles; }
-DEVICE int tiles_at_hand(const Dense& p) {
-  return lesser(p.chunk_tiles, p.tiles - first_tile_of(p));
-}
 
 #if defined(SIMT_HOPPER)
 // kGeneral: rows have a q or a class coefficient.
@@ -41,12 +37,12 @@ DEVICE void dense_strips(const Dense& p) {
   if (is_listed(p)) return;
   const Head& h = p.tma.head;
   const Rows& rows = p.tma.rows;
-  const int count = *rows.count, pairs = pairs_of(count), first_tile = first_tile_of(p);
+  const int count = *rows.count, pairs = pairs_of(count), first_tile = p.first_tile;
   const float unscale = h.map.scale * h.map.inv_t / p.unit[0], t = h.map.t_over_cap * kLn2;
   head_products<T>(
-      p.tma, pairs * tiles_at_hand(p),
+      p.tma, pairs * p.tiles_at_hand,
       [&](int item) {
-        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles_at_hand(p));
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, p.tiles_at_hand);
         return Raster{at.row_block, first_tile + at.tile};
       },
       [&](int first_row, int tile, Accumulators& acc) {
@@ -117,7 +113,7 @@ void dense_dc_wgmma_kernel(const GRID_CONSTANT Dense p) {
   if (is_listed(p)) return;
   constexpr simt::Major kMn = simt::Major::kMn;
   const Head& h = p.tma.head;
-  const int count = *p.tma.rows.count, items = tiles_at_hand(p) * p.slices;
+  const int count = *p.tma.rows.count, items = p.tiles_at_hand * p.slices;
   const int half_tile = simt::cluster_rank() * wgmma::kRows;
   const float unit = p.unit[0];
   // at least one step; what it gives is not looked at where there are no rows
@@ -129,7 +125,7 @@ void dense_dc_wgmma_kernel(const GRID_CONSTANT Dense p) {
         return {tile * static_cast<int>(p.stride) + k, half_tile, k, item % p.slices * kTile};
       },
       [&](int item, Accumulators& acc) {
-        const int64_t tile = first_tile_of(p) + item / p.slices;
+        const int64_t tile = p.first_tile + item / p.slices;
         each_pair([&](int half, int block) {
           const int64_t v = tile * kTile + half_tile + wgmma::row_of(half);
           const int64_t d = item % p.slices * kTile + wgmma::column_of(block, 0);
@@ -143,7 +139,7 @@ void dense_dc_wgmma_kernel(const GRID_CONSTANT Dense p) {
 }
 
 // An item is a pair of row blocks and 256 columns of D. The last chunk rounds, to the rows of e.
-template <class T>
+template <class T, bool kLean>
 KERNEL_BOUNDS(wgmma::kThreads, 1)
 void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
 #if defined(SIMT_HOPPER)
@@ -152,11 +148,10 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
   constexpr int kTileSteps = kTile / wgmma::kDepth;
   const Head& h = p.tma.head;
   const int count = *p.tma.rows.count, items = pairs_of(count) * p.slices;
-  const int first_column = first_tile_of(p) * kTile;
+  const int first_column = p.first_tile * kTile;
   const float unit = p.unit[0];
-  const bool first = p.chunk == 0, last = first_tile_of(p) + tiles_at_hand(p) == p.tiles;
   wgmma::run<T, kK, kMn>(
-      p.g_rows_map, p.c_map, items, tiles_at_hand(p) * kTileSteps,
+      p.g_rows_map, p.c_map, items, p.tiles_at_hand * kTileSteps,
       [&](int item, int step) -> wgmma::Place {
         const int row = first_row_of(item / p.slices);
         const int in_tile = step % kTileSteps * wgmma::kDepth;
@@ -169,13 +164,14 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
         for (int half = 0; half < 2; ++half) {
           const int64_t row = first_row_of(item / p.slices) + wgmma::row_of(half);
           if (row >= count) continue;
-          float* sum = p.de_sum + row * h.D;
-          if (!first) {  // all loads at once: what lies outside of D is not stored
+          const SumRow<T, kLean> sum(p.sums, p.tma.rows, p.out.de, h.D, row);
+          if (p.first_tile > 0) {  // all loads at once: what lies outside of D is not stored
             UNROLL
             for (int block = 0; block < kTile / 8; ++block) {
               const int64_t d = first_d + wgmma::column_of(block, 0);
-              acc[4 * block + 2 * half] += sum[d < h.D ? d : 0];
-              acc[4 * block + 2 * half + 1] += sum[d < h.D ? d + 1 : 0];
+              const Pair before = sum.load(d < h.D ? d : 0);
+              acc[4 * block + 2 * half] += before.x;
+              acc[4 * block + 2 * half + 1] += before.y;
             }
           }
           T* to = static_cast<T*>(p.out.de) + p.tma.rows.row[row] * h.D;
@@ -184,10 +180,10 @@ void dense_de_wgmma_kernel(const GRID_CONSTANT Dense p) {
             const int64_t d = first_d + wgmma::column_of(block, 0);
             const float x = acc[4 * block + 2 * half], y = acc[4 * block + 2 * half + 1];
             if (d >= h.D) continue;
-            if (last) {
+            if (p.first_tile + p.tiles_at_hand == p.tiles) {  // a flag would cost a register
               store_pair(to + d, x * unit, y * unit);
             } else {
-              store_pair(sum + d, x, y);
+              sum.store(d, x, y);
             }
           }
         }
@@ -203,7 +199,7 @@ KERNEL void dense_dbias_kernel(const GRID_CONSTANT Dense p) {
   const int64_t tile = simt::block_idx() / kSumParts;
   const float sum =
       column_sum(static_cast<const T*>(p.strips) + tile * p.stride * kTile, *p.tma.rows.count);
-  const int64_t position = (first_tile_of(p) + tile) * kTile +
+  const int64_t position = (p.first_tile + tile) * kTile +
                            simt::block_idx() % kSumParts * kSumColumns + simt::lane_idx();
   if (simt::warp_idx() > 0 || position >= h.V) return;
   p.out.dbias[position] = sum * p.unit[0] / h.map.scale;
@@ -234,17 +230,33 @@ KERNEL void scale_strips_kernel(const GRID_CONSTANT Dense p) {
   strip[label] = narrow<T>(c.at_label * (1.0f - t * t) * unscale);
 }
 
-// Bytes of strips in one chunk, and its tiles.
-struct DenseChunk {
-  int64_t stride, bytes;
-  int tiles;
+// Tiles whose strips are at hand together: in the workspace or, lean, at the end of dC, of which nothing is
+// written yet.
+struct DenseChunks {
+  int64_t stride, tile_bytes;       // of a tile's strips: rows and bytes
+  int tiles, in_workspace;          // of the vocabulary; whose strips the workspace holds
+  int64_t dc_bytes, dc_tile_bytes;  // room in dC, 0 where there is none
 
-  DenseChunk(const Head& h, int64_t strip_bytes)
-      : stride(ceil_div(h.N, wgmma::kRows) * wgmma::kRows) {
-    const int64_t tile = stride * kTile * size_of(h.dtype), all = tiles_of(h.V);
-    const int64_t fit = strip_bytes / tile;
-    tiles = static_cast<int>(fit < 1 ? 1 : fit < all ? fit : all);
-    bytes = tiles * tile;
+  DenseChunks(const Head& h, int64_t strip_bytes, bool in_dc)
+      : stride(ceil_div(std::max<int64_t>(h.N, 1), wgmma::kRows) * wgmma::kRows),
+        tile_bytes(stride * kTile * size_of(h.dtype)),
+        tiles(static_cast<int>(tiles_of(h.V))),
+        in_workspace(static_cast<int>(std::clamp<int64_t>(strip_bytes / tile_bytes, 1, tiles))),
+        dc_bytes(in_dc ? h.V * h.D * size_of(h.dtype) : 0),
+        dc_tile_bytes(kTile * h.D * size_of(h.dtype)) {}
+
+  struct Chunk {
+    int tiles;
+    int64_t in_dc;  // bytes from its start to the strips, or 0
+  };
+  Chunk from(int first) const {
+    constexpr int64_t kWord = 256;
+    const int64_t unwritten = dc_bytes - first * dc_tile_bytes - kWord;
+    const int64_t fit =
+        std::min(kStripBytes / tile_bytes, unwritten / (tile_bytes + dc_tile_bytes));
+    if (fit > in_workspace)
+      return {static_cast<int>(fit), (dc_bytes - fit * tile_bytes) / kWord * kWord};
+    return {std::min(in_workspace, tiles - first), 0};
   }
 };
 

@@ -15,7 +15,7 @@ struct StripTmaParams {
   int kept_rows;
 };
 
-// acc becomes exp(s - max) ds/da T, if that is kept.
+// acc becomes exp(s - max) ds/da T, if that is kept, and 0 at the label.
 template <bool kKeep, Sums kSums>
 DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_row, int tile,
                          int count) {
@@ -29,13 +29,17 @@ DEVICE void write_strips(Accumulators& acc, const StripParams& p, int64_t first_
     if (simt::any(label >= first_column && label < first_column + kTile)) {
       UNROLL
       for (int i = 0; i < wgmma::kRowElements; ++i) {
-        if (label == id(i)) p.target[row] = at(i) * kLn2;
+        if (label != id(i)) continue;
+        p.target[row] = at(i) * kLn2;
+        acc[wgmma::element(half, i)] = outside(p.head.map);
       }
     }
-    const float t = p.head.map.t_over_cap * kLn2, whole = row < count ? 1.0f : 0.0f;
-    const StripSums sums = quad_sums<kSums, kKeep ? 1 : 4, wgmma::kRowElements>(
+    // of a strip whose only column is the label nothing is kept
+    const bool lone = label == first_column && first_column + 1 == p.head.V;
+    const float t = p.head.map.t_over_cap * kLn2, whole = row < count && !lone ? 1.0f : 0.0f;
+    const StripSums sums = quad_sums<kSums, true, kKeep ? 1 : 4, wgmma::kRowElements>(
         p, at, id, [&](int i) { return p.head.class_weight[id(i)]; },
-        [&](int i) { return id(i) < p.head.V; },
+        [&](int i) { return id(i) < p.head.V && id(i) != label; },
         [&](int i, float x, float e) {
           if constexpr (kKeep) {
             const float slope =
@@ -53,7 +57,10 @@ DEVICE void strip_stats(const StripTmaParams& p) {
   const int count = *p.strips.rows.count, pairs = pairs_of(count), tiles = p.strips.tiles;
   head_products<T>(
       p.tma, pairs * tiles,
-      [&](int item) { return raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles); },
+      [&](int item) {
+        const Raster at = raster<kRasterRows / wgmma::kCluster>(item, pairs, tiles);
+        return Raster{at.row_block, p.strips.first_tile + at.tile};
+      },
       [&](int first_row, int tile, Accumulators& acc) {
         strip_logits(acc, p.tma, int64_t{tile} * kTile);
         write_strips<kKeep, kSums>(acc, p.strips, first_row, tile, count);

@@ -10,10 +10,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 _QUANTISED = "a quantised head has no fused loss, keep it unquantised"
 
 
-def check_head(head: nn.Module, owner: str) -> None:
+def check_head(head: nn.Module, owner: str, remedy: str) -> None:
     """Raise TypeError unless `head`, of the model `owner`, holds a [V, D] weight it can project by.
 
-    Looks at the head as it is before it runs.
+    Looks at the head as it is before it runs; `remedy` ends the message.
     """
     weight = getattr(head, "weight", None)
     if isinstance(weight, Tensor) and not _gathered_on_entry(head, weight):
@@ -21,7 +21,7 @@ def check_head(head: nn.Module, owner: str) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 2 or isinstance(head, nn.Embedding):
         raise TypeError(
             f"expected the head of {owner} to be a projection with a [V, D] weight, "
-            f"got {describe(head)}"
+            f"got {describe(head, remedy)}"
         )
 
 
@@ -50,7 +50,7 @@ def check_weight(weight: Tensor, owner: str) -> None:
         )
 
 
-def describe(head: nn.Module) -> str:
+def describe(head: nn.Module, remedy: str) -> str:
     """The kind of a head that is refused, and what to do about it."""
     name = type(head).__name__
     if _is_quantised(head):
@@ -61,7 +61,7 @@ def describe(head: nn.Module) -> str:
     elif getattr(head, "weight", None) is None:
         parts = ", ".join(type(child).__name__ for child in head.children())
         kind = f", a module of {parts}" if parts else ", a module without a weight"
-    return f"{name}{kind}; unpatch the model to train it with materialised logits"
+    return f"{name}{kind}; {remedy}"
 
 
 def _is_quantised(head: nn.Module) -> bool:

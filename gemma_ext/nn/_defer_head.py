@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gemma_ext.integrations._deferred_logits import DeferredLogits, LossOptions, Product
-from gemma_ext.integrations._head_checks import check_head, check_weight, describe
+from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions, Product
+from gemma_ext.nn._head_checks import check_head, check_weight, describe
 
 
 class _Thread(threading.local):
@@ -98,7 +98,7 @@ def defer_head(
     Raises:
         TypeError: the head has no [V, D] weight in memory, or did not use `F.linear` with it.
     """
-    check_head(head, options.owner)
+    check_head(head, options.owner, options.remedy)
     prepare_head(head)
     mode = Deferring(head, options, on_loss)
     outer = _THREAD.mode
@@ -148,5 +148,5 @@ def _leave(head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if output is not None and not isinstance(output, DeferredLogits):
         raise TypeError(
             f"expected the head of {_THREAD.mode.options.owner} to be a product by F.linear, "
-            f"got {describe(head)}"
+            f"got {describe(head, _THREAD.mode.options.remedy)}"
         )

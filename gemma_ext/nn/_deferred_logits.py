@@ -1,6 +1,6 @@
 """Logits that are described, not computed.
 
-Under `gemma_ext.integrations._defer_head`, a head returns a `DeferredLogits` instead of a tensor:
+Under `gemma_ext.nn._defer_head`, a head returns a `DeferredLogits` instead of a tensor:
 
     logits = scale * (sum_k x_k W_k^T + b)                      before a cap
     logits = cap * tanh(scale * (sum_k x_k W_k^T + b))          after one
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_ext.integrations._head_checks import check_weight
+from gemma_ext.nn._head_checks import check_weight
 from gemma_ext.ops.cce import linear_cross_entropy
 
 
@@ -41,12 +41,15 @@ class LossOptions:
 
     Attributes:
         owner: class name of the model, for messages.
-        impl, filter_eps: as in `gemma_ext.linear_cross_entropy`.
+        impl, filter_eps, memory: as in `gemma_ext.linear_cross_entropy`.
+        remedy: what to do about a refusal, for messages.
     """
 
     owner: str
     impl: str = "auto"
     filter_eps: float | str | None = "auto"
+    memory: str = "default"
+    remedy: str = "unpatch the model to train it with materialised logits"
 
 
 class Product(NamedTuple):
@@ -257,6 +260,7 @@ class DeferredLogits:
             "logit_scale": scale,
             "impl": self.options.impl,
             "filter_eps": self.options.filter_eps,
+            "memory": self.options.memory,
         }
 
     def autocast_of_the_head(self) -> torch.autocast:
@@ -335,12 +339,12 @@ class DeferredLogits:
         )
 
     def _refuse(self, what: str) -> NoReturn:
-        raise DeferredLogitsError(refusal(self.options.owner, what))
+        raise DeferredLogitsError(refusal(self.options, what))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
-        raise _MissingAttribute(refusal(self.options.owner, f"Tensor.{name}"))
+        raise _MissingAttribute(refusal(self.options, f"Tensor.{name}"))
 
     @classmethod
     def __torch_function__(
@@ -361,11 +365,11 @@ class DeferredLogits:
         return handler(*operands, **named)
 
 
-def refusal(owner: str, what: str) -> str:
+def refusal(options: LossOptions, what: str) -> str:
     """The one sentence that every refused operation raises."""
     return (
-        f"{owner} or its head applies {what} to its logits, which has no fused form; "
-        f"unpatch the model to train it with materialised logits"
+        f"{options.owner} or its head applies {what} to its logits, which has no fused form; "
+        f"{options.remedy}"
     )
 
 

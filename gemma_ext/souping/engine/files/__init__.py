@@ -1,0 +1,1 @@
+"""Checkpoints on disk: what is in them, and how they are written."""

@@ -1,0 +1,47 @@
+"""Memory that is handed out and taken back in the same order."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 64
+
+
+class Ring:
+    """One block of bytes, used round and round, so that its pages are faulted in once.
+
+    Args:
+        nbytes: of the block.
+        pinned: for copies to a card.
+    """
+
+    def __init__(self, nbytes: int, pinned: bool = False) -> None:
+        self._memory = torch.empty(padded(nbytes), dtype=torch.uint8, pin_memory=pinned)
+        self._spans: deque[tuple[int, int]] = deque()
+
+    def take(self, nbytes: int) -> Tensor | None:
+        """A run of `nbytes` > 0 that is not in use, or None until enough was given back."""
+        size, capacity = padded(nbytes), self._memory.numel()
+        begin, end = 0, capacity
+        if self._spans:
+            oldest, newest = self._spans[0], self._spans[-1]
+            begin = newest[1]
+            if newest < oldest:  # wrapped
+                end = oldest[0]
+            elif capacity - begin < size:
+                begin, end = 0, oldest[0]
+        if end - begin < size:
+            return None
+        self._spans.append((begin, begin + size))
+        return self._memory[begin : begin + nbytes]
+
+    def give_back(self) -> None:
+        """The run that was taken first is free again."""
+        self._spans.popleft()
+
+
+def padded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT

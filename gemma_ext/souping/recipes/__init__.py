@@ -1,0 +1,1 @@
+"""Recipes in mergekit's YAML: read, resolved, looked through and run."""

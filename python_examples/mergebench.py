@@ -1,0 +1,192 @@
+"""MergeBench: nine ways to merge five experts, tuned, tested and timed by one protocol.
+
+    python python_examples/mergebench.py --model pocket
+    python python_examples/mergebench.py --model FOLDER --steps 20
+    python python_examples/mergebench.py --model google/gemma-2-2b --tasks tasks.yml \
+        --expert math=MergeBench/gemma-2-2b_math --expert coding=MergeBench/gemma-2-2b_coding ...
+
+Without experts the model is fine-tuned on five domains of the text that comes with Python, one
+expert per domain and seed, and scored by next-token accuracy on held-out text of each. With experts
+`--tasks` names lm-eval tasks: domains: {math: {validation: {TASK: METRIC}, test: {...}}}, general:
+{TASK: METRIC}, falling: [METRIC]. Results are kept beside the table: an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from gemma_ext import pocket
+from gemma_ext.integrations.transformers import patch
+from gemma_ext.papers import mergebench
+
+GENERAL = "held-out text of all kinds"
+CALIBRATION_WINDOWS = 32
+
+
+def main(
+    model: Annotated[str, typer.Option(help="pocket, a folder or a hub id.")] = "pocket",
+    expert: Annotated[list[str] | None, typer.Option(help="DOMAIN=FOLDER_OR_ID, repeated.")] = None,
+    tasks: Annotated[Path | None, typer.Option(help="YAML of lm-eval tasks.", exists=True)] = None,
+    out: Annotated[Path, typer.Option(help="Folder of experts, results and table.")] = Path(
+        "out/mergebench"
+    ),
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of fine-tuning an expert.")] = 60,
+    embeddings: Annotated[bool, typer.Option(help="Merge embeddings and head as well.")] = False,
+    released: Annotated[bool, typer.Option(help="Also what the published code computes.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
+    windows: Annotated[int, typer.Option(min=1, help="Of validation; twice that of test.")] = 64,
+    only: Annotated[list[str] | None, typer.Option(help="Algorithm by name, repeated.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Examples per lm-eval task.")] = None,
+) -> None:
+    """Run the benchmark on MODEL and write its table and figure."""
+    if expert and not tasks:
+        raise typer.BadParameter("experts of your own need --tasks")
+    makers = Makers(model, out, steps, context, device, embeddings)
+    if expert:
+        folders = dict(pair.split("=", 1) for pair in expert)
+        scorer: Any = lm_eval_scorer(tasks, makers.tokenizer, limit)
+
+        def pool(seed: int) -> mergebench.Pool:
+            return makers.pool({d: makers.load(folder) for d, folder in folders.items()})
+    else:
+        scorer = makers.held_out(windows)
+
+        def pool(seed: int) -> mergebench.Pool:
+            return makers.pool({d: makers.expert(d, seed) for d in pocket.DOMAINS})
+
+    ways = mergebench.algorithms(released=released)
+    if only:
+        known = {way.name: way for way in ways}
+        if unknown := set(only) - set(known):
+            raise typer.BadParameter(f"--only: expected one of {list(known)}, got {unknown}")
+        ways = [known[name] for name in only]
+    outcomes = mergebench.run(pool, ways, scorer, range(seeds), out, typer.echo)
+    table = mergebench.rows(outcomes)
+    text = mergebench.markdown(table)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    scored = f"tasks of {tasks}" if tasks else "next-token accuracy on held-out text"
+    domains = ", ".join(table[0].by_domain)
+    mergebench.write(out / "page.html", table, f"Experts of {model}: {domains}; {scored}.")
+    typer.echo(f"{text}\n{out / 'table.md'}, {out / 'page.html'}")
+
+
+class Makers:
+    """The base, its experts and their text."""
+
+    def __init__(
+        self, model: str, out: Path, steps: int, context: int, device: str, embeddings: bool
+    ) -> None:
+        self.model, self.out, self.steps = model, out, steps
+        self.context, self.device, self.embeddings = context, device, embeddings
+        if model == "pocket":
+            loaded = pocket.load("nano")
+            self.base, self.tokenizer = loaded.model.to(device), loaded.tokenizer
+            self.general = loaded.heldout_ids
+        else:
+            from transformers import AutoTokenizer
+
+            self.base = self.load(model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+            self.general = None
+        self.text: dict[str, pocket.DomainText] = {}
+
+    def load(self, folder: str) -> nn.Module:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(self.device).eval()
+
+    def pool(self, experts: dict[str, nn.Module]) -> mergebench.Pool:
+        calibration = {domain: self.calibration(domain) for domain in experts}
+        return mergebench.Pool(self.base, experts, calibration, self.embeddings)
+
+    def calibration(self, domain: str) -> list[Tensor]:
+        name = domain if domain in pocket.DOMAINS else "prose"
+        ids = self.domain(name).validation[: CALIBRATION_WINDOWS * self.context]
+        return list(ids.view(-1, self.context).to(self.device).split(8))
+
+    def domain(self, name: str) -> pocket.DomainText:
+        if name not in self.text:
+            self.text[name] = pocket.load_domain(name, self.tokenizer)
+        return self.text[name]
+
+    def held_out(self, windows: int) -> mergebench.HeldOut:
+        def cut(ids: Tensor, count: int) -> Tensor:
+            return ids[: count * self.context + 1]
+
+        streams = {}
+        for name in pocket.DOMAINS:
+            text = self.domain(name)
+            streams[name] = {
+                "validation": cut(text.validation, windows),
+                "test": cut(text.test, 2 * windows),
+            }
+        if self.general is None:
+            held = [doc.text for doc in pocket.documents() if doc.split == "heldout"][:40]
+            encoded = self.tokenizer("\n".join(held), return_tensors="pt").input_ids[0]
+            self.general = encoded
+        general = {GENERAL: cut(self.general, 2 * windows)}
+        return mergebench.HeldOut(streams, general, self.context, batch=8)
+
+    def expert(self, domain: str, seed: int) -> nn.Module:
+        """The base fine-tuned on one domain, made once."""
+        if self.model == "pocket":
+            recipe = pocket.ExpertRecipe(steps=self.steps, seed=seed)
+            return pocket.load_expert(domain, "nano", recipe).to(self.device)
+        folder = self.out / "experts" / f"{domain}-{seed}-{self.steps}"
+        if not folder.exists():
+            tuned = self.fine_tuned(domain, seed)
+            beside = folder.with_name(f"{folder.name}.partial")
+            tuned.save_pretrained(beside)
+            beside.rename(folder)
+        return self.load(str(folder))
+
+    def fine_tuned(self, domain: str, seed: int) -> nn.Module:
+        from transformers import Trainer, TrainingArguments
+
+        model = self.load(self.model).float()
+        ids = self.domain(domain).train
+        rows = ids[: ids.numel() // self.context * self.context].view(-1, self.context)
+        arguments = TrainingArguments(
+            output_dir=str(self.out / "training"),
+            per_device_train_batch_size=4,
+            max_steps=self.steps,
+            learning_rate=2e-5,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, self.steps // 10),
+            save_strategy="no",
+            report_to=[],
+            use_cpu=self.device == "cpu",
+            seed=seed,
+        )
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
+        return model.to(self.base.dtype)
+
+
+def lm_eval_scorer(tasks: Path, tokenizer: Any, limit: int | None) -> mergebench.LmEval:
+    import yaml
+
+    given = yaml.safe_load(tasks.read_text(encoding="utf-8"))
+    fields = {field.name for field in dataclasses.fields(mergebench.LmEval)}
+    if unknown := set(given) - {"domains", "general", *fields}:
+        raise typer.BadParameter(f"{tasks}: expected domains and general, got {sorted(unknown)}")
+    return mergebench.LmEval(
+        tokenizer,
+        given["domains"],
+        given["general"],
+        frozenset(given.get("falling", ())),
+        limit,
+    )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    typer.run(main)
