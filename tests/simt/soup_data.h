@@ -12,6 +12,7 @@
 namespace soup_test {
 
 using namespace gemma_ext::souping;
+namespace cuda = gemma_ext::souping::cuda;
 using gemma_ext::DType;
 
 struct Shape {

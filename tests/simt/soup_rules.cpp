@@ -4,9 +4,8 @@
 
 #include "soup_data.h"
 
+namespace soup_test {
 namespace {
-
-using namespace soup_test;
 
 // f<A>(data, numbers, p, i)
 template <class F>
@@ -215,3 +214,5 @@ CASE(gather_rows) {
   gathers(40);
   gathers(13);
 }
+
+}  // namespace soup_test

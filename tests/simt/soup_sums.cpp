@@ -5,9 +5,8 @@
 
 #include "soup_data.h"
 
+namespace soup_test {
 namespace {
-
-using namespace soup_test;
 
 // One sum in the order of contract.h.
 struct Running {
@@ -165,3 +164,5 @@ CASE(counts) {
   }
   EXPECT(overlaps == want && balance == want_balance);
 }
+
+}  // namespace soup_test

@@ -139,7 +139,7 @@ DEVICE void norms_block(const Strand& strand) {
 
 // kM as of each_pair, with kGram alone.
 template <Sum kSum, int kM>
-KERNEL_BOUNDS(kSumThreads, kM == 8 ? 6 : 8)
+KERNEL_BOUNDS(kSumThreads, kM == 8 || kSum == Sum::kNorms ? 6 : 8)
 void sum_blocks_kernel(const GRID_CONSTANT SumsParams p) {
   SumsShared* s = simt::shared<SumsShared>();
   each_chunk(p.chunks, p.mask.ticket, &s->dealt, [&](int64_t c) {
