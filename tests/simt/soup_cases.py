@@ -1,8 +1,6 @@
-""
-    "Digests of the souping ops on awkward inputs: `soup_cases.py [OPS]`, OPS the device's library.
+"""Digests of the souping ops on awkward inputs: `soup_cases.py [OPS]`, OPS the device's library.
 
-    Any number of models of mixed types at odd addresses,
-    in parts of any length; the lines of a run
+Any number of models of mixed types at odd addresses, in parts of any length; the lines of a run
 with OPS, whose kernels are the device code as fibers, are those of the CPU's own kernels.
 """
 
