@@ -127,7 +127,7 @@ class Ballot {
   DEVICE void terms(int m, const A (&d)[kLanes], unsigned mine, A coefficient,
                     A (&x)[kLanes]) const {
     UNROLL
-    for (int j = 0; j < kLanes; ++j) x[j] = term<A>(mine >> j & 1, coefficient, d[j]);
+    for (int j = 0; j < kLanes; ++j) x[j] = term(mine >> j & 1, coefficient, d[j]);
     if (!kRescales || !p_.mask.rescale) return;
     const float* marks = marks_of(p_.mask, k_, m, o_);
     UNROLL
