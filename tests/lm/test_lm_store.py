@@ -84,10 +84,10 @@ def test_an_interrupted_call_goes_on(tmp_path):
 def test_a_killed_process_loses_nothing_it_has_stored(tmp_path):
     path = tmp_path / "answers.sqlite"
     script = (
-        "import time, test_store\n"
-        f"lm = test_store.lm_of({str(path)!r})\n"
+        "import time, test_lm_store\n"
+        f"lm = test_lm_store.lm_of({str(path)!r})\n"
         "lm.model.register_forward_hook(lambda *_: time.sleep(0.05))\n"
-        "lm.logprobs(test_store.PROMPTS, test_store.TEXTS)\n"
+        "lm.logprobs(test_lm_store.PROMPTS, test_lm_store.TEXTS)\n"
     )
     here = Path(__file__).parent
     paths = os.pathsep.join([str(here), str(here.parents[1]), *sys.path])

@@ -49,7 +49,7 @@ inline Vu multiply_high(uint32_t a, Vu b) {
   const __m256i factor = _mm256_set1_epi32(int(a)), odd = _mm256_srli_epi64((__m256i)b, 32);
   const Vu low = (Vu)_mm256_srli_epi64(_mm256_mul_epu32((__m256i)b, factor), 32);
   const Vu high = (Vu)_mm256_mul_epu32(odd, factor);
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(GEMMA_EXT_EMULATED_AMX)
   const __m128i factor = _mm_set1_epi32(int(a)), odd = _mm_srli_epi64((__m128i)b, 32);
   const Vu low = (Vu)_mm_srli_epi64(_mm_mul_epu32((__m128i)b, factor), 32);
   const Vu high = (Vu)_mm_mul_epu32(odd, factor);
@@ -58,7 +58,7 @@ inline Vu multiply_high(uint32_t a, Vu b) {
   for (int i = 0; i < kLanes; ++i) found[i] = uint32_t(uint64_t(a) * b[i] >> 32);
   return found;
 #endif
-#if defined(__SSE2__)
+#if defined(__SSE2__) && !defined(GEMMA_EXT_EMULATED_AMX)
   Vu upper;
   for (int i = 0; i < kLanes; ++i) upper[i] = i % 2 ? ~0u : 0u;
   return (high & upper) | low;
