@@ -20,8 +20,8 @@ from tiny_models import (
 )
 from transformers import Gemma2ForCausalLM, GemmaForCausalLM
 
-from gemma_ext.nn import _deferred_logits
 from gemma_ext.integrations.transformers import patch, unpatch
+from gemma_ext.nn import _deferred_logits
 
 
 @pytest.fixture
