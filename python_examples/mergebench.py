@@ -49,6 +49,8 @@ def main(
     """Run the benchmark on MODEL and write its table and figure."""
     if expert and not tasks:
         raise typer.BadParameter("experts of your own need --tasks")
+    if odd := [pair for pair in expert or () if "=" not in pair]:
+        raise typer.BadParameter(f"--expert: expected DOMAIN=FOLDER_OR_ID, got {odd[0]!r}")
     makers = Makers(model, out, steps, context, device, embeddings)
     if expert:
         folders = dict(pair.split("=", 1) for pair in expert)

@@ -62,7 +62,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or pair["A"].dim() != 2 or pair["B"].dim() != 2:
             raise ValueError(f"expected two matrices A and B of {module} in {folder / WEIGHTS}")
-        factors[module] = Factors(pair["A"], pair["B"], _scaling(config, module, len(pair["A"])))
+        factors[module] = Factors(pair["A"], pair["B"], scaling(config, module, len(pair["A"])))
     return Adapter(factors, config, frozenset(embeddings))
 
 
@@ -131,12 +131,14 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
             )
 
 
-def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """s of s B A: alpha / r, or alpha / sqrt(r) with rsLoRA, alpha from the module's pattern."""
     alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
 
 def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
+    """As peft reads rank_pattern and alpha_pattern: a key is the end of a name, as a regex."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

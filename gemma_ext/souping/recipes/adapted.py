@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gemma_ext.souping.lora.adapter import scaling
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _LORA = re.compile(
@@ -129,10 +130,7 @@ def _low_rank(
     a, b = (pair.get("EA"), pair.get("EB")) if embedding else (pair.get("A"), pair.get("B"))
     if a is None or b is None:
         raise ValueError(f"{folder}: expected both factors for {name}, got one")
-    rank = a.shape[0]
-    module = name.removesuffix(".weight")
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = scaling(config, name.removesuffix(".weight"), a.shape[0])
     # an embedding's weight is [V, D] = (B A)^T, and so is that of a transposed (Conv1D) layer
     if embedding or config.get("fan_in_fan_out"):
         left, right = a.T, b.T
@@ -144,14 +142,6 @@ def _low_rank(
             f"{[left.shape[0], right.shape[1]]}"
         )
     return LowRank(scale * left.double().contiguous(), right.double().contiguous(), dtype)
-
-
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """As peft reads rank_pattern and alpha_pattern: a key is the end of a name, as a regex."""
-    for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
