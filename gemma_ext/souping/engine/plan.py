@@ -60,6 +60,18 @@ class Target:
         """The sources, and the base last."""
         return [*self.sources, *([self.base] if self.base else [])]
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of a file are the result, so that they need not come into memory."""
+        source, *more = self.inputs
+        return (
+            self.values is None
+            and not more
+            and source.is_plain
+            and source.stored.tensor is None
+            and source.stored.dtype == self.dtype
+        )
+
 
 def plan(
     method: Method,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.souping.engine.files.checkpoint import Stored
+from gemma_ext.souping.engine.files.ring import PAGE
 
 # fp8 holds no value that bfloat16 has not; float64 is rounded once
 _WIDENED = {
@@ -25,9 +26,12 @@ _WIDENED = {
 
 
 class Reader(Protocol):
-    """What moves bytes: `read` fills `to` (bytes) from byte `start` of a stored tensor."""
+    """What moves bytes: `read` fills `to` (bytes) from byte `start` of a stored tensor.
 
-    def read(self, stored: Stored, start: int, to: Tensor) -> None: ...
+    With `direct` the pages that hold `to` are the caller's as a whole, and may be overwritten.
+    """
+
+    def read(self, stored: Stored, start: int, to: Tensor, direct: bool = False) -> None: ...
 
 
 class Adapter(Protocol):
@@ -140,10 +144,21 @@ class Source:
         runs = self.rows.runs(start // self.row, stop // self.row)
         return sum(_padded(count * self.row * stored.dtype.itemsize) for stored, *_, count in runs)
 
-    def request(self, reader: Reader, start: int, stop: int, to: Tensor) -> None:
-        """Asks for the bytes of elements [start, stop)."""
+    def place(self, start: int) -> int:
+        """Where in a page of memory the bytes from element `start` on should begin: as in their
+        file, so that they can be read without the page cache."""
+        stored = self.stored
+        if self.rows is not None or stored.tensor is not None:
+            return 0
+        at = stored.offset + start * stored.dtype.itemsize
+        return 0 if at % stored.dtype.itemsize else at % PAGE
+
+    def request(
+        self, reader: Reader, start: int, stop: int, to: Tensor, direct: bool = False
+    ) -> None:
+        """Asks for the bytes of elements [start, stop); `direct` as in `Reader`."""
         if self.rows is None:
-            reader.read(self.stored, start * self.stored.dtype.itemsize, to)
+            reader.read(self.stored, start * self.stored.dtype.itemsize, to, direct)
             return
         at = 0
         for stored, row, _, count in self.rows.runs(start // self.row, stop // self.row):
