@@ -24,7 +24,8 @@ class Ring:
         if pinned:
             self._memory = torch.empty(padded(nbytes), dtype=torch.uint8, pin_memory=True)
         else:
-            block = mmap.mmap(-1, padded(max(nbytes, 1)))
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            block = mmap.mmap(-1, padded(max(nbytes, 1)), flags)
             with suppress(OSError):  # a kernel without large pages
                 block.madvise(mmap.MADV_HUGEPAGE)
             self._memory = torch.frombuffer(block, dtype=torch.uint8)
