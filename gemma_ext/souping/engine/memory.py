@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.souping.parts import Part
+from gemma_ext.souping.engine.files.scales import pair_scales
 from gemma_ext.souping.engine.files.sources import widen
 from gemma_ext.souping.engine.plan import check_models, count_layers, default_dtype, layer_of
 from gemma_ext.souping.method import Method, TensorInfo, Values
@@ -43,6 +44,11 @@ def merge_tensors(
         ValueError: M or the base does not fit the method; names or shapes differ.
     """
     check_models(method, len(models), base is not None)
+    for tensors in (*models, *([base] if base else [])):
+        scales, _ = pair_scales({name: tensor.dtype for name, tensor in tensors.items()})
+        if scales:
+            name, scale = next(iter(scales.items()))
+            raise ValueError(f"expected fp8 {name!r} with its {scale!r} applied, got both")
     used = base if method.base != "unused" else None
     reference = models[0] if used is None else used
     _check(models, reference, out)

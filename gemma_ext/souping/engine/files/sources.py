@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gemma_ext.souping.engine.files.checkpoint import Stored
 from gemma_ext.souping.engine.files.ring import PAGE
+from gemma_ext.souping.engine.files.scales import descale
 
 # fp8 holds no value that bfloat16 has not; float64 is rounded once
 _WIDENED = {
@@ -135,7 +136,7 @@ class Source:
 
     @property
     def is_plain(self) -> bool:
-        return self.rows is None and self.adapt is None
+        return self.rows is None and self.adapt is None and self.stored.scale is None
 
     def staged_bytes(self, start: int, stop: int) -> int:
         """How much memory `request` wants for elements [start, stop)."""
@@ -169,7 +170,7 @@ class Source:
     def deliver(self, start: int, stop: int, staged: Tensor) -> Tensor:
         """The elements [start, stop), flat, once their bytes have come."""
         if self.rows is None:
-            values = widen(staged.view(self.stored.dtype))
+            values = _values(self.stored, staged, start // max(self.row, 1))
         else:
             values = _mean_rows(self.rows, start // self.row, stop // self.row, staged)
         if self.adapt is not None:
@@ -181,6 +182,15 @@ def _padded(size: int) -> int:
     return -(-size // 8) * 8  # so that any dtype's view of the next run is aligned
 
 
+def _values(stored: Stored, staged: Tensor, first: int) -> Tensor:
+    """The elements of bytes that begin with row `first`, flat."""
+    values = staged.view(stored.dtype)
+    if stored.scale is None:
+        return widen(values)
+    rows = values.view(-1, *stored.shape[1:])
+    return descale(rows, stored.scale.whole, first, stored.shape[0] if stored.shape else 1).view(-1)
+
+
 def widen(tensor: Tensor) -> Tensor:
     """As one of the dtypes that the ops take."""
     return tensor.to(_WIDENED.get(tensor.dtype, tensor.dtype))
@@ -190,9 +200,9 @@ def _mean_rows(rows: RowMap, first: int, last: int, staged: Tensor) -> Tensor:
     """[last - first, D]: float32 sums in the order of the slots, divided by how many there are."""
     width, at = rows.shape[1], 0
     out = torch.full((last - first, width), -0.0)  # the sum that keeps the sign of a zero
-    for stored, _, begin, count in rows.runs(first, last):
+    for stored, row, begin, count in rows.runs(first, last):
         size = count * width * stored.dtype.itemsize
-        piece = staged[at : at + size].view(stored.dtype).view(count, width)
+        piece = _values(stored, staged[at : at + size], row).view(count, width)
         out[begin : begin + count] += piece.float()
         at += _padded(size)
     counts = (rows.owners[first:last] >= 0).sum(1, keepdim=True)
