@@ -71,8 +71,7 @@ def merge_tensors(
     if method.model_wide:
         _merge_together(method, parts, {n: method.begin(i, values(i)) for n, i in infos.items()})
     else:
-        for name, part in parts.items():
-            _merge_alone(method, part, method.begin(infos[name], values(infos[name])))
+        _merge_each(method, parts, lambda name: method.begin(infos[name], values(infos[name])))
     return out
 
 
@@ -83,10 +82,18 @@ def _infos(parts: Mapping[str, Part], layers: int) -> dict[str, TensorInfo]:
     }
 
 
-def _merge_alone(method: Method, part: Part, state: Any) -> None:
-    for step in range(method.surveys):
-        _survey(method, step, part, state)
-    method.merge(part, state)
+def _merge_each(method: Method, parts: Mapping[str, Part], begin: Callable[[str], Any]) -> None:
+    """What no survey looks at all at once, the others one by one, as their states are large."""
+    together: dict[str, Any] = {}
+    for name, part in parts.items():
+        state = begin(name)
+        if all(method.skips(step, state) for step in range(method.surveys)):
+            together[name] = state
+            continue
+        for step in range(method.surveys):
+            _survey(method, step, part, state)
+        method.merge(part, state)
+    method.merge_all([parts[name] for name in together], list(together.values()))
 
 
 def _merge_together(method: Method, parts: Mapping[str, Part], states: dict[str, Any]) -> None:

@@ -43,10 +43,11 @@ def pair_scales(dtypes: Mapping[str, torch.dtype]) -> tuple[dict[str, str], set[
     scales: dict[str, str] = {}
     dropped: set[str] = set()
     for name in (name for name, dtype in dtypes.items() if dtype in FP8):
+        module, _, last = name.rpartition(".")
         own = (f"{name}_scale", f"{name}_scale_inv")
-        beside = [n for n in modules[name.rpartition(".")[0]] if n != name]
+        beside = [n for n in modules[module] if n != name]
         dropped.update(n for n in beside if n.endswith(_OF_ACTIVATIONS))
-        found = [n for n in beside if _MARKS.search(n) and n not in dropped]
+        found = [n for n in beside if last in n[len(module) :] and _MARKS.search(n)]
         if len(found) > 1 or any(n not in own for n in found):
             raise ValueError(
                 f"expected the scales of fp8 {name!r} as {own[0]!r} or {own[1]!r} alone, "
