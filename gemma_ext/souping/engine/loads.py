@@ -124,8 +124,9 @@ def _tasks(target: Target, method: Method, chunk_bytes: int, memory_bytes: int) 
     """Everything that is done to a tensor. If it has to be seen several times it is read once
     where `memory_bytes` hold it, else anew for every pass."""
     steps = [MERGE]
-    if target.values is not None and not method.model_wide:
-        steps = [*range(method.surveys), MERGE]
+    if target.values is not None and method.surveys and not method.model_wide:
+        state = method.begin(target.info, target.values)  # only asked what it skips
+        steps = [*(s for s in range(method.surveys) if not method.skips(s, state)), MERGE]
     if target.is_copy:
         return [Task(MERGE, Load(target, 0, target.info.numel, target.info.numel))]
     pieces = _pieces(target, method, chunk_bytes)
