@@ -64,9 +64,8 @@ PYBIND11_MODULE(_host, m) {
       .def(
           "write",
           [](Transfers& self, int file, int64_t offset, uintptr_t from, int64_t bytes,
-             uint64_t seed, int direct) {
-            return self.write(file, offset, at(from), bytes, seed, direct);
-          },
+             uint64_t seed,
+             int direct) { return self.write(file, offset, at(from), bytes, seed, direct); },
           py::arg("file"), py::arg("offset"), py::arg("from_"), py::arg("bytes"), py::arg("seed"),
           py::arg("direct") = -1)
       .def("copy", &Transfers::copy, py::arg("from_"), py::arg("from_offset"), py::arg("to"),
