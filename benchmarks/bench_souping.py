@@ -101,9 +101,7 @@ def ties(p: Problem, impl: str = "auto") -> None:
 
 def surveyed(p: Problem, keep: int, impl: str, quantity: str = "delta"):
     magnitudes = Magnitudes(len(p.sources), quantity=quantity, impl=impl)
-    for _ in range(2):
-        magnitudes.survey(p.part)
-        magnitudes.settle(keep)
+    magnitudes.find(p.part, keep)
     return magnitudes.cut()
 
 

@@ -238,8 +238,8 @@ struct Binding {
   }
 
   static void survey(const Tensors& sources, const Tensors& bases, const Ints& groups,
-                     bool variance, const Tensor& coarse, const Tensor& zeros, const Maybe& prefix,
-                     const Maybe& fine) {
+                     bool variance, const Tensor& coarse, const Tensor& zeros, const Maybe& odd,
+                     const Maybe& window, const Maybe& prefix, const Maybe& fine) {
     const char* op = "soup_survey_";
     if (sources.empty()) return;
     Engine engine(op, sources[0]);
@@ -251,6 +251,8 @@ struct Binding {
     call.variance = variance;
     call.coarse = values<int64_t>(op, "coarse", coarse, rows * kCoarse, true);
     call.zeros = values<int64_t>(op, "zeros", zeros, rows, true);
+    if (odd) call.odd = values<int64_t>(op, "odd", *odd, rows * kCoarse, true);
+    if (window) call.window = values<int64_t>(op, "window", *window, rows * 2, true);
     if (prefix) {
       STD_TORCH_CHECK(fine && prefix->dim() == 3, op, ": expected prefix [G, S, C] and fine");
       call.cuts = int(prefix->size(2));

@@ -136,6 +136,18 @@ SOUP_FN uint32_t magnitude(float x) {
   return bits > kInfinite ? kNoKey : bits;
 }
 
+// The bins that the coarse survey tells apart.
+SOUP_FN Window checked_window(const int64_t* given) {
+  if (!given) return kWidest;
+  const int64_t below = given[0] < -1           ? -1
+                        : given[0] > kCoarse - 2 ? kCoarse - 2
+                                                 : given[0];
+  const int64_t above = given[1] <= below        ? below + 1
+                        : given[1] > kCoarse - 1 ? kCoarse - 1
+                                                 : given[1];
+  return {below, above};
+}
+
 // Population variance of d[0 .. M), d[m stride].
 template <class A>
 SOUP_FN A variance(const A* d, int64_t stride, int models) {

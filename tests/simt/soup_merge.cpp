@@ -298,41 +298,48 @@ CASE(row_masks) {
 }
 CASE(row_masks_of_long_rows) { rows_match(10'300, true, false, false); }
 
-void survey_matches(bool variance) {
+void survey_matches(bool variance, bool windowed) {
   Data d({.models = 3, .parts = {{70'000, 0}, {0}, {900, 100}}});
   const std::vector<int64_t> group = {1, 0, 0};
   const int streams = variance ? 1 : 3;
-  std::vector<int64_t> coarse(2 * streams * kCoarse), zeros(2 * streams);
+  std::vector<int64_t> coarse(2 * streams * kCoarse), odd(coarse.size()), zeros(2 * streams);
   Survey call{};
   call.table = d.table();
   call.group = group.data();
   call.variance = variance;
   call.coarse = coarse.data();
+  call.odd = odd.data();
   call.zeros = zeros.data();
-  run(call);
   const auto key_of = [&](int64_t p, int s, int64_t i) {
     if (!variance) return magnitude(d.delta<float>(p, s, i));
     const float x[3] = {d.delta<float>(p, 0, i), d.delta<float>(p, 1, i), d.delta<float>(p, 2, i)};
     return magnitude(gemma_ext::souping::variance(x, 1, 3));
   };
   const int64_t bin = key_of(2, 0, 5) >> 16;
+  const Window w = windowed ? Window{bin - 20, bin + 9} : kWidest;
+  std::vector<int64_t> window;
+  for (int i = 0; i < 2 * streams; ++i) window.insert(window.end(), {w.below, w.above});
+  call.window = windowed ? window.data() : nullptr;
+  run(call);
   const std::vector<int64_t> prefix(2 * streams * 2, bin);
   std::vector<int64_t> fine(2 * streams * 2 * kFine), want_fine(fine.size());
-  std::vector<int64_t> want(coarse.size()), want_zeros(zeros.size());
+  std::vector<int64_t> want(coarse.size()), want_odd(coarse.size()), want_zeros(zeros.size());
   for (int64_t p = 0; p < d.parts(); ++p) {
     for (int s = 0; s < streams; ++s) {
       const int64_t to = group[p] * streams + s;
       for (int64_t i = 0; i < d.part[p].numel; ++i) {
         const uint32_t key = key_of(p, s, i);
         if (key == kNoKey) continue;
-        ++want[to * kCoarse + (key >> 16)];
+        const int64_t in = key >> 16;
+        ++want[to * kCoarse + std::clamp(in, std::max<int64_t>(w.below, 0), w.above)];
+        want_odd[to * kCoarse + in] += (key & 0xffff) && in > w.below && in < w.above;
         want_zeros[to] += key == 0;
         for (int c = 0; c < 2; ++c)
           if (key >> 16 == bin) ++want_fine[(to * 2 + c) * kFine + (key & 0xffff)];
       }
     }
   }
-  EXPECT(coarse == want && zeros == want_zeros);
+  EXPECT(coarse == want && odd == want_odd && zeros == want_zeros);
   call.cuts = 2;
   call.prefix = prefix.data();
   call.fine = fine.data();
@@ -340,7 +347,8 @@ void survey_matches(bool variance) {
   EXPECT(fine == want_fine);
 }
 
-CASE(survey_deltas) { survey_matches(false); }
-CASE(survey_variance) { survey_matches(true); }
+CASE(survey_deltas) { survey_matches(false, false); }
+CASE(survey_variance) { survey_matches(true, false); }
+CASE(survey_window) { survey_matches(false, true); }
 
 }  // namespace soup_test

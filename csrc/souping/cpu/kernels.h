@@ -4,7 +4,7 @@
 #pragma once
 
 #include "../../common/cpu/scratch.h"
-#include "../contract.h"
+#include "../element.h"
 
 namespace gemma_ext::souping {
 
@@ -26,8 +26,6 @@ struct Kept {
 // Parts of a Scratch; what a mask fills outlives the kernel that filled it.
 enum Slot { kInputs, kValues, kWords, kMasks, kResult, kOther, kKept, kDivide };
 
-constexpr int kCopies = 2;
-
 // Strands [Q, kStrands], open spans [Q], tops [M, 2] of one run, before and after it.
 struct Partial {
   double *strands, *span, *top;
@@ -44,9 +42,9 @@ struct Kernels {
   void (*mask_rows)(const Table&, const Mask&, const Run&, const Kept&, Scratch&);
   void (*merge)(const Merge&, const Run&, const Kept&, bool stream, Scratch&);
   void (*count)(const Counts&, const Run&, const Kept&, int64_t* out, Scratch&);
-  // counts [kCopies, streams, kCoarse], of which the first holds the sum afterwards, and zeros [streams]; or
-  // counts [streams, C, kFine]; zero before
+  // counts [streams, 2, kCoarse]: coarse and odd, written from the window's first bin to its last; zeros [streams]
   void (*coarse)(const Survey&, const Run&, uint32_t* counts, int64_t* zeros, Scratch&);
+  // counts [streams, C, kFine], zero before
   void (*fine)(const Survey&, const Run&, uint32_t* counts, Scratch&);
   // a run inside one span
   void (*sums)(const Table&, Sum, const Run&, const Kept&, const Partial&, Scratch&);
@@ -63,6 +61,12 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 constexpr int64_t streams_of(const Cut& cut, int models) { return cut.variance ? 1 : models; }
+
+static inline Window window_of(const Survey& call, int64_t part, int stream) {
+  const int64_t streams = call.variance ? 1 : call.table.models;
+  const int64_t at = 2 * (call.group[part] * streams + stream);
+  return checked_window(call.window ? call.window + at : nullptr);
+}
 
 constexpr int64_t sums_of(Sum sum, int models) {
   return sum == Sum::kGram ? models * (models + 1) / 2 : sum == Sum::kNorms ? 4 * models : models;
