@@ -118,7 +118,7 @@ def results(models: int) -> dict[str, Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    sample.ENOUGH = 0
+    sample.ENOUGH = 1
     if len(sys.argv) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced

@@ -23,6 +23,12 @@ struct Kept {
   int64_t begin, stride;
 };
 
+// Of a cut, [streams, run.count]; elements equal to its threshold in earlier runs and in this one [streams].
+struct Marks {
+  uint8_t* marks;  // null: no cut
+  const int64_t *before, *equal;
+};
+
 // Parts of a Scratch; what a mask fills outlives the kernel that filled it.
 enum Slot { kInputs, kValues, kWords, kMasks, kResult, kOther, kKept, kDivide };
 
@@ -33,11 +39,10 @@ struct Partial {
 
 struct Kernels {
   void (*soup)(const Soup&, const Run&, bool stream, Scratch&);
-  // [streams] += elements equal to the threshold
-  void (*count_ties)(const Table&, const Cut&, const Run&, int64_t* ties, Scratch&);
-  // `before`: of the cuts keep and drop, [streams] equals in earlier runs, null where there is no cut
-  void (*mask)(const Table&, const Mask&, const Run&, const int64_t* keep_before,
-               const int64_t* drop_before, const Kept&, Scratch&);
+  // marks [streams, run.count], and equal [streams] += elements equal to the threshold
+  void (*mark)(const Table&, const Cut&, const Run&, uint8_t* marks, int64_t* equal, Scratch&);
+  void (*mask)(const Table&, const Mask&, const Run&, const Marks& keep, const Marks& drop,
+               const Kept&, Scratch&);
   // of whole rows
   void (*mask_rows)(const Table&, const Mask&, const Run&, const Kept&, Scratch&);
   void (*merge)(const Merge&, const Run&, const Kept&, bool stream, Scratch&);

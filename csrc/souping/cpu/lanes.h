@@ -155,7 +155,7 @@ void write_keys(const Inputs& in, int models, bool by_variance, int stream, int 
     Vf x;
     if (by_variance) {
       for (int m = 0; m < models; ++m) d[m] = load_delta<float, kBf16>(in, m, i, base);
-      x = variance(d, 1, models);
+      x = variance(d, models);
     } else {
       x = load_delta<float, kBf16>(in, stream, i, base);
     }

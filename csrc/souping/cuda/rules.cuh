@@ -38,13 +38,12 @@ struct Seen {
 
 template <class A, int kM>
 DEVICE void consensus(Seen<A, kM>& s, Values<A>& y) {
-  Values<A> total = {};
+  Values<A> total;
   int votes[kLanes] = {};
   bool chosen[kLanes] = {};
-  s.each([&](int, const Values<A>& d) {
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) total[j] = total[j] + d[j];
-  });
+  UNROLL
+  for (int j = 0; j < kLanes; ++j)
+    total[j] = sum_models<kM, A>(s.k.models, [&](int m) { return s.deltas.at(m, j); });
   s.each([&](int m, const Values<A>& d) {
     const A lambda = s.number(m);
     UNROLL
@@ -67,28 +66,30 @@ template <class A, int kM>
 DEVICE void fisher(Seen<A, kM>& s, Values<A>& y) {
   const int models = s.k.models;
   const A add = s.number(2 * models);
-  Values<A> above = {}, below = {}, plain = {};
-  A coefficients = 0;
-  s.each([&](int m, const Values<A>& d) {
-    const A c = s.number(m), floor = s.number(models + m);
-    Values<float> f;
-    load(s.k.extra(m), s.o, f);
-    coefficients = coefficients + c;
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      const A weight = fisher_weight(c, static_cast<A>(f[j]), floor, add);
-      above[j] = above[j] + weight * d[j];
-      below[j] = below[j] + weight;
-      plain[j] = plain[j] + c * d[j];
-    }
-  });
+  Values<float> f[kM > 0 ? kM : 1];
+  if constexpr (kM > 0) s.each([&](int m, const Values<A>&) { load(s.k.extra(m), s.o, f[m]); });
+  const A coefficients = sum_models<kM, A>(models, [&](int m) { return s.number(m); });
   UNROLL
   for (int j = 0; j < kLanes; ++j) {
-    const A mean = above[j] / below[j];
+    const auto weight = [&](int m) {
+      float mine = 0;
+      if constexpr (kM > 0) {
+        mine = f[m][j];
+      } else {
+        if (s.o.has(j)) mine = element(s.k.extra(m), s.o.first + j);
+      }
+      return fisher_weight(s.number(m), static_cast<A>(mine), s.number(models + m), add);
+    };
+    const A below = sum_models<kM, A>(models, weight);
+    const A above =
+        sum_models<kM, A>(models, [&](int m) { return weight(m) * s.deltas.at(m, j); });
+    const A mean = above / below;
     if (s.k.based) {
-      y[j] = s.deltas.base[j] + (below[j] == 0 ? A{0} : mean);
+      y[j] = s.deltas.base[j] + (below == 0 ? A{0} : mean);
     } else {
-      y[j] = below[j] == 0 ? plain[j] / coefficients : mean;
+      const A plain =
+          sum_models<kM, A>(models, [&](int m) { return s.number(m) * s.deltas.at(m, j); });
+      y[j] = below == 0 ? plain / coefficients : mean;
     }
   }
 }
@@ -155,21 +156,15 @@ DEVICE void pick(Seen<A, kM>& s, bool by_magnitude, Values<A>& y) {
 
 template <class A, int kM>
 DEVICE void blend(Seen<A, kM>& s, Values<A>& y) {
-  Values<A> low = {}, high = {};
-  s.each([&](int m, const Values<A>& x) {
-    const A w = s.number(m);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = m == 0 || x[j] < low[j] ? x[j] : low[j];
-      high[j] = m == 0 || x[j] > high[j] ? x[j] : high[j];
-      y[j] = m == 0 ? w * x[j] : y[j] + w * x[j];
-    }
-  });
   const A alpha = s.number(s.k.models);
-  UNROLL
+  NO_UNROLL
   for (int j = 0; j < kLanes; ++j) {
-    const A away = alpha * (high[j] - low[j]);
-    y[j] = clamped(y[j], low[j] - away, high[j] + away);
+    A x[kMaxModels] = {}, terms[kMaxModels] = {};
+    for (int m = 0; m < s.k.models; ++m) {
+      x[m] = s.deltas.at(m, j);
+      terms[m] = weighted(s.number(m), x[m]);
+    }
+    y[j] = blended<0>(x, terms, s.k.models, alpha);
   }
 }
 
