@@ -118,12 +118,12 @@ struct Merge {
 // coarse, zeros and odd += or, where fine is given, fine += of the keys whose upper bits are in prefix.
 struct Survey {
   Table table;
-  const int64_t* group;   // [T]
-  bool variance;          // one stream
-  int cuts;               // C
-  int64_t* coarse;        // [G, streams, kCoarse]
-  int64_t* zeros;         // [G, streams], keys of exactly 0
-  int64_t* odd;           // [G, streams, kCoarse] or null: of coarse, those whose lower bits are not all 0
+  const int64_t* group;  // [T]
+  bool variance;         // one stream
+  int cuts;              // C
+  int64_t* coarse;       // [G, streams, kCoarse]
+  int64_t* zeros;        // [G, streams], keys of exactly 0
+  int64_t* odd;  // [G, streams, kCoarse] or null: of coarse, those whose lower bits are not all 0
   const int64_t* window;  // [G, streams, 2] or null
   const int64_t* prefix;  // [G, streams, C] or null
   int64_t* fine;          // [G, streams, C, kFine] or null

@@ -199,9 +199,7 @@ SOUP_FN uint32_t magnitude(float x) {
 // The bins that the coarse survey tells apart.
 SOUP_FN Window checked_window(const int64_t* given) {
   if (!given) return kWidest;
-  const int64_t below = given[0] < -1           ? -1
-                        : given[0] > kCoarse - 2 ? kCoarse - 2
-                                                 : given[0];
+  const int64_t below = given[0] < -1 ? -1 : given[0] > kCoarse - 2 ? kCoarse - 2 : given[0];
   const int64_t above = given[1] <= below        ? below + 1
                         : given[1] > kCoarse - 1 ? kCoarse - 1
                                                  : given[1];
@@ -209,14 +207,12 @@ SOUP_FN Window checked_window(const int64_t* given) {
 }
 
 // Population variance of d[0 .. models), which it sorts.
-template <class A>
+template <int kM, class A>
 SOUP_FN A variance(A* d, int models) {
-  sort_terms<0>(d, models);
-  A mean = A{};
-  for (int m = 0; m < models; ++m) mean = mean + d[m];
-  mean = mean / (float)models;
+  sort_terms<kM>(d, models);
+  const A mean = sum_sorted<kM>(d, models) / (float)models;
   A total = A{};
-  for (int m = 0; m < models; ++m) {
+  for (int m = 0; m < (kM ? kM : models); ++m) {
     const A away = d[m] - mean;
     total = total + away * away;
   }

@@ -5,9 +5,9 @@
     merge   = base + scale combine_{m in A} w_m mask_m delta_m / divide_m,  A: who agrees
 
 Arithmetic is float64; sums over models take their terms in ascending order, so that the order of
-the models changes no bit. Choices (which elements are kept) look at delta as float32 rounds it, and at
-random numbers that depend on (seed, name, model, position) alone, so that they are the same
-everywhere. A NaN in any delta makes the result NaN and is never counted.
+the models changes no bit. Choices (which elements are kept) look at delta as float32 rounds it,
+and at random numbers that depend on (seed, name, model, position) alone, so that they are the
+same everywhere. A NaN in any delta makes the result NaN and is never counted.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def deltas(x: Tensor, base: Tensor | None) -> Tensor:
 
 
 def sum_models(terms: Tensor) -> Tensor:
-    """The sum of terms [M, n] in ascending order; of none -0, which leaves every number as it is."""
+    """The sum of terms [M, n] in ascending order; of none -0, which leaves any number as it is."""
     total = -terms.new_zeros(terms.shape[1:])
     for row in terms.sort(0).values:
         total = total + row

@@ -101,10 +101,10 @@ def test_any_order_in_every_type(dtype, base, device):
     for count in (3, 4, 8, 11):
         part = family(count, dtype, device=device, base=base)
         weights = weights_of(count)["any"]
-        masks = {"mask": Mask(density=0.6), "seed": 4}
+        mask, rule = Mask(density=0.6), Rule("sum", combine="weighted_mean")
         for call in (
             lambda p, w: soup_([p], w),
-            lambda p, w: merge_([p], Rule("sum", combine="weighted_mean"), w, **masks),
+            lambda p, w, r=rule, k=mask: merge_([p], r, w, mask=k, seed=4),
         ):
             call(part, weights)
             want = part.out.clone()

@@ -20,8 +20,7 @@ void soup_matches(const Options& options, bool wide, Rounding rounding) {
     using A = decltype(zero);
     A terms[kMaxModels];
     for (int m = 0; m < options.models; ++m)
-      terms[m] =
-          weighted(static_cast<A>(weights[p * options.models + m]), d.delta<A>(p, m, i));
+      terms[m] = weighted(static_cast<A>(weights[p * options.models + m]), d.delta<A>(p, m, i));
     const A sum = sum_terms<0>(terms, options.models);
     if (!options.based) return sum;
     return static_cast<A>(d.at(d.base[p], i)) + weighted(static_cast<A>(scale[p]), sum);
@@ -316,7 +315,7 @@ void survey_matches(bool variance, bool windowed) {
   const auto key_of = [&](int64_t p, int s, int64_t i) {
     if (!variance) return magnitude(d.delta<float>(p, s, i));
     float x[3] = {d.delta<float>(p, 0, i), d.delta<float>(p, 1, i), d.delta<float>(p, 2, i)};
-    return magnitude(gemma_ext::souping::variance(x, 3));
+    return magnitude(gemma_ext::souping::variance<3>(x, 3));
   };
   const int64_t bin = key_of(2, 0, 5) >> 16;
   const Window w = windowed ? Window{bin - 20, bin + 9} : kWidest;

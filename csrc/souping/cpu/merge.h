@@ -87,8 +87,7 @@ struct Ballot {
     V<A> y[kRoom];
     if (rule.election == Election::kSum && rule.weighted) {
 #pragma GCC unroll 4
-      for (int m = 0; m < count; ++m)
-        y[m] = agrees(sorted[m], sign) ? sorted[m] : nothing<V<A>>();
+      for (int m = 0; m < count; ++m) y[m] = agrees(sorted[m], sign) ? sorted[m] : nothing<V<A>>();
       return sum_sorted<kM>(y, models);
     }
 #pragma GCC unroll 4

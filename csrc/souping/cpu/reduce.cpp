@@ -31,7 +31,8 @@ void run(const Survey& call, Workers& workers) {
       add(call.fine + group * bins, counts, bins);
       return;
     }
-    uint32_t* counts = static_cast<uint32_t*>(s.part(kKept, streams * 2 * kCoarse * sizeof(uint32_t)));
+    uint32_t* counts =
+        static_cast<uint32_t*>(s.part(kKept, streams * 2 * kCoarse * sizeof(uint32_t)));
     int64_t zeros[kMaxModels] = {};
     kernels().coarse(call, work[i], counts, zeros, s);
     for (int64_t m = 0; m < streams; ++m) {

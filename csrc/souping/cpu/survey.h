@@ -48,11 +48,11 @@ void coarse(const Survey& call, const Run& run, uint32_t* counts, int64_t* zeros
   uint32_t* copies = scratch<uint32_t>(s, kOther, int64_t(streams) * kCoarse * kCopies);
   for (int m = 0; m < streams; ++m) {
     const Window w = window_of(call, run.part, m);
-    const int64_t first = w.below + 1, bins = w.above - first;
+    const int64_t first = w.below < 0 ? 0 : w.below, bins = w.above + 1 - first;
+    uint32_t* mine = counts + 2 * m * int64_t(kCoarse) + first;
+    memset(mine, 0, bins * sizeof(uint32_t));
+    memset(mine + kCoarse, 0, bins * sizeof(uint32_t));
     memset(copies + (int64_t(m) * kCoarse + first) * kCopies, 0, bins * kCopies * sizeof(uint32_t));
-    for (int k = 0; k < 2; ++k)
-      memset(counts + (2 * m + k) * int64_t(kCoarse) + (first ? first - 1 : 0), 0,
-             (bins + (first ? 2 : 1)) * sizeof(uint32_t));
   }
   alignas(64) uint32_t inside[kStep + kLanes], low[kStep + kLanes];
   keys_of_run(call, run, s, [&](int m, const uint32_t* keys, int n) {

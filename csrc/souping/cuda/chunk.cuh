@@ -159,29 +159,30 @@ class Deltas {
     }
   }
 
- DEVICE const A (&of(int m)) [kLanes] {
-   if constexpr (kM > 0) {
-     return delta_[m];
-   } else {
-     float x[kLanes];
-     load(k_.source(m), o_, x);
-     subtract(x, delta_[0]);
-     return delta_[0];
-   }
- }
+  DEVICE const A (&of(int m)) [kLanes] {
+    if constexpr (kM > 0) {
+      return delta_[m];
+    } else {
+      float x[kLanes];
+      load(k_.source(m), o_, x);
+      subtract(x, delta_[0]);
+      return delta_[0];
+    }
+  }
 
- // One position's; 0 where there is none.
- DEVICE A at(int m, int j) const {
-   if constexpr (kM > 0) {
-     return delta_[m][j];
-   } else {
-     if (!o_.has(j)) return A{};
-     const A x = static_cast<A>(element(k_.source(m), o_.first + j));
-     return k_.based ? x - base[j] : x;
-   }
- }
+  // One position's; 0 where there is none.
+  DEVICE A at(int m, int j) const {
+    if constexpr (kM > 0) {
+      return delta_[m][j];
+    } else {
+      if (!o_.has(j)) return A{};
+      const A x = static_cast<A>(element(k_.source(m), o_.first + j));
+      return k_.based ? x - base[j] : x;
+    }
+  }
 
- private : DEVICE int bounded(int m) const {
+ private:
+  DEVICE int bounded(int m) const {
     const int last = k_.models > 0 ? k_.models - 1 : 0;
     return m < last ? m : last;
   }

@@ -141,8 +141,8 @@ class Ballot {
         each_model<kM>(k_.models,
                        [&](int m) { held.weight += agree >> m & 1 ? c.weight[m] : A{0}; });
       } else {
-        held.weight = sum_models<kM, A>(
-            k_.models, [&](int m) { return agree >> m & 1 ? c.weight[m] : A{0}; });
+        held.weight = sum_models<kM, A>(k_.models,
+                                        [&](int m) { return agree >> m & 1 ? c.weight[m] : A{0}; });
       }
     }
     const A found = combined(rule_.combine, has_alone, held);

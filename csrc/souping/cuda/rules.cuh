@@ -66,23 +66,16 @@ template <class A, int kM>
 DEVICE void fisher(Seen<A, kM>& s, Values<A>& y) {
   const int models = s.k.models;
   const A add = s.number(2 * models);
-  Values<float> f[kM > 0 ? kM : 1];
-  if constexpr (kM > 0) s.each([&](int m, const Values<A>&) { load(s.k.extra(m), s.o, f[m]); });
   const A coefficients = sum_models<kM, A>(models, [&](int m) { return s.number(m); });
   UNROLL
   for (int j = 0; j < kLanes; ++j) {
     const auto weight = [&](int m) {
-      float mine = 0;
-      if constexpr (kM > 0) {
-        mine = f[m][j];
-      } else {
-        if (s.o.has(j)) mine = element(s.k.extra(m), s.o.first + j);
-      }
+      // one by one, from L1: of all models at once the registers do not suffice
+      const float mine = s.o.has(j) ? element(s.k.extra(m), s.o.first + j) : 0.0f;
       return fisher_weight(s.number(m), static_cast<A>(mine), s.number(models + m), add);
     };
     const A below = sum_models<kM, A>(models, weight);
-    const A above =
-        sum_models<kM, A>(models, [&](int m) { return weight(m) * s.deltas.at(m, j); });
+    const A above = sum_models<kM, A>(models, [&](int m) { return weight(m) * s.deltas.at(m, j); });
     const A mean = above / below;
     if (s.k.based) {
       y[j] = s.deltas.base[j] + (below == 0 ? A{0} : mean);

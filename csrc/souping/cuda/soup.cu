@@ -64,11 +64,9 @@ void soup_rows_kernel(SoupParams p) {
       NO_UNROLL
       for (int j = o.from; j < o.to; ++j) {
         const double* weights = p.weights + rows[j] * k.models;
-        y[j] = sum_models<0, A>(k.models, [&](int m) {
-          return weighted(static_cast<A>(weights[m]), deltas.at(m, j));
-        });
-        if (k.based)
-          y[j] = deltas.base[j] + weighted(static_cast<A>(p.scale[rows[j]]), y[j]);
+        y[j] = sum_models<0, A>(
+            k.models, [&](int m) { return weighted(static_cast<A>(weights[m]), deltas.at(m, j)); });
+        if (k.based) y[j] = deltas.base[j] + weighted(static_cast<A>(p.scale[rows[j]]), y[j]);
       }
       store(k.out(), o, y, p.rounding, k.key);
     });

@@ -37,7 +37,7 @@ DEVICE_CALL Bits variance_keys(const Chunk& k, const Octet o) {
   NO_UNROLL
   for (int j = 0; j < kLanes; ++j) {
     for (int m = 0; m < k.models; ++m) x[m] = deltas.at(m, j);
-    keys.word[j] = magnitude(variance(x, k.models));
+    keys.word[j] = magnitude(variance<0>(x, k.models));
   }
   return keys;
 }

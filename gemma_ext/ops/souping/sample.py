@@ -27,7 +27,9 @@ def window(
     totals = [
         sum(n for n, at in zip(sizes, groups, strict=True) if at == g) for g in range(len(keep))
     ]
-    if min(totals) < ENOUGH or not all(x.is_contiguous() for part in parts for x in tensors_of(part)):
+    if min(totals) < ENOUGH or not all(
+        x.is_contiguous() for part in parts for x in tensors_of(part)
+    ):
         return None
     found = []
     for g, total in enumerate(totals):
@@ -44,7 +46,7 @@ def _bins(part: Part, step: int, quantity: str) -> Tensor:
     if part.base is not None:
         d = d - part.base.detach().view(-1)[::step].float()
     if quantity == "variance":
-        d = d.var(0, correction=0, keepdim=True)
+        d = (d - d.mean(0, keepdim=True)).square().mean(0, keepdim=True)
     return d.abs().view(torch.int32) >> 16
 
 
