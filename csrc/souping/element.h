@@ -152,19 +152,23 @@ SOUP_FN void exchanges(A* x) {
 // Sorting networks: of kM terms, or of `count` where kM is 0 (Batcher 1968).
 template <int kM, class A>
 SOUP_FN void sort_terms(A* x, int count) {
-  if constexpr (kM == 1) return;
-  if constexpr (kM == 2) return exchanges<0, 1>(x);
-  if constexpr (kM == 3) return exchanges<0, 2, 0, 1, 1, 2>(x);
-  if constexpr (kM == 4) return exchanges<0, 2, 1, 3, 0, 1, 2, 3, 1, 2>(x);
-  if constexpr (kM == 8)
-    return exchanges<0, 2, 1, 3, 4, 6, 5, 7, 0, 4, 1, 5, 2, 6, 3, 7, 0, 1, 2, 3, 4, 5, 6, 7, 2, 4,
-                     3, 5, 1, 4, 3, 6, 1, 2, 3, 4, 5, 6>(x);
   static_assert(kM <= 4 || kM == 8);
-  for (int p = 1; p < count; p += p)
-    for (int k = p; k > 0; k /= 2)
-      for (int j = k % p; j + k < count; j += 2 * k)
-        for (int i = j; i < j + k && i + k < count; ++i)
-          if ((i ^ (i + k)) < 2 * p) exchange(x + i, x + i + k);
+  if constexpr (kM == 2) {
+    exchanges<0, 1>(x);
+  } else if constexpr (kM == 3) {
+    exchanges<0, 2, 0, 1, 1, 2>(x);
+  } else if constexpr (kM == 4) {
+    exchanges<0, 2, 1, 3, 0, 1, 2, 3, 1, 2>(x);
+  } else if constexpr (kM == 8) {
+    exchanges<0, 2, 1, 3, 4, 6, 5, 7, 0, 4, 1, 5, 2, 6, 3, 7, 0, 1, 2, 3, 4, 5, 6, 7, 2, 4, 3, 5, 1,
+              4, 3, 6, 1, 2, 3, 4, 5, 6>(x);
+  } else if constexpr (kM == 0) {
+    for (int p = 1; p < count; p += p)
+      for (int k = p; k > 0; k /= 2)
+        for (int j = k % p; j + k < count; j += 2 * k)
+          for (int i = j; i < j + k && i + k < count; ++i)
+            if ((i ^ (i + k)) < 2 * p) exchange(x + i, x + i + k);
+  }
 }
 
 template <int kM, class A>

@@ -203,6 +203,18 @@ class Deltas {
   A delta_[kM > 0 ? kM : 1][kLanes];
 };
 
+// f(j) for every position of an octet; only what is in registers, with kM, asks for unrolling.
+template <int kM, class F>
+DEVICE void each_position(F f) {
+  if constexpr (kM > 0) {
+    UNROLL
+    for (int j = 0; j < kLanes; ++j) f(j);
+  } else {
+    NO_UNROLL
+    for (int j = 0; j < kLanes; ++j) f(j);
+  }
+}
+
 // term(m) of one position, added up over the models in ascending order (element.h); kM as of each_model.
 template <int kM, class A, class Term>
 DEVICE void collect_terms(int models, Term term, A* x) {

@@ -38,9 +38,9 @@ void merge_kernel(const GRID_CONSTANT MergeParams p) {
       by_bound<kM>(k, o, [&](auto bound) {
         const Ballot<A, bound.value, kForm == Form::kAny> ballot(all, rule, *s, k, o);
         A y[kLanes];
-        UNROLL
-        for (int j = 0; j < kLanes; ++j)
+        each_position<bound.value>([&](int j) {
           y[j] = moved(k.based, ballot.deltas.base[j], scale, ballot.result(j, has_alone));
+        });
         store(k.out(), o, y, p.rounding, k.key);
       });
     });

@@ -41,9 +41,9 @@ DEVICE void consensus(Seen<A, kM>& s, Values<A>& y) {
   Values<A> total;
   int votes[kLanes] = {};
   bool chosen[kLanes] = {};
-  UNROLL
-  for (int j = 0; j < kLanes; ++j)
+  each_position<kM>([&](int j) {
     total[j] = sum_models<kM, A>(s.k.models, [&](int m) { return s.deltas.at(m, j); });
+  });
   s.each([&](int m, const Values<A>& d) {
     const A lambda = s.number(m);
     UNROLL
@@ -67,8 +67,7 @@ DEVICE void fisher(Seen<A, kM>& s, Values<A>& y) {
   const int models = s.k.models;
   const A add = s.number(2 * models);
   const A coefficients = sum_models<kM, A>(models, [&](int m) { return s.number(m); });
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) {
+  each_position<kM>([&](int j) {
     const auto weight = [&](int m) {
       // one by one, from L1: of all models at once the registers do not suffice
       const float mine = s.o.has(j) ? element(s.k.extra(m), s.o.first + j) : 0.0f;
@@ -84,7 +83,7 @@ DEVICE void fisher(Seen<A, kM>& s, Values<A>& y) {
           sum_models<kM, A>(models, [&](int m) { return s.number(m) * s.deltas.at(m, j); });
       y[j] = below == 0 ? plain / coefficients : mean;
     }
-  }
+  });
 }
 
 template <class A, int kM>

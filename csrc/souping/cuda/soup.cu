@@ -27,12 +27,11 @@ void soup_kernel(SoupParams p) {
       by_bound<kM>(k, o, [&](auto bound) {
         Deltas<A, bound.value> deltas(k, o);
         A y[kLanes];
-        UNROLL
-        for (int j = 0; j < kLanes; ++j) {
+        each_position<bound.value>([&](int j) {
           y[j] = sum_models<bound.value, A>(
               k.models, [&](int m) { return weighted(weights[m], deltas.at(m, j)); });
           if (k.based) y[j] = deltas.base[j] + weighted(scale, y[j]);
-        }
+        });
         store(k.out(), o, y, p.rounding, k.key);
       });
     });
