@@ -69,9 +69,7 @@ def ties(parts: Sequence[Part]) -> None:
     magnitudes = Magnitudes(MODELS, groups=len(parts))
     keep = torch.tensor([int(DENSITY * part.base.numel()) for part in parts])
     keep = keep.view(-1, 1, 1).expand(-1, MODELS, 1)
-    for _ in range(2):
-        magnitudes.survey(parts, list(range(len(parts))))
-        magnitudes.settle(keep)
+    magnitudes.find(parts, keep, list(range(len(parts))))
     merge_(parts, TIES, WEIGHTS, mask=Mask(magnitudes.cut()))
 
 
@@ -139,7 +137,7 @@ def subjects() -> list[Subject]:
         Subject("task arithmetic", arithmetic, deltas + 2, "eager task arithmetic", one_pass=True),
         Subject("dare", dare, deltas + 2, one_pass=True),
         Subject("consensus", consensus, deltas + 2, one_pass=True),
-        Subject("ties", ties, 3 * deltas + 2, "eager ties"),
+        Subject("ties", ties, 2 * deltas + 2, "eager ties"),
         Subject("della", della, deltas + 2),
         Subject("gram", gram, deltas),
         Subject("eager linear", eager_plain, None),

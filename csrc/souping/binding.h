@@ -11,6 +11,14 @@
 #include "common/torch/tensors.h"
 #include "contract.h"
 
+// Of a mask, in the order of its schema (ops.cpp): boxed functions take no struct.
+#define GEMMA_EXT_MASK_ARGUMENTS                                                           \
+  const Maybe &keep, const Maybe &keep_ties, bool keep_variance, const Maybe &drop,        \
+      const Maybe &drop_ties, bool drop_variance, const Maybe &density, const Maybe &rows, \
+      bool by_value
+#define GEMMA_EXT_MASK_NAMES \
+  keep, keep_ties, keep_variance, drop, drop_ties, drop_variance, density, rows, by_value
+
 namespace gemma_ext::souping {
 
 using torch::stable::new_empty;
@@ -129,28 +137,21 @@ struct Binding {
     return stochastic ? Rounding::kStochastic : Rounding::kNearest;
   }
 
-  struct MaskTensors {
-    const Maybe &keep, &keep_ties, &drop, &drop_ties;
-    bool by_variance[2];
-    const Maybe &density, &rows;
-    bool by_value, rescale;
-  };
-
   struct PreparedMask {
     Mask mask{};
-    std::vector<RowChoice> rows;
+    std::vector<RowChoice> choices;
 
-    PreparedMask(const Parts& p, const MaskTensors& m) {
-      mask.keep = cut(p, "keep", m.keep, m.keep_ties, m.by_variance[0]);
-      mask.drop = cut(p, "drop", m.drop, m.drop_ties, m.by_variance[1]);
-      mask.density = numbers(p.op, "density", m.density, p.count * p.models());
-      mask.by_value = m.by_value;
-      mask.rescale = m.rescale;
-      const double* row = numbers(p.op, "rows", m.rows, p.models() * 5);
+    PreparedMask(const Parts& p, GEMMA_EXT_MASK_ARGUMENTS, bool rescale) {
+      mask.keep = cut(p, "keep", keep, keep_ties, keep_variance);
+      mask.drop = cut(p, "drop", drop, drop_ties, drop_variance);
+      mask.density = numbers(p.op, "density", density, p.count * p.models());
+      mask.by_value = by_value;
+      mask.rescale = rescale;
+      const double* row = numbers(p.op, "rows", rows, p.models() * 5);
       for (int64_t i = 0; row && i < p.models(); ++i, row += 5)
-        rows.push_back(
+        choices.push_back(
             {int64_t(row[0]), int64_t(row[1]), float(row[2]), float(row[3]), row[4] != 0});
-      mask.rows = m.rows ? rows.data() : nullptr;
+      mask.rows = rows ? choices.data() : nullptr;
     }
 
     static Cut cut(const Parts& p, const char* name, const Maybe& bits, const Maybe& ties,
@@ -187,25 +188,14 @@ struct Binding {
 
   static void merge(const Tensors& sources, const Tensors& bases, const Tensors& outs,
                     const Ints& offsets, const Ints& keys, const Ints& models, int64_t election,
-                    bool weighted, int64_t zero, int64_t combine, const Maybe& keep,
-                    const Maybe& keep_ties, bool keep_variance, const Maybe& drop,
-                    const Maybe& drop_ties, bool drop_variance, const Maybe& density,
-                    const Maybe& rows, bool by_value, bool rescale, const Tensor& weights,
-                    const Tensor& divide, const Maybe& alone, const Tensor& scale, bool wide,
-                    bool stochastic) {
+                    bool weighted, int64_t zero, int64_t combine, GEMMA_EXT_MASK_ARGUMENTS,
+                    bool rescale, const Tensor& weights, const Tensor& divide, const Maybe& alone,
+                    const Tensor& scale, bool wide, bool stochastic) {
     const char* op = "soup_merge_";
     if (outs.empty()) return;
     Engine engine(op, outs[0]);
     Parts p(op, outs.size(), sources, bases, {}, outs, offsets, keys, models);
-    const PreparedMask mask(p, {keep,
-                                keep_ties,
-                                drop,
-                                drop_ties,
-                                {keep_variance, drop_variance},
-                                density,
-                                rows,
-                                by_value,
-                                rescale});
+    const PreparedMask mask(p, GEMMA_EXT_MASK_NAMES, rescale);
     const int64_t count = p.count * p.models();
     const Merge call{p.table,
                      rule(op, election, weighted, zero, combine),
@@ -238,8 +228,8 @@ struct Binding {
   }
 
   static void survey(const Tensors& sources, const Tensors& bases, const Ints& groups,
-                     bool variance, const Tensor& coarse, const Tensor& zeros, const Maybe& prefix,
-                     const Maybe& fine) {
+                     bool variance, const Tensor& coarse, const Tensor& zeros, const Maybe& odd,
+                     const Maybe& window, const Maybe& prefix, const Maybe& fine) {
     const char* op = "soup_survey_";
     if (sources.empty()) return;
     Engine engine(op, sources[0]);
@@ -251,6 +241,8 @@ struct Binding {
     call.variance = variance;
     call.coarse = values<int64_t>(op, "coarse", coarse, rows * kCoarse, true);
     call.zeros = values<int64_t>(op, "zeros", zeros, rows, true);
+    if (odd) call.odd = values<int64_t>(op, "odd", *odd, rows * kCoarse, true);
+    if (window) call.window = values<int64_t>(op, "window", *window, rows * 2, true);
     if (prefix) {
       STD_TORCH_CHECK(fine && prefix->dim() == 3, op, ": expected prefix [G, S, C] and fine");
       call.cuts = int(prefix->size(2));
@@ -262,23 +254,12 @@ struct Binding {
 
   static void sums(const Tensors& sources, const Tensors& bases, const Tensors& extras,
                    const Ints& offsets, const Ints& keys, const Ints& models, const Ints& groups,
-                   int64_t sum, const Maybe& keep, const Maybe& keep_ties, bool keep_variance,
-                   const Maybe& drop, const Maybe& drop_ties, bool drop_variance,
-                   const Maybe& density, const Maybe& rows, bool by_value, const Tensor& state,
-                   const Maybe& top) {
+                   int64_t sum, GEMMA_EXT_MASK_ARGUMENTS, const Tensor& state, const Maybe& top) {
     const char* op = "soup_sums_";
     if (sources.empty()) return;
     Engine engine(op, sources[0]);
     Parts p(op, groups.size(), sources, bases, extras, {}, offsets, keys, models);
-    const PreparedMask mask(p, {keep,
-                                keep_ties,
-                                drop,
-                                drop_ties,
-                                {keep_variance, drop_variance},
-                                density,
-                                rows,
-                                by_value,
-                                false});
+    const PreparedMask mask(p, GEMMA_EXT_MASK_NAMES, false);
     STD_TORCH_CHECK(sum >= 0 && sum <= 2, op, ": expected a known sum, got ", sum);
     const int64_t m = p.models();
     const int64_t quantities = sum == 0 ? m * (m + 1) / 2 : sum == 1 ? 4 * m : m;
@@ -307,24 +288,14 @@ struct Binding {
 
   static Tensor counts(const Tensors& sources, const Tensors& bases, const Ints& offsets,
                        const Ints& keys, const Ints& models, int64_t parts, int64_t count,
-                       int64_t election, bool weighted, const Maybe& keep, const Maybe& keep_ties,
-                       bool keep_variance, const Maybe& drop, const Maybe& drop_ties,
-                       bool drop_variance, const Maybe& density, const Maybe& rows, bool by_value,
-                       bool rescale, const Tensor& weights, const Tensor& divide) {
+                       int64_t election, bool weighted, GEMMA_EXT_MASK_ARGUMENTS, bool rescale,
+                       const Tensor& weights, const Tensor& divide) {
     const char* op = "soup_counts";
     STD_TORCH_CHECK(!sources.empty() && parts > 0, op, ": expected at least one source");
     STD_TORCH_CHECK(count == 0 || count == 1, op, ": expected a known count, got ", count);
     Engine engine(op, sources[0]);
     Parts p(op, parts, sources, bases, {}, {}, offsets, keys, models);
-    const PreparedMask mask(p, {keep,
-                                keep_ties,
-                                drop,
-                                drop_ties,
-                                {keep_variance, drop_variance},
-                                density,
-                                rows,
-                                by_value,
-                                rescale});
+    const PreparedMask mask(p, GEMMA_EXT_MASK_NAMES, rescale);
     Tensor out = count == 0 ? torch::stable::new_zeros(sources[0], {p.count, p.models(), 2},
                                                        ScalarType::Long)
                             : torch::stable::new_zeros(sources[0], {p.count}, ScalarType::Long);

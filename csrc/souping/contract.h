@@ -115,17 +115,26 @@ struct Merge {
   Rounding rounding;
 };
 
-// coarse += or, where fine is given, fine += of the keys whose upper bits are in prefix.
+// coarse, zeros and odd += or, where fine is given, fine += of the keys whose upper bits are in prefix.
 struct Survey {
   Table table;
-  const int64_t* group;   // [T]
-  bool variance;          // one stream
-  int cuts;               // C
-  int64_t* coarse;        // [G, streams, kCoarse]
-  int64_t* zeros;         // [G, streams], keys of exactly 0, with coarse
+  const int64_t* group;  // [T]
+  bool variance;         // one stream
+  int cuts;              // C
+  int64_t* coarse;       // [G, streams, kCoarse]
+  int64_t* zeros;        // [G, streams], keys of exactly 0
+  int64_t* odd;  // [G, streams, kCoarse] or null: of coarse, those whose lower bits are not all 0
+  const int64_t* window;  // [G, streams, 2] or null
   const int64_t* prefix;  // [G, streams, C] or null
   int64_t* fine;          // [G, streams, C, kFine] or null
 };
+
+// Bins that are told apart: those between the two numbers of a window. What lies outside counts as its nearer end,
+// and odd leaves the ends out. The widest has no outside.
+struct Window {
+  int64_t below, above;
+};
+constexpr Window kWidest = {-1, kCoarse - 1};
 
 // kGram: for i <= j, row by row, delta_i delta_j: Q = M (M + 1) / 2. kNorms: for each model |delta|, delta^2, and
 // both of what `mask` leaves: Q = 4 M; top is |delta| and masked |delta|; NaN counts as 0. kDots: delta_m extra_0: Q = M.

@@ -127,6 +127,70 @@ SOUP_FN void normal_pair(uint32_t word0, uint32_t word1, float* first, float* se
   *second = radius * from_bits(to_bits(up) ^ minus_up);
 }
 
+// Sums over models: of terms in ascending order, so that the order of the models changes no bit. What adds nothing
+// is -0, which leaves every number as it is.
+
+template <class A>
+SOUP_FN A nothing() {
+  return -A{};
+}
+
+// Both stay, NaN too.
+template <class A>
+SOUP_FN void exchange(A* low, A* high) {
+  const A x = *low, y = *high;
+  const auto less = x < y;
+  *low = less ? x : y;
+  *high = less ? y : x;
+}
+template <int kLow, int kHigh, int... kRest, class A>
+SOUP_FN void exchanges(A* x) {
+  exchange(x + kLow, x + kHigh);
+  if constexpr (sizeof...(kRest) > 0) exchanges<kRest...>(x);
+}
+
+// Sorting networks: of kM terms, or of `count` where kM is 0 (Batcher 1968).
+template <int kM, class A>
+SOUP_FN void sort_terms(A* x, int count) {
+  static_assert(kM <= 4 || kM == 8);
+  if constexpr (kM == 2) {
+    exchanges<0, 1>(x);
+  } else if constexpr (kM == 3) {
+    exchanges<0, 2, 0, 1, 1, 2>(x);
+  } else if constexpr (kM == 4) {
+    exchanges<0, 2, 1, 3, 0, 1, 2, 3, 1, 2>(x);
+  } else if constexpr (kM == 8) {
+    exchanges<0, 2, 1, 3, 4, 6, 5, 7, 0, 4, 1, 5, 2, 6, 3, 7, 0, 1, 2, 3, 4, 5, 6, 7, 2, 4, 3, 5, 1,
+              4, 3, 6, 1, 2, 3, 4, 5, 6>(x);
+  } else if constexpr (kM == 0) {
+    for (int p = 1; p < count; p += p)
+      for (int k = p; k > 0; k /= 2)
+        for (int j = k % p; j + k < count; j += 2 * k)
+          for (int i = j; i < j + k && i + k < count; ++i)
+            if ((i ^ (i + k)) < 2 * p) exchange(x + i, x + i + k);
+  }
+}
+
+template <int kM, class A>
+SOUP_FN A sum_sorted(const A* x, int count) {
+  A total = nothing<A>();
+  for (int m = 0; m < (kM ? kM : count); ++m) total = total + x[m];
+  return total;
+}
+
+template <int kM, class A>
+SOUP_FN A sum_terms(A* x, int count) {
+  sort_terms<kM>(x, count);
+  return sum_sorted<kM>(x, count);
+}
+
+// w x; of a weight of 0 nothing, or NaN where x is not finite.
+template <class W, class A>
+SOUP_FN A weighted(W w, A x) {
+  const A y = w * x;
+  return w == 0 ? -(y * y) : y;
+}
+
 // Magnitudes: |x| in 31 bits that order like it; kNoKey for NaN, which no cut takes.
 
 constexpr uint32_t kNoKey = 0xffffffffu;
@@ -136,15 +200,24 @@ SOUP_FN uint32_t magnitude(float x) {
   return bits > kInfinite ? kNoKey : bits;
 }
 
-// Population variance of d[0 .. M), d[m stride].
-template <class A>
-SOUP_FN A variance(const A* d, int64_t stride, int models) {
-  A mean = A{};
-  for (int m = 0; m < models; ++m) mean = mean + d[m * stride];
-  mean = mean / (float)models;
+// The bins that the coarse survey tells apart.
+SOUP_FN Window checked_window(const int64_t* given) {
+  if (!given) return kWidest;
+  const int64_t below = given[0] < -1 ? -1 : given[0] > kCoarse - 2 ? kCoarse - 2 : given[0];
+  const int64_t above = given[1] <= below        ? below + 1
+                        : given[1] > kCoarse - 1 ? kCoarse - 1
+                                                 : given[1];
+  return {below, above};
+}
+
+// Population variance of d[0 .. models), which it sorts.
+template <int kM, class A>
+SOUP_FN A variance(A* d, int models) {
+  sort_terms<kM>(d, models);
+  const A mean = sum_sorted<kM>(d, models) / (float)models;
   A total = A{};
-  for (int m = 0; m < models; ++m) {
-    const A away = d[m * stride] - mean;
+  for (int m = 0; m < (kM ? kM : models); ++m) {
+    const A away = d[m] - mean;
     total = total + away * away;
   }
   return total / (float)models;
@@ -167,14 +240,14 @@ SOUP_FN float value_probability(float low, float spread, float size, float least
 }
 
 // Terms, election, combination. Per element, models in order:
-//   d = x - base;  term = kept ? coefficient d [/ p] : 0,  coefficient = w / divide;  plain: 1 / divide for it
+//   d = x - base;  term = kept ? coefficient d [/ p] : -0,  coefficient = w / divide;  plain: 1 / divide for it
 //   total = sum of votes;  value, count, weight = sums over who agrees;  out = base + scale result
 // A NaN in any d makes out NaN, kept or not.
 
 template <class K, class A>
 SOUP_FN A term(K kept, A coefficient, A delta) {
   const A x = coefficient * delta;
-  return kept ? x : A{};
+  return kept ? x : nothing<A>();
 }
 
 template <class A>
@@ -196,16 +269,19 @@ SOUP_FN auto agrees(A x, A elected) {
 
 template <class A>
 struct Combined {
-  A value, count, weight, alone;  // sums over A; with kMax value is the largest term yet
+  A value, count, weight, alone;  // sums over A; with kMax value is the largest term
 };
 
+// All but the sums of terms and of weights.
 template <class K, class A>
-SOUP_FN void combine(Combine how, K agree, A x, A weight, A alone, Combined<A>* c) {
-  const A size = x < 0.0f ? -x : x, held = c->value < 0.0f ? -c->value : c->value;
-  const A next = how == Combine::kMax ? (size > held ? x : c->value) : c->value + x;
-  c->value = agree ? next : c->value;
+SOUP_FN void combine(Combine how, K agree, A x, A alone, Combined<A>* c) {
+  if (how == Combine::kMax) {
+    const A size = x < 0.0f ? -x : x, held = c->value < 0.0f ? -c->value : c->value;
+    const A larger = size > held ? x : c->value;
+    const A next = size == held && x > c->value ? x : larger;  // of two equals the positive one
+    c->value = agree ? next : c->value;
+  }
   c->count = agree ? c->count + 1.0f : c->count;
-  c->weight = agree ? c->weight + weight : c->weight;
   c->alone = agree ? c->alone + alone : c->alone;
 }
 
@@ -217,6 +293,12 @@ SOUP_FN A combined(Combine how, bool has_alone, const Combined<A>& c) {
   if (how == Combine::kWeightedMean) result = result / (c.weight == 0.0f ? one : c.weight);
   if (has_alone) result = c.count == 1.0f ? c.alone * result : result;
   return result;
+}
+
+// base + scale result, of a scale of 0 the base; without a base scale result.
+template <class A, class S>
+SOUP_FN A moved(bool based, A base, S scale, A result) {
+  return based ? base + weighted(scale, result) : scale * result + 0.0f;
 }
 
 // Other rules.
@@ -237,6 +319,14 @@ SOUP_FN A nearswap(A base, A delta, A t) {
 template <class A>
 SOUP_FN A clamped(A x, A low, A high) {
   return x < low ? low : x > high ? high : x;
+}
+
+// The sum of `terms` no further outside of where the x lie than alpha of their range; both are sorted.
+template <int kM, class A>
+SOUP_FN A blended(A* x, A* terms, int models, A alpha) {
+  sort_terms<kM>(x, models);
+  const A low = x[0], high = x[models - 1], away = alpha * (high - low);
+  return clamped(sum_terms<kM>(terms, models), low - away, high + away);
 }
 
 template <class A>

@@ -42,8 +42,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
         "bool rescale, Tensor weights, Tensor divide, Tensor? alone, Tensor scale, bool wide, "
         "bool stochastic) -> ()");
   m.def("soup_survey_(" GEMMA_EXT_PARTS
-        "int[] groups, bool variance, Tensor(a!) coarse, Tensor(b!) zeros, Tensor? prefix, "
-        "Tensor(c!)? fine) -> ()");
+        "int[] groups, bool variance, Tensor(a!) coarse, Tensor(b!) zeros, Tensor(c!)? odd, "
+        "Tensor? window, Tensor? prefix, Tensor(d!)? fine) -> ()");
   m.def("soup_sums_(" GEMMA_EXT_PARTS "Tensor[] extras, " GEMMA_EXT_RANDOM
         "int[] groups, int sum, " GEMMA_EXT_MASK "Tensor(a!) state, Tensor(b!)? top) -> ()");
   m.def("soup_gram_rows(" GEMMA_EXT_PARTS "int models) -> Tensor");

@@ -4,9 +4,10 @@
     soup    = base + scale sum_m w_m delta_m     or sum_m w_m x_m without a base
     merge   = base + scale combine_{m in A} w_m mask_m delta_m / divide_m,  A: who agrees
 
-Arithmetic is float64. Choices (which elements are kept) look at delta as float32 rounds it, and at
-random numbers that depend on (seed, name, model, position) alone, so that they are the same
-everywhere. A NaN in any delta makes the result NaN and is never counted.
+Arithmetic is float64; sums over models take their terms in ascending order, so that the order of
+the models changes no bit. Choices (which elements are kept) look at delta as float32 rounds it,
+and at random numbers that depend on (seed, name, model, position) alone, so that they are the
+same everywhere. A NaN in any delta makes the result NaN and is never counted.
 """
 
 from __future__ import annotations
@@ -140,10 +141,29 @@ def deltas(x: Tensor, base: Tensor | None) -> Tensor:
     return x.double() if base is None else x.double() - base.double()
 
 
+def sum_models(terms: Tensor) -> Tensor:
+    """The sum of terms [M, n] in ascending order; of none -0, which leaves any number as it is."""
+    total = -terms.new_zeros(terms.shape[1:])
+    for row in terms.sort(0).values:
+        total = total + row
+    return total
+
+
+def weighted(w: Tensor, x: Tensor) -> Tensor:
+    """w x; where w is 0, -0 (or NaN where x is not finite)."""
+    y = w * x
+    return torch.where(w == 0, -(y * y), y)
+
+
 def soup(x: Tensor, base: Tensor | None, weights: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """float64 [n] of x [M, n], base [n], weights [M] or [M, n]."""
-    mixed = (_column(weights) * deltas(x, base)).sum(0)
-    return mixed if base is None else base.double() + scale * mixed
+    mixed = sum_models(weighted(_column(weights), deltas(x, base)))
+    return mixed if base is None else _moved(base, scale, mixed)
+
+
+def _moved(base: Tensor | None, scale: float | Tensor, result: Tensor) -> Tensor:
+    scale = torch.as_tensor(scale, dtype=torch.float64)
+    return scale * result + 0.0 if base is None else base.double() + weighted(scale, result)
 
 
 def _column(value: Tensor) -> Tensor:
@@ -165,8 +185,8 @@ def delta_keys(x: Tensor, base: Tensor | None) -> Tensor:
 
 
 def variance_keys(x: Tensor, base: Tensor | None) -> Tensor:
-    """Keys [1, n] of the population variance over the models, in float32, model by model."""
-    d = x.float() if base is None else x.float() - base.float()
+    """Keys [1, n] of the population variance over the models, in float32, in ascending order."""
+    d = (x.float() if base is None else x.float() - base.float()).sort(0).values
     count = torch.tensor(float(len(d)))
     mean = torch.zeros_like(d[0])
     for row in d:
@@ -247,25 +267,22 @@ def merge(
         weighted=weighted,
         zero=zero,
     )
-    x = torch.where(agree, x, 0.0)
+    x = torch.where(agree, x, -0.0)
     count = agree.sum(0)
-    if combine == "max":
-        top = x.abs().argmax(0, keepdim=True)
-        result = x.gather(0, top).squeeze(0)
+    if combine == "max":  # of two equals the positive one
+        top = x.abs().amax(0)
+        result = torch.where((x == top).any(0), top, -top)
     else:
-        result = x.sum(0)
+        result = sum_models(x)
     if combine == "mean":
         result = result / count.clamp(min=1)
     if combine == "weighted_mean":
-        total = (_column(weights) * agree).sum(0)
+        total = sum_models(torch.where(agree, _column(weights), 0.0))
         result = result / torch.where(total == 0, 1.0, total)
     if alone is not None:
         factor = (_column(alone) * agree).sum(0)
         result = torch.where(count == 1, factor * result, result)
-    result = scale * result
-    if base is not None:
-        result = base.double() + result
-    return torch.where(delta.isnan().any(0), torch.nan, result)
+    return torch.where(delta.isnan().any(0), torch.nan, _moved(base, scale, result))
 
 
 def elect(
@@ -286,7 +303,7 @@ def elect(
     votes = x if weighted else y
     if election == "none":
         return x, mask, torch.zeros_like(x[0])
-    sign = (votes.sign() if election == "count" else votes).sum(0).sign()
+    sign = sum_models(votes.sign() if election == "count" else votes).sign()
     elected = torch.where(sign == 0, float(zero), sign)
     return x, mask & (votes != 0) & (votes.sign() == elected), sign
 
@@ -324,7 +341,7 @@ def consensus(
     """TALL masks (arXiv 2405.07813, eq. 5): model m uses an element where
     |delta_m| > lambda_m |sum_j delta_j - delta_m|; base + scale * sum_j delta_j where at least
     `votes` models use it, or where model `task` does."""
-    total = delta.sum(0)
+    total = sum_models(delta)
     uses = delta.abs() > _column(lambdas) * (total - delta).abs()
     where = uses.sum(0) >= votes if task is None else uses[task]
     merged = base.double() + scale * torch.where(where, total, 0.0)
@@ -338,9 +355,9 @@ def fisher(
     where the divisor is 0 the base, or without one sum_m c_m x_m / sum_m c_m."""
     c, x = _column(weights), x.double()
     f = c * (torch.maximum(fishers.double(), _column(floor)) + add)
-    total = f.sum(0)
-    plain = (c * x).sum(0) / c.sum(0) if base is None else base.double()
-    return torch.where(total == 0, plain, (f * x).sum(0) / total)
+    total = sum_models(f)
+    plain = sum_models(c * x) / sum_models(c) if base is None else base.double()
+    return torch.where(total == 0, plain, sum_models(f * x) / total)
 
 
 def nearswap(x: Tensor, base: Tensor, t: float) -> Tensor:
@@ -354,8 +371,9 @@ def gather_rows(sources: Sequence[Tensor], rows: Tensor) -> Tensor:
     where there is none."""
     has = rows >= 0
     taken = [s.double()[r.clamp(min=0)] for s, r in zip(sources, rows.T, strict=True)]
-    total = sum(torch.where(h.unsqueeze(-1), t, 0.0) for h, t in zip(has.T, taken, strict=True))
-    return total / has.sum(1).clamp(min=1).unsqueeze(-1)
+    owned = [torch.where(h.unsqueeze(-1), t, -0.0) for h, t in zip(has.T, taken, strict=True)]
+    count = has.sum(1, keepdim=True)
+    return torch.where(count > 0, sum_models(torch.stack(owned)) / count.clamp(min=1), 0.0)
 
 
 # Populations (GENOME, arXiv 2503.01155).

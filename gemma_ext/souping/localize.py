@@ -81,9 +81,7 @@ def largest(
     parts = [Part([tuned[name]], base[name], name=name) for name in base]
     count = int(density * sum(x.numel() for x in base.values()))
     magnitudes = Magnitudes(1)
-    for _ in range(2):
-        magnitudes.survey(parts)
-        magnitudes.settle(count)
+    magnitudes.find(parts, count)
     threshold = float(magnitudes.cut().bits.view(torch.float32))  # NaN where nothing is kept
     moved = {name: (tuned[name].float() - x.float()).abs() for name, x in base.items()}
     return {name: (x >= threshold) & (x > 0) for name, x in moved.items()}

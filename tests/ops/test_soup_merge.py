@@ -46,7 +46,7 @@ def element(rule, weights, delta, mask, divide, alone, scale):
         agree = [v != 0 and sign(v) == elected for v in votes]
     members = [m for m, a in enumerate(agree) if a]
     if rule.combine == "max":
-        result = max((x[m] for m in members), key=abs, default=0.0)
+        result = max((x[m] for m in members), key=lambda y: (abs(y), y), default=0.0)
     else:
         result = sum(x[m] for m in members)
     if rule.combine == "mean":

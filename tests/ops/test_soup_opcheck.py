@@ -59,11 +59,14 @@ def survey(dtype, variant, _):
     streams = 1 if variance else M
     coarse = torch.zeros(T, streams, 1 << 15, dtype=torch.int64)
     zeros = torch.zeros(T, streams, dtype=torch.int64)
-    prefix = fine = None
+    odd = window = prefix = fine = None
+    if variant == "bare":
+        odd = torch.zeros_like(coarse)
+        window = torch.tensor([0x3900, 0x3A00]).expand(T, streams, 2).contiguous()
     if variant == "full":
         prefix = torch.full((T, streams, 2), 0x3900)
         fine = torch.zeros(T, streams, 2, 1 << 16, dtype=torch.int64)
-    return sources, bases, [0, 1], variance, coarse, zeros, prefix, fine
+    return sources, bases, [0, 1], variance, coarse, zeros, odd, window, prefix, fine
 
 
 def sums(dtype, variant, _):
@@ -191,6 +194,8 @@ BAD = {
     "a group too few": ("soup_survey_", "bare", {"groups": [0]}),
     "a short histogram": ("soup_survey_", "bare", {"coarse": lambda c: c[..., :-1].contiguous()}),
     "short zeros": ("soup_survey_", "bare", {"zeros": lambda z: z[:, :1].contiguous()}),
+    "short odd": ("soup_survey_", "bare", {"odd": lambda o: o[..., :-1].contiguous()}),
+    "a short window": ("soup_survey_", "bare", {"window": lambda w: w[..., :1].contiguous()}),
     "a prefix without fine": ("soup_survey_", "full", {"fine": None}),
     "a short state": ("soup_sums_", "bare", {"state": lambda s: s[..., :-1].contiguous()}),
     "norms without top": ("soup_sums_", "full", {"top": None}),

@@ -30,6 +30,7 @@ from gemma_ext.ops.souping import (
     gram_rows,
     merge_,
     overlaps,
+    sample,
     sign_balance,
     soup_,
 )
@@ -80,6 +81,9 @@ def results(models: int) -> dict[str, Tensor]:
             magnitudes.survey(parts, group)
             magnitudes.settle([[1500, 20]] * magnitudes.streams)
         keep, drop = magnitudes.cut(0), magnitudes.cut(1)
+        at_once = Magnitudes(models, groups=groups, cuts=2, quantity=quantity)
+        at_once.find(parts, [[1500, 20]] * magnitudes.streams, group)
+        found[f"found {groups} {quantity}"] = torch.cat([at_once.cut(0).bits, at_once.cut(1).ties])
         masks = {"": Mask(keep.fresh(), drop.fresh(), 0.8), "all ": Mask(keep.resolved("all"))}
         for which, mask in masks.items():
             merge_(parts, RULE, weights, mask=mask, divide=0.8, seed=4)
@@ -114,6 +118,7 @@ def results(models: int) -> dict[str, Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    sample.ENOUGH = 1
     if len(sys.argv) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch tells of every kernel that is replaced

@@ -18,13 +18,12 @@ void soup_matches(const Options& options, bool wide, Rounding rounding) {
   run(Soup{d.table(), weights.data(), scale.data(), false, wide, rounding});
   expect_outs(d, wide, rounding, [&](auto zero, int64_t p, int64_t i) {
     using A = decltype(zero);
-    A sum = 0;
-    for (int m = 0; m < options.models; ++m) {
-      const A term = static_cast<A>(weights[p * options.models + m]) * d.delta<A>(p, m, i);
-      sum = m == 0 ? term : sum + term;
-    }
+    A terms[kMaxModels];
+    for (int m = 0; m < options.models; ++m)
+      terms[m] = weighted(static_cast<A>(weights[p * options.models + m]), d.delta<A>(p, m, i));
+    const A sum = sum_terms<0>(terms, options.models);
     if (!options.based) return sum;
-    return static_cast<A>(d.at(d.base[p], i)) + static_cast<A>(scale[p]) * sum;
+    return static_cast<A>(d.at(d.base[p], i)) + weighted(static_cast<A>(scale[p]), sum);
   });
 }
 
@@ -89,7 +88,7 @@ void merge_matches(const Options& options, const MergeCase& c) {
   std::vector<int64_t> kept_rank(count), drop_rank(count);
   expect_outs(d, false, c.rounding, [&](auto zero, int64_t p, int64_t i) {
     using A = decltype(zero);
-    A x[kMaxModels], votes[kMaxModels], total = 0;
+    A x[kMaxModels], votes[kMaxModels], voices[kMaxModels];
     bool kept[kMaxModels], nan = false;
     for (int m = 0; m < models; ++m) {
       const int64_t at = p * models + m;
@@ -100,19 +99,22 @@ void merge_matches(const Options& options, const MergeCase& c) {
       if (c.density) kept[m] &= uniform(d.word(p, d.model[at], kDrop, i)) < density[at];
       x[m] = term(kept[m], static_cast<A>(weights[at] / divide[at]), delta);
       votes[m] = c.rule.weighted ? x[m] : term(kept[m], static_cast<A>(1 / divide[at]), delta);
-      total = total + vote(c.rule.election, votes[m]);
+      voices[m] = c.rule.election == Election::kCount ? elected_sign(votes[m], 0) : votes[m];
     }
-    const A sign = elected_sign(total, c.rule.zero);
+    const A sign = elected_sign(sum_terms<0>(voices, models), c.rule.zero);
     Combined<A> held{};
     for (int m = 0; m < models; ++m) {
       const int64_t at = p * models + m;
       const bool agree = c.rule.election == Election::kNone ? kept[m] : agrees(votes[m], sign);
-      combine(c.rule.combine, agree, x[m], static_cast<A>(weights[at]),
-              c.alone ? static_cast<A>(alone[at]) : A{1}, &held);
+      combine(c.rule.combine, agree, x[m], c.alone ? static_cast<A>(alone[at]) : A{1}, &held);
+      voices[m] = agree ? static_cast<A>(weights[at]) : A{0};
+      if (!agree) x[m] = nothing<A>();
     }
-    const A result = static_cast<A>(scale[p]) * combined(c.rule.combine, c.alone, held);
+    held.weight = sum_terms<0>(voices, models);
+    if (c.rule.combine != Combine::kMax) held.value = sum_terms<0>(x, models);
     if (nan) return static_cast<A>(NAN);
-    return options.based ? static_cast<A>(d.at(d.base[p], i)) + result : result;
+    return moved(options.based, options.based ? static_cast<A>(d.at(d.base[p], i)) : A{0},
+                 static_cast<A>(scale[p]), combined(c.rule.combine, c.alone, held));
   });
   for (int64_t at = 0; c.cuts && at < count; ++at) {
     EXPECT(left_keep.ties[at] == std::max<int64_t>(keep.ties[at] - kept_rank[at], 0));
@@ -143,10 +145,11 @@ void soup_rows_match(const std::vector<Shape>& parts) {
   expect_outs(d, false, Rounding::kNearest, [&](auto zero, int64_t p, int64_t i) {
     using A = decltype(zero);
     const int64_t row = d.part[p].row + i / d.part[p].width;
-    A sum = static_cast<A>(weights[row * 3]) * d.delta<A>(p, 0, i);
-    for (int m = 1; m < 3; ++m)
-      sum = sum + static_cast<A>(weights[row * 3 + m]) * d.delta<A>(p, m, i);
-    return static_cast<A>(d.at(d.base[p], i)) + static_cast<A>(scale[row]) * sum;
+    A terms[3];
+    for (int m = 0; m < 3; ++m)
+      terms[m] = weighted(static_cast<A>(weights[row * 3 + m]), d.delta<A>(p, m, i));
+    const A sum = sum_terms<3>(terms, 3);
+    return static_cast<A>(d.at(d.base[p], i)) + weighted(static_cast<A>(scale[row]), sum);
   });
 }
 
@@ -276,17 +279,16 @@ void rows_match(int64_t width, bool draw, bool by_value, bool rescale) {
   };
   expect_outs(d, false, Rounding::kNearest, [&](auto zero, int64_t p, int64_t i) {
     using A = decltype(zero);
-    A sum = 0;
+    A x[2];
     bool nan = false;
     for (int m = 0; m < 2; ++m) {
       const A delta = d.delta<A>(p, m, i);
       const float share = share_of(p, m, i);
       nan |= delta != delta;
-      A x = term(share != 0, A{1}, delta);
-      if (rescale) x = share != 0 ? x / static_cast<A>(share) : A{0};
-      sum = sum + x;
+      x[m] = term(share != 0, A{1}, delta);
+      if (rescale && share != 0) x[m] = x[m] / static_cast<A>(share);
     }
-    return nan ? static_cast<A>(NAN) : static_cast<A>(d.at(d.base[p], i)) + sum;
+    return nan ? static_cast<A>(NAN) : static_cast<A>(d.at(d.base[p], i)) + sum_terms<2>(x, 2);
   });
 }
 
@@ -298,41 +300,48 @@ CASE(row_masks) {
 }
 CASE(row_masks_of_long_rows) { rows_match(10'300, true, false, false); }
 
-void survey_matches(bool variance) {
+void survey_matches(bool variance, bool windowed) {
   Data d({.models = 3, .parts = {{70'000, 0}, {0}, {900, 100}}});
   const std::vector<int64_t> group = {1, 0, 0};
   const int streams = variance ? 1 : 3;
-  std::vector<int64_t> coarse(2 * streams * kCoarse), zeros(2 * streams);
+  std::vector<int64_t> coarse(2 * streams * kCoarse), odd(coarse.size()), zeros(2 * streams);
   Survey call{};
   call.table = d.table();
   call.group = group.data();
   call.variance = variance;
   call.coarse = coarse.data();
+  call.odd = odd.data();
   call.zeros = zeros.data();
-  run(call);
   const auto key_of = [&](int64_t p, int s, int64_t i) {
     if (!variance) return magnitude(d.delta<float>(p, s, i));
-    const float x[3] = {d.delta<float>(p, 0, i), d.delta<float>(p, 1, i), d.delta<float>(p, 2, i)};
-    return magnitude(gemma_ext::souping::variance(x, 1, 3));
+    float x[3] = {d.delta<float>(p, 0, i), d.delta<float>(p, 1, i), d.delta<float>(p, 2, i)};
+    return magnitude(gemma_ext::souping::variance<3>(x, 3));
   };
   const int64_t bin = key_of(2, 0, 5) >> 16;
+  const Window w = windowed ? Window{bin - 20, bin + 9} : kWidest;
+  std::vector<int64_t> window;
+  for (int i = 0; i < 2 * streams; ++i) window.insert(window.end(), {w.below, w.above});
+  call.window = windowed ? window.data() : nullptr;
+  run(call);
   const std::vector<int64_t> prefix(2 * streams * 2, bin);
   std::vector<int64_t> fine(2 * streams * 2 * kFine), want_fine(fine.size());
-  std::vector<int64_t> want(coarse.size()), want_zeros(zeros.size());
+  std::vector<int64_t> want(coarse.size()), want_odd(coarse.size()), want_zeros(zeros.size());
   for (int64_t p = 0; p < d.parts(); ++p) {
     for (int s = 0; s < streams; ++s) {
       const int64_t to = group[p] * streams + s;
       for (int64_t i = 0; i < d.part[p].numel; ++i) {
         const uint32_t key = key_of(p, s, i);
         if (key == kNoKey) continue;
-        ++want[to * kCoarse + (key >> 16)];
+        const int64_t in = key >> 16;
+        ++want[to * kCoarse + std::clamp(in, std::max<int64_t>(w.below, 0), w.above)];
+        want_odd[to * kCoarse + in] += (key & 0xffff) && in > w.below && in < w.above;
         want_zeros[to] += key == 0;
         for (int c = 0; c < 2; ++c)
           if (key >> 16 == bin) ++want_fine[(to * 2 + c) * kFine + (key & 0xffff)];
       }
     }
   }
-  EXPECT(coarse == want && zeros == want_zeros);
+  EXPECT(coarse == want && odd == want_odd && zeros == want_zeros);
   call.cuts = 2;
   call.prefix = prefix.data();
   call.fine = fine.data();
@@ -340,7 +349,8 @@ void survey_matches(bool variance) {
   EXPECT(fine == want_fine);
 }
 
-CASE(survey_deltas) { survey_matches(false); }
-CASE(survey_variance) { survey_matches(true); }
+CASE(survey_deltas) { survey_matches(false, false); }
+CASE(survey_variance) { survey_matches(true, false); }
+CASE(survey_window) { survey_matches(false, true); }
 
 }  // namespace soup_test

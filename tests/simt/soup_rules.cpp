@@ -25,14 +25,43 @@ void rule_matches(Element element, int models, int columns, bool based, F f, int
 
 }  // namespace
 
+// By the zero-one principle (Knuth, volume 3, 5.3.4): a network that sorts all inputs of 0 and 1 sorts everything.
+template <int kM>
+void network_sorts(int count) {
+  for (unsigned bits = 0; bits < 1u << count; ++bits) {
+    float x[kMaxModels];
+    for (int m = 0; m < count; ++m) x[m] = static_cast<float>(bits >> m & 1);
+    sort_terms<kM>(x, count);
+    EXPECT(std::is_sorted(x, x + count));
+    EXPECT(sum_sorted<kM>(x, count) == static_cast<float>(simt::popcount(bits)));
+  }
+}
+
+CASE(sorting_networks) {
+  network_sorts<1>(1);
+  network_sorts<2>(2);
+  network_sorts<3>(3);
+  network_sorts<4>(4);
+  network_sorts<8>(8);
+  for (int count = 0; count <= 17; ++count) network_sorts<0>(count);
+  simt::host::Random random(5);
+  for (int count = 18; count <= kMaxModels; ++count) {
+    float x[kMaxModels];
+    for (int m = 0; m < count; ++m) x[m] = static_cast<float>(random.below(40) - 20);
+    sort_terms<0>(x, count);
+    EXPECT(std::is_sorted(x, x + count));
+  }
+}
+
 CASE(rule_consensus) {
   for (int task : {-1, 1}) {
     for (int models : {3, 6}) {
       const auto want = [&](auto zero, const Data& d, const double* n, int64_t p, int64_t i) {
         using A = decltype(zero);
-        A total = 0;
+        A terms[kMaxModels];
         int votes = 0;
-        for (int m = 0; m < models; ++m) total = total + d.delta<A>(p, m, i);
+        for (int m = 0; m < models; ++m) terms[m] = d.delta<A>(p, m, i);
+        const A total = sum_terms<0>(terms, models);
         bool chosen = false;
         for (int m = 0; m < models; ++m) {
           const A x = d.delta<A>(p, m, i);
@@ -55,17 +84,19 @@ CASE(rule_fisher) {
     for (int models : {2, 5}) {
       const auto want = [&](auto zero, const Data& d, const double* n, int64_t p, int64_t i) {
         using A = decltype(zero);
-        A above = 0, below = 0, plain = 0, coefficients = 0;
+        A aboves[kMaxModels], belows[kMaxModels], plains[kMaxModels], numbers[kMaxModels];
         for (int m = 0; m < models; ++m) {
           const A c = static_cast<A>(n[m]), x = d.delta<A>(p, m, i);
           const A weight =
               fisher_weight(c, static_cast<A>(d.at(d.extra[p * models + m], i)),
                             static_cast<A>(n[models + m]), static_cast<A>(n[2 * models]));
-          above = above + weight * x;
-          below = below + weight;
-          plain = plain + c * x;
-          coefficients = coefficients + c;
+          aboves[m] = weight * x;
+          belows[m] = weight;
+          plains[m] = c * x;
+          numbers[m] = c;
         }
+        const A above = sum_terms<0>(aboves, models), below = sum_terms<0>(belows, models);
+        const A plain = sum_terms<0>(plains, models), coefficients = sum_terms<0>(numbers, models);
         const A mean = above / below;
         if (!based) return below == 0 ? plain / coefficients : mean;
         return static_cast<A>(d.at(d.base[p], i)) + (below == 0 ? A{0} : mean);
@@ -124,13 +155,14 @@ CASE(rule_blend) {
   rule_matches(Element::kBlend, 3, 4, false,
                [](auto zero, const Data& d, const double* n, int64_t p, int64_t i) {
                  using A = decltype(zero);
-                 A low = d.delta<A>(p, 0, i), high = low, sum = static_cast<A>(n[0]) * low;
-                 for (int m = 1; m < 3; ++m) {
+                 A low = d.delta<A>(p, 0, i), high = low, terms[3];
+                 for (int m = 0; m < 3; ++m) {
                    const A x = d.delta<A>(p, m, i);
                    low = x < low ? x : low;
                    high = x > high ? x : high;
-                   sum = sum + static_cast<A>(n[m]) * x;
+                   terms[m] = weighted(static_cast<A>(n[m]), x);
                  }
+                 const A sum = sum_terms<0>(terms, 3);
                  const A away = static_cast<A>(n[3]) * (high - low);
                  return clamped(sum, low - away, high + away);
                });
@@ -190,15 +222,15 @@ void gathers(int64_t width) {
     run(GatherRows{d.source.data(), rows.data(), limit.data(), d.out[0], 3, count, width});
     for (int64_t v = 0; v < count; ++v) {
       for (int64_t i = 0; i < width; ++i) {
-        float sum = 0;
+        float sum = 0, x[3];
         int owners = 0, owner = 0;
         for (int m = 0; m < 3; ++m) {
           const int64_t row = rows[3 * v + m];
           if (row < 0) continue;
-          sum = sum + d.at(d.source[m], row * width + i);
+          x[owners++] = d.at(d.source[m], row * width + i);
           owner = m;
-          ++owners;
         }
+        if (owners) sum = sum_terms<0>(x, owners);
         const Array& only = d.source[owner];
         const uint32_t want = owners == 1 && only.type == type
                                   ? bits_at(only, rows[3 * v + owner] * width + i)

@@ -15,7 +15,7 @@
 namespace gemma_ext::souping::GEMMA_EXT_ISA {
 
 extern const Kernels kKernels;
-const Kernels kKernels = {soup, count_ties, mask,      mask_rows, merge, count,      coarse,
-                          fine, sums,       gram_rows, apply,     swarm, gather_rows};
+const Kernels kKernels = {soup, mark, mask,      mask_rows, merge, count,      coarse,
+                          fine, sums, gram_rows, apply,     swarm, gather_rows};
 
 }  // namespace gemma_ext::souping::GEMMA_EXT_ISA

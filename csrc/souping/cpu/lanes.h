@@ -145,28 +145,44 @@ GEMMA_EXT_INLINE void put_lanes(uint16_t* to, int i, Vf x) {
   put_halves(to + i, rounded);
 }
 
-// Keys of one stream of a step, whole vectors of them.
+GEMMA_EXT_INLINE void put_keys(uint32_t* keys, int i, Vf x) {
+  const Vu bits = (Vu)x & ~kSign;  // as magnitude
+  *reinterpret_cast<VuLoose*>(keys + i) = bits > kInfinite ? Vu{} + kNoKey : bits;
+}
+
+// Keys of a step, whole vectors of them: of one model,
 template <bool kBf16>
-void write_keys(const Inputs& in, int models, bool by_variance, int stream, int n,
-                uint32_t* __restrict keys) {
-  Vf d[kMaxModels];
+void delta_keys(const Inputs& in, int m, int n, uint32_t* __restrict keys) {
+  for (int i = 0; i < n; i += kLanes)
+    put_keys(keys, i, load_delta<float, kBf16>(in, m, i, load_base<float, kBf16>(in, i)));
+}
+// and of the variance over kM models, 0: any number.
+template <bool kBf16, int kM>
+void variance_keys(const Inputs& in, int models, int n, uint32_t* __restrict keys) {
+  Vf d[kM ? kM : kMaxModels];
   for (int i = 0; i < n; i += kLanes) {
     const Vf base = load_base<float, kBf16>(in, i);
-    Vf x;
-    if (by_variance) {
-      for (int m = 0; m < models; ++m) d[m] = load_delta<float, kBf16>(in, m, i, base);
-      x = variance(d, 1, models);
-    } else {
-      x = load_delta<float, kBf16>(in, stream, i, base);
-    }
-    const Vu bits = (Vu)x & ~kSign;  // as magnitude
-    *reinterpret_cast<VuLoose*>(keys + i) = bits > kInfinite ? Vu{} + kNoKey : bits;
+#pragma GCC unroll 4
+    for (int m = 0; m < (kM ? kM : models); ++m) d[m] = load_delta<float, kBf16>(in, m, i, base);
+    put_keys(keys, i, variance<kM>(d, models));
   }
 }
+template <bool kBf16>
+void variance_keys(const Inputs& in, int models, int n, uint32_t* keys) {
+  switch (models) {
+    case 2: return variance_keys<kBf16, 2>(in, models, n, keys);
+    case 3: return variance_keys<kBf16, 3>(in, models, n, keys);
+    case 4: return variance_keys<kBf16, 4>(in, models, n, keys);
+    default: return variance_keys<kBf16, 0>(in, models, n, keys);
+  }
+}
+
 inline void keys_of(const Inputs& in, int models, bool by_variance, int stream, int n,
                     uint32_t* keys) {
-  in.bf16 ? write_keys<true>(in, models, by_variance, stream, n, keys)
-          : write_keys<false>(in, models, by_variance, stream, n, keys);
+  if (by_variance)
+    in.bf16 ? variance_keys<true>(in, models, n, keys) : variance_keys<false>(in, models, n, keys);
+  else
+    in.bf16 ? delta_keys<true>(in, stream, n, keys) : delta_keys<false>(in, stream, n, keys);
 }
 
 }  // namespace

@@ -10,7 +10,9 @@ namespace {
 // Row of a cut's tensors that a part uses.
 inline int64_t cut_row(const Cut& cut, int64_t part) { return cut.groups > 1 ? part : 0; }
 
-void count_ties(const Table& t, const Cut& cut, const Run& run, int64_t* ties, Scratch& s) {
+// Elements above a cut's threshold 2, equal to it 1, below it and NaN 0: marks [streams, run.count].
+void mark(const Table& t, const Cut& cut, const Run& run, uint8_t* marks, int64_t* equal,
+          Scratch& s) {
   const int64_t streams = streams_of(cut, t.models);
   const int32_t* bits = cut.bits + cut_row(cut, run.part) * streams;
   alignas(64) uint32_t keys[kStep];
@@ -19,74 +21,58 @@ void count_ties(const Table& t, const Cut& cut, const Run& run, int64_t* ties, S
     for (int m = 0; m < streams; ++m) {
       keys_of(in, t.models, cut.variance, m, n, keys);
       const uint32_t bound = uint32_t(bits[m]);
-      int equal = 0;
-      for (int i = 0; i < n; ++i) equal += keys[i] == bound;
-      ties[m] += equal;
+      uint8_t* __restrict mine = marks + m * run.count + (at - run.begin);
+      int found = 0;
+      for (int i = 0; i < n; ++i) {
+        mine[i] = keys[i] == kNoKey ? 0 : (keys[i] >= bound) + (keys[i] > bound);
+        found += keys[i] == bound;
+      }
+      equal[m] += found;
     }
   });
 }
 
-// taken[i] = whether a cut takes key i; `rank` equals come before.
-inline void take(const uint32_t* __restrict keys, int n, uint32_t bits, int64_t rank, int64_t ties,
-                 uint8_t* __restrict taken) {
-  if (rank + n <= ties || rank >= ties) {  // all equals of the step, or none
-    const uint32_t floor = rank >= ties ? bits + 1 : bits;
-    for (int i = 0; i < n; ++i) taken[i] = (keys[i] >= floor) & (keys[i] != kNoKey);
-    return;
-  }
-  for (int i = 0; i < n; ++i) {
-    taken[i] = in_cut(keys[i], bits, rank, ties);
-    rank += keys[i] == bits;
+// Marks become 1 where the cut takes an element, else 0.
+inline void resolve(const Cut& cut, const Run& run, const Marks& given, int models) {
+  const int64_t streams = streams_of(cut, models), count = run.count;
+  for (int m = 0; m < streams; ++m) {
+    uint8_t* __restrict marks = given.marks + m * count;
+    const int64_t ties = cut.ties[cut_row(cut, run.part) * streams + m] - given.before[m];
+    if (ties <= 0 || ties >= given.equal[m]) {
+      const uint8_t floor = ties <= 0 ? 2 : 1;
+      for (int64_t i = 0; i < count; ++i) marks[i] = marks[i] >= floor;
+      continue;
+    }
+    for (int64_t i = 0, rank = 0; i < count; ++i) {
+      const bool equal = marks[i] == 1;
+      marks[i] = equal ? rank < ties : marks[i] != 0;
+      rank += equal;
+    }
   }
 }
 
-struct CutState {
-  const Cut& cut;
-  int64_t rank[kMaxModels], row, streams;
-
-  CutState(const Cut& c, int models, int64_t part, const int64_t* before)
-      : cut(c), row(cut_row(c, part)), streams(streams_of(c, models)) {
-    for (int m = 0; c.bits && m < streams; ++m) rank[m] = before[m];
-  }
-
-  // Whether model m's elements of a step are taken; its keys are in `keys`.
-  void step(int m, const uint32_t* keys, int n, uint8_t* taken) {
-    const uint32_t bits = uint32_t(cut.bits[row * streams + m]);
-    take(keys, n, bits, rank[m], cut.ties[row * streams + m], taken);
-    int equal = 0;
-    for (int i = 0; i < n; ++i) equal += keys[i] == bits;
-    rank[m] += equal;
-  }
-};
-
-void mask(const Table& t, const Mask& mask, const Run& run, const int64_t* keep_before,
-          const int64_t* drop_before, const Kept& out, Scratch& s) {
+void mask(const Table& t, const Mask& mask, const Run& run, const Marks& keep, const Marks& drop,
+          const Kept& out, Scratch& s) {
   const Part& part = t.part[run.part];
-  uint32_t* words = scratch<uint32_t>(s, kWords, kWordRoom + kStep);
-  uint32_t* keys = words + kWordRoom;
-  uint8_t *taken = scratch<uint8_t>(s, kOther, 2 * kStep), *dropped = taken + kStep;
-  memset(taken, 1, kStep);
-  memset(dropped, 0, kStep);
-  CutState keep(mask.keep, t.models, run.part, keep_before);
-  CutState drop(mask.drop, t.models, run.part, drop_before);
-  in_steps(run, [&](int64_t at, int n) {
-    const Inputs in(t, run.part, at, n, true, s);
-    for (int m = 0; m < t.models; ++m) {
-      uint8_t* __restrict mine = out.kept + (at - out.begin) + m * out.stride;
-      CutState* const states[] = {&keep, &drop};
-      for (CutState* state : states) {
-        if (!state->cut.bits || (state->cut.variance && m > 0)) continue;
-        keys_of(in, t.models, state->cut.variance, m, n, keys);
-        state->step(m, keys, n, state == &keep ? taken : dropped);
-      }
-      for (int i = 0; i < n; ++i) mine[i] = taken[i] & !dropped[i];
-      if (!mask.density) continue;
-      const uint32_t bound = reach(mask.density[run.part * t.models + m]);
+  const int64_t count = run.count;
+  uint32_t* words = scratch<uint32_t>(s, kWords, kWordRoom);
+  if (keep.marks) resolve(mask.keep, run, keep, t.models);
+  if (drop.marks) resolve(mask.drop, run, drop, t.models);
+  for (int m = 0; m < t.models; ++m) {
+    uint8_t* __restrict mine = out.kept + m * out.stride;
+    const uint8_t* __restrict kept = keep.marks + (mask.keep.variance ? 0 : m) * count;
+    const uint8_t* __restrict dropped = drop.marks + (mask.drop.variance ? 0 : m) * count;
+    keep.marks ? memcpy(mine, kept, count) : memset(mine, 1, count);
+    for (int64_t i = 0; drop.marks && i < count; ++i) mine[i] &= !dropped[i];
+    if (!mask.density) continue;
+    const uint32_t bound = reach(mask.density[run.part * t.models + m]);
+    in_steps(run, [&](int64_t at, int n) {
       const uint32_t* __restrict drawn = random_words(part.key, t.model[run.part * t.models + m],
                                                       kDrop, part.offset + at, n, words);
-      for (int i = 0; i < n; ++i) mine[i] &= draw(drawn[i]) < bound;
-    }
-  });
+      uint8_t* __restrict here = mine + (at - run.begin);
+      for (int i = 0; i < n; ++i) here[i] &= draw(drawn[i]) < bound;
+    });
+  }
 }
 
 // Columns of a row from the largest key down, lowest column first among equals: three stable counting

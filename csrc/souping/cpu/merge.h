@@ -11,12 +11,14 @@ template <class A>
 struct Numbers {
   A weight[kMaxModels], alone[kMaxModels];
   A weighted[kMaxModels], plain[kMaxModels];  // coefficients of a term, of a vote without weights
+  bool equal = true;                          // weights, whose sums then need no order
 
   Numbers(const double* weights, const double* divide, const double* alones, int models,
           int64_t part) {
     for (int m = 0; m < models; ++m) {
       const int64_t at = part * models + m;
       weight[m] = A(weights[at]);
+      equal &= weight[m] == weight[0];
       weighted[m] = A(weights[at] / divide[at]);
       plain[m] = A(1 / divide[at]);
       alone[m] = alones ? A(alones[at]) : A(1);
@@ -49,6 +51,7 @@ template <class A, bool kBf16, int kM, int kRule>
 struct Ballot {
   static constexpr int kRoom = kM ? kM : kMaxModels;
   V<A> base, sign, x[kRoom], votes[kRoom];
+  V<A> sorted[kRoom];  // the votes, where their sum elects
   V<A> bad;  // NaN where a delta is: masks that are joined by & and | gcc 12 takes apart bit by bit
   K<A> kept[kRoom];
 
@@ -66,16 +69,44 @@ struct Ballot {
       const auto term_of = [&](A coefficient) {
         const V<A> y = term(kept[m], V<A>{} + coefficient, d);
         if (kRule != kAnyRule || !s.mask.divide) return y;
-        return kept[m] ? y / Lane<A>::from(load_floats(s.mask.divide + at)) : V<A>{};
+        return kept[m] ? y / Lane<A>::from(load_floats(s.mask.divide + at)) : y;
       };
       x[m] = term_of(s.numbers.weighted[m]);
       if (!elects) continue;
       votes[m] = rule.weighted ? x[m] : term_of(s.numbers.plain[m]);
-      total = total + vote(rule.election, votes[m]);
+      sorted[m] = votes[m];
+      total = total + elected_sign(votes[m], 0);
     }
+    if (rule.election == Election::kSum) total = sum_terms<kM>(sorted, s.models);
     sign = elected_sign(total, s.rule.zero);
   }
+
+  // Of the terms that agree.
+  GEMMA_EXT_INLINE V<A> value(const Rule& rule, int models, const K<A>* agree) const {
+    const int count = kM ? kM : models;
+    V<A> y[kRoom];
+    if (rule.election == Election::kSum && rule.weighted) {
+#pragma GCC unroll 4
+      for (int m = 0; m < count; ++m) y[m] = agrees(sorted[m], sign) ? sorted[m] : nothing<V<A>>();
+      return sum_sorted<kM>(y, models);
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < count; ++m) y[m] = agree[m] ? x[m] : nothing<V<A>>();
+    return sum_terms<kM>(y, models);
+  }
 };
+
+// Weights of who agrees.
+template <class A, int kM>
+GEMMA_EXT_INLINE V<A> weight_of(const Step<A>& s, const K<A>* agree) {
+  V<A> w[kM ? kM : kMaxModels], sum = V<A>{};
+#pragma GCC unroll 4
+  for (int m = 0; m < (kM ? kM : s.models); ++m) {
+    w[m] = agree[m] ? V<A>{} + s.numbers.weight[m] : V<A>{};
+    sum = sum + w[m];
+  }
+  return s.numbers.equal ? sum : sum_terms<kM>(w, s.models);
+}
 
 // Not inlined: in one function with its siblings the registers do not suffice.
 template <class A, bool kBf16, int kM, int kRule, class Out>
@@ -85,15 +116,17 @@ __attribute__((noinline)) void merge_step(const Step<A>& s, Out* out) {
   for (int i = 0; i < s.n; i += kLanes) {
     const Ballot<A, kBf16, kM, kRule> b(s, rule, i);
     Combined<V<A>> c{};
+    K<A> agree[kM ? kM : kMaxModels];
 #pragma GCC unroll 4
     for (int m = 0; m < (kM ? kM : s.models); ++m) {
-      const K<A> agree = elects ? agrees(b.votes[m], b.sign) : b.kept[m];
-      combine(rule.combine, agree, b.x[m], V<A>{} + s.numbers.weight[m],
-              V<A>{} + s.numbers.alone[m], &c);
+      agree[m] = elects ? agrees(b.votes[m], b.sign) : b.kept[m];
+      combine(rule.combine, agree[m], b.x[m], V<A>{} + s.numbers.alone[m], &c);
     }
-    const V<A> moved = s.scale * combined(rule.combine, kRule == kAnyRule && s.has_alone, c);
-    const V<A> result = s.in.base ? b.base + moved : moved;
-    put_lanes(out, i, b.bad == b.bad ? result : b.bad);
+    if (rule.combine != Combine::kMax) c.value = b.value(rule, s.models, agree);
+    if (rule.combine == Combine::kWeightedMean) c.weight = weight_of<A, kM>(s, agree);
+    const V<A> result = combined(rule.combine, kRule == kAnyRule && s.has_alone, c);
+    const V<A> y = moved(s.in.base != nullptr, b.base, s.scale, result);
+    put_lanes(out, i, b.bad == b.bad ? y : b.bad);
   }
 }
 

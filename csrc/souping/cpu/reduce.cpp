@@ -16,12 +16,6 @@ void add(int64_t* total, const uint32_t* counts, int64_t n) {
       std::atomic_ref<int64_t>(total[i]).fetch_add(counts[i], std::memory_order_relaxed);
 }
 
-uint32_t* cleared(Scratch& s, int64_t count) {
-  void* counts = s.part(kKept, count * sizeof(uint32_t));
-  memset(counts, 0, count * sizeof(uint32_t));
-  return static_cast<uint32_t*>(counts);
-}
-
 }  // namespace
 
 void run(const Survey& call, Workers& workers) {
@@ -31,16 +25,23 @@ void run(const Survey& call, Workers& workers) {
     const int64_t group = call.group[work[i].part];
     if (call.fine) {
       const int64_t bins = streams * call.cuts * kFine;
-      uint32_t* counts = cleared(s, bins);
+      uint32_t* counts = static_cast<uint32_t*>(s.part(kKept, bins * sizeof(uint32_t)));
+      memset(counts, 0, bins * sizeof(uint32_t));
       kernels().fine(call, work[i], counts, s);
       add(call.fine + group * bins, counts, bins);
       return;
     }
-    const int64_t bins = streams * kCoarse;
-    uint32_t* counts = cleared(s, kCopies * bins);
+    uint32_t* counts =
+        static_cast<uint32_t*>(s.part(kKept, streams * 2 * kCoarse * sizeof(uint32_t)));
     int64_t zeros[kMaxModels] = {};
     kernels().coarse(call, work[i], counts, zeros, s);
-    add(call.coarse + group * bins, counts, bins);
+    for (int64_t m = 0; m < streams; ++m) {
+      const Window w = window_of(call, work[i].part, int(m));
+      const int64_t first = std::max(w.below, int64_t{0}), bins = w.above + 1 - first;
+      const int64_t at = (group * streams + m) * kCoarse + first;
+      add(call.coarse + at, counts + 2 * m * kCoarse + first, bins);
+      if (call.odd) add(call.odd + at, counts + (2 * m + 1) * kCoarse + first, bins);
+    }
     for (int64_t m = 0; m < streams; ++m)
       std::atomic_ref<int64_t>(call.zeros[group * streams + m]).fetch_add(zeros[m]);
   });

@@ -2,7 +2,7 @@
 // Element rules with numbers of their own, swarm steps, rows from elsewhere.
 #pragma once
 
-#include "stages.h"
+#include "lanes.h"
 
 namespace gemma_ext::souping::GEMMA_EXT_ISA {
 namespace {
@@ -26,8 +26,9 @@ template <class A>
 void consensus(const Seen<A>& s, A* __restrict out) {
   const A scale = A(s.numbers[s.models]);
   for (int i = 0; i < s.n; ++i) {
-    A total = 0;
-    for (int m = 0; m < s.models; ++m) total = total + s.delta[m][i];
+    A terms[kMaxModels];
+    for (int m = 0; m < s.models; ++m) terms[m] = s.delta[m][i];
+    const A total = sum_terms<0>(terms, s.models);
     int votes = 0;
     bool chosen = false;
     for (int m = 0; m < s.models; ++m) {
@@ -44,21 +45,22 @@ void consensus(const Seen<A>& s, A* __restrict out) {
 template <class A>
 void fisher(const Seen<A>& s, A* __restrict out) {
   const A add = A(s.numbers[2 * s.models]);
+  A above[kMaxModels], below[kMaxModels], plain[kMaxModels];
+  for (int m = 0; m < s.models; ++m) plain[m] = A(s.numbers[m]);
+  const A coefficients = sum_terms<0>(plain, s.models);
   for (int i = 0; i < s.n; ++i) {
-    A above = 0, below = 0, plain = 0, coefficients = 0;
     for (int m = 0; m < s.models; ++m) {
       const A c = A(s.numbers[m]), d = s.delta[m][i];
-      const A weight = fisher_weight(c, A(s.extra[m][i]), A(s.numbers[s.models + m]), add);
-      above = above + weight * d;
-      below = below + weight;
-      plain = plain + c * d;
-      coefficients = coefficients + c;
+      below[m] = fisher_weight(c, A(s.extra[m][i]), A(s.numbers[s.models + m]), add);
+      above[m] = below[m] * d;
+      plain[m] = c * d;
     }
-    const A mean = above / below;
+    const A divisor = sum_terms<0>(below, s.models);
+    const A mean = sum_terms<0>(above, s.models) / divisor;
     if (s.base)
-      out[i] = A(s.base[i]) + (below == 0 ? A(0) : mean);
+      out[i] = A(s.base[i]) + (divisor == 0 ? A(0) : mean);
     else
-      out[i] = below == 0 ? plain / coefficients : mean;
+      out[i] = divisor == 0 ? sum_terms<0>(plain, s.models) / coefficients : mean;
   }
 }
 
@@ -112,16 +114,13 @@ void pick(const Seen<A>& s, A* __restrict out) {
 template <class A>
 void blend(const Seen<A>& s, A* __restrict out) {
   const A alpha = A(s.numbers[s.models]);
+  A x[kMaxModels] = {}, terms[kMaxModels] = {};
   for (int i = 0; i < s.n; ++i) {
-    A low = s.delta[0][i], high = low, sum = A(s.numbers[0]) * low;
-    for (int m = 1; m < s.models; ++m) {
-      const A x = s.delta[m][i];
-      low = x < low ? x : low;
-      high = x > high ? x : high;
-      sum = sum + A(s.numbers[m]) * x;
+    for (int m = 0; m < s.models; ++m) {
+      x[m] = s.delta[m][i];
+      terms[m] = weighted(A(s.numbers[m]), x[m]);
     }
-    const A away = alpha * (high - low);
-    out[i] = clamped(sum, low - away, high + away);
+    out[i] = blended<0>(x, terms, s.models, alpha);
   }
 }
 
@@ -184,8 +183,8 @@ void swarm(const Swarm& call, const Run& run, Scratch& s) {
 void gather_rows(const GatherRows& call, int64_t first, int64_t last, Scratch& s) {
   const int64_t width = call.width, size = size_of(call.out.type);
   char* out = static_cast<char*>(const_cast<void*>(call.out.data));
-  float* sum = scratch<float>(s, kResult, 2 * kStep);
-  float* buffer = sum + kStep;
+  float* sum = scratch<float>(s, kResult, kStep);
+  float* buffer = scratch<float>(s, kInputs, (call.models + 1) * kStep);
   for (int64_t v = first; v < last; ++v) {
     const int64_t* rows = call.rows + v * call.models;
     int owners = 0, owner = 0;
@@ -201,14 +200,19 @@ void gather_rows(const GatherRows& call, int64_t first, int64_t last, Scratch& s
       continue;
     }
     in_steps({0, 0, width}, [&](int64_t at, int n) {
-      for (int i = 0; i < n; ++i) sum[i] = 0;
+      float* to = buffer;
       for (int m = 0; m < call.models; ++m) {
         if (rows[m] < 0) continue;
-        const float* __restrict x = widen(call.source[m], rows[m] * width + at, n, buffer);
-        for (int i = 0; i < n; ++i) sum[i] = sum[i] + x[i];
+        const float* x = widen(call.source[m], rows[m] * width + at, n, to);
+        if (x != to) memcpy(to, x, n * sizeof(float));
+        to += kStep;
       }
-      const float divisor = owners > 1 ? float(owners) : 1.0f;
-      for (int i = 0; i < n; ++i) sum[i] = sum[i] / divisor;
+      for (int i = 0; i < n; i += kLanes) {
+        Vf x[kMaxModels];
+        for (int m = 0; m < owners; ++m) x[m] = load_floats(buffer + m * kStep + i);
+        const Vf total = sum_terms<0>(x, owners);
+        put_lanes(sum, i, owners ? total / float(owners) : Vf{});
+      }
       store<float>(call.out, v * width + at, n, sum, nullptr, false);
     });
   }

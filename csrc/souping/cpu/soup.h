@@ -10,19 +10,20 @@ namespace {
 // Elements first .. last of a step, in whole vectors; kM models, 0: any number. Out is A, or bfloat16.
 template <class A, bool kBf16, int kM, class Out>
 void soup_step(const Inputs& in, int models, const A* w, A scale, int first, int last, Out* sum) {
-  const int count = kM ? kM : models;
   for (int i = first; i < last; i += kLanes) {
     const V<A> base = load_base<A, kBf16>(in, i);
-    V<A> total = V<A>{};
-    if (count) total = w[0] * load_delta<A, kBf16>(in, 0, i, base);
-    for (int m = 1; m < count; ++m) total = total + w[m] * load_delta<A, kBf16>(in, m, i, base);
-    put_lanes(sum, i, in.base ? base + scale * total : total);
+    V<A> x[kM ? kM : kMaxModels];
+#pragma GCC unroll 4
+    for (int m = 0; m < (kM ? kM : models); ++m)
+      x[m] = weighted(w[m], load_delta<A, kBf16>(in, m, i, base));
+    const V<A> total = sum_terms<kM>(x, models);
+    put_lanes(sum, i, in.base ? base + weighted(scale, total) : total);
   }
 }
 
 template <class A, bool kBf16, class Out>
 void soup_models(const Inputs& in, int models, const A* w, A scale, int first, int last, Out* sum) {
-  switch (sizeof(A) == sizeof(float) ? models : 0) {
+  switch (models) {
     case 1: return soup_step<A, kBf16, 1>(in, models, w, scale, first, last, sum);
     case 2: return soup_step<A, kBf16, 2>(in, models, w, scale, first, last, sum);
     case 3: return soup_step<A, kBf16, 3>(in, models, w, scale, first, last, sum);

@@ -52,29 +52,29 @@ class Ties {
       : table_(t), cut_(cut), work_(work), streams_(cut.bits ? streams_of(cut, t.models) : 0) {
     if (!cut.bits) return;
     counts_ = needs_counts();
-    if (!counts_) {
-      none_.assign(streams_, 0);
-      return;
-    }
+    if (!counts_) return;
     before_ = std::make_unique<std::atomic<int64_t>[]>((work.size() + 1) * streams_);
     for (int64_t i = 0; i < (work.size() + 1) * streams_; ++i) before_[i] = i < streams_ ? 0 : -1;
   }
 
-  // Of task's run, [streams] into `before`; null without a cut. Every task asks once.
-  const int64_t* before(int64_t task, int64_t* before, Scratch& s) {
-    if (!cut_.bits) return nullptr;
-    if (!counts_) return none_.data();
-    int64_t here[kMaxModels] = {};
-    kernels().count_ties(table_, cut_, work_[task], here, s);
+  int64_t streams() const { return streams_; }
+
+  // Marks of task's run, of which `equal` are at the threshold and `before` in earlier runs; `room` is [streams,
+  // run.count]. Every task asks once.
+  Marks mark(int64_t task, uint8_t* room, int64_t* before, int64_t* equal, Scratch& s) {
+    if (!cut_.bits) return {};
+    std::fill_n(equal, streams_, 0);
+    std::fill_n(before, streams_, 0);
+    kernels().mark(table_, cut_, work_[task], room, equal, s);
     const bool fresh = cut_.groups > 1 && work_[task].begin == 0;
-    for (int64_t m = 0; m < streams_; ++m) {
+    for (int64_t m = 0; counts_ && m < streams_; ++m) {
       std::atomic<int64_t>& mine = before_[task * streams_ + m];
       int64_t found = mine.load(std::memory_order_acquire);
       for (; found < 0; found = mine.load(std::memory_order_acquire)) std::this_thread::yield();
       before[m] = fresh ? 0 : found;
-      before_[(task + 1) * streams_ + m].store(before[m] + here[m], std::memory_order_release);
+      before_[(task + 1) * streams_ + m].store(before[m] + equal[m], std::memory_order_release);
     }
-    return before;
+    return {room, before, equal};
   }
 
   // After all tasks.
@@ -103,7 +103,6 @@ class Ties {
   const Work& work_;
   int64_t streams_;
   bool counts_ = false;
-  std::vector<int64_t> none_;
   std::unique_ptr<std::atomic<int64_t>[]> before_;
 };
 
@@ -137,9 +136,12 @@ class Masks {
       kernels().mask_rows(table_, mask_, run, kept, s);
       return kept;
     }
-    int64_t keep_before[kMaxModels], drop_before[kMaxModels];
-    const int64_t* keep = keep_.before(task, keep_before, s);
-    const int64_t* drop = drop_.before(task, drop_before, s);
+    int64_t counts[4][kMaxModels];
+    uint8_t* room =
+        static_cast<uint8_t*>(s.part(kOther, (keep_.streams() + drop_.streams()) * run.count));
+    const Marks keep = keep_.mark(task, room, counts[0], counts[1], s);
+    const Marks drop =
+        drop_.mark(task, room + keep_.streams() * run.count, counts[2], counts[3], s);
     kernels().mask(table_, mask_, run, keep, drop, kept, s);
     return kept;
   }

@@ -159,18 +159,30 @@ class Deltas {
     }
   }
 
- DEVICE const A (&of(int m)) [kLanes] {
-   if constexpr (kM > 0) {
-     return delta_[m];
-   } else {
-     float x[kLanes];
-     load(k_.source(m), o_, x);
-     subtract(x, delta_[0]);
-     return delta_[0];
-   }
- }
+  DEVICE const A (&of(int m)) [kLanes] {
+    if constexpr (kM > 0) {
+      return delta_[m];
+    } else {
+      float x[kLanes];
+      load(k_.source(m), o_, x);
+      subtract(x, delta_[0]);
+      return delta_[0];
+    }
+  }
 
- private : DEVICE int bounded(int m) const {
+  // One position's; 0 where there is none.
+  DEVICE A at(int m, int j) const {
+    if constexpr (kM > 0) {
+      return delta_[m][j];
+    } else {
+      if (!o_.has(j)) return A{};
+      const A x = static_cast<A>(element(k_.source(m), o_.first + j));
+      return k_.based ? x - base[j] : x;
+    }
+  }
+
+ private:
+  DEVICE int bounded(int m) const {
     const int last = k_.models > 0 ? k_.models - 1 : 0;
     return m < last ? m : last;
   }
@@ -190,6 +202,35 @@ class Deltas {
   const Octet& o_;
   A delta_[kM > 0 ? kM : 1][kLanes];
 };
+
+// f(j) for every position of an octet; only what is in registers, with kM, asks for unrolling.
+template <int kM, class F>
+DEVICE void each_position(F f) {
+  if constexpr (kM > 0) {
+    UNROLL
+    for (int j = 0; j < kLanes; ++j) f(j);
+  } else {
+    NO_UNROLL
+    for (int j = 0; j < kLanes; ++j) f(j);
+  }
+}
+
+// term(m) of one position, added up over the models in ascending order (element.h); kM as of each_model.
+template <int kM, class A, class Term>
+DEVICE void collect_terms(int models, Term term, A* x) {
+  if constexpr (kM > 0) {
+    UNROLL
+    for (int m = 0; m < kM; ++m) x[m] = m < models ? term(m) : nothing<A>();
+  } else {
+    for (int m = 0; m < models; ++m) x[m] = term(m);
+  }
+}
+template <int kM, class A, class Term>
+DEVICE A sum_models(int models, Term term) {
+  A x[kM > 0 ? kM : kMaxModels];
+  collect_terms<kM>(models, term, x);
+  return sum_terms<kM>(x, models);
+}
 
 // Of one model.
 DEVICE void load_delta(const Chunk& k, int m, const Octet& o, float (&d)[kLanes]) {

@@ -65,9 +65,8 @@ void count_balance_kernel(const GRID_CONSTANT CountsParams p) {
     int balance = 0;
     each_octet(k, [&](const Octet& o) {
       const Ballot<float, 0, true> ballot(all, rule, *s, k, o);
-      UNROLL
-      for (int j = 0; j < kLanes; ++j)
-        if (o.has(j)) balance += static_cast<int>(ballot.sign[j]);
+      float sorted[kMaxModels];
+      for (int j = o.from; j < o.to; ++j) balance += static_cast<int>(ballot.elected(j, sorted));
     });
     balance = simt::reduce_add(balance);
     if (simt::lane_idx() == 0 && balance != 0)

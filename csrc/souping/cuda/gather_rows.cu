@@ -29,22 +29,22 @@ void gather_rows_kernel(GatherRowsParams p) {
       owner = m;
     }
     const bool copies = owners == 1 && p.source[owner].type == p.out.type;
-    const float divisor = owners > 1 ? static_cast<float>(owners) : 1.0f;
     for (int64_t q = simt::lane_idx(); q * kLanes < p.width; q += simt::kWarpSize) {
       const Octet o = octet_of(q, 0, p.width);
       if (copies) {
         put(out, o, fetch(View::of(p.source[owner], -rows[owner] * p.width), o));
         continue;
       }
-      float sum[kLanes] = {}, x[kLanes];
-      for (int m = 0; m < p.models; ++m) {
-        if (rows[m] < 0) continue;
-        load(View::of(p.source[m], -rows[m] * p.width), o, x);
-        UNROLL
-        for (int j = 0; j < kLanes; ++j) sum[j] = sum[j] + x[j];
+      float sum[kLanes] = {}, x[kMaxModels];
+      NO_UNROLL
+      for (int j = o.from; owners && j < o.to; ++j) {
+        int found = 0;
+        for (int m = 0; m < p.models; ++m) {
+          if (rows[m] < 0) continue;
+          x[found++] = element(View::of(p.source[m], -rows[m] * p.width), o.first + j);
+        }
+        sum[j] = sum_terms<0>(x, owners) / static_cast<float>(owners);
       }
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) sum[j] = sum[j] / divisor;
       store(out, o, sum, Rounding::kNearest, 0);
     }
   }

@@ -36,23 +36,11 @@ void merge_kernel(const GRID_CONSTANT MergeParams p) {
     const A scale = static_cast<A>(p.scale[k.number]);
     each_octet(k, [&](const Octet& o) {
       by_bound<kM>(k, o, [&](auto bound) {
-        Ballot<A, bound.value, kForm == Form::kAny> ballot(all, rule, *s, k, o);
-        Combined<A> held[kLanes] = {};
-        each_model<bound.value>(k.models, [&](int m) {
-          A x[kLanes];
-          const unsigned agree = ballot.of(m, x);
-          UNROLL
-          for (int j = 0; j < kLanes; ++j)
-            combine(rule.combine, agree >> j & 1, x[j], s->coefficients.weight[m],
-                    s->coefficients.alone[m], &held[j]);
-        });
+        const Ballot<A, bound.value, kForm == Form::kAny> ballot(all, rule, *s, k, o);
         A y[kLanes];
-        UNROLL
-        for (int j = 0; j < kLanes; ++j) {
-          const A result = scale * combined(rule.combine, has_alone, held[j]);
-          y[j] = k.based ? ballot.deltas.base[j] + result : result;
-          if (ballot.nan >> j & 1) y[j] = static_cast<A>(from_bits(kNan));
-        }
+        each_position<bound.value>([&](int j) {
+          y[j] = moved(k.based, ballot.deltas.base[j], scale, ballot.result(j, has_alone));
+        });
         store(k.out(), o, y, p.rounding, k.key);
       });
     });

@@ -15,6 +15,7 @@ template <class A>
 struct Coefficients {
   A weight[kMaxModels], alone[kMaxModels];
   A weighted[kMaxModels], plain[kMaxModels];  // of a term, of a vote without weights
+  bool equal;                                 // weights, whose sums then need no order
 
   DEVICE void fill(const Numbers& n, const Chunk& k) {
     for (int m = simt::thread_idx(); m < k.models; m += simt::block_dim()) {
@@ -24,6 +25,11 @@ struct Coefficients {
       plain[m] = static_cast<A>(1 / n.divide[at]);
       alone[m] = n.alone ? static_cast<A>(n.alone[at]) : A{1};
     }
+    if (simt::thread_idx() > 0) return;
+    equal = true;
+    const double* weights = n.weights + k.number * k.models;
+    for (int m = 1; m < k.models; ++m)
+      equal &= static_cast<A>(weights[m]) == static_cast<A>(weights[0]);
   }
 };
 
@@ -84,55 +90,74 @@ class Ballot {
   KeptBytes<kM> kept_;  // before the deltas: little else is live while they are found
 
  public:
+  static constexpr int kRoom = kM > 0 ? kM : kMaxModels;
   Deltas<A, kM> deltas;
-  A sign[kLanes] = {};  // elected, where there is an election
-  unsigned nan = 0;
 
   DEVICE Ballot(const MergeCommon& p, const Rule& rule, const MergeShared<A>& s, const Chunk& k,
                 const Octet& o)
-      : p_(p), rule_(rule), s_(s), k_(k), o_(o), kept_(p, s.mask, k, o), deltas(k, o) {
-    const bool elects = rule.election != Election::kNone;
-    const A* coefficients = rule.weighted ? s.coefficients.weighted : s.coefficients.plain;
-    each_model<kM>(k.models, [&](int m) {
-      const A(&d)[kLanes] = deltas.of(m);
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) nan |= static_cast<unsigned>(d[j] != d[j]) << j;
-      if (!elects) return;
-      A x[kLanes];
-      terms(m, d, kept_.of(m), coefficients[m], x);
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) sign[j] = sign[j] + vote(rule.election, x[j]);
-    });
-    if (!elects) return;
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) sign[j] = elected_sign(sign[j], rule.zero);
+      : p_(p), rule_(rule), s_(s), k_(k), o_(o), kept_(p, s.mask, k, o), deltas(k, o) {}
+
+  // The elected sign of a position; where a sum elects, `sorted` has the votes in ascending order.
+  DEVICE A elected(int j, A (&sorted)[kRoom]) const {
+    A total = 0;
+    if (rule_.election == Election::kSum) {
+      collect_terms<kM>(k_.models, [&](int m) { return vote(m, j); }, sorted);
+      total = sum_terms<kM>(sorted, k_.models);
+    }
+    if (rule_.election == Election::kCount)
+      each_model<kM>(k_.models, [&](int m) { total = total + elected_sign(vote(m, j), 0); });
+    return elected_sign(total, rule_.zero);
   }
 
-  // Terms of model m, a bit for each where it agrees.
-  DEVICE unsigned of(int m, A (&x)[kLanes]) {
-    const A(&d)[kLanes] = deltas.of(m);
-    const unsigned mine = kept_.of(m);
-    terms(m, d, mine, s_.coefficients.weighted[m], x);
-    if (rule_.election == Election::kNone) return mine;
-    A votes[kLanes];
-    if (!rule_.weighted) terms(m, d, mine, s_.coefficients.plain[m], votes);
-    unsigned agree = 0;
-    UNROLL
-    for (int j = 0; j < kLanes; ++j)
-      agree |= static_cast<unsigned>(agrees(rule_.weighted ? x[j] : votes[j], sign[j])) << j;
-    return agree;
+  // What a position's models combine to; NaN where a delta is.
+  DEVICE A result(int j, bool has_alone) const {
+    const Coefficients<A>& c = s_.coefficients;
+    A sorted[kRoom];
+    const A sign = elected(j, sorted);
+    uint64_t agree = 0;
+    bool nan = false;
+    Combined<A> held{};
+    each_model<kM>(k_.models, [&](int m) {
+      const bool mine = rule_.election == Election::kNone ? kept(m, j) : agrees(vote(m, j), sign);
+      const A d = deltas.at(m, j);
+      nan |= d != d;
+      agree |= uint64_t{mine} << m;
+      combine(rule_.combine, mine, term_of(m, j, c.weighted), c.alone[m], &held);
+    });
+    if (rule_.combine != Combine::kMax) {
+      if (rule_.election == Election::kSum && rule_.weighted) {
+        each_model<kM>(kM > 0 ? kM : k_.models, [&](int m) {
+          sorted[m] = agrees(sorted[m], sign) ? sorted[m] : nothing<A>();
+        });
+        held.value = sum_sorted<kM>(sorted, k_.models);
+      } else {
+        held.value = sum_models<kM, A>(k_.models, [&](int m) {
+          return agree >> m & 1 ? term_of(m, j, c.weighted) : nothing<A>();
+        });
+      }
+    }
+    if (rule_.combine == Combine::kWeightedMean) {
+      if (c.equal) {
+        each_model<kM>(k_.models,
+                       [&](int m) { held.weight += agree >> m & 1 ? c.weight[m] : A{0}; });
+      } else {
+        held.weight = sum_models<kM, A>(k_.models,
+                                        [&](int m) { return agree >> m & 1 ? c.weight[m] : A{0}; });
+      }
+    }
+    const A found = combined(rule_.combine, has_alone, held);
+    return nan ? static_cast<A>(from_bits(kNan)) : found;
   }
 
  private:
-  DEVICE void terms(int m, const A (&d)[kLanes], unsigned mine, A coefficient,
-                    A (&x)[kLanes]) const {
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) x[j] = term(mine >> j & 1, coefficient, d[j]);
-    if (!kRescales || !p_.mask.rescale) return;
-    const float* marks = marks_of(p_.mask, k_, m, o_);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j)
-      if (o_.has(j)) x[j] = mine >> j & 1 ? x[j] / static_cast<A>(marks[j]) : A{0};
+  DEVICE bool kept(int m, int j) const { return kept_.of(m) >> j & 1; }
+  DEVICE A vote(int m, int j) const {
+    return term_of(m, j, rule_.weighted ? s_.coefficients.weighted : s_.coefficients.plain);
+  }
+  DEVICE A term_of(int m, int j, const A* coefficients) const {
+    const A x = term(kept(m, j), coefficients[m], deltas.at(m, j));
+    if (!kRescales || !p_.mask.rescale || !o_.has(j) || !kept(m, j)) return x;
+    return x / static_cast<A>(marks_of(p_.mask, k_, m, o_)[j]);
   }
 };
 

@@ -52,6 +52,13 @@ struct Bits {
   uint32_t word[kLanes];
 };
 
+DEVICE float element(const View& v, int64_t position) {
+  if (v.type == DType::kFloat32) return *reinterpret_cast<const float*>(v.at(position));
+  const uint16_t half = *reinterpret_cast<const uint16_t*>(v.at(position));
+  return v.type == DType::kBFloat16 ? from_bits(uint32_t{half} << 16)
+                                    : simt::to_float(simt::f16{half});
+}
+
 DEVICE Bits fetch_whole(const View& v, const Octet& o) {
   const Quad* from = reinterpret_cast<const Quad*>(v.at(o.first));
   Bits bits{};

@@ -38,12 +38,11 @@ struct Seen {
 
 template <class A, int kM>
 DEVICE void consensus(Seen<A, kM>& s, Values<A>& y) {
-  Values<A> total = {};
+  Values<A> total;
   int votes[kLanes] = {};
   bool chosen[kLanes] = {};
-  s.each([&](int, const Values<A>& d) {
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) total[j] = total[j] + d[j];
+  each_position<kM>([&](int j) {
+    total[j] = sum_models<kM, A>(s.k.models, [&](int m) { return s.deltas.at(m, j); });
   });
   s.each([&](int m, const Values<A>& d) {
     const A lambda = s.number(m);
@@ -67,30 +66,24 @@ template <class A, int kM>
 DEVICE void fisher(Seen<A, kM>& s, Values<A>& y) {
   const int models = s.k.models;
   const A add = s.number(2 * models);
-  Values<A> above = {}, below = {}, plain = {};
-  A coefficients = 0;
-  s.each([&](int m, const Values<A>& d) {
-    const A c = s.number(m), floor = s.number(models + m);
-    Values<float> f;
-    load(s.k.extra(m), s.o, f);
-    coefficients = coefficients + c;
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      const A weight = fisher_weight(c, static_cast<A>(f[j]), floor, add);
-      above[j] = above[j] + weight * d[j];
-      below[j] = below[j] + weight;
-      plain[j] = plain[j] + c * d[j];
+  const A coefficients = sum_models<kM, A>(models, [&](int m) { return s.number(m); });
+  each_position<kM>([&](int j) {
+    const auto weight = [&](int m) {
+      // one by one, from L1: of all models at once the registers do not suffice
+      const float mine = s.o.has(j) ? element(s.k.extra(m), s.o.first + j) : 0.0f;
+      return fisher_weight(s.number(m), static_cast<A>(mine), s.number(models + m), add);
+    };
+    const A below = sum_models<kM, A>(models, weight);
+    const A above = sum_models<kM, A>(models, [&](int m) { return weight(m) * s.deltas.at(m, j); });
+    const A mean = above / below;
+    if (s.k.based) {
+      y[j] = s.deltas.base[j] + (below == 0 ? A{0} : mean);
+    } else {
+      const A plain =
+          sum_models<kM, A>(models, [&](int m) { return s.number(m) * s.deltas.at(m, j); });
+      y[j] = below == 0 ? plain / coefficients : mean;
     }
   });
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) {
-    const A mean = above[j] / below[j];
-    if (s.k.based) {
-      y[j] = s.deltas.base[j] + (below[j] == 0 ? A{0} : mean);
-    } else {
-      y[j] = below[j] == 0 ? plain[j] / coefficients : mean;
-    }
-  }
 }
 
 template <class A, int kM>
@@ -155,21 +148,15 @@ DEVICE void pick(Seen<A, kM>& s, bool by_magnitude, Values<A>& y) {
 
 template <class A, int kM>
 DEVICE void blend(Seen<A, kM>& s, Values<A>& y) {
-  Values<A> low = {}, high = {};
-  s.each([&](int m, const Values<A>& x) {
-    const A w = s.number(m);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = m == 0 || x[j] < low[j] ? x[j] : low[j];
-      high[j] = m == 0 || x[j] > high[j] ? x[j] : high[j];
-      y[j] = m == 0 ? w * x[j] : y[j] + w * x[j];
-    }
-  });
   const A alpha = s.number(s.k.models);
-  UNROLL
+  NO_UNROLL
   for (int j = 0; j < kLanes; ++j) {
-    const A away = alpha * (high[j] - low[j]);
-    y[j] = clamped(y[j], low[j] - away, high[j] + away);
+    A x[kMaxModels] = {}, terms[kMaxModels] = {};
+    for (int m = 0; m < s.k.models; ++m) {
+      x[m] = s.deltas.at(m, j);
+      terms[m] = weighted(s.number(m), x[m]);
+    }
+    y[j] = blended<0>(x, terms, s.k.models, alpha);
   }
 }
 

@@ -26,15 +26,12 @@ void soup_kernel(SoupParams p) {
     each_octet(k, [&](const Octet& o) {
       by_bound<kM>(k, o, [&](auto bound) {
         Deltas<A, bound.value> deltas(k, o);
-        A y[kLanes] = {};
-        each_model<bound.value>(k.models, [&](int m) {
-          const A(&d)[kLanes] = deltas.of(m);
-          const A w = weights[m];
-          UNROLL
-          for (int j = 0; j < kLanes; ++j) y[j] = m == 0 ? w * d[j] : y[j] + w * d[j];
+        A y[kLanes];
+        each_position<bound.value>([&](int j) {
+          y[j] = sum_models<bound.value, A>(
+              k.models, [&](int m) { return weighted(weights[m], deltas.at(m, j)); });
+          if (k.based) y[j] = deltas.base[j] + weighted(scale, y[j]);
         });
-        UNROLL
-        for (int j = 0; j < kLanes; ++j) y[j] = k.based ? deltas.base[j] + scale * y[j] : y[j];
         store(k.out(), o, y, p.rounding, k.key);
       });
     });
@@ -63,19 +60,12 @@ void soup_rows_kernel(SoupParams p) {
       }
       Deltas<A, 0> deltas(k, o);
       A y[kLanes] = {};
-      each_model<0>(k.models, [&](int m) {
-        const A(&d)[kLanes] = deltas.of(m);
-        UNROLL
-        for (int j = 0; j < kLanes; ++j) {
-          if (!o.has(j)) continue;
-          const A w = static_cast<A>(p.weights[rows[j] * k.models + m]);
-          y[j] = m == 0 ? w * d[j] : y[j] + w * d[j];
-        }
-      });
-      UNROLL
-      for (int j = 0; j < kLanes; ++j) {
-        if (!o.has(j) || !k.based) continue;
-        y[j] = deltas.base[j] + static_cast<A>(p.scale[rows[j]]) * y[j];
+      NO_UNROLL
+      for (int j = o.from; j < o.to; ++j) {
+        const double* weights = p.weights + rows[j] * k.models;
+        y[j] = sum_models<0, A>(
+            k.models, [&](int m) { return weighted(static_cast<A>(weights[m]), deltas.at(m, j)); });
+        if (k.based) y[j] = deltas.base[j] + weighted(static_cast<A>(p.scale[rows[j]]), y[j]);
       }
       store(k.out(), o, y, p.rounding, k.key);
     });

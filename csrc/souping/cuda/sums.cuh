@@ -9,14 +9,6 @@ namespace gemma_ext::souping::cuda {
 constexpr int kSumThreads = kStrands;
 static_assert(kSumThreads == 2 * simt::kWarpSize);
 
-DEVICE double element(const View& v, int64_t position) {
-  const uintptr_t at = v.at(position);
-  if (v.type == DType::kFloat32) return *reinterpret_cast<const float*>(at);
-  const uint16_t half = *reinterpret_cast<const uint16_t*>(at);
-  if (v.type == DType::kBFloat16) return from_bits(static_cast<uint32_t>(half) << 16);
-  return simt::to_float(simt::f16{half});
-}
-
 // x_m - base; without a base x_m.
 DEVICE double delta_at(const Chunk& k, int m, int64_t position, double base) {
   const double x = element(k.source(m), position);

@@ -10,8 +10,8 @@ struct SurveyParams {
   Range
       items;  // chunks times streams, the streams of a chunk side by side: its base is in L2 for all of them
   const int64_t* group;
-  Word *coarse, *zeros, *fine;
-  const int64_t* prefix;
+  Word *coarse, *zeros, *odd, *fine;
+  const int64_t *window, *prefix;
   int streams, cuts;
 };
 
@@ -28,25 +28,32 @@ void survey_coarse_kernel(SurveyParams p) {
   for (int64_t i = p.items.from + simt::block_idx(); i < p.items.to; i += simt::grid_dim()) {
     const int stream = static_cast<int>(i % p.streams);
     const Chunk k = open_chunk(p.plan, i / p.streams, views);
+    const int64_t to = p.group[k.number] * p.streams + stream;
+    const Window w = checked_window(p.window ? p.window + 2 * to : nullptr);
+    const uint32_t below = static_cast<uint32_t>(most(w.below, 0));
+    const uint32_t above = static_cast<uint32_t>(w.above);
+    Word *coarse = p.coarse + to * kCoarse, *odd = p.odd + to * kCoarse;
     unsigned zeros = 0;
     each_octet(k, [&](const Octet& o) {
       const Bits keys = keys_of(k, kVariance, stream, o);
       UNROLL
       for (int j = 0; j < kLanes; ++j) {
         if (!o.has(j) || keys.word[j] == kNoKey) continue;
+        const uint32_t bin = keys.word[j] >> 16;
+        if (p.odd && keys.word[j] << 16 && bin > w.below && bin < w.above)
+          simt::atomic_add(&odd[bin], Word{1});
         if (keys.word[j] == 0) {
           ++zeros;
         } else {
-          simt::atomic_add(&counts[keys.word[j] >> 17], 1u << (keys.word[j] >> 12 & 16));
+          const uint32_t held = bin < below ? below : bin > above ? above : bin;
+          simt::atomic_add(&counts[held >> 1], 1u << (16 * (held & 1)));
         }
       }
     });
-    const int64_t to = p.group[k.number] * p.streams + stream;
-    Word* coarse = p.coarse + to * kCoarse;
     zeros = simt::reduce_add(zeros);
     if (simt::lane_idx() == 0 && zeros > 0) {
       simt::atomic_add(&p.zeros[to], Word{zeros});
-      simt::atomic_add(&coarse[0], Word{zeros});
+      simt::atomic_add(&coarse[below], Word{zeros});
     }
     simt::sync_block();
     for (int w = simt::thread_idx(); w < kCoarseWords; w += kCoarseThreads) {
@@ -121,6 +128,8 @@ int64_t enqueue(const Survey& call, void* memory, Launches* launches) {
   p.coarse = reinterpret_cast<Word*>(call.coarse);
   p.zeros = reinterpret_cast<Word*>(call.zeros);
   p.fine = reinterpret_cast<Word*>(call.fine);
+  p.odd = reinterpret_cast<Word*>(call.odd);
+  p.window = call.window;
   p.prefix = call.prefix;
   p.cuts = call.cuts;
   const int64_t grid = taking_turns(p.items.size());

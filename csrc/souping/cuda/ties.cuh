@@ -32,26 +32,14 @@ DEVICE Bits keys_of(const float (&x)[kLanes]) {
 // Of the variance, in the order of element.h.
 DEVICE_CALL Bits variance_keys(const Chunk& k, const Octet o) {
   Deltas<float, 0> deltas(k, o);
-  const float count = static_cast<float>(k.models);
-  float mean[kLanes] = {}, total[kLanes] = {};
-  each_model<0>(k.models, [&](int m) {
-    const float (&d)[kLanes] = deltas.of(m);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) mean[j] = mean[j] + d[j];
-  });
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) mean[j] = mean[j] / count;
-  each_model<0>(k.models, [&](int m) {
-    const float (&d)[kLanes] = deltas.of(m);
-    UNROLL
-    for (int j = 0; j < kLanes; ++j) {
-      const float away = d[j] - mean[j];
-      total[j] = total[j] + away * away;
-    }
-  });
-  UNROLL
-  for (int j = 0; j < kLanes; ++j) total[j] = total[j] / count;
-  return keys_of(total);
+  float x[kMaxModels];
+  Bits keys;
+  NO_UNROLL
+  for (int j = 0; j < kLanes; ++j) {
+    for (int m = 0; m < k.models; ++m) x[m] = deltas.at(m, j);
+    keys.word[j] = magnitude(variance<0>(x, k.models));
+  }
+  return keys;
 }
 
 // Keys of one stream of an octet.

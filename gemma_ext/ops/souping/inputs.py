@@ -108,6 +108,11 @@ def first_tensor(part: Part) -> Tensor:
     return part.sources[0] if part.sources else part.base
 
 
+def tensors_of(part: Part) -> list[Tensor]:
+    """The sources, and the base where there is one."""
+    return [*part.sources] if part.base is None else [*part.sources, part.base]
+
+
 def device_of(parts: Sequence[Part]) -> torch.device | None:
     return first_tensor(parts[0]).device if parts else None
 

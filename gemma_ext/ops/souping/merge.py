@@ -154,7 +154,7 @@ def gather_rows_(
     where there is none.
 
     Embeddings brought to another vocabulary: one owner copies its row, several are averaged in
-    float32 in the order of the models and rounded once.
+    float32, in ascending order, and rounded once.
 
     Args:
         out: [V, D].

@@ -136,7 +136,7 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return {"election": _ELECTIONS.index(rule.election), "weighted": rule.weighted}
 
 
-def survey(parts, groups, quantity, coarse, zeros, prefix, fine):
+def survey(parts, groups, quantity, coarse, zeros, odd, window, prefix, fine):
     with torch.no_grad():
         _ops.soup_survey_(
             **_parts(parts),
@@ -144,6 +144,8 @@ def survey(parts, groups, quantity, coarse, zeros, prefix, fine):
             variance=quantity == "variance",
             coarse=coarse,
             zeros=zeros,
+            odd=odd,
+            window=window,
             prefix=None if prefix is None else prefix.contiguous(),
             fine=fine,
         )

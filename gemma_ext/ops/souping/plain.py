@@ -13,6 +13,9 @@ from gemma_ext.ops.souping.parts import Part
 from gemma_ext.ops.souping.rules import Cut, RowMask, Rule
 from gemma_ext.reference import souping as formulas
 
+COARSE, FINE = 1 << 15, 1 << 16
+"""Bins of the two readings of a survey: by the upper 15 bits of a key, by its lower 16."""
+
 
 def stacked(part: Part) -> tuple[Tensor, Tensor | None]:
     """(x [M, n] float64, base [n] float64) on the CPU."""
@@ -181,20 +184,27 @@ def overlaps(parts, mask, seed) -> Tensor:
     return torch.stack(found)
 
 
-def survey(parts, groups, quantity, coarse, zeros, prefix, fine) -> None:
+def survey(parts, groups, quantity, coarse, zeros, odd, window, prefix, fine) -> None:
     """Adds a part's keys to the histograms, coarse [G, S, 2^15], or where `fine` [G, S, C, 2^16] is
-    given those whose upper 15 bits are prefix [G, S, C]."""
+    given those whose upper 15 bits are prefix [G, S, C]. Bins outside of `window` [G, S, 2] count
+    as its nearer end; `odd` counts those inside whose lower bits are not all 0."""
     keys_of = formulas.delta_keys if quantity == "delta" else formulas.variance_keys
     for part, group in zip(parts, groups, strict=True):
         for s, keys in enumerate(keys_of(*stacked(part))):
             keys = keys[keys >= 0]
             if fine is None:
-                coarse[group, s] += (keys >> 16).bincount(minlength=1 << 15)
+                below, above = (-1, COARSE - 1) if window is None else window[group, s].tolist()
+                bins = keys >> 16
+                held = bins.clamp(max(below, 0), above)
+                coarse[group, s] += held.bincount(minlength=COARSE)
                 zeros[group, s] += (keys == 0).sum()
+                if odd is not None:
+                    there = (keys & 0xFFFF != 0) & (bins > below) & (bins < above)
+                    odd[group, s] += bins[there].bincount(minlength=COARSE)
                 continue
             for c in range(prefix.shape[-1]):
                 low = keys[keys >> 16 == prefix[group, s, c]] & 0xFFFF
-                fine[group, s, c] += low.bincount(minlength=1 << 16)
+                fine[group, s, c] += low.bincount(minlength=FINE)
 
 
 def consensus_(parts, lambdas, votes, task, scale, rounding, seed):

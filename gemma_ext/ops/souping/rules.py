@@ -114,7 +114,7 @@ class Rule:
         weighted: whether terms stand with their weights in the election.
         zero: the sign elected where that sum is 0: 1, -1 or 0 (then nobody agrees).
         combine: over A: "sum"; "mean", divided by |A|; "weighted_mean", divided by the sum of w_m
-            (1 where that is 0); "max", the term of the largest magnitude.
+            (1 where that is 0); "max", the largest term, of equals the positive one.
     """
 
     election: str = "none"

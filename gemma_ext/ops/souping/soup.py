@@ -27,7 +27,8 @@ def soup_(
 ) -> None:
     """out = base + scale * sum_m w_m (x_m - base), or without a base sum_m w_m x_m.
 
-    Sums are float32 in the order of the models, rounded once; memory is that of the parts.
+    Sums are float32 over terms in ascending order, so that the order of the models changes no bit,
+    and rounded once; memory is that of the parts.
 
     Args:
         parts: T parts of M models; `out` may be the base or a source.

@@ -182,7 +182,5 @@ class Materialiser:
 
 def _largest(part: Part, keep: int) -> souping.Cut:
     magnitudes = Magnitudes(len(part.sources))
-    for _ in range(2):
-        magnitudes.survey([part])
-        magnitudes.settle(keep)
+    magnitudes.find([part], keep)
     return magnitudes.cut()

@@ -177,9 +177,7 @@ def _elementwise(
 
 def _largest(part: Part, keep: int) -> Cut:
     magnitudes = Magnitudes(len(part.sources))
-    for _ in range(2):
-        magnitudes.survey([part])
-        magnitudes.settle(keep)
+    magnitudes.find([part], keep)
     return magnitudes.cut()
 
 

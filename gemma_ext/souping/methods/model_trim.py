@@ -58,6 +58,7 @@ class ModelTrim(Method):
         self.magnitudes: Magnitudes | None = None
         self.densities: list[float] = []
         self.elements = 0
+        self.settled = False
 
     @staticmethod
     def rank(density: float, elements: int) -> int:
@@ -75,13 +76,20 @@ class ModelTrim(Method):
         self.elements += tensor.numel
         return TrimState(values)
 
+    def skips(self, step: int, state: TrimState) -> bool:
+        return step < 2 and self.settled
+
     def survey(self, step: int, part: Part, state: TrimState) -> None:
-        self.magnitudes.survey([part])
+        if not self.settled:
+            self.magnitudes.survey([part])
 
     def settle_model(self, step: int, states: Mapping[str, Any]) -> None:
+        if self.settled:
+            return
         wanted = [self.rank(d, self.elements) if 0 < d < 1 else 0 for d in self.densities]
         self.magnitudes.settle(wanted)
-        if step == 1:
+        self.settled = self.magnitudes.settled
+        if self.settled:
             for state in states.values():
                 state.mask = Mask(keep=self._cut(state.values))
 

@@ -117,7 +117,8 @@ class TaskVectors(Method):
         return None if norm == BY_DENSITY else norm
 
     def skips(self, step: int, state: State) -> bool:
-        return not state.trims or (state.norm is None and not self._finds_cuts(step))
+        found = self._finds_cuts(step) and state.magnitudes is None
+        return not state.trims or found or (state.norm is None and not self._finds_cuts(step))
 
     def _finds_cuts(self, step: int) -> bool:
         return self.cuts > 0 and step < 2
@@ -125,17 +126,20 @@ class TaskVectors(Method):
     def survey(self, step: int, part: Part, state: State) -> None:
         if self.skips(step, state):
             return
-        if self._finds_cuts(step):
-            state.magnitudes.survey([part])
-        else:
+        if not self._finds_cuts(step):
             state.norms.add([part], mask=state.mask, seed=state.values.seed)
+        elif part.sources[0].numel() == state.tensor.numel:
+            state.magnitudes.find([part], self.wanted(state))
+        else:
+            state.magnitudes.survey([part])
 
     def settle(self, step: int, state: State) -> None:
         if self.skips(step, state):
             return
         if self._finds_cuts(step):
-            state.magnitudes.settle(self.wanted(state))
-            if step == 1:
+            if not state.magnitudes.settled:
+                state.magnitudes.settle(self.wanted(state))
+            if state.magnitudes.settled:
                 state.cuts = tuple(state.magnitudes.cut(i) for i in range(self.cuts))
                 state.magnitudes = None
                 state.mask = self.sparsify(state)

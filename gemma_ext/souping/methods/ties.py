@@ -131,7 +131,8 @@ class TiesRef(ModelTrim):
         return super().begin(tensor, values)
 
     def skips(self, step: int, state: TrimState) -> bool:
-        return step == 2 and state.values.merge["zero"] not in ("majority", "minority")
+        counts = state.values.merge["zero"] in ("majority", "minority")
+        return not counts if step == 2 else super().skips(step, state)
 
     def survey(self, step: int, part: Part, state: TrimState) -> None:
         if step < 2:
