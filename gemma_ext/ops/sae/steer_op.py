@@ -47,10 +47,8 @@ refuse_derivatives("sae_steer", _REMEDY)
 
 
 @torch.library.register_fake("gemma_ext::sae_steer")
-def _steer_fake(
-    x, decoder, encoder, tables, offsets, latents, modes, amounts, gates, state, *masks
-):
-    return x.new_empty(x.shape), requests_state_and_masks[8].new_empty(x.shape[0])
+def _steer_fake(x, *rest):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.int32)
 
 
 def plain(
