@@ -1,4 +1,4 @@
-"""Decode and its error: values and gradients against dense float64 products, and what is promised."""
+"""Decode and its error: values and gradients against dense float64 products, and promises."""
 
 from __future__ import annotations
 
