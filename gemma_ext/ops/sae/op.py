@@ -79,22 +79,27 @@ def _backward(op: str) -> Any:
 
 def _gradients(
     x: Tensor, weight: Tensor, bias: Tensor | None, lists: list[tuple], needs: Any
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those of x, weight and bias of entries p = x . w + b, None for what nobody needs."""
-    total: list[Tensor | None] = [None, None, None]
+    dx = d_weight = d_bias = None
     for values, indices, offsets, counts in lists:
         codes = {"values": values, "indices": indices, "offsets": offsets, "counts": counts}
-        found: list[Tensor | None] = [None, None, None]
         if needs.x:
-            found[0] = _ops.sae_decode(**codes, weight=weight, bias=None)
+            dx = _sum(dx, _ops.sae_decode(**codes, weight=weight, bias=None))
         if needs.weight or needs.bias:
             rows = x if needs.weight else x[:, :0]
             sums, totals = _ops.sae_scatter(**codes, rows=rows, features=weight.shape[0])
-            found[1] = sums if needs.weight else None
-            found[2] = totals if needs.bias else None
-        total = [a if b is None else b if a is None else a + b for a, b in zip(total, found)]
-    like = (x, weight, bias)
-    return [t if t is None else t.to(x.dtype) for t, x in zip(total, like)]
+            d_weight = _sum(d_weight, sums) if needs.weight else None
+            d_bias = _sum(d_bias, totals) if needs.bias else None
+    return (
+        dx,
+        None if d_weight is None else d_weight.to(weight.dtype),
+        None if d_bias is None else d_bias.to(bias.dtype),
+    )
+
+
+def _sum(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
 
 
 class SaeTopk(torch.autograd.Function):
