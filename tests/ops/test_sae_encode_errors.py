@@ -73,6 +73,11 @@ CASES = [
         lambda: topk(impl="cuda"),
     ),
     (
+        ValueError,
+        "expected sparse_grad to be False with impl='reference', got True",
+        lambda: topk(sparse_grad=True, impl="reference"),
+    ),
+    (
         TypeError,
         "expected the mask of aux to be a bool Tensor, got torch.float32",
         lambda: topk(aux=(torch.ones(5), 2)),

@@ -25,9 +25,11 @@ ENCODERS = {
     "magnitude": lambda q, **o: encode_topk(q.x, q.weight, q.bias, k=12, by="magnitude", **o),
     "groups": lambda q, **o: Encoding(encode_group_max(q.x, q.weight, q.bias, groups=10, **o)),
     "batch": lambda q, **o: encode_batch_topk(
-        q.x, q.weight, q.bias, total=300, aux=(q.mask, 40), **o
+        q.x, q.weight, q.bias, total=15 * len(q.x), aux=(q.mask, 40), **o
     ),
-    "batch of all": lambda q, **o: encode_batch_topk(q.x, q.weight, q.bias, total=21 * 130, **o),
+    "batch of all": lambda q, **o: encode_batch_topk(
+        q.x, q.weight, q.bias, total=130 * len(q.x), **o
+    ),
     "threshold": lambda q, **o: encode_threshold(q.x, q.weight, q.bias, threshold=1.0, **o),
     "padded": lambda q, **o: encode_threshold(
         q.x, q.weight, q.bias, threshold=0.5, capacity=130, aux=(q.mask, 3), **o
@@ -92,6 +94,25 @@ def test_only_what_is_wanted(encoder, wanted, device):
     encoder(q).codes.values.sum().backward()
     assert torch.equal(getattr(q, wanted).grad, getattr(all_of_it, wanted).grad)
     assert all(getattr(q, n).grad is None for n in ("x", "weight", "bias") if n != wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+def test_a_sparse_gradient_holds_the_rows_that_are_listed(encoder, dtype, device):
+    grads = []
+    for sparse in (False, True):
+        q = leaves(problem(3, 70, 130, dtype=dtype, exact=False, device=device))
+        q.mask = q.mask & (torch.arange(130, device=device) < 30)
+        found = encoder(q, **({"sparse_grad": True} if sparse else {}))
+        lists = [c for c in (found.codes, found.aux) if c is not None]
+        sum((c.values * weights(c, i)).sum() for i, c in enumerate(lists)).backward()
+        grads.append(q.weight.grad)
+    dense, rows = grads
+    assert rows.dtype == dtype
+    rows = rows.double().coalesce()
+    listed = torch.cat([c.indices[c.mask] for c in lists]).unique()
+    assert torch.equal(rows.indices()[0], listed.long())
+    atol = 4 * REL[dtype] * float(dense.abs().max())
+    torch.testing.assert_close(rows.to_dense(), dense.double(), rtol=0, atol=atol)
 
 
 def test_gradients_are_the_same_bits_every_time(encoder, device):
