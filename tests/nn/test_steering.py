@@ -248,6 +248,36 @@ def test_generation_with_a_cache_is_generation_without(name, gate):
     assert not torch.equal(found[0], m.generate(more, **options))
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "Llama"])
+def test_other_ways_to_generate(name):
+    """A prompt in chunks; a static cache, whose masks have four dimensions."""
+    m, ids = model(name), prompts()
+    more, mask = padded(ids, 2, True)
+    s = steering(m, gate="per_input")
+    options = {**GREEDY, "max_new_tokens": 5, "attention_mask": mask}
+    with steer_hook(m, LAYER, s):
+        want = m.generate(more, **options)
+        chunks = m.generate(more, prefill_chunk_size=4, **options)
+    with steer_hook(m, LAYER, s, attention_mask=mask):
+        static = m.generate(more, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(chunks, want)
+    assert torch.equal(static, want)
+    assert not torch.equal(want, m.generate(more, **options))
+
+
+def test_two_blocks_at_once():
+    m, ids = model(), prompts()
+    plain = hidden(m, ids)
+    s, other = steering(m), steering(m, -1.0, seed=3)
+    reads = torch.arange(ids.shape[1]).expand(ids.shape) > 0
+    with steer_hook(m, 0, s):
+        between = hidden(m, ids)[2]
+        with steer_hook(m, 1, other):
+            both = hidden(m, ids)
+    assert torch.equal(both[1], steer(plain[1], s, reads=reads))
+    assert torch.equal(both[2], steer(between, other, reads=reads))
+
+
 @pytest.mark.parametrize("length", [4, torch.tensor([2, 4, 9])], ids=["all", "each"])
 def test_positions(length):
     m, ids = model(), prompts()
