@@ -105,6 +105,24 @@ def test_output_of_the_block(name, layer):
     assert not torch.equal(steered[-1], plain[-1])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_and_values_below_are_those_without(name):
+    """sae-detox oracle 6; those above are not."""
+    m, ids = model(name), prompts()
+    caches = []
+    with torch.no_grad():
+        for strength in (0.0, 2.0):
+            with steer_hook(m, LAYER, steering(m, strength, gate="per_input")) as hook:
+                out = m(input_ids=ids, use_cache=True)
+                state = hook.state
+            caches.append((out.get("cache", out.get("past_key_values")).layers, state))
+    (plain, unsteered), (steered, gates) = caches
+    assert torch.equal(unsteered, gates)
+    for i, (a, b) in enumerate(zip(plain, steered, strict=True)):
+        same = torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+        assert same == (i <= LAYER)
+
+
 def test_the_last_block():
     m, ids = model(), prompts()
     with steer_hook(m, 2, steering(m), skip_first=False):
