@@ -71,6 +71,12 @@ inline Status copy_in(void* to, const void* from, int64_t bytes, Stream stream) 
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
 }
 
+// Waits for the stream; refused while it is being captured.
+inline Status copy_out(void* to, const void* from, int64_t bytes, Stream stream) {
+  const Status status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);
+  return status == cudaSuccess ? cudaStreamSynchronize(stream) : status;
+}
+
 DEVICE int thread_idx() { return threadIdx.x; }
 DEVICE int block_idx() { return blockIdx.x; }
 DEVICE int block_dim() { return blockDim.x; }

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CUDA engine's calls, without torch or a CUDA header.
+//
+// Every call only enqueues kernels on `stream`: no allocation, no synchronisation, the same launches whatever the
+// data, so it may be captured into a graph. Those with an Allocate wait once for the size that they ask for.
+// Temporary memory is the caller's, as many bytes as workspace() of the same call says, 256-byte aligned.
+#pragma once
+
+#include <functional>
+
+#include "../lists.h"
+
+namespace gemma_ext::sae::cuda {
+
+using Stream = void*;  // cudaStream_t
+using Status = int;    // cudaError_t
+using AllocateRows = std::function<TouchedRows(int64_t touched)>;
+
+int64_t workspace(const Decode&);
+int64_t workspace(const DecodeBackward&);
+int64_t workspace(const Scatter&);
+
+Status run(const Decode&, void* memory, Stream);
+Status run(const DecodeBackward&, void* memory, Stream);
+Status run(const DecodeBackward&, void* memory, Stream, const AllocateRows&);
+Status run(const Scatter&, void* memory, Stream);
+
+const char* status_text(Status);
+
+}  // namespace gemma_ext::sae::cuda
