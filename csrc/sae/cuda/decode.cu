@@ -6,12 +6,8 @@
 namespace gemma_ext::sae::cuda {
 namespace {
 
-constexpr int kStaged = 512;  // entries in shared memory
-constexpr int kAhead = 8;     // rows on their way
-
 struct DecodeShared {
-  int index[kStaged];
-  float value[kStaged];
+  Staged staged;
   float parts[kMostWarps];
 };
 
@@ -31,31 +27,9 @@ void decode_kernel(Decode p) {
       for (int64_t from = span.begin; from < span.end; from += kStaged) {
         const int count = static_cast<int>(least(span.end - from, kStaged));
         simt::sync_block();
-        for (int i = t; i < count; i += threads) {
-          const int index = p.list.indices[from + i];
-          const bool valid = is_feature(p.list, index);
-          s->index[i] = valid ? index : 0;
-          s->value[i] = valid ? p.list.values[from + i] : kNan;
-        }
+        for (int i = t; i < count; i += threads) stage_entry(p.list, from + i, i, s->staged);
         simt::sync_block();
-        if (!inside) continue;
-        NO_UNROLL
-        for (int j = 0; j < count; j += kAhead) {
-          Few<T, kV> row[kAhead];
-          float v[kAhead];
-          UNROLL
-          for (int a = 0; a < kAhead; ++a) {
-            v[a] = j + a < count ? s->value[j + a] : 0.0f;
-            if (v[a] != 0.0f)
-              row[a] = Few<T, kV>::load(column + s->index[j + a] * p.weight.stride);
-          }
-          UNROLL
-          for (int a = 0; a < kAhead; ++a) {
-            if (v[a] == 0.0f) continue;
-            UNROLL
-            for (int i = 0; i < kV; ++i) sum[i] += v[a] * row[a].at(i);
-          }
-        }
+        if (inside) add_rows(s->staged, count, column, p.weight.stride, sum);
       }
       if (!inside) continue;
       if (p.bias) {

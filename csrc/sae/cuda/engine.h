@@ -8,7 +8,7 @@
 
 #include <functional>
 
-#include "../lists.h"
+#include "../steer.h"
 
 namespace gemma_ext::sae::cuda {
 
@@ -16,14 +16,23 @@ using Stream = void*;  // cudaStream_t
 using Status = int;    // cudaError_t
 using AllocateRows = std::function<TouchedRows(int64_t touched)>;
 
+// Of a nested dictionary.
+constexpr int kMostWidths = 64;
+
 int64_t workspace(const Decode&);
 int64_t workspace(const DecodeBackward&);
 int64_t workspace(const Scatter&);
+int64_t workspace(const Nested&);
+int64_t workspace(const NestedBackward&);
+int64_t workspace(const Steer&);
 
 Status run(const Decode&, void* memory, Stream);
 Status run(const DecodeBackward&, void* memory, Stream);
 Status run(const DecodeBackward&, void* memory, Stream, const AllocateRows&);
 Status run(const Scatter&, void* memory, Stream);
+Status run(const Nested&, void* memory, Stream);
+Status run(const NestedBackward&, void* memory, Stream);
+Status run(const Steer&, void* memory, Stream);
 
 const char* status_text(Status);
 

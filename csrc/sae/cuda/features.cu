@@ -6,23 +6,48 @@ namespace {
 
 struct NameParams {
   List list;
+  Levels levels;
   Keys to;
   int* token;
-  float* dots;
+  float* d_values;
+};
+
+// Of an entry: its token or nobody, whether it names a feature, its level.
+struct Name {
+  int64_t token;
+  int index, level;
+  bool owned, valid;
+
+  DEVICE Name(const NameParams& p, int64_t e) : index(0), level(0) {
+    owned = token_of(p.list, e, token);
+    if (owned) index = p.list.indices[e];
+    valid = owned && is_feature(p.list, index);
+    if (valid && p.levels.count > 0)
+      level = p.levels.of(p.list, e - entries_of(p.list, token).begin, index);
+  }
+  DEVICE bool counts(const Levels& levels) const {
+    return valid && (levels.count == 0 || level < levels.count);
+  }
 };
 
 KERNEL_BOUNDS(kThreads, 4)
 void name_entries_kernel(NameParams p) {
   for (int64_t e = int64_t{simt::block_idx()} * kThreads + simt::thread_idx(); e < p.list.entries;
        e += int64_t{simt::grid_dim()} * kThreads) {
-    int64_t n;
-    const bool owned = token_of(p.list, e, n);
-    const int index = owned ? p.list.indices[e] : -1;
-    const bool taken = is_feature(p.list, index);
-    p.to.key[e] = static_cast<uint32_t>(taken ? index : p.list.F);
+    const Name name(p, e);
+    const int64_t levels = most(p.levels.count, 1);
+    p.to.key[e] = static_cast<uint32_t>(name.counts(p.levels) ? name.index : p.list.F);
     p.to.id[e] = static_cast<int>(e);
-    p.token[e] = static_cast<int>(n);
-    if (p.dots && !taken) p.dots[e] = owned ? kNan : 0.0f;
+    p.token[e] = static_cast<int>(name.token * levels + name.level);
+  }
+}
+
+KERNEL_BOUNDS(kThreads, 4)
+void clear_values_kernel(NameParams p) {
+  for (int64_t e = int64_t{simt::block_idx()} * kThreads + simt::thread_idx(); e < p.list.entries;
+       e += int64_t{simt::grid_dim()} * kThreads) {
+    const Name name(p, e);
+    if (!name.counts(p.levels)) p.d_values[e] = name.owned && !name.valid ? kNan : 0.0f;
   }
 }
 
@@ -49,14 +74,29 @@ void find_starts_kernel(StartParams p) {
   }
 }
 
+int64_t blocks_for(int64_t threads) { return taking_turns(ceil_div(threads, kThreads)); }
+
+NameParams name_params(const List& list, const Levels* levels) {
+  return {list, levels ? *levels : Levels(), {}, nullptr, nullptr};
+}
+
 }  // namespace
 
-void add_by_feature(Launches& launches, const List& list, const FeatureMemory& m, float* dots) {
-  launches.add(name_entries_kernel, taking_turns(ceil_div(list.entries, kThreads)), kThreads, 0,
-               {list, m.sort.first(), m.sorted.token, dots});
+void add_by_feature(Launches& launches, const List& list, const FeatureMemory& m,
+                    const Levels* levels) {
+  NameParams p = name_params(list, levels);
+  p.to = m.sort.first();
+  p.token = m.sorted.token;
+  launches.add(name_entries_kernel, blocks_for(list.entries), kThreads, 0, p);
   add_sort(launches, m.sort);
-  launches.add(find_starts_kernel, taking_turns(ceil_div(list.F + 1, kThreads)), kThreads, 0,
+  launches.add(find_starts_kernel, blocks_for(list.F + 1), kThreads, 0,
                {m.sorted.feature, m.sorted.start, list.entries, list.F});
+}
+
+void add_clear(Launches& launches, const List& list, float* d_values, const Levels* levels) {
+  NameParams p = name_params(list, levels);
+  p.d_values = d_values;
+  launches.add(clear_values_kernel, blocks_for(list.entries), kThreads, 0, p);
 }
 
 }  // namespace gemma_ext::sae::cuda

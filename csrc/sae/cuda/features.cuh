@@ -5,6 +5,7 @@
 // follows from the list alone.
 #pragma once
 
+#include "nested.cuh"
 #include "sort.cuh"
 
 namespace gemma_ext::sae::cuda {
@@ -13,7 +14,7 @@ struct Sorted {
   const uint32_t* feature;  // [entries] by place; F: nobody's, and those that name no feature
   const int* entry;         // [entries]
   int* start;               // [F + 1]
-  int* token;               // [entries] by entry
+  int* token;               // [entries] by entry: its row of those that are summed
 };
 
 struct FeatureMemory {
@@ -33,7 +34,10 @@ struct FeatureMemory {
   }
 };
 
-// Fewer than 2^31 entries. `dots` [entries], or null: 0 for nobody's entries, NaN for those that name no feature.
-void add_by_feature(Launches&, const List&, const FeatureMemory&, float* dots);
+// With levels an entry's row is that of its token and level, and those of no level are left out.
+void add_by_feature(Launches&, const List&, const FeatureMemory&, const Levels* levels = nullptr);
+
+// Gradients [entries] of values that are in no sum: 0, and NaN where they name no feature. The others are not touched.
+void add_clear(Launches&, const List&, float* d_values, const Levels* levels = nullptr);
 
 }  // namespace gemma_ext::sae::cuda

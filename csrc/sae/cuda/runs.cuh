@@ -70,17 +70,6 @@ DEVICE void stage_places(const RunParams& p, RunShared* s, int64_t from, int cou
   }
 }
 
-// Sums of four numbers over the warp: lanes 8 i to 8 i + 7 get the i-th.
-DEVICE float four_sums(const float (&x)[4]) {
-  const bool upper = simt::lane_idx() & 16, odd = simt::lane_idx() & 8;
-  const float even = (upper ? x[2] : x[0]) + simt::shfl_xor(upper ? x[0] : x[2], 16);
-  const float next = (upper ? x[3] : x[1]) + simt::shfl_xor(upper ? x[1] : x[3], 16);
-  float sum = (odd ? next : even) + simt::shfl_xor(odd ? even : next, 8);
-  UNROLL
-  for (int step = 4; step > 0; step /= 2) sum += simt::shfl_xor(sum, step);
-  return sum;
-}
-
 // A finished row of the sums, from column d on.
 template <class O, int kV>
 DEVICE void write_sum(const RunParams& p, int64_t f, int64_t d, float (&sum)[kV]) {

@@ -74,6 +74,16 @@ DEVICE void load_any(const Table& rows, int64_t n, int64_t d, float (&x)[kV]) {
   }
 }
 
+DEVICE void store_any(void* to, DType type, int64_t at, float x) {
+  if (type == DType::kFloat32) {
+    static_cast<float*>(to)[at] = x;
+  } else if (type == DType::kBFloat16) {
+    static_cast<simt::bf16*>(to)[at] = narrow<simt::bf16>(x);
+  } else {
+    static_cast<simt::f16*>(to)[at] = narrow<simt::f16>(x);
+  }
+}
+
 template <class T>
 DEVICE const T* row_of(const Table& rows, int64_t n) {
   return static_cast<const T*>(rows.data) + n * rows.stride;
@@ -97,12 +107,13 @@ DEVICE float block_sum(float x, float* s_parts) {
 }
 
 // Whether rows of D can be read kV elements at a time.
+// Null is no obstacle.
 inline bool is_wide(const void* data, int64_t stride, DType dtype, int64_t D, int kV) {
   const int64_t size = size_of(dtype), word = least(kV * size, 16);
-  return D % kV == 0 && stride * size % word == 0 && reinterpret_cast<uintptr_t>(data) % word == 0;
+  return !data || (D % kV == 0 && stride * size % word == 0 && reinterpret_cast<uintptr_t>(data) % word == 0);
 }
 inline bool is_wide(const Table& rows, int64_t D, int kV) {
-  return !rows.data || is_wide(rows.data, rows.stride, rows.type, D, kV);
+  return is_wide(rows.data, rows.stride, rows.type, D, kV);
 }
 
 // f(kV) with the elements of T that are read at a time.
