@@ -78,7 +78,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
   m.def(
       "sae_steer(Tensor x, Tensor decoder, Tensor encoder, Tensor tables, Tensor offsets, "
       "Tensor latents, Tensor modes, Tensor amounts, Tensor gates, Tensor state, Tensor? reads, "
-      "Tensor? writes) -> (Tensor out, Tensor state)");
+      "Tensor? writes) -> (Tensor out, Tensor state_after)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) {
