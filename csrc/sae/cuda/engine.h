@@ -8,6 +8,7 @@
 
 #include <functional>
 
+#include "../contract.h"
 #include "../steer.h"
 
 namespace gemma_ext::sae::cuda {
@@ -19,6 +20,8 @@ using AllocateRows = std::function<TouchedRows(int64_t touched)>;
 // Of a nested dictionary.
 constexpr int kMostWidths = 64;
 
+// Rows of x and weight start at multiples of 16 bytes and hold whole multiples of 16 bytes.
+int64_t workspace(const TopK&);
 int64_t workspace(const Decode&);
 int64_t workspace(const DecodeBackward&);
 int64_t workspace(const Scatter&);
@@ -26,6 +29,7 @@ int64_t workspace(const Nested&);
 int64_t workspace(const NestedBackward&);
 int64_t workspace(const Steer&);
 
+Status run(const TopK&, void* memory, Stream);
 Status run(const Decode&, void* memory, Stream);
 Status run(const DecodeBackward&, void* memory, Stream);
 Status run(const DecodeBackward&, void* memory, Stream, const AllocateRows&);
