@@ -42,6 +42,24 @@ struct Encoders : Card {
     torch::stable::copy_(inside, t);
     return padded;
   }
+
+  template <class Call>
+  void run(const char* op, const Tensor& like, const Call& call) {
+    Card::run(op, like, call);
+  }
+  void run(const char* op, const Tensor& like, const Threshold& call, const Allocate& allocate) {
+    Tensor more = new_empty(like, {0}, ScalarType::Byte);
+    Card::run(
+        op, like, call,
+        [&](int64_t nnz) {
+          STD_TORCH_CHECK(nnz <= INT32_MAX, op, ": expected fewer than 2^31 entries, got ", nnz);
+          return allocate(nnz);
+        },
+        [&](int64_t bytes) {
+          more = new_empty(like, {bytes}, ScalarType::Byte);
+          return more.mutable_data_ptr();
+        });
+  }
 };
 
 struct Products : Card {
@@ -70,7 +88,7 @@ struct Products : Card {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gemma_ext, GEMMA_EXT_DEVICE_KEY, m) {
-  m.impl("sae_topk", TORCH_BOX(&EncodeBinding<Encoders>::topk));
+  EncodeBinding<Encoders>::register_in(m);
   ProductsBinding<Products>::register_in(m);
   SteerBinding<Products>::register_in(m);
 }

@@ -103,6 +103,7 @@ DEVICE void barrier_arrive(int id, int threads) {
 }
 DEVICE void sync_warp(unsigned mask = kFullMask) { __syncwarp(mask); }
 DEVICE void fence_block() { __threadfence_block(); }
+DEVICE void fence_device() { __threadfence(); }
 
 template <class T>
 DEVICE T shfl(T x, int from, unsigned mask = kFullMask) {

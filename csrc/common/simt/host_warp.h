@@ -201,6 +201,7 @@ inline void sync_warp(unsigned mask = kFullMask, Where where = Where::current())
   host::meet("sync_warp", mask, false, where, nullptr, [](const host::Meeting&) {});
 }
 inline void fence_block() {}
+inline void fence_device() {}
 
 namespace host {
 

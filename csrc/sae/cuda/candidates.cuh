@@ -56,13 +56,15 @@ class Queue {
   DEVICE bool is_full() const { return count_ > kQueued - kPushed; }
   DEVICE bool is_empty() const { return count_ == 0; }
 
-  // f(list, row, column, p) by one lane for each.
+  DEVICE int count() const { return count_; }
+
+  // f(i, list, row, column, p) by one lane for each.
   template <class F>
   DEVICE void drain(F f) {
     simt::sync_warp();
     for (int i = simt::lane_idx(); i < count_; i += simt::kWarpSize) {
       const Waiting w = s_[i];
-      f(w.where >> 16, w.where >> 8 & 0xff, w.where & 0xff, w.p);
+      f(i, w.where >> 16, w.where >> 8 & 0xff, w.where & 0xff, w.p);
     }
     simt::sync_warp();
     count_ = 0;

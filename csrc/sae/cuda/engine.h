@@ -15,6 +15,8 @@ namespace gemma_ext::sae::cuda {
 
 using Stream = void*;  // cudaStream_t
 using Status = int;    // cudaError_t
+using AllocateEntries = std::function<Entries(int64_t nnz)>;
+using AllocateBytes = std::function<void*(int64_t bytes)>;
 using AllocateRows = std::function<TouchedRows(int64_t touched)>;
 
 // Of a nested dictionary.
@@ -22,6 +24,9 @@ constexpr int kMostWidths = 64;
 
 // Rows of x and weight start at multiples of 16 bytes and hold whole multiples of 16 bytes.
 int64_t workspace(const TopK&);
+int64_t workspace(const GroupMax&);
+int64_t workspace(const BatchTopK&);
+int64_t workspace(const Threshold&);
 int64_t workspace(const Decode&);
 int64_t workspace(const DecodeBackward&);
 int64_t workspace(const Scatter&);
@@ -30,6 +35,12 @@ int64_t workspace(const NestedBackward&);
 int64_t workspace(const Steer&);
 
 Status run(const TopK&, void* memory, Stream);
+Status run(const GroupMax&, void* memory, Stream);
+Status run(const BatchTopK&, void* memory, Stream);
+Status run(const Threshold&, void* memory, Stream);
+// `more` temporary memory, where rows are long.
+Status run(const Threshold&, void* memory, Stream, const AllocateEntries&,
+           const AllocateBytes& more);
 Status run(const Decode&, void* memory, Stream);
 Status run(const DecodeBackward&, void* memory, Stream);
 Status run(const DecodeBackward&, void* memory, Stream, const AllocateRows&);

@@ -26,11 +26,13 @@ DEVICE int block_scan(int x, int* s_warps, int& total) {
 }
 
 // before[i] = sum of counts[0 .. i - 1], i <= count; not below 0 and fewer than 2^31 of 1024 neighbours.
+template <class T>
 struct ScanParams {
-  const int* counts;
+  const T* counts;
   int64_t* before;  // [count + 1]
   int64_t count;
 };
-void add_scan(Launches&, const ScanParams&);
+void add_scan(Launches&, const ScanParams<int>&);
+void add_scan(Launches&, const ScanParams<int64_t>&);
 
 }  // namespace gemma_ext::sae::cuda

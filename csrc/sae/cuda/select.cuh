@@ -125,6 +125,32 @@ struct SortRoom {
   }
 };
 
+constexpr int kMostSorted = 2048;  // in shared memory, of which some cards have 99 KiB
+
+// Descending, by the block.
+DEVICE void sort(const SortRoom& room) {
+  for (int run = 2; run <= room.size; run *= 2) {
+    for (int step = run / 2; step > 0; step /= 2) {
+      for (int i = simt::thread_idx(); i < room.size / 2; i += kThreads) {
+        const int a = i / step * 2 * step + i % step, b = a + step;
+        const bool descends = (a & run) == 0;
+        if ((room.rank[a] < room.rank[b]) != descends) continue;
+        const uint64_t rank = room.rank[a];
+        const float p = room.p[a];
+        room.rank[a] = room.rank[b];
+        room.p[a] = room.p[b];
+        room.rank[b] = rank;
+        room.p[b] = p;
+      }
+      simt::sync_block();
+    }
+  }
+}
+
+DEVICE int32_t feature_of(uint64_t rank) {
+  return static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(rank));
+}
+
 // The k best in their order: values and indices, behind the last 0. By the block.
 DEVICE void write_best(const Source& from, const Order& order, int k, const SortRoom& room,
                        float* values, int32_t* indices, SelectShared* s) {
@@ -142,26 +168,11 @@ DEVICE void write_best(const Source& from, const Order& order, int k, const Sort
   const int taken = s->taken;
   for (int i = taken + simt::thread_idx(); i < room.size; i += kThreads) room.rank[i] = 0;
   simt::sync_block();
-  for (int run = 2; run <= room.size; run *= 2) {
-    for (int step = run / 2; step > 0; step /= 2) {
-      for (int i = simt::thread_idx(); i < room.size / 2; i += kThreads) {
-        const int a = i / step * 2 * step + i % step, b = a + step;
-        const bool descends = (a & run) == 0;
-        if ((room.rank[a] < room.rank[b]) != descends) continue;
-        const uint64_t rank = room.rank[a];
-        const float p = room.p[a];
-        room.rank[a] = room.rank[b];
-        room.p[a] = room.p[b];
-        room.rank[b] = rank;
-        room.p[b] = p;
-      }
-      simt::sync_block();
-    }
-  }
+  sort(room);
   for (int i = simt::thread_idx(); i < k; i += kThreads) {
     const bool there = i < taken;
     values[i] = there ? room.p[i] : 0.0f;
-    indices[i] = there ? static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(room.rank[i])) : 0;
+    indices[i] = there ? feature_of(room.rank[i]) : 0;
   }
   simt::sync_block();
 }

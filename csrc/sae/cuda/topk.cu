@@ -90,7 +90,7 @@ constexpr int kRedoRoom = kRedoOffset<T> + (sizeof(RedoShared) + 15) / 16 * 16;
 
 // 128 lost rows at a time by a block: all features in their order, a tile of 128 after the other, each row's list cut
 // down before it could run over.
-template <class T, bool kAux>
+template <class T, class Visitor>
 KERNEL_BOUNDS(mma::kThreads, sizeof(T) == 2 ? 2 : 1)
 void redo_rows_kernel(TopKParams p) {
   const Encoder& e = p.encode.encoder;
@@ -116,8 +116,8 @@ void redo_rows_kernel(TopKParams p) {
       multiply_tile(
           tile, e, [&](int line) { return int64_t{s->token[line]}; }, static_cast<int>(column),
           simt::shared<T>());
-      FilterVisitor<kAux> visitor(p, 0, static_cast<int>(column), simt::shared<uint8_t>(),
-                                  simt::warp_idx(), s->token);
+      Visitor visitor(p, 0, static_cast<int>(column), simt::shared<uint8_t>(),
+                      simt::warp_idx(), s->token);
       visit_tile(tile, static_cast<int>(column), visitor);
       simt::sync_block();
       const bool last = column + mma::kSide >= e.F;
@@ -154,16 +154,6 @@ void redo_rows_kernel(TopKParams p) {
   }
 }
 
-// Of all features those that come as they are.
-int64_t first_columns(const Encoder& e, int64_t k) {
-  constexpr int64_t kLeast = 1024;
-  const int64_t wanted = most(kLeast, 2 * k);
-  return least(ceil_div(wanted, kTileColumns) * kTileColumns, e.F);
-}
-
-// A stage brings `growth` times as many features as came before.
-int64_t growth_of(int64_t k) { return k <= 256 ? 3 : 1; }
-
 // Room for what a stage brings: of exchangeable features growth k pass on average, with a variance of
 // growth (growth + 1) k; eight deviations, and two tiles' for the redo.
 int room_of(int64_t k) {
@@ -172,64 +162,65 @@ int room_of(int64_t k) {
   return static_cast<int>(growth * static_cast<double>(k) + 8 * spread) + 2 * mma::kSide;
 }
 
-constexpr int kMostSorted = 2048;  // in shared memory, of which some cards have 99 KiB
 constexpr int kRooms = 64;         // blocks that sort elsewhere
 
-struct TopKMemory {
-  TopKParams p{};
+// f(visitor) with the one for the lists of `p`, in a pointer that leads nowhere.
+template <class F>
+void by_lists(const TopKParams& p, F f) {
+  const bool main = !p.contest[0].order.mask, aux = p.contest[p.contests - 1].order.mask != nullptr;
+  if (main && aux) {
+    f(static_cast<FilterVisitor<true, true>*>(nullptr));
+  } else if (main) {
+    f(static_cast<FilterVisitor<true, false>*>(nullptr));
+  } else {
+    f(static_cast<FilterVisitor<false, true>*>(nullptr));
+  }
+}
 
-  TopKMemory(Arena& memory, const TopK& call) {
-    const Encoder& e = call.encoder;
-    p.encode.encoder = e;
-    p.contests = call.aux.mask ? 2 : 1;
-    int64_t longest = 0;
-    for (int i = 0; i < p.contests; ++i) {
-      Contest& c = p.contest[i];
-      c.k = static_cast<int>(i == 0 ? call.k : call.aux.k);
-      c.order = {e.scale, i == 0 ? nullptr : call.aux.mask, i == 0 && call.by_magnitude};
-      c.values = i == 0 ? call.values : call.aux.values;
-      c.indices = i == 0 ? call.indices : call.aux.indices;
-      longest = most(longest, c.k);
-    }
-    p.first_columns = static_cast<int>(first_columns(e, longest));
-    p.first = memory.take<float>(e.N * p.first_columns);
-    for (int i = 0; i < p.contests; ++i) {
-      Contest& c = p.contest[i];
-      const bool all = p.first_columns == e.F;
-      c.pool.room = room_of(longest);
-      c.pool.floor = memory.take<uint32_t>(e.N);
-      c.pool.count = memory.take<int>(e.N);
-      c.pool.fresh = memory.take<Candidate>(all ? 0 : e.N * c.pool.room);
-      for (Candidate*& kept : c.kept) kept = memory.take<Candidate>(all ? 0 : e.N * c.k);
-      c.kept_count = memory.take<int>(e.N);
-    }
-    p.lost = memory.take<int>(e.N);
-    p.lost_rows = memory.take<int>(e.N);
-    p.lost_count = memory.take<int>(1);
-    p.sort_size = SortRoom::size_for(longest);
-    if (p.sort_size > kMostSorted)
-      p.rooms = memory.take<uint8_t>(kRooms * SortRoom::bytes(p.sort_size));
-  }
-  int room_bytes() const {
-    return p.rooms ? 0 : static_cast<int>(SortRoom::bytes(p.sort_size));
-  }
-};
+int64_t longest(const TopKParams& p) { return most(p.contest[0].k, p.contest[p.contests - 1].k); }
 
 }  // namespace
 
-int64_t workspace(const TopK& call) {
-  Arena arena(nullptr);
-  TopKMemory(arena, call);
-  return arena.bytes();
+TopKMemory::TopKMemory(Arena& memory, const Encoder& e, const Wanted* wanted, int count) {
+  if (count == 0 || e.N == 0) return;
+  p.encode.encoder = e;
+  p.contests = count;
+  for (int i = 0; i < count; ++i) {
+    const Wanted& w = wanted[i];
+    Contest& c = p.contest[i];
+    c.k = static_cast<int>(w.k);
+    c.order = {e.scale, w.mask, w.by_magnitude};
+    c.values = w.values;
+    c.indices = w.indices;
+  }
+  p.first_columns = static_cast<int>(first_columns(e, longest(p)));
+  p.first = memory.take<float>(e.N * p.first_columns);
+  const bool all = p.first_columns == e.F;
+  for (int i = 0; i < count; ++i) {
+    Contest& c = p.contest[i];
+    c.pool.room = room_of(longest(p));
+    c.pool.floor = memory.take<uint32_t>(e.N);
+    c.pool.count = memory.take<int>(e.N);
+    c.pool.fresh = memory.take<Candidate>(all ? 0 : e.N * c.pool.room);
+    for (Candidate*& kept : c.kept) kept = memory.take<Candidate>(all ? 0 : e.N * c.k);
+    c.kept_count = memory.take<int>(e.N);
+  }
+  p.lost = memory.take<int>(e.N);
+  p.lost_rows = memory.take<int>(e.N);
+  p.lost_count = memory.take<int>(1);
+  p.sort_size = SortRoom::size_for(longest(p));
+  if (p.sort_size > kMostSorted)
+    p.rooms = memory.take<uint8_t>(kRooms * SortRoom::bytes(p.sort_size));
 }
 
-Status run(const TopK& call, void* memory, Stream stream) {
-  Launches launches(stream);
-  Arena arena(memory);
-  const TopKMemory m(arena, call);
+int TopKMemory::room_bytes() const {
+  return p.rooms ? 0 : static_cast<int>(SortRoom::bytes(p.sort_size));
+}
+
+void add_topk(Launches& launches, const TopKMemory& m) {
   TopKParams p = m.p;
-  const Encoder& e = call.encoder;
-  if (e.N == 0) return launches.status();
+  const Encoder& e = p.encode.encoder;
+  if (p.contests == 0) return;
   launches.add(open_rows_kernel, ceil_div(e.N, kThreads), kThreads, 0, p);
   add_encode<FirstVisitor, 0>(launches, p, e, 0, p.first_columns);
   const auto select = [&](int stage, bool last) {
@@ -239,29 +230,46 @@ Status run(const TopK& call, void* memory, Stream stream) {
     launches.add(select_rows_kernel, last && p.rooms ? least(blocks, kRooms) : blocks, kThreads,
                  kRoomOffset + (last ? m.room_bytes() : 0), p);
   };
-  int64_t done = p.first_columns;
-  select(0, done == e.F);
-  const int64_t growth = growth_of(most(call.k, call.aux.mask ? call.aux.k : 0));
-  for (int stage = 1; done < e.F; ++stage) {
-    int64_t end = done * (1 + growth);
-    if (end + done / 2 > e.F) end = e.F;  // not a stage of scraps
-    if (call.aux.mask) {
-      add_encode<FilterVisitor<true>, kQueueBytes>(launches, p, e, done, end);
-    } else {
-      add_encode<FilterVisitor<false>, kQueueBytes>(launches, p, e, done, end);
-    }
-    done = end;
-    select(stage, done == e.F);
-  }
-  if (p.first_columns == e.F) return launches.status();
-  by_dtype(e.dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t units = ceil_div(e.N, kBlockRows);
-    const int64_t blocks =
-        least(least(units, simt::device().multiprocessors), p.rooms ? kRooms : units);
-    const auto kernel = call.aux.mask ? redo_rows_kernel<T, true> : redo_rows_kernel<T, false>;
-    launches.add(kernel, blocks, mma::kThreads, kRedoRoom<T> + m.room_bytes(), p);
+  select(0, p.first_columns == e.F);
+  if (p.first_columns == e.F) return;
+  by_lists(p, [&](auto* nowhere) {
+    using Visitor = std::remove_pointer_t<decltype(nowhere)>;
+    int stage = 0;
+    each_stage_behind(p.first_columns, e.F, growth_of(longest(p)), [&](int64_t from, int64_t to) {
+      add_encode<Visitor, kQueueBytes>(launches, p, e, from, to);
+      select(++stage, to == e.F);
+    });
+    by_dtype(e.dtype, [&](auto type) {
+      using T = decltype(type);
+      const int64_t units = ceil_div(e.N, kBlockRows);
+      const int64_t blocks =
+          least(least(units, simt::device().multiprocessors), p.rooms ? kRooms : units);
+      launches.add(redo_rows_kernel<T, Visitor>, blocks, mma::kThreads,
+                   kRedoRoom<T> + m.room_bytes(), p);
+    });
   });
+}
+
+namespace {
+
+TopKMemory memory_of(Arena& memory, const TopK& call) {
+  const Wanted lists[] = {{call.k, nullptr, call.by_magnitude, call.values, call.indices},
+                          wanted_aux(call.aux)};
+  return TopKMemory(memory, call.encoder, lists, call.aux.mask ? 2 : 1);
+}
+
+}  // namespace
+
+int64_t workspace(const TopK& call) {
+  Arena arena(nullptr);
+  memory_of(arena, call);
+  return arena.bytes();
+}
+
+Status run(const TopK& call, void* memory, Stream stream) {
+  Launches launches(stream);
+  Arena arena(memory);
+  add_topk(launches, memory_of(arena, call));
   return launches.status();
 }
 

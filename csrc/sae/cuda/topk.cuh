@@ -28,7 +28,7 @@ constexpr int kMostContests = 2;  // the list, aux
 
 struct TopKParams {
   EncodeParams encode;
-  Contest contest[kMostContests];
+  Contest contest[kMostContests];  // those with a mask behind those without
   int contests;
   float* first;  // [N, first_columns]
   int first_columns;
@@ -67,22 +67,24 @@ struct FirstVisitor {
   DEVICE void end() {}
 };
 
-// Of the rows that `rows` names, or of those from first_row on.
-template <bool kAux>
+// Queues what passes, of the rows that `rows` names or of those from first_row on. kMain: the first list takes all
+// features; kAux: the last takes those of its mask, by value.
+template <bool kMain, bool kAux>
 class FilterVisitor {
  public:
-  static constexpr int kLists = kAux ? 2 : 1;
+  static constexpr int kLists = kMain + kAux, kMasked = kMain ? 1 : 0;
 
   struct Eight : EightFeatures {
-    unsigned allowed = 0;  // in aux
+    unsigned allowed = 0;  // by the mask
 
     DEVICE Eight(const FilterVisitor& v, const Columns& at)
         : EightFeatures(v.p_.encode.encoder, at) {
       if constexpr (kAux) {
+        const uint8_t* mask = v.p_.contest[kMasked].order.mask;
         UNROLL
         for (int i = 0; i < kEight; ++i) {
           if (inside(v.p_.encode.encoder, i))
-            allowed |= static_cast<unsigned>(v.p_.contest[1].order.mask[feature(i)] != 0) << i;
+            allowed |= static_cast<unsigned>(mask[feature(i)] != 0) << i;
         }
       }
     }
@@ -109,24 +111,26 @@ class FilterVisitor {
         rows_(rows) {}
 
   DEVICE void visit(const Eight& eight, const Row& row, const float (&x)[kEight]) {
-    const bool magnitude = p_.contest[0].order.by_magnitude;
+    const bool magnitude = kMain && p_.contest[0].order.by_magnitude;
     float p[kEight];
     bool some = false;
     UNROLL
     for (int i = 0; i < kEight; ++i) {
       p[i] = x[i] + eight.bias[i];
       const float score = p[i] * eight.scale[i];
-      some |= !((magnitude ? fabsf(p[i]) * eight.scale[i] : score) <= row.score[0]);
-      if constexpr (kAux) some |= (eight.allowed >> i & 1) && !(score <= row.score[1]);
+      if constexpr (kMain)
+        some |= !((magnitude ? fabsf(p[i]) * eight.scale[i] : score) <= row.score[0]);
+      if constexpr (kAux) some |= (eight.allowed >> i & 1) && !(score <= row.score[kMasked]);
     }
     if (!simt::any(some)) return;
     UNROLL
     for (int list = 0; list < kLists; ++list) {
+      const bool main = kMain && list == 0;
       UNROLL
       for (int i = 0; i < kEight; ++i) {
-        const float size = list == 0 && magnitude ? fabsf(p[i]) : p[i];
+        const float size = main && magnitude ? fabsf(p[i]) : p[i];
         const bool takes_part =
-            list == 0 ? eight.inside(p_.encode.encoder, i) : (eight.allowed >> i & 1) != 0;
+            main ? eight.inside(p_.encode.encoder, i) : (eight.allowed >> i & 1) != 0;
         const bool hit = row.inside && takes_part &&
                          order_of(size * eight.scale[i]) > row.floor[list];
         queue_.push(hit, list, row.local, eight.column(i), p[i]);
@@ -144,7 +148,7 @@ class FilterVisitor {
     return first_row_ + row < p_.encode.encoder.N ? first_row_ + row : -1;
   }
   DEVICE void drain() {
-    queue_.drain([&](int list, int row, int column, float x) {
+    queue_.drain([&](int, int list, int row, int column, float x) {
       const Pool& pool = p_.contest[list].pool;
       const int64_t n = token(row);
       const int at = simt::atomic_add(&pool.count[n], 1);
@@ -158,5 +162,53 @@ class FilterVisitor {
   Queue queue_;
   const int* rows_;
 };
+
+// Of all features those that come as they are.
+inline int64_t first_columns(const Encoder& e, int64_t k) {
+  constexpr int64_t kLeast = 1024;
+  const int64_t wanted = most(kLeast, 2 * k);
+  return least(ceil_div(wanted, kTileColumns) * kTileColumns, e.F);
+}
+
+// A stage brings `growth` times as many features as came before.
+inline int64_t growth_of(int64_t k) { return k <= 256 ? 3 : 1; }
+
+// f(from, to) for the stages behind the first.
+template <class F>
+void each_stage_behind(int64_t first, int64_t features, int64_t growth, F f) {
+  for (int64_t done = first; done < features;) {
+    int64_t end = done * (1 + growth);
+    if (end + done / 2 > features) end = features;  // not a stage of scraps
+    f(done, end);
+    done = end;
+  }
+}
+
+// A list that is asked for.
+struct Wanted {
+  int64_t k;
+  const uint8_t* mask;
+  bool by_magnitude;
+  float* values;
+  int32_t* indices;
+};
+
+struct TopKMemory {
+  TopKParams p{};
+
+  // One or two lists, with a mask the last; none: nothing.
+  TopKMemory(Arena& memory, const Encoder&, const Wanted* wanted, int count);
+  int room_bytes() const;
+};
+
+void add_topk(Launches&, const TopKMemory&);
+
+inline Wanted wanted_aux(const Aux& aux) { return {aux.k, aux.mask, false, aux.values, aux.indices}; }
+
+// Of an encoder whose other list is no TopK: a product of its own.
+inline TopKMemory aux_memory(Arena& memory, const Encoder& e, const Aux& aux) {
+  const Wanted wanted = wanted_aux(aux);
+  return TopKMemory(memory, e, &wanted, aux.mask ? 1 : 0);
+}
 
 }  // namespace gemma_ext::sae::cuda

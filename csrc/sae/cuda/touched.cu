@@ -45,7 +45,7 @@ TouchedMemory::TouchedMemory(Arena& memory, int64_t F)
 void add_touched_count(Launches& launches, const Sorted& sorted, int64_t F,
                        const TouchedMemory& m) {
   add_pass(launches, {sorted.start, m, F, nullptr});
-  add_scan(launches, {m.counts, m.before, m.blocks});
+  add_scan(launches, ScanParams<int>{m.counts, m.before, m.blocks});
 }
 
 void add_touched(Launches& launches, const Sorted& sorted, int64_t F, const TouchedMemory& m,
