@@ -77,8 +77,8 @@ struct Products : Card {
   template <class Call, class... Memory>
   void run(const char* op, const Tensor& like, const Call& call, const Memory&... memory) {
     if constexpr (std::is_same_v<Call, DecodeBackward>)
-      STD_TORCH_CHECK(call.grad.type == call.weight.type, op,
-                      ": expected grad in the dtype of weight");
+      STD_TORCH_CHECK(call.grad.type == call.weight.type || call.grad.type == DType::kFloat32, op,
+                      ": expected grad in float32 or the dtype of weight");
     if constexpr (std::is_same_v<Call, Nested>) check_levels(op, call);
     if constexpr (std::is_same_v<Call, NestedBackward>) check_levels(op, call.nested);
     Card::run(op, like, call, memory...);

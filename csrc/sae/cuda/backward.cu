@@ -17,13 +17,13 @@ struct DotsParams {
 };
 
 // dots = scale[n] <g[n], W[i_nj]>: a block per token, a warp to four entries of it.
-template <class T, int kV>
+template <class G, class T, int kV>
 KERNEL_BOUNDS(kThreads, 2)
 void dots_kernel(DotsParams p) {
   constexpr int kTogether = 4;
   for (int64_t n = simt::block_idx(); n < p.list.N; n += simt::grid_dim()) {
     const Span span = entries_of(p.list, n);
-    const T* row = row_of<T>(p.grad, n);
+    const G* row = row_of<G>(p.grad, n);
     const float scale = p.scale ? p.scale[n] : 1.0f;
     for (int64_t first = span.begin + simt::warp_idx() * kTogether; first < span.end;
          first += kWarps * kTogether) {
@@ -35,7 +35,7 @@ void dots_kernel(DotsParams p) {
         weight[e] = row_of<T>(p.weight, is_feature(p.list, index) ? index : 0);
       }
       for (int64_t d = simt::lane_idx() * kV; d < p.D; d += simt::kWarpSize * kV) {
-        const Few<T, kV> g = Few<T, kV>::load(row + d);
+        const Few<G, kV> g = Few<G, kV>::load(row + d);
         Few<T, kV> w[kTogether];
         UNROLL
         for (int e = 0; e < kTogether; ++e) w[e] = Few<T, kV>::load(weight[e] + d);
@@ -53,22 +53,30 @@ void dots_kernel(DotsParams p) {
   }
 }
 
-// Whether a block that sums sees whole rows, and may take dots along.
-bool in_one_round(const DecodeBackward& c) {
-  const int kV = static_cast<int>(16 / size_of(c.weight.type));
+// Elements of grad in 16 bytes, where all rows that are read so far allow it.
+int width_of(const DecodeBackward& c, const void* d_weight) {
+  const int kV = static_cast<int>(16 / size_of(c.grad.type));
   const bool wide = is_wide(c.weight, c.D, kV) && is_wide(c.grad, c.D, kV) &&
-                    is_wide(c.d_weight, c.D, c.weight.type, c.D, kV);
-  return row_shape(c.D, wide ? kV : 1).rounds == 1;
+                    is_wide(d_weight, c.D, c.weight.type, c.D, kV);
+  return wide ? kV : 1;
+}
+
+template <class G, class T>
+void add_typed_dots(Launches& launches, const DecodeBackward& c, float* dots) {
+  by_width<G>(width_of(c, nullptr) > 1, [&](auto v) {
+    launches.add(dots_kernel<G, T, decltype(v)::value>, taking_turns(c.list.N), kThreads, 0,
+                 {c.list, c.weight, c.grad, c.scale, dots, c.D});
+  });
 }
 
 void add_dots(Launches& launches, const DecodeBackward& c, float* dots) {
   by_dtype(c.weight.type, [&](auto type) {
     using T = decltype(type);
-    constexpr int kWide = 16 / sizeof(T);
-    by_width<T>(is_wide(c.weight, c.D, kWide) && is_wide(c.grad, c.D, kWide), [&](auto v) {
-      launches.add(dots_kernel<T, decltype(v)::value>, taking_turns(c.list.N), kThreads, 0,
-                   {c.list, c.weight, c.grad, c.scale, dots, c.D});
-    });
+    if (c.grad.type == DType::kFloat32) {
+      add_typed_dots<float, T>(launches, c, dots);
+    } else {
+      add_typed_dots<T, T>(launches, c, dots);
+    }
   });
 }
 
@@ -103,7 +111,7 @@ Status run(const DecodeBackward& c, void* memory, Stream stream, const AllocateR
   const BackwardMemory m(arena, c);
   if (c.d_bias) add_column_sums(launches, *m.columns, c.grad, c.scale, c.d_bias);
   // what is parallel to a row is known by the dots of all its entries
-  const bool together = c.want_weight && m.dots && !c.unit_norm && in_one_round(c);
+  const bool together = c.want_weight && m.dots && !c.unit_norm && row_shape(c.D, width_of(c, c.d_weight)).rounds == 1;
   if (m.dots) add_clear(launches, c.list, m.dots);
   if (m.dots && !together) add_dots(launches, c, m.dots);
   if (!c.want_weight) return launches.status();

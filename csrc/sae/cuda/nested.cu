@@ -62,7 +62,7 @@ void nested_kernel(NestedParams p) {
 struct SuffixParams {
   NestedBackward call;
   Levels levels;
-  void* suffix;  // [N, levels, D] s_j, or null
+  float* suffix;  // [N, levels, D] s_j, or null; without a level zeros [N, 1, D]
 };
 
 struct SuffixShared {
@@ -98,7 +98,7 @@ void nested_backward_kernel(SuffixParams p) {
           residual(c, n, d, sum, r);
           UNROLL
           for (int i = 0; i < kV; ++i) suffix[i] += up * r[i];
-          if (p.suffix) store(static_cast<T*>(p.suffix) + (n * levels + m) * c.D + d, suffix);
+          if (p.suffix) store(p.suffix + (n * levels + m) * c.D + d, suffix);
         }
         each_stage(c.list, p.levels, span, m, s->level, [&] {
           const int count = s->level.count;
@@ -132,7 +132,9 @@ void nested_backward_kernel(SuffixParams p) {
           }
         });
       }
-      if (!p.call.d_target || !inside) continue;
+      if (!inside) continue;
+      if (p.suffix && levels == 0) store(p.suffix + n * c.D + d, suffix);
+      if (!p.call.d_target) continue;
       UNROLL
       for (int i = 0; i < kV; ++i) {
         store_any(p.call.d_target, c.target.type, n * c.D + d + i, -suffix[i]);
@@ -142,17 +144,15 @@ void nested_backward_kernel(SuffixParams p) {
 }
 
 struct SuffixMemory {
-  void* suffix = nullptr;
+  float* suffix = nullptr;
   std::optional<RunMemory> run;
   float *dots = nullptr, *along = nullptr;
   std::optional<ColumnMemory> columns;
 
   SuffixMemory(Arena& memory, const NestedBackward& c) {
     const Nested& nested = c.nested;
-    if (c.d_weight || c.d_bias) {
-      const int64_t bytes = nested.list.N * nested.levels * nested.D * size_of(nested.weight.type);
-      suffix = memory.take<uint8_t>(bytes);
-    }
+    if (c.d_weight || c.d_bias)
+      suffix = memory.take<float>(nested.list.N * most(nested.levels, 1) * nested.D);
     if (c.d_weight) run.emplace(memory, nested.list, nested.D, false);
     if (c.d_weight && c.unit_norm) {
       along = memory.take<float>(nested.list.F);
@@ -208,14 +208,13 @@ Status run(const NestedBackward& call, void* memory, Stream stream) {
                    row_shape(c.D, kV).threads, sizeof(SuffixShared), suffix);
     });
   });
-  const Table rows{m.suffix, c.D, c.weight.type};
   if (call.d_bias) {
-    const Table first{m.suffix, c.levels * c.D, c.weight.type};
+    const Table first{m.suffix, most(c.levels, 1) * c.D, DType::kFloat32};
     add_column_sums(launches, *m.columns, first, nullptr, call.d_bias);
   }
   if (call.d_weight) {
     RunParams p = m.run->params(c.list, c.D);
-    p.rows = rows;
+    p.rows = {m.suffix, c.D, DType::kFloat32};
     p.weight = c.weight;
     p.sums = call.d_weight;
     add_by_feature(launches, c.list, m.run->features, &levels);

@@ -83,7 +83,7 @@ DEVICE void write_sum(const RunParams& p, int64_t f, int64_t d, float (&sum)[kV]
   store(static_cast<O*>(p.sums) + (p.place ? p.place[f] : f) * p.D + d, sum);
 }
 
-// T: of the rows and the weight; O: of the sums. A block per window and slice of columns; one slice with dots.
+// T: of the rows; O: of the sums and, with dots, the weight. A block per window and slice of columns; one slice with dots.
 template <class T, class O, int kV, bool kDots>
 KERNEL_BOUNDS(kMostThreads, 1)
 void sum_runs_kernel(RunParams p) {
@@ -95,7 +95,7 @@ void sum_runs_kernel(RunParams p) {
   const Span places = places_of(p, w);
   const T* rows = static_cast<const T*>(p.rows.data) + d;
   float sum[kV] = {}, mass = 0.0f;
-  Few<T, kV> own{};  // of the feature's row of W
+  Few<O, kV> own{};  // of the feature's row of W
   bool begins = true;
   for (int64_t from = places.begin; from < places.end; from += kStagedPlaces) {
     const int count = static_cast<int>(least(places.end - from, kStagedPlaces));
@@ -104,7 +104,8 @@ void sum_runs_kernel(RunParams p) {
     simt::sync_block();
     NO_UNROLL
     for (int i = 0, turn = 0; i < count; i += kRowsAhead, turn ^= 1) {
-      Few<T, kV> row[kRowsAhead] = {}, head[kDots ? kRowsAhead : 1] = {};
+      Few<T, kV> row[kRowsAhead] = {};
+      Few<O, kV> head[kDots ? kRowsAhead : 1] = {};
       float dot[kRowsAhead] = {};
       UNROLL
       for (int a = 0; a < kRowsAhead; ++a) {
@@ -113,7 +114,7 @@ void sum_runs_kernel(RunParams p) {
           row[a] = Few<T, kV>::load(rows + s->token[i + a] * p.rows.stride);
         if constexpr (kDots) {
           if (a == 0 ? begins : s->to[i + a - 1] != kInside)
-            head[a] = Few<T, kV>::load(row_of<T>(p.weight, s->feature[i + a]) + d);
+            head[a] = Few<O, kV>::load(row_of<O>(p.weight, s->feature[i + a]) + d);
         }
       }
       UNROLL

@@ -155,7 +155,9 @@ RunParams RunMemory::params(const List& list, int64_t D) const {
 void add_sums(Launches& launches, RunParams p, DType sums) {
   by_dtype(p.rows.type, [&](auto type) {
     using T = decltype(type);
-    if (sums == DType::kFloat32) {
+    if constexpr (std::is_same_v<T, float>) {
+      by_dtype(sums, [&](auto out) { add_typed_sums<T, decltype(out)>(launches, p); });
+    } else if (sums == DType::kFloat32) {
       add_typed_sums<T, float>(launches, p);
     } else {
       add_typed_sums<T, T>(launches, p);

@@ -14,7 +14,8 @@ struct RunMemory {
   RunParams params(const List&, int64_t D) const;
 };
 
-// From the entries by feature; without `place`, zeros where there are none.
+// From the entries by feature; without `place`, zeros where there are none. Sums of 16 bits are of the type of rows
+// of 16 bits.
 void add_sums(Launches&, RunParams, DType sums);
 
 // along[f] = <S[f], W[f]> / |W[f]|^2 by the dots of the entries; 0 where W[f] is.
