@@ -3,9 +3,14 @@
 // learns how many there are.
 #pragma once
 
+#include "common/cuda/raster.h"
 #include "launches.h"
 
 namespace gemma_ext::cce::cuda {
+
+using gemma_ext::cuda::kRasterRows;
+using gemma_ext::cuda::Raster;
+using gemma_ext::cuda::raster;
 
 constexpr int kMissing = -1;  // no target in this vocabulary: nll = lse
 constexpr int kInvalid = -2;  // outside [0, V) though it must not be: nll = NaN
@@ -33,20 +38,6 @@ DEVICE int block_rank(bool flag, int* s_counts, int& total) {
   }
   simt::sync_block();
   return rank;
-}
-
-// Blocks walk the vocabulary inside groups of 16 row blocks (2048 rows of e, 9 MB at D 2304 in bf16), which
-// stay in L2 while c passes once per group.
-constexpr int kRasterRows = 16;
-
-struct Raster {
-  int row_block, tile;
-};
-template <int kGroup>
-DEVICE Raster raster(int item, int row_blocks, int tiles) {
-  const int group = item / (kGroup * tiles), in_group = item - group * kGroup * tiles;
-  const int width = lesser(kGroup, row_blocks - group * kGroup);
-  return {group * kGroup + in_group % width, in_group / width};
 }
 
 void gather_rows(Launches&, const Head&, const Rows&);

@@ -13,7 +13,7 @@
 // multiprocessors.
 #pragma once
 
-#include "../simt/simt.h"
+#include "launches.h"
 
 namespace gemma_ext::wgmma {
 
@@ -44,6 +44,16 @@ simt::Status make_map(simt::TensorMap* map, const void* rows, int64_t count, int
   return simt::make_tensor_map<T, 2>(
       map, static_cast<const T*>(rows), {width, count}, {stride * static_cast<int64_t>(sizeof(T))},
       {kAtom, kMajor == Major::kK ? kRows : kDepth}, simt::Swizzle::k128B);
+}
+
+// A persistent grid for at most `items`; a device that runs sm_90a has at least one cluster. `more_shared` bytes lie
+// behind those of the tiles.
+template <class Params>
+void add_wgmma(gemma_ext::cuda::Launches& launches, void (*kernel)(Params), int64_t items,
+               const std::type_identity_t<Params>& params, int more_shared = 0) {
+  const int64_t most = simt::device().multiprocessors / kCluster;
+  launches.add_clusters(kernel, items < most ? items : most, kCluster, kThreads,
+                        kSharedBytes + more_shared, params);
 }
 
 struct Place {

@@ -71,6 +71,12 @@ inline Status copy_in(void* to, const void* from, int64_t bytes, Stream stream) 
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream);
 }
 
+// Waits for the stream; refused while it is being captured.
+inline Status copy_out(void* to, const void* from, int64_t bytes, Stream stream) {
+  const Status status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);
+  return status == cudaSuccess ? cudaStreamSynchronize(stream) : status;
+}
+
 DEVICE int thread_idx() { return threadIdx.x; }
 DEVICE int block_idx() { return blockIdx.x; }
 DEVICE int block_dim() { return blockDim.x; }
@@ -97,6 +103,7 @@ DEVICE void barrier_arrive(int id, int threads) {
 }
 DEVICE void sync_warp(unsigned mask = kFullMask) { __syncwarp(mask); }
 DEVICE void fence_block() { __threadfence_block(); }
+DEVICE void fence_device() { __threadfence(); }
 
 template <class T>
 DEVICE T shfl(T x, int from, unsigned mask = kFullMask) {

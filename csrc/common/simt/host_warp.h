@@ -171,6 +171,11 @@ inline Status copy_in(void* to, const void* from, int64_t bytes, Stream) {
   return 0;
 }
 
+inline Status copy_out(void* to, const void* from, int64_t bytes, Stream) {
+  memcpy(to, from, bytes);
+  return 0;
+}
+
 inline int thread_idx() { return host::self().thread; }
 inline int block_idx() { return host::self().block->index; }
 inline int block_dim() { return host::self(), host::machine->block_threads; }
@@ -196,6 +201,7 @@ inline void sync_warp(unsigned mask = kFullMask, Where where = Where::current())
   host::meet("sync_warp", mask, false, where, nullptr, [](const host::Meeting&) {});
 }
 inline void fence_block() {}
+inline void fence_device() {}
 
 namespace host {
 

@@ -8,6 +8,8 @@
 
 namespace gemma_ext::cce::cuda {
 
+using wgmma::add_wgmma;
+
 static_assert(wgmma::kColumns == kTile);
 
 struct HeadTma {
@@ -52,15 +54,6 @@ HeadTma gather_e(Launches& launches, const Head& h, const Rows& rows, void* e) {
   launches.check(wgmma::make_map<T, kK>(&p.c_map, h.c, h.V, h.D, h.c_stride));
   launches.add(gather_e_kernel<T>, h.N, kCopyThreads, 0, p);
   return p;
-}
-
-// A persistent grid for at most `items`; a device that runs sm_90a has at least one cluster.
-template <class Params>
-void add_wgmma(Launches& launches, void (*kernel)(Params), int64_t items,
-               const std::type_identity_t<Params>& params) {
-  const int64_t most = simt::device().multiprocessors / wgmma::kCluster;
-  launches.add_clusters(kernel, items < most ? items : most, wgmma::kCluster, wgmma::kThreads,
-                        wgmma::kSharedBytes, params);
 }
 
 // Of a pair of row blocks, the one that this block of the cluster has.
