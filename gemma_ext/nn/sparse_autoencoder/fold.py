@@ -98,9 +98,11 @@ def fold_whitening(
             sae.magnitude_bias.sub_(shift.float() * sae.r_mag.exp())
     sae.decoder.copy_(sae.decoder.to(wide) @ unwhiten)
     sae.decoder_bias.copy_(sae.decoder_bias.to(wide) @ unwhiten + mean)
+    sae.unit_norm = False
     return sae
 
 
 def _raw(sae: SparseAutoencoder) -> None:
     del sae.input_mean, sae.input_factor
+    sae.unit_norm = False
     sae.standardise_kind = "none"

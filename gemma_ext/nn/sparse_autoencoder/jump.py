@@ -48,7 +48,7 @@ def step(
 
 
 def _passes(p: Tensor, threshold: Tensor, inclusive: bool) -> Tensor:
-    return p >= threshold if inclusive else p > threshold
+    return ~(p < threshold) if inclusive else ~(p <= threshold)  # NaN passes and stays visible
 
 
 class _Jump(torch.autograd.Function):

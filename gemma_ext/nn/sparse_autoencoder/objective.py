@@ -162,7 +162,9 @@ class Objective:
                 sae, latents.second, residual, y, count
             )
         if self.multi and latents.wide is not None:
-            _, wide = decode_error(latents.wide, sae.decoder_weight, sae.decoder_bias, y)
+            _, wide = decode_error(
+                latents.wide, sae.decoder_weight, sae.decoder_bias, y, unit_norm=sae.unit_norm
+            )
             scale = losses.variance(y) if self.error == "fvu" else wide.numel()
             terms["multi"] = self.multi * wide.sum() / scale
         if self.pre_activation and count:
@@ -188,7 +190,9 @@ class Objective:
         weight, bias = sae.decoder_weight, sae.decoder_bias
         if self.widths or self.ranks:
             levels = {"by": "rank"} if self.ranks else {"widths": self.widths}
-            nested = nested_errors(latents.codes, weight, bias, y, **levels)
+            nested = nested_errors(
+                latents.codes, weight, bias, y, unit_norm=sae.unit_norm, **levels
+            )
             if self.ranks:
                 return nested.mean(-1).mean(), nested[..., -1], self._residual(sae, latents, y)
             weights = self.level_weights or (1.0,) * len(self.widths)

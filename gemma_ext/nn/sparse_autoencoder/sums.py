@@ -12,9 +12,8 @@ def row_sums(codes: Codes, values: Tensor) -> Tensor:
     """Sum of `values` (shaped as codes.values) over the entries of every token, [N]."""
     if codes.offsets is None:
         return values.sum(-1)
-    tokens = codes.offsets.numel() - 1
-    padded = values.new_zeros(tokens).index_add(0, codes.rows().long(), values)
-    return padded
+    # entries behind the last offset belong to no token
+    return torch.segment_reduce(values, "sum", offsets=codes.offsets, unsafe=True, initial=0)
 
 
 def of_latents(codes: Codes, per_latent: Tensor) -> Tensor:
