@@ -231,11 +231,6 @@ class Objective:
         return scale * error / per
 
 
-def matryoshka(widths: tuple[int, ...], **options: object) -> Objective:
-    """Objective of nested prefixes; see `Objective.widths`."""
-    return Objective(widths=tuple(widths), **options)
-
-
 def default_objective(sae: SparseAutoencoder, sparsity: float | None = None) -> Objective:
     """The usual loss of an activation.
 
