@@ -1,8 +1,8 @@
 """Sparse dictionaries: modules, activations, losses (`gemma_ext.ops.sae` does the work).
 
-    sae = SparseAutoencoder(2304, 16384, TopK(64), unit_norm=True)
-    loss = default_objective(sae)(sae, x)
-    loss.total.backward()
+sae = SparseAutoencoder(2304, 16384, TopK(64), unit_norm=True)
+loss = default_objective(sae)(sae, x)
+loss.total.backward()
 """
 
 from gemma_ext.nn.sparse_autoencoder.activations import (

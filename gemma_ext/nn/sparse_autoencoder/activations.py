@@ -192,9 +192,7 @@ class BatchTopK(Activation):
             )
             return Latents(found.codes, found.codes, found.aux)
         total = int(self.k * (x.numel() // x.shape[-1]))
-        found = encode_batch_topk(
-            x, sae.encoder_weight, bias, total=total, scale=scale, aux=second
-        )
+        found = encode_batch_topk(x, sae.encoder_weight, bias, total=total, scale=scale, aux=second)
         return Latents(found.codes, found.codes, found.aux, min_positive=found.min_positive)
 
     @torch.no_grad()
