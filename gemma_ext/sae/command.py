@@ -36,7 +36,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option(help="A folder or hub id; or pocket, pocket:small.")]
 Text = Annotated[
-    str | None, typer.Option(help="A .jsonl or text file, or hf:NAME[:SPLIT]; not for the pocket.")
+    str | None, typer.Option(help="A .jsonl or text file, hf:NAME[:SPLIT], or pocket.")
 ]
 Heldout = Annotated[
     str | None, typer.Option(help="Text to evaluate on; a twentieth of --text by default.")

@@ -16,7 +16,7 @@ from gemma_ext.lm.progress import require
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_HUB = "hf:"
+_HUB, _POCKET = "hf:", "pocket"
 
 
 def read_texts(source: str | Path) -> Iterator[str]:
@@ -27,6 +27,7 @@ def read_texts(source: str | Path) -> Iterator[str]:
     | a .jsonl file          | the field `text` of every line                           |
     | another file           | its paragraphs, as they stand between empty lines        |
     | hf:NAME, hf:NAME:SPLIT | the column `text` of a dataset of `datasets`, streamed   |
+    | pocket                 | the pocket's: Python's own standard library              |
 
     Raises:
         ValueError: no such file, a line without a text.
@@ -40,9 +41,14 @@ def read_texts(source: str | Path) -> Iterator[str]:
         for row in datasets.load_dataset(name, split=split or "train", streaming=True):
             yield row["text"]
         return
+    if str(source) == _POCKET:
+        from gemma_ext.pocket import documents
+
+        yield from (document.text for document in documents() if document.split == "train")
+        return
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"text: expected a file or hf:NAME, got {source}")
+        raise ValueError(f"text: expected a file, hf:NAME or pocket, got {source}")
     with path.open(encoding="utf-8") as lines:
         if path.suffix == ".jsonl":
             yield from _fields(lines, path)
