@@ -76,6 +76,9 @@ def train(
         float | None, typer.Option(help="Learning rate; 2e-4 / sqrt(F / 2^14) by default.")
     ] = None,
     text: Text = None,
+    read: Annotated[
+        str | None, typer.Option(help="Tokens of --text to read, if fewer than --tokens.")
+    ] = None,
     heldout: Heldout = None,
     context: Length = 128,
     device: Device = "auto",
@@ -99,7 +102,7 @@ def train(
         config = TrainConfig(
             steps=steps, learning_rate=rate, bfloat16=bfloat16, save_every=save_every
         )
-        opened = _open(model, text, heldout, context, device, dtype, count(tokens))
+        opened = _open(model, text, heldout, context, device, dtype, count(read or tokens))
         width = width_of(opened.model, site)
         sae = new_dictionary(width, features, activation, k, seed=seed)
         objective = default_objective(sae, sparsity)
