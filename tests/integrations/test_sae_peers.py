@@ -1,4 +1,4 @@
-"""Round trips through sae-lens, dictionary-learning and eai-sparsify themselves, where installed."""
+"""Round trips through sae-lens, dictionary-learning and sparsify themselves, where installed."""
 
 import json
 
