@@ -1,4 +1,4 @@
-"""Two gloo ranks against one process that sees both ranks' batches: `python checks_ranks.py DIR`."""
+"""Two gloo ranks against one process that sees the batches of both: `checks_ranks.py DIR`."""
 
 import dataclasses
 import json

@@ -103,13 +103,14 @@ def test_a_replaced_activation_is_what_the_model_goes_on_with(model, name):
 def test_unknown_sites_are_refused(model):
     with pytest.raises(ValueError, match="site: expected a block below 3, got 7"):
         find_site(model, "7")
-    with pytest.raises(ValueError, match="site: expected one of hook_resid_post.*got 'hook_q'"):
+    with pytest.raises(ValueError, match=r"site: expected one of hook_resid_post.*got 'hook_q'"):
         find_site(model, "blocks.1.hook_q")
     with pytest.raises(ValueError, match=r"site: expected a block's hook.*'layers\.9\.mlp'"):
         find_site(model, "layers.9.mlp")
+    model.unused = torch.nn.Linear(1, 1)
+    unused = find_site(model, "unused")
     with pytest.raises(ValueError, match="site: the model's forward does not reach unused"):
-        model.unused = torch.nn.Linear(1, 1)
-        capture(model, tiny_rows(1).long(), [find_site(model, "unused")])
+        capture(model, tiny_rows(1).long(), [unused])
     del model.unused
     lonely = tiny_model()
     lonely.config.num_hidden_layers = 5

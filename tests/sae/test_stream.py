@@ -106,7 +106,7 @@ def test_bad_streams_are_refused(model):
         Activations([], ["1"], rows)
     with pytest.raises(ValueError, match="sites: expected one for each of 2 models, got 1"):
         Activations([model, model], ["1"], rows)
-    with pytest.raises(ValueError, match="batch: expected at most 60 activations.*got 61"):
+    with pytest.raises(ValueError, match=r"batch: expected at most 60 activations.*got 61"):
         Activations([model], ["1"], rows, batch=61)
     with pytest.raises(ValueError, match="skip: expected 0 to 15, got 16"):
         Activations([model], ["1"], rows, batch=1, skip=16)

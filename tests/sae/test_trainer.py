@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -177,7 +178,7 @@ def test_schedule():
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:80] == pytest.approx([1.0] * 71)
     assert factors[99] == pytest.approx(1 / 20)
-    assert all(a >= b for a, b in zip(factors[80:], factors[81:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[80:]))
     assert [config.warmth(s) for s in (0, 4, 50)] == pytest.approx([0.2, 1.0, 1.0])
     assert TrainConfig(steps=9, warmup=0, decay=0, sparsity_warmup=0).factor(0) == 1.0
     assert config.rate(2**14) == pytest.approx(2e-4)
