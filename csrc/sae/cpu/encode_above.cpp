@@ -2,7 +2,6 @@
 #include "encode_above.h"
 
 #include <cmath>
-#include <functional>
 
 namespace gemma_ext::sae::cpu {
 
@@ -51,10 +50,9 @@ void AboveResult::choose(int64_t total, float limit, Workers& workers) {
     ties_ = 0;
     return;
   }
-  const auto last = orders.begin() + (total - 1);
-  std::nth_element(orders.begin(), last, orders.end(), std::greater<>());
-  least_ = *last;
-  ties_ = total - std::count_if(orders.begin(), last, [&](uint32_t x) { return x > least_; });
+  const Cut cut = cut_after(orders, total);
+  least_ = cut.order;
+  ties_ = cut.ties;
 }
 
 void AboveResult::count(Workers& workers) {

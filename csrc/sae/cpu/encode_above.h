@@ -4,8 +4,8 @@
 
 #include <vector>
 
+#include "encode_cut.h"
 #include "encode_plan.h"
-#include "encode_spans.h"
 #include "engine.h"
 
 namespace gemma_ext::sae::cpu {

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "encode_spans.h"
+#include "encode_cut.h"
 
 namespace gemma_ext::sae {
 
@@ -15,21 +15,22 @@ void shrink(TopLists& lists, int64_t row) {
   TopLists::Entry* entries = lists.entries + row * lists.capacity;
   const int64_t count = lists.count[row];
   if (count < lists.k) return;
-  static thread_local std::vector<uint64_t> ranks, order;
-  ranks.resize(count);
-  for (int64_t i = 0; i < count; ++i)
-    ranks[i] = rank_of(score_of(entries[i].p, entries[i].feature, lists.scale, lists.by_magnitude),
-                       entries[i].feature);
-  order = ranks;
-  const auto last = order.begin() + (lists.k - 1);
-  std::nth_element(order.begin(), last, order.end(), std::greater<>());
+  static thread_local std::vector<uint32_t> orders, some;
+  orders.resize(count);
+  const auto score = [&](const TopLists::Entry& e) {
+    return score_of(e.p, e.feature, lists.scale, lists.by_magnitude);
+  };
+  for (int64_t i = 0; i < count; ++i) orders[i] = order_of(score(entries[i]));
+  some = orders;
+  Cut cut = cut_after(some, lists.k);
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (ranks[i] == *last) {
-      const float p = entries[i].p;
-      lists.limit[row] = score_of(p, entries[i].feature, lists.scale, lists.by_magnitude);
+    if (orders[i] < cut.order) continue;
+    if (orders[i] == cut.order) {
+      if (cut.ties-- <= 0) continue;
+      lists.limit[row] = score(entries[i]);
     }
-    if (ranks[i] >= *last) entries[kept++] = entries[i];
+    entries[kept++] = entries[i];
   }
   lists.count[row] = int32_t(kept);
   lists.closed[row] = std::isnan(lists.limit[row]);

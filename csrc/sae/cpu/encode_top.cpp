@@ -14,9 +14,11 @@ struct Ranked {
 // The k best of `found`, best first; `none` behind them.
 void write_best(std::vector<Ranked>& found, int64_t k, int32_t none, float* values,
                 int32_t* indices) {
+  const auto better = [](const Ranked& a, const Ranked& b) { return a.rank > b.rank; };
   const int64_t kept = std::min<int64_t>(k, found.size());
-  std::partial_sort(found.begin(), found.begin() + kept, found.end(),
-                    [](const Ranked& a, const Ranked& b) { return a.rank > b.rank; });
+  if (kept < int64_t(found.size()))
+    std::nth_element(found.begin(), found.begin() + kept, found.end(), better);
+  std::sort(found.begin(), found.begin() + kept, better);
   for (int64_t i = 0; i < kept; ++i) {
     values[i] = found[i].p;
     indices[i] = int32_t(0xffffffffu - uint32_t(found[i].rank));
