@@ -31,7 +31,7 @@ def dots(codes: Codes, weight: Tensor, rows: Tensor, *, impl: str = "auto") -> T
     inputs.check_dictionary(codes, weight, None, reference)
     inputs.check_rows("rows", rows, codes, weight.shape[1], reference)
     rows = rows.detach().reshape(-1, rows.shape[-1])
-    weight = weight.detach()
+    codes, weight = codes.with_values(codes.values.detach()), weight.detach()
     if not reference:
         return op.dots(codes, weight, rows)
     dtype = inputs.accumulation(codes.values, weight)
