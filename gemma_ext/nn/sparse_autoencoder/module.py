@@ -155,7 +155,7 @@ class SparseAutoencoder(nn.Module):
         Args:
             z: standardised input, which a `skip` needs.
         """
-        y = decode(codes, self.decoder_weight, self.decoder_bias, unit_norm=self.unit_norm)
+        y = decode(codes, self.decoder_weight(), self.decoder_bias, unit_norm=self.unit_norm)
         y = self.split(y)
         if self.skip is None:
             return y
@@ -171,7 +171,7 @@ class SparseAutoencoder(nn.Module):
         """
         if z.shape[-1] != self.sources * self.width:
             z = self.joined(z)
-        z = z.to(self.encoder_weight.dtype)
+        z = z.to(self.encoder.dtype)
         return self.activation.latents(self, self.centred(z), self.input_bias(), second)
 
     def observe(self, latents: Latents) -> None:
@@ -224,15 +224,12 @@ class SparseAutoencoder(nn.Module):
         joint, total = norms.norm(dim=-1), norms.sum(dim=-1)
         return {"sum": total, "joint": joint, "mixed": joint + 0.1 * total}[self.score_norm]
 
-    @property
-    def encoder_weight(self) -> Tensor:
-        """The encoder in the dtype of the products: that of autocast where it is on."""
-        return self._in_product_dtype(self.encoder)
-
-    @property
     def decoder_weight(self) -> Tensor:
-        """The decoder in the dtype of the products."""
-        return self._in_product_dtype(self.decoder)
+        """The decoder in the dtype of the products: that of autocast where it is on."""
+        kind = self.decoder.device.type
+        if torch.is_autocast_enabled(kind):
+            return self.decoder.to(torch.get_autocast_dtype(kind))
+        return self.decoder
 
     def joined(self, x: Tensor) -> Tensor:
         """[..., M, D] as [..., M*D]; one source is as it is."""
@@ -244,12 +241,6 @@ class SparseAutoencoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.width}, {self.features}, {self.activation}, sources={self.sources}"
-
-    def _in_product_dtype(self, weight: Tensor) -> Tensor:
-        kind = weight.device.type
-        if torch.is_autocast_enabled(kind):
-            return weight.to(torch.get_autocast_dtype(kind))
-        return weight
 
     def _each_source(self, values: Tensor) -> Tensor:
         return values.view(self.sources, -1) if self.sources > 1 else values
