@@ -136,7 +136,7 @@ def babel(unit: Tensor, k: int, tile: int = 1024) -> Tensor:
 
 
 def unique_up_to(cumulative: Tensor) -> int:
-    """Largest K with mu_1(K) + mu_1(K - 1) < 1: every K-sparse code is recovered exactly (Tropp)."""
+    """Largest K with mu_1(K) + mu_1(K - 1) < 1: a K-sparse code is the only one (Tropp 2004)."""
     before = torch.cat([cumulative.new_zeros(1), cumulative[:-1]])
     failed = (cumulative + before >= 1).nonzero()
     return int(failed[0]) if failed.numel() else cumulative.numel()
