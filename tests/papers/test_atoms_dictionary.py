@@ -1,12 +1,13 @@
 """The threshold-activated SAE: supports by threshold, values by refit, learned atoms, metrics."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 import torch
 
 from gemma_ext.papers import atoms
-from gemma_ext.papers.atoms.learning import Jump
 from gemma_ext.papers.atoms.synthetic import random_world, spikes_and_waves
 
 
@@ -121,26 +122,6 @@ def test_the_estimate_from_states_finds_supports_that_the_plain_product_does_not
     assert right["atomic"] > 2 * right["plain"]
 
 
-def test_jump_gradients():
-    z = torch.tensor([0.1, 0.46, 0.5, 0.54, 0.9], requires_grad=True)
-    tau = torch.full((5,), 0.5, requires_grad=True)
-    f, on = Jump.apply(z, tau, 0.1)
-    assert on.tolist() == [0, 0, 1, 1, 1]
-    assert torch.equal(f, z * on)
-    df, dstep = torch.randn(5), torch.randn(5)
-    torch.autograd.backward([f, on], [df, dstep])
-    torch.testing.assert_close(z.grad, df * on)
-    near = torch.tensor([0.0, 1, 1, 1, 0])
-    torch.testing.assert_close(tau.grad, -(0.5 * df + dstep) / 0.1 * near)
-
-
-def test_the_step_estimator_has_the_right_mean():
-    z = torch.rand(200_000)
-    tau = torch.tensor(0.4, requires_grad=True)
-    Jump.apply(z, tau.expand(z.numel()), 0.1)[1].mean().backward()
-    assert float(tau.grad) == pytest.approx(-1, abs=0.03)  # d/dtau of P(z >= tau)
-
-
 @pytest.fixture(scope="module")
 def learned():
     generator = torch.Generator().manual_seed(0)
@@ -174,9 +155,7 @@ def test_known_atoms_are_learned(learned):
 
 
 def test_learning_repeats(learned):
-    world, product, recipe, _, held_out = learned
-    import dataclasses
-
+    _, product, recipe, _, held_out = learned
     short = dataclasses.replace(recipe, steps=5)
     a, b = (atoms.learn(held_out, product, short).dictionary for _ in range(2))
     assert torch.equal(a.atoms, b.atoms)
@@ -200,8 +179,6 @@ def test_metrics_of_a_dictionary_of_axes():
     assert quality.unique == 3
     assert quality.certain == 1
     assert quality.record()["mu"] == 0
-    import math
-
     assert math.isnan(atoms.evaluate(found, [x], refit=False).r2_refit)
 
 

@@ -237,7 +237,7 @@ def test_window_of_a_threshold():
     assert found.feasible
     assert found.middle == pytest.approx(0.4625)
     assert not atoms.window(0.125, 5, 0.8, 1.0).feasible
-    with pytest.raises(ValueError, match="expected low < high, got low 0.625, high 0.3"):
+    with pytest.raises(ValueError, match=r"expected low < high, got low 0\.625, high 0\.3"):
         _ = atoms.window(0.125, 5, 0.8, 1.0).middle
 
 
@@ -274,7 +274,7 @@ def test_files_of_second_moments(tmp_path):
     assert count == 50
     torch.testing.assert_close(moment, torch.from_numpy(k.T @ k).double() / 50)
     numpy.savez(path, **{"mom2.count": 50})
-    with pytest.raises(ValueError, match="expected arrays mom2.mom2 and mom2.count"):
+    with pytest.raises(ValueError, match=r"expected arrays mom2\.mom2 and mom2\.count"):
         atoms.load_mom2(path)
     numpy.savez(path, **{"mom2.count": 0, "mom2.mom2": k})
     with pytest.raises(ValueError, match="expected a square sum over at least one sample"):
@@ -295,7 +295,7 @@ def test_bad_input_is_named():
         atoms.atomic_product(torch.ones(2, 3))
     with pytest.raises(ValueError, match="shrinkage: expected 0 or more"):
         atoms.atomic_product(torch.eye(2), shrinkage=-1)
-    with pytest.raises(ValueError, match="positive definite.*raise shrinkage"):
+    with pytest.raises(ValueError, match=r"positive definite.*raise shrinkage"):
         atoms.atomic_product(torch.ones(2, 2))
     assert atoms.atomic_product(torch.ones(2, 2), shrinkage=1e-3).condition > 100
     with pytest.raises(ValueError, match="unit: expected at least two rows"):

@@ -1,9 +1,9 @@
 """How close to orthogonal unit vectors are, tile by tile: the matrix of all pairs never exists.
 
-mu      = max_{i != j} |w_i . w_j|                          coherence
+mu      = max_{i != j} |w_i . w_j|                         coherence
 mu_q    = q-quantile of |w_i . w_j| over pairs i < j
-mu_1(K) = max_i sum of the K largest |w_i . w_j|, j != i     cumulative coherence (Babel function)
-mu     >= sqrt((F - D) / (D (F - 1)))                        Welch
+mu_1(K) = max_i sum of the K largest |w_i . w_j|, j != i   cumulative coherence (Babel)
+mu     >= sqrt((F - D) / (D (F - 1)))                      Welch
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def load(folder: Path | str) -> tuple[Dictionary, dict[str, Any]]:
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:
-    """Least squares by normal equations [B, K, K], [B, K]; dependent atoms by the pseudo-inverse."""
+    """Normal equations [B, K, K], [B, K]; the pseudo-inverse where atoms are dependent."""
     factor, failed = torch.linalg.cholesky_ex(gram)
     solved = torch.cholesky_solve(right[..., None], factor).squeeze(-1)
     weak = (failed != 0) | (factor.diagonal(dim1=-2, dim2=-1).amin(-1) < 1e-6)

@@ -4,8 +4,7 @@
     z        = S-encoder of d_i (`product`)        f   = z 1[z >= tau]
     loss     = ||m - b - D f||^2 / ||m - b||^2 + c (L0 / L0* - 1)^2
 
-tau is learned by the straight-through estimator of JumpReLU with a rectangle of width h,
-d f / d tau = -(tau / h) 1[|z - tau| < h / 2],  d 1[z >= tau] / d tau = -(1 / h) 1[|z - tau| < h / 2].
+tau is learned by the straight-through estimators of JumpReLU, through a window of width h.
 All atoms have the norm a under S (so that the windows apply) that gives codes near one.
 """
 
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma_ext.nn.sparse_autoencoder import jump, step
 from gemma_ext.ops import sae
 from gemma_ext.papers.atoms.dictionary import Dictionary
 from gemma_ext.papers.atoms.product import AtomicProduct
@@ -58,23 +58,6 @@ class Learned:
     active: list[float]
 
 
-class Jump(torch.autograd.Function):
-    """(z 1[z >= tau], 1[z >= tau]) of entries, with straight-through gradients to tau."""
-
-    @staticmethod
-    def forward(ctx, z: Tensor, tau: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
-        on = z >= tau
-        ctx.save_for_backward(on, (z - tau).abs() < bandwidth / 2, tau)
-        ctx.bandwidth = bandwidth
-        return z * on, on.to(z.dtype)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, df: Tensor, dstep: Tensor) -> tuple[Tensor, Tensor, None]:
-        on, near, tau = ctx.saved_tensors
-        return df * on, -(df * tau + dstep) * near / ctx.bandwidth, None
-
-
 def learn(
     x: Tensor,
     product: AtomicProduct,
@@ -110,8 +93,8 @@ def learn(
     optimizer = torch.optim.Adam([rows, tau], lr=recipe.rate)
     unexplained, active = [], []
     order = _order(x.shape[0], recipe.steps * recipe.batch, generator).to(x.device)
-    for step in range(recipe.steps):
-        m = x[order[step * recipe.batch : (step + 1) * recipe.batch]].float() - b
+    for number, rows_of in enumerate(order.split(recipe.batch)):
+        m = x[rows_of].float() - b
         atoms, encoder = scale * (rows @ factor.T), (rows @ inverse) / scale
         window = sae.encode_threshold(
             m,
@@ -121,13 +104,14 @@ def learn(
             inclusive=True,
         ).codes
         chosen = tau.gather(0, window.indices.long())
-        f, on = Jump.apply(window.values, chosen, recipe.bandwidth)
+        f = jump(window.values, chosen, recipe.bandwidth, inclusive=True)
+        on = step(window.values, chosen, recipe.bandwidth, inclusive=True)
         squared = sae.decode_error(window.with_values(f), atoms, None, m)[1]
         loss = squared.sum() / m.square().sum()
         count = on.sum() / m.shape[0]
         (loss + recipe.sparsity * (count / recipe.target - 1) ** 2).backward()
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * _schedule(step, recipe.steps)
+            group["lr"] = recipe.rate * _schedule(number, recipe.steps)
         optimizer.step()
         optimizer.zero_grad()
         with torch.no_grad():

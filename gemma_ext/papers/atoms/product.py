@@ -2,7 +2,7 @@
 
     <u, v>_S = u' S v,   S = C^-1,   C = L L'        =>   <u, v>_S = (L^-1 u) . (L^-1 v)
 
-No inverse is formed. With atoms as rows d_i, a_i = ||d_i||_S and unit rows w_i = L^-1 d_i / a_i, the
+No inverse is formed. With atoms as rows d_i, a_i = ||d_i||_S, unit rows w_i = L^-1 d_i / a_i, the
 encoder of the threshold-activated SAE is  e_i = S d_i / a_i^2 = L^-T w_i / a_i,  so that
 e_i . sum_j c_j d_j = c_i + sum_{j != i} c_j (a_j / a_i) w_i . w_j.
 The division by a_i^2 is what the windows of the paper need: without it the gain of an atom is D / F
@@ -69,10 +69,8 @@ def atomic_product(moment: Tensor, *, shrinkage: float = 0.0) -> AtomicProduct:
         raise ValueError(f"moment: expected a square matrix, got {list(moment.shape)}")
     if shrinkage < 0:
         raise ValueError(f"shrinkage: expected 0 or more, got {shrinkage}")
-    c = moment.double()
-    c = c + torch.eye(c.shape[0], dtype=c.dtype, device=c.device) * (
-        shrinkage * c.diagonal().mean()
-    )
+    c = moment.double().clone()
+    c.diagonal().add_(shrinkage * c.diagonal().mean())
     spectrum = torch.linalg.eigvalsh(c)
     factor, failed = torch.linalg.cholesky_ex(c)
     if failed or spectrum[0] <= 0:
