@@ -138,8 +138,8 @@ def learned():
 
 
 def test_known_atoms_are_learned(learned):
-    world, product, recipe, done, held_out = learned
-    control = atoms.random_dictionary(product, recipe)
+    world, product, _, done, held_out = learned
+    control = atoms.random_dictionary(product, 64, held_out, 2)
     true = product.unit(world.atoms)
     cosine, share = atoms.recovery(product.unit(done.dictionary.atoms), true)
     chance, lucky = atoms.recovery(product.unit(control.atoms), true)
@@ -148,10 +148,24 @@ def test_known_atoms_are_learned(learned):
     assert lucky < 0.1
     ours = atoms.evaluate(done.dictionary, [held_out])
     theirs = atoms.evaluate(control, [held_out])
-    assert ours.r2_refit > ours.r2 > 0.85 > 0.5 > theirs.r2
+    assert ours.r2_refit > ours.r2 > 0.85 > 0.6 > theirs.r2_refit
+    assert theirs.active == pytest.approx(2, abs=1e-6)
     assert ours.active == pytest.approx(2, rel=0.3)
     assert ours.spread == pytest.approx(1, abs=1e-4)
     assert len(done.unexplained) == len(done.active) == 600
+
+
+def test_principal_axes_are_orthogonal_and_no_atoms(learned):
+    world, product, _, _, held_out = learned
+    axes = atoms.principal_axes(product, held_out, 3)
+    unit = product.unit(axes.atoms)
+    plain = axes.atoms[:32].double() @ axes.atoms[:32].double().T
+    assert (plain - plain.diagonal().diag()).abs().max() < 1e-4
+    torch.testing.assert_close(unit[:32] @ unit[:32].T, torch.eye(32).double(), rtol=0, atol=1e-6)
+    quality = atoms.evaluate(axes, [held_out])
+    assert quality.active == pytest.approx(3, abs=1e-6)
+    assert quality.q_star > 0.98
+    assert atoms.recovery(unit, product.unit(world.atoms))[1] < 0.2
 
 
 def test_learning_repeats(learned):
@@ -212,5 +226,11 @@ def test_bad_input_is_named():
         atoms.learn(torch.ones(0, 4), product, atoms.Recipe(4, 1))
     with pytest.raises(ValueError, match="target: expected above 0"):
         atoms.learn(torch.ones(1, 4), product, atoms.Recipe(4, 0))
+    with pytest.raises(
+        ValueError, match="active: expected at most 5 positive codes a state, got 9"
+    ):
+        atoms.at_density(
+            atoms.Dictionary.of(torch.eye(9)[:, :4], product, 0.1), torch.ones(2, 4), 9
+        )
     with pytest.raises(ValueError, match="batches: expected at least one row"):
         atoms.evaluate(atoms.Dictionary.of(d, product, 0.1), [])

@@ -12,7 +12,7 @@ inner product <u, v>_S = u' S v, S = (D D')^-1, estimated by the inverse second 
 | its threshold and feasibility                           | `window`                               |
 | trained form: JumpReLU, a threshold for each atom       | `learn`                                |
 | faithfulness R^2, stability q*                          | `evaluate`, `stability`                |
-| states x dictionary size                                | `study.grid`                           |
+| states x dictionary size                                | `study.scaling`                        |
 
 The text and the code of the paper could not be read; what is here is rebuilt from its abstract,
 reviews and summaries. Unverified: what q* runs over (here pairs i < j and tokens), whether R^2 is
@@ -39,9 +39,10 @@ from gemma_ext.papers.atoms.coherence import (
     unique_up_to,
     welch,
 )
+from gemma_ext.papers.atoms.controls import at_density, principal_axes, random_dictionary
 from gemma_ext.papers.atoms.dictionary import Dictionary, load
 from gemma_ext.papers.atoms.evaluation import Quality, evaluate, recovery
-from gemma_ext.papers.atoms.learning import Learned, Recipe, learn, random_dictionary
+from gemma_ext.papers.atoms.learning import Learned, Recipe, learn
 from gemma_ext.papers.atoms.moments import Moments, load_mom2
 from gemma_ext.papers.atoms.product import AtomicProduct, atomic_product, product_of
 from gemma_ext.papers.atoms.windows import Window, stability, uniqueness_bound, window
@@ -55,6 +56,7 @@ __all__ = [
     "Quality",
     "Recipe",
     "Window",
+    "at_density",
     "atomic_product",
     "babel",
     "coherence",
@@ -64,6 +66,7 @@ __all__ = [
     "learn",
     "load",
     "load_mom2",
+    "principal_axes",
     "product_of",
     "random_dictionary",
     "recovery",

@@ -69,11 +69,15 @@ class Dictionary:
 
     def encode(self, x: Tensor) -> sae.Codes:
         """Codes z_i >= tau_i of rows [..., D], by ascending atom."""
-        rows = self.product.encoder(self.atoms)
-        shift = -(rows @ self.bias.double())
+        rows, shift = self.encoder()
         return sae.encode_threshold(
-            x.float(), rows.float(), shift.float(), threshold=self.threshold, inclusive=True
+            x.float(), rows, shift, threshold=self.threshold, inclusive=True
         ).codes
+
+    def encoder(self) -> tuple[Tensor, Tensor]:
+        """Rows [F, D] and bias [F] of z, float32."""
+        rows = self.product.encoder(self.atoms)
+        return rows.float(), -(rows @ self.bias.double()).float()
 
     def decode(self, codes: sae.Codes) -> Tensor:
         """[..., D] float32 reconstructions."""

@@ -124,18 +124,6 @@ def learn(
     return Learned(Dictionary.of(atoms, product, tau.detach(), b), unexplained, active)
 
 
-def random_dictionary(
-    product: AtomicProduct, recipe: Recipe, bias: Tensor | None = None
-) -> Dictionary:
-    """The control: Gaussian directions under the same product, of the same norm, never trained."""
-    width = product.factor.shape[0]
-    generator = torch.Generator().manual_seed(recipe.seed)
-    rows = torch.randn(recipe.features, width, generator=generator, dtype=torch.float64)
-    rows = torch.nn.functional.normalize(rows, dim=1).to(product.factor.device)
-    atoms = math.sqrt(width / recipe.target) * product.colour(rows)
-    return Dictionary.of(atoms.float(), product, recipe.start, bias)
-
-
 def _initial(
     x: Tensor, b: Tensor, inverse: Tensor, features: int, generator: torch.Generator
 ) -> Tensor:
