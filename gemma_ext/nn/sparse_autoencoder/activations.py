@@ -98,10 +98,12 @@ class TopK(Activation):
     Args:
         k: active latents.
         multi: in training, the list of Multi-TopK has multi * k entries; 1 for none.
+        relu: values below 0 are not active; False keeps them (OpenAI's Identity).
     """
 
     k: int
     multi: int = 1
+    relu: bool = True
 
     def __post_init__(self) -> None:
         _at_least(1, k=self.k, multi=self.multi)
@@ -111,7 +113,8 @@ class TopK(Activation):
         found = encode_topk(
             x, sae.encoder_weight, bias, k=longer, scale=sae.score_scale(), aux=second
         )
-        codes = found.codes.with_values(found.codes.values.relu())
+        values = found.codes.values
+        codes = found.codes.with_values(values.relu() if self.relu else values)
         if longer == self.k:
             return Latents(codes, found.codes, found.aux)
         first = [_prefix(c, self.k) for c in (codes, found.codes)]
@@ -189,9 +192,7 @@ class BatchTopK(Activation):
             )
             return Latents(found.codes, found.codes, found.aux)
         total = int(self.k * (x.numel() // x.shape[-1]))
-        found = encode_batch_topk(
-            x, sae.encoder_weight, bias, total=total, scale=scale, aux=second
-        )
+        found = encode_batch_topk(x, sae.encoder_weight, bias, total=total, scale=scale, aux=second)
         return Latents(found.codes, found.codes, found.aux, min_positive=found.min_positive)
 
     @torch.no_grad()

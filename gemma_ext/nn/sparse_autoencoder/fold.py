@@ -1,4 +1,4 @@
-"""The same function from other weights: norms, scales and whitenings folded in, in place."""
+"""The same function from other weights: norms, centres, scales, whitenings folded in, in place."""
 
 from __future__ import annotations
 
@@ -68,6 +68,45 @@ def fold_standardise(sae: SparseAutoencoder) -> SparseAutoencoder:
     if not sae.subtract_bias and isinstance(sae.activation, Gated):
         sae.magnitude_bias -= (sae.encoder @ mean).float() * sae.r_mag.exp()
     _raw(sae)
+    return sae
+
+
+@torch.no_grad()
+def fold_centre(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """The bias that is subtracted from the input, in the encoder's bias."""
+    if not sae.subtract_bias:
+        return sae
+    shift = (sae.encoder.float() @ sae.decoder_bias.float()).to(sae.encoder_bias.dtype)
+    sae.encoder_bias -= shift
+    if isinstance(sae.activation, Gated):
+        sae.magnitude_bias -= shift * sae.r_mag.exp()
+    sae.subtract_bias = False
+    return sae
+
+
+@torch.no_grad()
+def as_jumprelu(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """A ReLU or BatchTopK dictionary as it is at inference, written as a JumpReLU, in place.
+
+    Raises:
+        ValueError: an activation that has no threshold.
+    """
+    kind = type(sae.activation)
+    if kind is JumpReLU:
+        return sae
+    if kind not in (ReLU, BatchTopK):
+        raise ValueError(
+            f"activation: expected ReLU, BatchTopK or JumpReLU, got {type(sae.activation).__name__}"
+        )
+    level = 0.0
+    if kind is BatchTopK:
+        level = max(0.0, float(sae.threshold))
+        if sae.score_norm is not None:
+            fold_norms(sae)
+        del sae.threshold
+    threshold = torch.full((sae.features,), level, device=sae.encoder.device)
+    sae.threshold = torch.nn.Parameter(threshold)
+    sae.activation = JumpReLU()
     return sae
 
 

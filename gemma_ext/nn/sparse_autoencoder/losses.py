@@ -52,9 +52,7 @@ def quadratic_l0(counts: Tensor, target: float) -> Tensor:
     return (2 / target) * (counts - target).square().mean()
 
 
-def second_list(
-    sae: SparseAutoencoder, second: Codes, residual: Tensor, *, relu: bool
-) -> Tensor:
+def second_list(sae: SparseAutoencoder, second: Codes, residual: Tensor, *, relu: bool) -> Tensor:
     """Σ (ê - e)², ê the decoder's product with the second list, without its bias; e is constant."""
     values = second.values.relu() if relu else second.values
     estimate = decode(second.with_values(values), sae.decoder_weight, unit_norm=sae.unit_norm)

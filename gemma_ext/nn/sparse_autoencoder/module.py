@@ -103,9 +103,7 @@ class SparseAutoencoder(nn.Module):
         self.encoder_bias = nn.Parameter(torch.zeros(features, **made))
         self.decoder = nn.Parameter(torch.empty(features, sources * self.output_width, **made))
         self.decoder_bias = nn.Parameter(torch.zeros(sources * self.output_width, **made))
-        self.skip = (
-            nn.Parameter(torch.zeros(self.output_width, width, **made)) if skip else None
-        )
+        self.skip = nn.Parameter(torch.zeros(self.output_width, width, **made)) if skip else None
         for name, value in activation.parameters(features).items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
         for name, value in activation.buffers(features).items():
@@ -199,9 +197,7 @@ class SparseAutoencoder(nn.Module):
             case "unit_norm":
                 z, back = standardise.unit_norm(x)
             case "affine":
-                z, back = standardise.affine(
-                    x, self._each_source(self.input_mean), self._factor()
-                )
+                z, back = standardise.affine(x, self._each_source(self.input_mean), self._factor())
             case _:
                 z, back = x, lambda y: y
         return self.joined(z), back

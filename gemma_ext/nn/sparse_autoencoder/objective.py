@@ -198,9 +198,7 @@ class Objective:
             weights = self.level_weights or (1.0,) * len(self.widths)
             weighted = nested.flatten(0, -2).mean(0) @ nested.new_tensor(weights)
             return weighted, nested[..., -1], self._residual(sae, latents, y)
-        residual, squared = decode_error(
-            latents.codes, weight, bias, y, unit_norm=sae.unit_norm
-        )
+        residual, squared = decode_error(latents.codes, weight, bias, y, unit_norm=sae.unit_norm)
         if self.error == "squared":
             return squared.mean(), squared, residual
         if self.error == "fvu":
@@ -217,8 +215,8 @@ class Objective:
         if self.l0_form == "tanh":
             return losses.tanh_l0(sae, latents.codes, self.tanh_scale)
         counts = losses.step_l0(sae, latents)
-        return counts.mean() if self.l0_form == "step" else losses.quadratic_l0(
-            counts, self.target_l0
+        return (
+            counts.mean() if self.l0_form == "step" else losses.quadratic_l0(counts, self.target_l0)
         )
 
     def _auxiliary(self, sae, second, residual, y, count):
@@ -229,11 +227,6 @@ class Objective:
         scale = min(1.0, count / max(1, y.shape[-1] // 2))
         per = y.numel() / y.shape[-1] if saelens else losses.variance(y)
         return scale * error / per
-
-
-def matryoshka(widths: tuple[int, ...], **options: object) -> Objective:
-    """Objective of nested prefixes; see `Objective.widths`."""
-    return Objective(widths=tuple(widths), **options)
 
 
 def default_objective(sae: SparseAutoencoder, sparsity: float | None = None) -> Objective:

@@ -34,8 +34,6 @@ def unit_norm(x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return x * factor, lambda y: y / factor
 
 
-def affine(
-    x: Tensor, mean: Tensor, factor: Tensor
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def affine(x: Tensor, mean: Tensor, factor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """z of x [..., D] under mean and factor, both broadcast over x, and the way back."""
     return (x - mean) * factor, lambda y: y / factor + mean
