@@ -47,7 +47,7 @@ def main(
     scaling: Annotated[int, typer.Option(min=2, help="Sizes of states and of atoms.")] = 3,
 ) -> None:
     """Learn atoms of MODEL, layer by layer."""
-    loaded, tokenizer, streams = read(model, device)
+    loaded, streams = read(model, device)
     count = loaded.config.num_hidden_layers
     chosen = list(range(count)) if layers == "all" else [int(n) for n in layers.split(",")]
     settings: dict[str, Any] = {
@@ -74,7 +74,14 @@ def main(
 
             def learn_layer(layer: int = layer, advance: Any = advance) -> study.Record:
                 made, record = study.layer(x[layer], unseen[layer], recipe, moment, advance=advance)
-                facts = {"layer": layer, "site": "residual", **settings, **record["atoms"]}
+                facts = {
+                    "layer": layer,
+                    "site": "residual",
+                    **settings,
+                    **record["atoms"],
+                    "q_star_random": record["random"]["q_star"],
+                    "k_hist": record["active"],
+                }
                 made.save(out / f"layer-{layer}", facts)
                 return record
 
@@ -120,12 +127,12 @@ def main(
     print(f"{text}\n{out / 'report.html'}")
 
 
-def read(name: str, device: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
-    """Model, tokenizer, and the token streams of training and held-out text."""
+def read(name: str, device: str) -> tuple[Any, tuple[Tensor, Tensor]]:
+    """Model, and the token streams of training and held-out text."""
     kind, _, size = name.partition(":")
     if kind == "pocket":
         made = pocket.load(size or "nano")
-        return made.model.to(device), made.tokenizer, (made.train_ids, made.heldout_ids)
+        return made.model.to(device), (made.train_ids, made.heldout_ids)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
@@ -140,7 +147,7 @@ def read(name: str, device: str) -> tuple[Any, Any, tuple[Tensor, Tensor]]:
         ).input_ids[0]
         for side in ("train", "heldout")
     )
-    return model, tokenizer, streams
+    return model, streams
 
 
 def cut(ids: Tensor, count: int) -> Tensor:

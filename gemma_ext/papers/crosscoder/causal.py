@@ -7,12 +7,12 @@ at one layer, behind which the chat model runs on; KL(chat || patched) of its pr
 | arm      | state                                            |
 |----------|--------------------------------------------------|
 | none     | h_base                                           |
-| all      | S all latents: x^chat + (h_base - x^base)        |
+| all      | x^chat + (h_base - x^base)                       |
 | error    | h_base + (eps^chat - eps^base)                   |
 | a set    | S of a mask [F]                                  |
 | tokens   | h_chat at the given positions, h_base elsewhere  |
 
-"all" and "error" together are h_chat.
+"all" holds the difference of the biases too, so that "all" and "error" together are h_chat.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ def patched_state(
     return pair[..., BASE, :] + change
 
 
-def error_state(crosscoder: SparseAutoencoder, pair: Tensor) -> Tensor:
-    """h_base + (eps^chat - eps^base) [..., D]."""
-    error = pair - crosscoder(pair)
-    return pair[..., BASE, :] + error[..., CHAT, :] - error[..., BASE, :]
+def split_states(crosscoder: SparseAutoencoder, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """(h_base + x^chat - x^base, h_base + eps^chat - eps^base), [..., D] each."""
+    rebuilt = crosscoder(pair)
+    known = rebuilt[..., CHAT, :] - rebuilt[..., BASE, :]
+    return pair[..., BASE, :] + known, pair[..., CHAT, :] - known
 
 
 def factors(crosscoder: SparseAutoencoder) -> Tensor | float:
@@ -137,8 +138,8 @@ def causal_test(
     for at in torch.arange(len(replies.windows)).split(batch):
         ids = replies.windows[at]
         pair = paired_states(base, chat, ids, layer, batch)
-        states = {"none": pair[..., BASE, :], "all": patched_state(crosscoder, pair)}
-        states["error"] = error_state(crosscoder, pair)
+        states = {"none": pair[..., BASE, :]}
+        states["all"], states["error"] = split_states(crosscoder, pair)
         if replies.template is not None:
             here = replies.template[at][:, 1:, None]
             states["tokens"] = torch.where(here, pair[..., CHAT, :], pair[..., BASE, :])

@@ -81,5 +81,5 @@ def patched(model: Any, layer: int, replacement: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-class _Enough(Exception):  # noqa: N818 (ends a forward, is no error)
-    pass
+class _Enough(Exception):
+    """Ends a forward; no error."""

@@ -5,18 +5,17 @@ For latent j with chat direction v = d_j^chat and code f_nj, and a target Y [N, 
     beta_j(Y) = argmin_beta sum_n ||beta f_nj v - Y_n||^2
               = sum_n f_nj <v, Y_n> / (||v||^2 C_j),     C_j = sum_n f_nj^2.
 
-| target          | Y^m                          | ratio beta^base / beta^chat                        |
-|-----------------|------------------------------|----------------------------------------------------|
-| error           | x^m - x^^m + f_j d_j^m       | nu_error, high: the L1 penalty shrank d_j^base     |
-| reconstruction  | x^^m                         | nu_reconstruction, high: other latents write it    |
-| activation      | x^m                          |                                                    |
+| target         | Y^m                    | ratio beta^base / beta^chat                     |
+|----------------|------------------------|-------------------------------------------------|
+| error          | x^m - x^^m + f_j d_j^m | nu_error; high: a penalty shrank d_j^base       |
+| reconstruction | x^^m                   | nu_reconstruction; high: others write it too    |
+| activation     | x^m                    |                                                 |
 
 The released code builds Y for each latent, [J, N, D]. With eps = x - x^ the error's regression is
 
     beta_j^m = sum_n f_nj <v, eps_n^m> / (||v||^2 C_j) + <v, d_j^m> / ||v||^2,
 
-so that all latents together cost the products <v_j, row> at the active entries of one pass,
-O(N L0 D), and a few numbers per latent.
+so that all latents together are rows of f' eps and f' x^ (`ops.sae.scatter`): one pass, O(N L0 D).
 """
 
 from __future__ import annotations
@@ -123,7 +122,8 @@ class LatentScaling:
 
         Args:
             codes: of N tokens, values f.
-            x, reconstruction: [N, M, D] activations and x^ with its bias, in the crosscoder's units.
+            x, reconstruction: [N, M, D] activations, and x^ with its bias, in the units of the
+                crosscoder.
 
         Raises:
             ValueError: x is not [N, M, D].
@@ -157,11 +157,11 @@ class LatentScaling:
 
     def _against(self, codes: sae.Codes, rows: Tensor) -> Tensor:
         """sum_n f_nj <v_j, rows_n> [F]."""
-        rows = rows.to(self.directions.dtype)
-        return self._sums(codes, sae.dots(codes, self.directions, rows, impl=self.impl))
+        summed, _ = sae.scatter(codes, rows.to(self.directions.dtype), impl=self.impl)
+        return torch.linalg.vecdot(summed, self.directions.to(summed.dtype)).double()
 
     def _sums(self, codes: sae.Codes, factors: Tensor) -> Tensor:
-        """sum_n f_nj factor_nj [F], without rows to multiply."""
+        """sum_n f_nj factor_nj [F]."""
         weighed = codes.with_values(codes.values * factors)
         nothing = self.directions.new_empty(*codes.shape, 0)
         return sae.scatter(weighed, nothing, impl=self.impl)[1].double()

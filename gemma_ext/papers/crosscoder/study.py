@@ -1,4 +1,4 @@
-"""The studies of a page, a plain record each: planted worlds, a model against its fine-tune, causes.
+"""The studies of a page, a plain record each: planted worlds, a model and its fine-tune, causes.
 
 Figures over seeds are means with a 95 % interval (Student's t).
 """

@@ -149,7 +149,8 @@ def _made(
         standardise="affine",
         device=x.device,
     )
-    # of the release: small decoders under a penalty on them, unit ones without
+    # small decoders under a penalty on them, unit ones without, as in the release (its 0.005 is for
+    # raw activations)
     made.reset_parameters(generator, norm=0.1 if recipe.kind == "l1" else 1.0)
     with torch.no_grad():
         mean = x.double().mean(0)
