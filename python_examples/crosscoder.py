@@ -62,6 +62,7 @@ def main(
     mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
     steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 1024,
+    planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 800,
 ) -> None:
     """Compare MODEL with its fine-tune."""
     base, tokenizer = load(model, device)
@@ -78,6 +79,7 @@ def main(
         "mu": mu,
         "steps": steps,
         "batch": batch,
+        "planted_steps": planted_steps,
     }
     kept = Kept(out / "results.json", settings)
     mixed = talks.mixed(windows, "train"), talks.mixed(held_out, "heldout")
@@ -112,7 +114,7 @@ def main(
         for seed in range(seeds):
             name = f"{kind}, seed {seed}"
             plan = recipe(kind, seed)
-            small = replace(plan, features=40, k=2, mu=1.0, steps=800, rate=3e-3)
+            small = replace(plan, features=40, k=2, mu=1.0, steps=planted_steps, rate=3e-3)
             with progress_bar(f"planted world: {name}", small.steps, True) as advance:
                 piece = kept(
                     f"world: {name}",

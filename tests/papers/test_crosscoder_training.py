@@ -253,6 +253,7 @@ def test_model_diff_names_the_planted_behaviour():
     assert record["chat only"] == record["confirmed"] == record["confirmed at home"] == 2
     assert record["flagged"] == record["flagged at home"] == 0
     assert record["overlap"] == 0
+    assert record["all at home"] == record["most leaning at home"] == 2 / record["alive"]
     assert record["correlation"] > 0.9
     assert found.tokens == 8000
     assert made.features == 16

@@ -60,6 +60,7 @@ class Discovery:
         counts = {name: int(((self.tags == n) & self.alive).sum()) for n, name in enumerate(TAGS)}
         return {
             **counts,
+            "alive": int(self.alive.sum()),
             "dead": int((~self.alive).sum()),
             "flagged": int(self.flagged().sum()),
             "overlap": float(overlap.double().mean()) if overlap.numel() else 0.0,

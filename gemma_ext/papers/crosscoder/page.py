@@ -36,6 +36,9 @@ DIFF = {
     "confirmed at home": "confirmed, in the behaviour",
     "flagged at home": "flagged, in the behaviour",
     "random control": "confirmed by random directions",
+    "most leaning at home": "32 most leaning to chat, share in the behaviour",
+    "least leaning at home": "32 least leaning",
+    "all at home": "all live latents",
     "overlap": "chat only within shared ν",
     "correlation": "corr(Δ, 1 - ν)",
 }

@@ -18,6 +18,7 @@ from gemma_ext.papers.crosscoder.discovery import (
     Discovery,
     discover,
     halves,
+    leaning,
     mass_by_role,
     random_directions,
 )
@@ -29,6 +30,7 @@ Record = dict[str, Any]
 Advance = Callable[[int], None]
 _ROWS = 4096  # tokens at a time
 HOME = 0.9  # share of its activation that a latent of the planted behaviour has in its roles
+LEANING = 32  # latents looked at by the order of their norms, whatever their tag
 
 
 def planted(
@@ -97,8 +99,9 @@ def model_diff(
 
     Returns:
         crosscoder, discovery, and its record with: chat-only latents confirmed by both ratios, how
-        many of them and of the flagged ones are at home in the behaviour, and the chat-only
-        latents that random directions in place of decoders would confirm.
+        many of them and of the flagged ones are at home in the behaviour, the chat-only latents
+        that random directions in place of decoders would confirm, and the shares at home of the
+        latents that lean most to chat, least, and of all.
     """
     made = train(x, recipe, advance=advance).crosscoder
     parts = held_out.split(_ROWS)
@@ -107,6 +110,7 @@ def model_diff(
     at_home = mass_by_role(made, parts, roles.split(_ROWS), count)[:, list(home)].sum(1) >= HOME
     chat, flagged = found.chat_only(), found.flagged()
     confirmed = chat & ~flagged
+    order = leaning(found, made.features)
     decoder = made.decoder.detach().view(made.features, 2, -1)
     control = discover(made, parts, random_directions(decoder, recipe.seed))
     return (
@@ -118,6 +122,9 @@ def model_diff(
             "confirmed at home": int((confirmed & at_home).sum()),
             "flagged at home": int((flagged & at_home).sum()),
             "random control": int((chat & control.betas.specific()).sum()),
+            "most leaning at home": _share(at_home[order[:LEANING]]),
+            "least leaning at home": _share(at_home[order[-LEANING:]]),
+            "all at home": _share(at_home[order]),
             "correlation": _correlation(found),
         },
     )
@@ -174,6 +181,10 @@ def interval(values: Sequence[float]) -> str:
 
 def _raw_decoder(made: SparseAutoencoder) -> Tensor:
     return made.decoder.detach().view(made.features, 2, -1) / made.input_factor[:, None]
+
+
+def _share(chosen: Tensor) -> float:
+    return float(chosen.double().mean()) if chosen.numel() else 0.0
 
 
 def _latents(place: Tensor, start: int, end: int) -> Tensor:
