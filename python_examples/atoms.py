@@ -44,7 +44,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of a training.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="States of a step.")] = 512,
     moment: Annotated[str, typer.Option(help="centred, or raw as in the paper.")] = "centred",
-    scaling: Annotated[int, typer.Option(min=2, help="Sizes of states and of atoms.")] = 3,
+    scaling: Annotated[int, typer.Option(min=0, help="Sizes of states and of atoms.")] = 3,
 ) -> None:
     """Learn atoms of MODEL, layer by layer."""
     loaded, streams = read(model, device)

@@ -57,11 +57,11 @@ def main(
     tuning: Annotated[int, typer.Option(min=1, help="Steps that make the chat model.")] = 80,
     windows: Annotated[int, typer.Option(min=2, help="Of 128 tokens, to train on.")] = 400,
     held_out: Annotated[int, typer.Option(min=2, help="Windows to measure on.")] = 80,
-    features: Annotated[int, typer.Option(min=1)] = 768,
+    features: Annotated[int, typer.Option(min=1)] = 512,
     k: Annotated[int, typer.Option(min=1, help="Active latents, BatchTopK.")] = 16,
     mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
     steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 500,
-    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
     planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 800,
 ) -> None:
     """Compare MODEL with its fine-tune."""
@@ -101,7 +101,7 @@ def main(
             error=error,
             steps=steps,
             batch=batch,
-            rate=2e-3,
+            rate=3e-3,
             warmup=50,
             dead_after=20 * batch,
             seed=seed,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -212,6 +213,12 @@ def test_dictionaries_are_files(tmp_path):
         "atoms.json",
         "atoms.safetensors",
     ]
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ImportError, match=r"pip install 'gemma_ext\[hf\]'"):
+        atoms.Dictionary.of(torch.eye(3), plain(3), 0.1).save(tmp_path, {})
 
 
 def test_bad_input_is_named():

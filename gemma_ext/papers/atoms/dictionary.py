@@ -112,9 +112,11 @@ class Dictionary:
         return codes.with_values(values if x.dtype == torch.float64 else values.float())
 
     def save(self, folder: Path | str, facts: dict[str, Any]) -> None:
-        """Writes atoms.safetensors {D, L, tau, aip_norm, bias} and atoms.json with `facts`."""
-        from safetensors.torch import save_file
+        """Writes atoms.safetensors {D, L, tau, aip_norm, bias} and atoms.json with `facts`.
 
+        Raises:
+            ImportError: safetensors is missing.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -125,7 +127,8 @@ class Dictionary:
             "bias": self.bias,
         }
         beside = folder / f"atoms.{os.getpid()}.tmp"
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, beside)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        _safetensors().save_file(tensors, beside)
         os.replace(beside, folder / "atoms.safetensors")
         beside.write_text(
             json.dumps({**facts, "condition": self.product.condition}, indent=1) + "\n",
@@ -136,13 +139,21 @@ class Dictionary:
 
 def load(folder: Path | str) -> tuple[Dictionary, dict[str, Any]]:
     """What `Dictionary.save` wrote, and its facts."""
-    from safetensors.torch import load_file
-
     folder = Path(folder)
     facts = json.loads((folder / "atoms.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "atoms.safetensors")
+    tensors = _safetensors().load_file(folder / "atoms.safetensors")
     product = AtomicProduct(tensors["L"], facts.pop("condition"))
     return Dictionary(tensors["D"], product, tensors["tau"], tensors["bias"]), facts
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ImportError(
+            "dictionaries on disk need safetensors: pip install 'gemma_ext[hf]'"
+        ) from None
+    return safetensors.torch
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:

@@ -119,7 +119,9 @@ def write(
         worlds=world_rows(worlds),
         facts=dict(facts),
         layer_figure=plots.svg(layer_figure(layers), "R² and q* over layers"),
-        scaling_figure=plots.svg(scaling_figure(cells), "R² over states and dictionary size"),
+        scaling_figure=plots.svg(scaling_figure(cells), "R² over states and dictionary size")
+        if cells
+        else "",
     )
 
 

@@ -168,13 +168,19 @@ def causes(
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean over seeds with the half width of its 95 % interval."""
+    """Mean over seeds with the half width of its 95 % interval.
+
+    Raises:
+        ImportError: several values, and scipy is missing.
+    """
     n = len(values)
     mean = math.fsum(values) / n
     if n == 1:
         return f"{mean:.3g}"
-    from scipy.stats import t
-
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise ImportError("intervals need scipy: pip install 'gemma_ext[genome]'") from None
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
     return f"{mean:.3g} ± {float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n):.2g}"
 
