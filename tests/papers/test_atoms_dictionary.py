@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from gemma_ext.ops.sae import encode_threshold
 from gemma_ext.papers import atoms
 from gemma_ext.papers.atoms.synthetic import random_world, spikes_and_waves
 
@@ -52,6 +53,10 @@ def test_a_code_on_the_threshold_is_active():
     found = atoms.Dictionary.of(d, plain(3), torch.tensor([0.5, 0.25, 2.0]))
     codes = found.encode(torch.tensor([[0.5, 0.125, 2.5], [0.25, 0.25, 0.0]]))
     assert supports(codes) == [{0, 2}, {1}]
+    rows, bias = found.encoder()
+    x = torch.tensor([[0.5, 0.125, 2.5], [0.25, 0.25, 0.0]])
+    strict = encode_threshold(x, rows, bias, threshold=found.threshold).codes
+    assert supports(strict) == [{2}, set()]  # as Gemma Scope's JumpReLU
 
 
 def test_a_bias_is_taken_away_and_given_back():

@@ -7,7 +7,14 @@ import sys
 import pytest
 import torch
 
-from gemma_ext.nn.sparse_autoencoder import BatchTopK, Objective, SparseAutoencoder, fold_norms
+from gemma_ext.integrations.crosscoder_files import load_crosscoder, save_crosscoder
+from gemma_ext.nn.sparse_autoencoder import (
+    BatchTopK,
+    Objective,
+    ReLU,
+    SparseAutoencoder,
+    fold_norms,
+)
 from gemma_ext.papers import crosscoder
 from gemma_ext.papers.crosscoder import study
 from gemma_ext.papers.crosscoder.discovery import discover
@@ -78,6 +85,23 @@ def test_folding_norms_leaves_the_sets_of_the_threshold():
     torch.testing.assert_close(rebuilt, made(x), rtol=1e-4, atol=1e-4)
 
 
+def test_a_file_has_the_sets_of_the_crosscoder(tmp_path):
+    made = made_by_hand(BatchTopK(2), score_norm="sum", standardise="affine").eval()
+    made.threshold.fill_(1.5)
+    made.input_factor.copy_(torch.tensor([0.5, 2.0]))
+    save_crosscoder(made, tmp_path)
+    again = load_crosscoder(tmp_path).eval()
+    x = torch.randn(64, 2, 5)
+    before, after = made.encode(x), again.encode(x)
+    assert before.indices.tolist() == after.indices.tolist()
+    torch.testing.assert_close(before.values, after.values)
+    for one in (made, again):
+        fold_norms(one)
+    folded = again.encode(x)
+    assert folded.indices.tolist() == before.indices.tolist()
+    torch.testing.assert_close(made(x), again(x))
+
+
 @pytest.mark.parametrize(("strength", "f", "mu"), [(0.3, 1.0, 0.1), (0.3, 1.0, 0.5), (0.8, 2, 0.4)])
 def test_a_penalty_shrinks_a_weak_decoder_away(strength, f, mu):
     s = torch.tensor(strength, dtype=torch.float64, requires_grad=True)
@@ -119,8 +143,6 @@ def test_l1_is_indifferent_to_a_decoupled_concept_and_batchtopk_is_not():
 
 
 def test_gradient_of_the_penalty_at_a_vanished_decoder_is_zero():
-    from gemma_ext.nn.sparse_autoencoder import ReLU
-
     made = made_by_hand(ReLU())
     with torch.no_grad():
         made.decoder[:, :5] = 0
