@@ -60,9 +60,9 @@ def main(
     features: Annotated[int, typer.Option(min=1)] = 512,
     k: Annotated[int, typer.Option(min=1, help="Active latents, BatchTopK.")] = 16,
     mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
-    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 500,
+    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
-    planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 800,
+    planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 700,
 ) -> None:
     """Compare MODEL with its fine-tune."""
     base, tokenizer = load(model, device)
