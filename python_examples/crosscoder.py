@@ -278,6 +278,7 @@ def tune(model: Any, ids: Tensor, steps: int, out: Path, device: str) -> None:
     arguments = TrainingArguments(
         output_dir=str(out / "training"),
         per_device_train_batch_size=4,
+        optim="adafactor",
         max_steps=steps,
         learning_rate=2e-5,
         lr_scheduler_type="cosine",
