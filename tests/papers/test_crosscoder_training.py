@@ -1,0 +1,160 @@
+"""Training: planted worlds, the null diff, dead latents, repeats."""
+
+import dataclasses
+import math
+import sys
+
+import pytest
+import torch
+
+from gemma_ext.papers import crosscoder
+from gemma_ext.papers.crosscoder import study
+from gemma_ext.papers.crosscoder.discovery import discover
+from gemma_ext.papers.crosscoder.planted import matched, two_models
+
+SMALL = crosscoder.Recipe(
+    "batchtopk", 40, k=2, steps=800, batch=1024, rate=3e-3, warmup=50, dead_after=50_000
+)
+L1 = dataclasses.replace(SMALL, kind="l1", mu=1.0, error="squared")
+
+
+def test_k_is_annealed_only_where_asked_for():
+    assert crosscoder.Recipe("batchtopk", 4, k=3).k_at(0) == 3
+    plan = crosscoder.Recipe("batchtopk", 4, k=100, k_start=1000, annealing=10)
+    assert [plan.k_at(step) for step in (0, 5, 10, 11)] == [1000, 550, 100, 100]
+
+
+@pytest.fixture(scope="module")
+def world():
+    generator = torch.Generator().manual_seed(0)
+    made = two_models(32, 16, 4, 0.08, generator)
+    return made, made.draw(40_000, generator)[0], made.draw(20_000, generator)[0]
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    ticks = []
+    done = crosscoder.train(world[1], SMALL, advance=ticks.append)
+    assert sum(ticks) == 800
+    return done
+
+
+def raw_decoder(made):
+    return made.decoder.detach().view(made.features, 2, -1) / made.input_factor[:, None]
+
+
+@pytest.mark.slow
+def test_a_planted_world_is_found_and_binned(world, trained):
+    planted, _, held_out = world
+    made = trained.crosscoder
+    assert (matched(raw_decoder(made), planted) >= 0).sum() == 24
+    found = discover(made, held_out.split(4096))
+    names = [crosscoder.TAGS[n] for n in study.binned(planted, raw_decoder(made), found)]
+    assert names == ["shared"] * 16 + ["base only"] * 4 + ["chat only"] * 4
+    assert found.explained.min() > 0.9
+    place = matched(raw_decoder(made), planted)
+    assert found.betas.specific()[place[20:]].all()
+    torch.testing.assert_close(
+        found.betas.nu_error[place[:16]], torch.ones(16).double(), rtol=0, atol=0.05
+    )
+
+
+@pytest.mark.slow
+def test_the_threshold_keeps_as_many_as_training(world, trained):
+    found = discover(trained.crosscoder, world[2].split(4096))
+    assert found.active == pytest.approx(2, rel=0.02)
+    assert trained.active[-1] == 2
+    assert len(trained.losses) == 800
+
+
+@pytest.mark.slow
+def test_activations_are_scaled_to_one_size(trained, world):
+    made = trained.crosscoder
+    z = made.split(made.standardised(world[1])[0])
+    torch.testing.assert_close(z.mean(0), torch.zeros(2, 32), rtol=0, atol=1e-3)
+    power = z.square().sum(-1).mean(0).sqrt()
+    torch.testing.assert_close(power, torch.full((2,), math.sqrt(32)), rtol=1e-3, atol=0)
+
+
+@pytest.mark.slow
+def test_l1_hides_weak_concepts_and_the_ratios_find_them():
+    sparse = study.planted(SMALL, 0)
+    penalised = study.planted(L1, 0)
+    for record in (sparse, penalised):
+        assert record["found"] == record["concepts"] == 28
+        assert record["exclusive called chat only"] == record["of these confirmed"] == 4
+    assert sparse["weak called chat only"] == 0
+    assert penalised["weak called chat only"] == penalised["of these flagged"] >= 3
+
+
+def test_a_model_against_itself_is_shared(world):
+    plan = dataclasses.replace(SMALL, steps=150)
+    record = study.null_diff(world[1][:, 0], world[2][:, 0], plan)
+    assert record["alive"] > 20
+    assert record["shared"] == record["alive"]
+    assert record["largest |Delta - 1/2|"] < 1e-6
+    assert record["largest |nu - 1|"] < 1e-4
+
+
+def test_training_repeats():
+    x = torch.randn(2000, 2, 6)
+    plan = crosscoder.Recipe(
+        "batchtopk", 64, k=1, steps=30, batch=64, warmup=5, rate=3e-3, dead_after=64
+    )
+    a, b = (crosscoder.train(x, plan) for _ in range(2))
+    assert a.losses == b.losses
+    assert torch.equal(a.crosscoder.decoder, b.crosscoder.decoder)
+    other = crosscoder.train(x, dataclasses.replace(plan, seed=1))
+    assert not torch.equal(a.crosscoder.decoder, other.crosscoder.decoder)
+
+
+def test_auxk_moves_what_never_fires():
+    x = torch.randn(2000, 2, 6)
+    plan = crosscoder.Recipe(
+        "batchtopk", 1000, k=1, steps=10, batch=64, warmup=1, rate=1e-3, dead_after=64
+    )
+    start = crosscoder.train(x, dataclasses.replace(plan, steps=1, rate=0.0)).crosscoder
+    still = []
+    for weight in (1 / 32, 0.0):
+        made = crosscoder.train(x, dataclasses.replace(plan, auxiliary=weight)).crosscoder
+        still.append(int((made.decoder == start.decoder).all(1).sum()))
+    assert still[1] > 300
+    assert still[0] < 0.9 * still[1]
+
+
+def test_model_diff_names_the_planted_behaviour():
+    generator = torch.Generator().manual_seed(1)
+    planted = two_models(24, 8, 2, 0.15, generator)
+    x, _ = planted.draw(20_000, generator)
+    held_out, f = planted.draw(8000, generator)
+    roles = (f[:, 10:] > 0).any(1).long()  # tokens with a concept of the chat model alone
+    plan = dataclasses.replace(SMALL, features=16, steps=500, batch=512)
+    made, found, record = study.model_diff(x, held_out, roles, (1,), plan)
+    assert record["chat only"] == record["confirmed"] == record["confirmed at home"] == 2
+    assert record["flagged"] == record["flagged at home"] == 0
+    assert record["overlap"] == 0
+    assert record["all at home"] == record["most leaning at home"] == 2 / record["alive"]
+    assert record["correlation"] > 0.9
+    assert found.tokens == 8000
+    assert made.features == 16
+
+
+def test_intervals():
+    assert study.interval([2.0]) == "2"
+    assert study.interval([1.0, 2, 3]) == "2 ± 2.5"
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ImportError, match=r"pip install 'gemma_ext\[genome\]'"):
+        study.interval([1.0, 2.0])
+
+
+def test_bad_input_is_named():
+    with pytest.raises(ValueError, match="kind: expected one of batchtopk, l1, got 'topk'"):
+        crosscoder.Recipe("topk", 4)
+    with pytest.raises(ValueError, match="k_start: expected a number with annealing"):
+        crosscoder.Recipe("batchtopk", 4, annealing=3)
+    for shape in ((5, 2), (0, 2, 3)):
+        with pytest.raises(ValueError, match=r"x: expected \[N, M, D\]"):
+            crosscoder.train(torch.ones(shape), crosscoder.Recipe("l1", 4))
