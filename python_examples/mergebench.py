@@ -6,14 +6,18 @@
         --expert math=MergeBench/gemma-2-2b_math --expert coding=MergeBench/gemma-2-2b_coding ...
 
 Without experts the model is fine-tuned on five domains of the text that comes with Python, one
-expert per domain and seed, and scored by next-token accuracy on held-out text of each. With experts
-`--tasks` names lm-eval tasks: domains: {math: {validation: {TASK: METRIC}, test: {...}}}, general:
-{TASK: METRIC}, falling: [METRIC]. Results are kept beside the table: an interrupted run goes on.
+expert per domain and seed, and scored by next-token accuracy on held-out text of each; with
+`--questions 20` by lm-eval, which asks which of four lines of that text comes next. With experts of
+your own `--tasks` names lm-eval tasks: domains: {math: {validation: {TASK: METRIC}, test: {...}}},
+general: {TASK: METRIC}, falling: [METRIC], include: FOLDER (of task files of your own).
+
+Results are kept beside the table: an interrupted run goes on.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import json
+import random
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +31,7 @@ from gemma_ext.papers import mergebench
 from gemma_ext.papers.mergebench.scorers import held_out, preceded
 
 GENERAL = "held-out text of all kinds"
+SHOWN = 6  # lines before a question
 
 
 def main(
@@ -46,6 +51,7 @@ def main(
     calibration: Annotated[int, typer.Option(min=1, help="Windows that methods look at.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Windows of a step; not of the pocket.")] = 4,
     rate: Annotated[float, typer.Option(help="Of learning; not of the pocket.")] = 2e-5,
+    questions: Annotated[int, typer.Option(help="Of lm-eval per side, in place of windows.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help="Algorithm by name, repeated.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per lm-eval task.")] = None,
 ) -> None:
@@ -63,7 +69,7 @@ def main(
         def pool(seed: int) -> mergebench.Pool:
             return makers.pool({d: makers.load(folder) for d, folder in folders.items()})
     else:
-        scorer = makers.held_out(windows)
+        scorer = makers.questions(questions) if questions else makers.held_out(windows)
 
         def pool(seed: int) -> mergebench.Pool:
             return makers.pool({d: makers.expert(d, seed) for d in pocket.DOMAINS})
@@ -78,7 +84,9 @@ def main(
     table = mergebench.rows(outcomes)
     text = mergebench.markdown(table)
     (out / "table.md").write_text(text, encoding="utf-8")
-    scored = f"tasks of {tasks}" if tasks else "next-token accuracy on held-out text"
+    scored = "next-token accuracy on held-out text"
+    if tasks or questions:
+        scored = f"lm-eval, tasks of {tasks or 'held-out text: which of four lines comes next'}"
     domains = ", ".join(table[0].by_domain)
     mergebench.write(out / "page.html", table, f"Experts of {model}: {domains}; {scored}.")
     typer.echo(f"{text}\n{out / 'table.md'}, {out / 'page.html'}")
@@ -157,12 +165,32 @@ class Makers:
                 "validation": cut(text.validation, windows),
                 "test": cut(text.test, 2 * windows),
             }
+        general = {GENERAL: cut(self.general_ids(), 2 * windows)}
+        return mergebench.HeldOut(streams, general, self.context, batch=8, begin=self.begin)
+
+    def questions(self, count: int) -> mergebench.LmEval:
+        """lm-eval's tasks of the same text."""
+        folder, metric = self.out / "tasks", "acc_norm,none"
+        sides, general = {}, "general_test"
+        for name in pocket.DOMAINS:
+            text = self.domain(name)
+            sides[name] = {side: {f"{name}_{side}": metric} for side in ("validation", "test")}
+            write_questions(folder, f"{name}_validation", self.lines(text.validation), count)
+            write_questions(folder, f"{name}_test", self.lines(text.test), count)
+        write_questions(folder, general, self.lines(self.general_ids()), count)
+        options = {"task_manager": tasks_in(folder), "bootstrap_iters": 0}
+        return mergebench.LmEval(self.tokenizer, sides, {general: metric}, options=options)
+
+    def lines(self, ids: Tensor) -> list[str]:
+        text = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True)
+        return [line for line in text.splitlines() if line.strip()]
+
+    def general_ids(self) -> Tensor:
+        """Held-out text of all kinds."""
         if self.general is None:
             held = [doc.text for doc in pocket.documents() if doc.split == "heldout"][:40]
-            encoded = self.tokenizer("\n".join(held), return_tensors="pt").input_ids[0]
-            self.general = encoded
-        general = {GENERAL: cut(self.general, 2 * windows)}
-        return mergebench.HeldOut(streams, general, self.context, batch=8, begin=self.begin)
+            self.general = self.tokenizer("\n".join(held), return_tensors="pt").input_ids[0]
+        return self.general
 
     def expert(self, domain: str, seed: int) -> nn.Module:
         """The base fine-tuned on one domain, made once."""
@@ -213,16 +241,53 @@ def lm_eval_scorer(tasks: Path, tokenizer: Any, limit: int | None) -> mergebench
     import yaml
 
     given = yaml.safe_load(tasks.read_text(encoding="utf-8"))
-    fields = {field.name for field in dataclasses.fields(mergebench.LmEval)}
-    if unknown := set(given) - {"domains", "general", *fields}:
+    if unknown := set(given) - {"domains", "general", "falling", "include"}:
         raise typer.BadParameter(f"{tasks}: expected domains and general, got {sorted(unknown)}")
+    options: dict[str, Any] = {"bootstrap_iters": 0}
+    if "include" in given:
+        options["task_manager"] = tasks_in(tasks.parent / given["include"])
     return mergebench.LmEval(
         tokenizer,
         given["domains"],
         given["general"],
         frozenset(given.get("falling", ())),
         limit,
+        options,
     )
+
+
+def tasks_in(folder: Path) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=str(folder))
+
+
+def write_questions(folder: Path, name: str, lines: list[str], count: int) -> None:
+    """A task of lm-eval: after `SHOWN` lines, the next one or one of three from elsewhere."""
+    import yaml
+
+    draw = random.Random(name)
+    records = []
+    for start in draw.sample(range(len(lines) - SHOWN), count):
+        before, right = lines[start : start + SHOWN], lines[start + SHOWN]
+        wrong = draw.sample(sorted(set(lines) - {right}), 3)
+        records.append({"before": "\n".join(before) + "\n", "options": [right, *wrong]})
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / f"{name}.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{before}}",
+        "doc_to_choice": "options",
+        "doc_to_target": 0,
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc_norm"}],
+    }
+    (folder / f"{name}.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -67,3 +67,40 @@ def test_windows_of_a_real_model_begin_as_its_texts_do(example, folder, tmp_path
     assert (rows[:, 0] == makers.tokenizer.bos_token_id).all()
     assert makers.calibration("gui")[0].shape == (3, 17)
     assert makers.held_out(2).begin == makers.tokenizer.bos_token_id
+
+
+def test_lm_eval_scores_by_questions_of_the_same_text_or_by_tasks_of_ones_own(
+    example, folder, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    options = {"model": str(folder), "seeds": 1, "steps": 1, "context": 16, "calibration": 2}
+    options |= {"released": False, "device": "cpu", "only": ["Model soup"]}
+    example.main(out=out, questions=24, **options)
+    questions, others = (
+        (out / "tasks" / f"gui_{side}.jsonl").read_text().splitlines()
+        for side in ("test", "validation")
+    )
+    assert len(questions) == len(others) == 24
+    assert not set(questions) & set(others)
+    assert all(len(set(json.loads(line)["options"])) == 4 for line in questions)
+    assert not set(questions) & set(
+        (out / "tasks" / "gui_validation.jsonl").read_text().split("\n")
+    )
+    results = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert set(results[0]["scores"]) == set(pocket.DOMAINS)
+    assert all(
+        value * 24 == pytest.approx(round(value * 24)) for value in results[0]["scores"].values()
+    )
+
+    tasks = tmp_path / "tasks.yml"
+    code = "{validation: {gui_validation: 'acc_norm,none'}, test: {gui_test: 'acc_norm,none'}}"
+    text = f"domains: {{code: {code}}}\ngeneral: {{general_test: 'acc_norm,none'}}\n"
+    tasks.write_text(text + "include: out/tasks\n")
+    (expert,) = (out / "experts").glob("gui-*")
+    example.main(out=tmp_path / "own", tasks=tasks, expert=[f"code={expert}"], **options)
+    (soup,) = (x for x in (tmp_path / "own" / "results.jsonl").open() if "Model soup" in x)
+    assert json.loads(soup)["normalised"] == {"code": 1.0}
+    tasks.write_text(text + "limit: 3\n")
+    odd = r"expected domains and general, got \['limit'\]"
+    with pytest.raises(example.typer.BadParameter, match=odd):
+        example.main(out=tmp_path / "own", tasks=tasks, expert=[f"code={expert}"], **options)
