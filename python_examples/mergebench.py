@@ -80,7 +80,11 @@ def main(
         if unknown := set(only) - set(known):
             raise typer.BadParameter(f"--only: expected one of {list(known)}, got {unknown}")
         ways = [known[name] for name in only]
-    outcomes = mergebench.run(pool, ways, scorer, range(seeds), out, typer.echo)
+    setting = {"model": model, "experts": expert or [*recipe], "embeddings": embeddings}
+    setting |= {"context": context, "calibration": calibration, "limit": limit}
+    setting |= {"tasks": tasks.read_text() if tasks else questions or windows}
+    out = out / "questions" if questions else out
+    outcomes = mergebench.run(pool, ways, scorer, range(seeds), out, typer.echo, setting)
     table = mergebench.rows(outcomes)
     text = mergebench.markdown(table)
     (out / "table.md").write_text(text, encoding="utf-8")
