@@ -4,8 +4,9 @@
     python benchmarks/bench_lm.py --model FOLDER         # a real model, on text of its own tokens
     python benchmarks/bench_lm.py --batch 1 4 16 --cases options --save
 
-Both wrap one model. A batch of B is B requests to `hf` and as many tokens at a time to ours. A row
-whose log-probabilities differ from those of `hf` has no time.
+Both wrap one model. A batch of B is B requests to `hf`. Ours has no such number: it runs `--tokens`
+at a time, and its memory, which is that of the model's own layers on so many, does not move with B.
+A row whose log-probabilities differ from those of `hf` has no time.
 """
 
 from __future__ import annotations
@@ -123,20 +124,25 @@ def build(folder: str | None, dtype: torch.dtype) -> tuple[Any, Any, Callable[[i
     return model, pocket.load_text("nano").tokenizer, zipf_ids(WIDE)
 
 
-def subjects(model: Any, tokenizer: Any, batch: int, longest: int) -> dict[str, HFLM]:
+def subjects(model: Any, tokenizer: Any, batch: int, tokens: int) -> dict[str, HFLM]:
     options = {"tokenizer": tokenizer, "max_length": 1024}
-    ours = GemmaExtLM(model, **options, batch_tokens=batch * longest, show_progress=False)
+    ours = GemmaExtLM(model, **options, batch_tokens=tokens, show_progress=False)
     return {"hf": HFLM(model, **options, batch_size=batch), "gemma_ext": ours}
 
 
 def run_case(
-    model: Any, tokenizer: Any, asked: list[Request], dtype: str, batch: int, seconds: float
+    model: Any,
+    tokenizer: Any,
+    asked: list[Request],
+    dtype: str,
+    batch: int,
+    tokens: int,
+    seconds: float,
 ) -> list[dict[str, Any]]:
     """A row of each subject, without the columns of the case."""
-    longest = max(len(context) + len(tokens) for _, context, tokens in asked)
-    count = sum(len(context) + len(tokens) for _, context, tokens in asked)
+    count = sum(len(context) + len(targets) for _, context, targets in asked)
     rows, steps, answers = {}, {}, {}
-    for name, lm in subjects(model, tokenizer, batch, longest).items():
+    for name, lm in subjects(model, tokenizer, batch, tokens).items():
         score = partial(lm._loglikelihood_tokens, asked, disable_tqdm=True)
         score()
         with timing.PeakMemory() as memory:
@@ -195,7 +201,8 @@ def main() -> None:
         for batch in options.batch:
             values = dict(zip(KEY, (label, options.dtype, case, batch), strict=True))
             blank: Mapping[str, Any] = {**values, **dict.fromkeys(COLUMNS)}
-            found = run_case(model, tokenizer, asked, options.dtype, batch, options.seconds)
+            sizes = (batch, options.tokens, options.seconds)
+            found = run_case(model, tokenizer, asked, options.dtype, *sizes)
             rows = [{**blank, **row} for row in found]
             print(
                 f"\n## {LAYOUT.label(rows[0])}\n{report.table_and_bars(rows, COLUMNS)}", flush=True
@@ -214,6 +221,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(SLACK), default="bf16")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=512, help="that ours runs at a time")
     parser.add_argument("--seconds", type=float, default=10.0, help="to time a case")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")

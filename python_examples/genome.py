@@ -1,7 +1,8 @@
 """Evolve a pool of LoRA experts for a mix of tasks that none of them was trained for, with GENOME+.
 
     python python_examples/genome.py
-    python python_examples/genome.py --model google/gemma-3-270m --seeds 1 --steps 20 --batch 4
+    python python_examples/genome.py --model google/gemma-3-270m --seeds 1 --steps 20 --batch 4 \
+        --population 8 --generations 10 --samples 30 --test-samples 90
 
 Experts are fine-tuned on slices of Python's standard library: the code of five packages, and all
 docstrings. The new task is an even mix of three of the slices, in files that no expert has seen:
@@ -27,7 +28,6 @@ import typer
 from gemma_ext import pocket
 from gemma_ext.distributed.fleet import open_fleet
 from gemma_ext.integrations.transformers import patch
-from gemma_ext.lm.progress import progress_bar
 from gemma_ext.papers.genome.baselines import BASELINES
 from gemma_ext.papers.genome.config import search_from
 from gemma_ext.papers.genome.draws import draws
@@ -36,6 +36,7 @@ from gemma_ext.papers.genome.models import Experts, ModelWorker
 from gemma_ext.papers.genome.page import table, write_report
 from gemma_ext.papers.genome.study import run_study
 from gemma_ext.papers.genome.tasks import Task
+from gemma_ext.progress import progress_bar
 
 SLICES = ("asyncio", "distutils", "docstrings", "email", "idlelib", "lib2to3")
 MIX = ("asyncio", "email", "docstrings")  # in equal parts
@@ -55,6 +56,8 @@ def main(
     method: Annotated[str, typer.Option(help="Preset: genome, genome+, ...")] = "genome+-script",
     seeds: Annotated[int, typer.Option(min=1, help="Runs: other samples, other draws.")] = 3,
     budget: Annotated[int, typer.Option(min=1, help="Evaluations of each method.")] = 60,
+    population: Annotated[int | None, typer.Option(min=2, help="In place of the preset's.")] = None,
+    generations: Annotated[int, typer.Option(min=0, help="At most; the budget ends them.")] = 50,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of each expert.")] = 60,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a training step.")] = 16,
     samples: Annotated[int, typer.Option(min=3, help="Of the mix, to evolve on.")] = 60,
@@ -63,7 +66,10 @@ def main(
 ) -> None:
     """Train experts of MODEL, evolve them, and compare."""
     base = prepare(model, out)
-    adapters = [train_expert(base, name, out / "experts", steps, batch, device) for name in SLICES]
+    begin = not model.startswith("pocket")
+    adapters = [
+        train_expert(base, name, out / "experts", steps, batch, device, begin) for name in SLICES
+    ]
     experts = Experts(str(base), tuple(str(folder) for folder in adapters))
     digest = experts.pool().digest
     runs = []
@@ -72,9 +78,10 @@ def main(
         tasks = mixed_tasks(samples, test_samples, seed)
         worker = ModelWorker(experts, tasks, folder.resolve() / "run" / FINISHED, device)
         # its published rates, with moves and children for as long as the budget lasts
-        search = search_from(
-            {"preset": method, "seed": seed, "budget": budget, "generations": 50, "patience": None}
-        )
+        wanted = {"budget": budget, "generations": generations, "patience": None}
+        if population is not None:
+            wanted |= {"size": population, "capacity": population}
+        search = search_from({"preset": method, "seed": seed, **wanted})
 
         def bar(title: str, total: int, seed: int = seed) -> AbstractContextManager[Any]:
             return progress_bar(f"seed {seed}: {title}", total, True)
@@ -121,10 +128,16 @@ def prepare(name: str, out: Path) -> Path:
     return folder
 
 
-def train_expert(base: Path, name: str, folder: Path, steps: int, batch: int, device: str) -> Path:
+def train_expert(
+    base: Path, name: str, folder: Path, steps: int, batch: int, device: str, begin: bool
+) -> Path:
     """Folder of the LoRA adapter (rank 8, alpha 16, all linear layers) fine-tuned on a slice.
 
     All start from the same A: factors that are averaged apart have to mean the same.
+
+    Args:
+        begin: put <bos> before every row, which a real Gemma expects and which scored texts have;
+            the pocket was trained on windows of a stream.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -140,6 +153,8 @@ def train_expert(base: Path, name: str, folder: Path, steps: int, batch: int, de
     text = "\n".join(slice_texts(name, TRAINING))[: batch * CONTEXT * steps * 6]
     ids = tokenizer(text, verbose=False).input_ids
     rows = torch.tensor(ids[: len(ids) // CONTEXT * CONTEXT]).view(-1, CONTEXT)
+    if begin:
+        rows = torch.cat([rows.new_full((len(rows), 1), tokenizer.bos_token_id), rows], dim=1)
     print(f"training the expert of {name}: {steps} steps over {len(rows)} rows of {CONTEXT} tokens")
     arguments = TrainingArguments(
         output_dir=str(folder / "checkpoints"),

@@ -48,7 +48,7 @@ def test_requests_are_those_of_the_case(name):
 
 def test_rows_of_both(model, tokenizer):
     asked = bench_lm.requests_of(bench_lm.Case(3, 2, (1, 4), 12), bench_lm.zipf_ids(V))
-    hf, ours = bench_lm.run_case(model, tokenizer, asked, "fp32", batch=2, seconds=0.0)
+    hf, ours = bench_lm.run_case(model, tokenizer, asked, "fp32", batch=2, tokens=64, seconds=0.0)
     assert (hf["name"], ours["name"]) == bench_lm.ORDER
     assert hf["error"] == 0.0 < ours["error"] < 1e-5
     assert ours["same_greedy"] == 1.0
@@ -63,7 +63,7 @@ def test_rows_of_both(model, tokenizer):
 def test_a_wide_vocabulary_has_a_bar(model, tokenizer, monkeypatch):
     monkeypatch.setattr(bench_lm, "WIDE", V)
     asked = bench_lm.requests_of(bench_lm.Case(2, 2, (1, 4), 12), bench_lm.zipf_ids(V))
-    _, ours = bench_lm.run_case(model, tokenizer, asked, "fp32", batch=2, seconds=0.0)
+    _, ours = bench_lm.run_case(model, tokenizer, asked, "fp32", batch=2, tokens=64, seconds=0.0)
     assert "x tokens/s of hf, 1.5 asked, " in ours["bars"]
 
 
@@ -75,7 +75,7 @@ def test_wrong_scores_have_no_time(model, tokenizer, monkeypatch):
         lambda self, asked, **_: [(value + 1, greedy) for value, greedy in right(self, asked)],
     )
     asked = bench_lm.requests_of(bench_lm.Case(2, 2, (1, 4), 12), bench_lm.zipf_ids(V))
-    _, ours = bench_lm.run_case(model, tokenizer, asked, "fp32", batch=2, seconds=0.0)
+    _, ours = bench_lm.run_case(model, tokenizer, asked, "fp32", batch=2, tokens=64, seconds=0.0)
     assert ours["note"].startswith("RED: off by ")
     assert "total" not in ours
 

@@ -27,6 +27,7 @@ def test_the_example_runs_and_goes_on(example, tiny_size, tmp_path, capsys):
         "out": tmp_path / "out",
         "method": "genome+",
         "budget": 12,
+        "population": 6,
         "steps": 1,
         "batch": 2,
         "samples": 9,

@@ -115,6 +115,15 @@ def test_a_run_goes_on_behind_the_last_outcome(tmp_path):
     assert [o.seed for o in both] == [0, 0, 0, 1, 1, 1]
 
 
+def test_outcomes_of_another_setting_are_no_part_of_a_run(tmp_path):
+    given = {"windows": 4, "rate": 2e-5, "experts": ["x"]}
+    first = protocol.run(make_pool, [Share()], Reader(), [0], tmp_path, setting=given)
+    assert protocol.run(make_pool, [Share()], Reader(), [0], tmp_path, setting=given) == first
+    for odd in ({**given, "windows": 8}, {"windows": 4, "rate": 2e-5}, None):
+        with pytest.raises(ValueError, match=r"out: expected \w+ .* as in .*setting.json, got"):
+            protocol.run(make_pool, [Share()], Reader(), [0], tmp_path, setting=odd)
+
+
 def test_the_pool_has_the_scorers_domains(tmp_path):
     pool = make_pool()
     less = Pool(pool.base, {"a": pool.experts["a"]}, {})

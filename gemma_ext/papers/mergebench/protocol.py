@@ -120,6 +120,7 @@ def run(
     seeds: Sequence[int],
     out: Path,
     report: Callable[[str], None] = lambda line: None,
+    setting: Mapping[str, Any] | None = None,
 ) -> list[Outcome]:
     """Runs the protocol.
 
@@ -130,11 +131,14 @@ def run(
         seeds: of experts and of everything random in a merge.
         out: folder of `results.jsonl`.
         report: gets a line per outcome.
+        setting: what outcomes depend on beside algorithm and seed, made of what JSON knows.
 
     Raises:
-        ValueError: domains of scorer and pool differ, or a reference score is not positive.
+        ValueError: `out` holds outcomes of another setting, domains of scorer and pool differ, or
+            a reference score is not positive.
     """
     out.mkdir(parents=True, exist_ok=True)
+    _check_setting(out / "setting.json", dict(setting or {}))
     book = Book(out / "results.jsonl")
     algorithms = list(algorithms)
     for seed in seeds:
@@ -218,6 +222,21 @@ class Bench:
         """The score of each expert in its own domain."""
         scored = {d: self.scorer.score(m, side, [d]) for d, m in self.pool.experts.items()}
         return {domain: scores[domain] for domain, scores in scored.items()}
+
+
+def _check_setting(path: Path, setting: dict[str, Any]) -> None:
+    """Writes the setting beside and renames, or compares it with the one that is there."""
+    if path.exists():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(held | setting):
+            if held.get(key) != setting.get(key):
+                raise ValueError(
+                    f"out: expected {key} {held.get(key)!r} as in {path}, got {setting.get(key)!r}"
+                )
+        return
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
+    beside.rename(path)
 
 
 class Resident:

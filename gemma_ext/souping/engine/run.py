@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from gemma_ext.progress import Moved
 from gemma_ext.souping.engine.files.disk import Disk, wait
 from gemma_ext.souping.engine.files.journal import Done, Journal
 from gemma_ext.souping.engine.files.ring import Ring
@@ -18,7 +19,6 @@ from gemma_ext.souping.engine.files.shards import Shard
 from gemma_ext.souping.engine.lane import AHEAD, Lane
 from gemma_ext.souping.engine.loads import Task, cut, held_bytes
 from gemma_ext.souping.engine.plan import Target
-from gemma_ext.souping.engine.progress import Progress
 from gemma_ext.souping.method import Method
 
 LANES = 2  # a lane that waits for the disk leaves the processor to the other
@@ -40,7 +40,7 @@ class Run:
         shards: Sequence[Shard],
         journal: Journal,
         device: torch.device,
-        progress: Progress,
+        progress: Moved,
     ) -> None:
         self.targets, self.method = targets, method
         self.journal, self.device, self.progress = journal, device, progress
