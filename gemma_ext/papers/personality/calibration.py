@@ -3,8 +3,8 @@
     score(s) = share of outputs that show the trait, where the share that is clean is at least 0.9
 
 The release searches [-300, 300] by thirds, 8 steps of 15 prompts, and then looks at 11 strengths
-around the best. Where one output in twenty is unclean at every strength, its gate is shut by chance
-in a sixth of the steps, and the search leaves for good the side it should have stayed on: one run in
+around the best. Where one output in twenty is unclean at every strength, chance shuts its gate in a
+sixth of the steps, and the search leaves for good the side it should have stayed on: one run in
 twelve ends below three quarters of the alignment, and one in four where one output in twelve is.
 Here as many outputs are spent on an even grid in one batch: all strengths on the same prompts, but
 each with draws of its own, since draws in common shut the gate at all strengths at once.
