@@ -1,0 +1,81 @@
+"""Files of checkpoints: written beside their place and renamed, read without running code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`; what is written there takes its place if nothing fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    with replacing(path) as beside:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside)
+
+
+def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
+    """A dict of tensors and plain values, as torch.load(weights_only=True) reads it."""
+    with replacing(path) as beside:
+        torch.save(value, beside)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: the file is not there, or is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"expected a file {path}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise ValueError(f"expected a file {path}")
+    return load_file(path)
+
+
+def read_pickle(path: Path) -> dict[str, Any]:
+    """A dict of tensors and plain values; a file that would run code is refused."""
+    import pickle
+
+    if not path.is_file():
+        raise ValueError(f"expected a file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: expected tensors and plain values only, got {str(error).splitlines()[0]}"
+        ) from None

@@ -1,0 +1,1 @@
+"""The product ops as torch sees them."""

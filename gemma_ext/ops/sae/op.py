@@ -1,0 +1,1 @@
+"""The encode ops as torch sees them: fakes, derivatives, FLOPs."""
