@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma_ext.ops._derivatives import refuse_derivatives
 from gemma_ext.ops.sae.steer_requests import (
     ALWAYS,
     CAUSAL,
@@ -19,6 +20,35 @@ from gemma_ext.reference import sae_products as formulas
 UNDECIDED, NEVER = -2, -1
 """States before the first call, and after calls in which nothing fired; from 0 on, tokens since."""
 _MODES = {code: mode for mode, code in MODE_CODES.items()}
+_REMEDY = "gemma_ext.ops.sae.steer with impl='reference' has derivatives of every order and mode"
+
+
+def steer(
+    x: Tensor, r: Requests, state: Tensor, reads: Tensor | None, writes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(x' [B, T, D], state after) by the kernel."""
+    return torch.ops.gemma_ext.sae_steer(
+        x,
+        r.decoder,
+        r.encoder,
+        r.tables,
+        r.offsets,
+        r.latents,
+        r.modes,
+        r.amounts,
+        r.gates,
+        state,
+        reads,
+        writes,
+    )
+
+
+refuse_derivatives("sae_steer", _REMEDY)
+
+
+@torch.library.register_fake("gemma_ext::sae_steer")
+def _steer_fake(x, *rest):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], dtype=torch.int32)
 
 
 def plain(
