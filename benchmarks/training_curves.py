@@ -32,7 +32,7 @@ from training_run import MAKERS, Run, Task, rarest, train
 
 from gemma_ext.bench import report
 from gemma_ext.bench.rows import verdict
-from gemma_ext.pocket.progress import quiet_transformers
+from gemma_ext.pocket.quiet import quiet_transformers
 from gemma_ext.pocket.training import windows_of
 
 RESULTS = Path(__file__).parent / "results"

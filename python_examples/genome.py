@@ -27,7 +27,6 @@ import typer
 from gemma_ext import pocket
 from gemma_ext.distributed.fleet import open_fleet
 from gemma_ext.integrations.transformers import patch
-from gemma_ext.lm.progress import progress_bar
 from gemma_ext.papers.genome.baselines import BASELINES
 from gemma_ext.papers.genome.config import search_from
 from gemma_ext.papers.genome.draws import draws
@@ -36,6 +35,7 @@ from gemma_ext.papers.genome.models import Experts, ModelWorker
 from gemma_ext.papers.genome.page import table, write_report
 from gemma_ext.papers.genome.study import run_study
 from gemma_ext.papers.genome.tasks import Task
+from gemma_ext.progress import progress_bar
 
 SLICES = ("asyncio", "distutils", "docstrings", "email", "idlelib", "lib2to3")
 MIX = ("asyncio", "email", "docstrings")  # in equal parts

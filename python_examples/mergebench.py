@@ -1,7 +1,7 @@
 """MergeBench: nine ways to merge five experts, tuned, tested and timed by one protocol.
 
     python python_examples/mergebench.py --model pocket
-    python python_examples/mergebench.py --model FOLDER --steps 20
+    python python_examples/mergebench.py --model FOLDER --steps 20 --windows 8 --calibration 8
     python python_examples/mergebench.py --model google/gemma-2-2b --tasks tasks.yml \
         --expert math=MergeBench/gemma-2-2b_math --expert coding=MergeBench/gemma-2-2b_coding ...
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from gemma_ext import pocket
 from gemma_ext.integrations.transformers import patch
 from gemma_ext.papers import mergebench
+from gemma_ext.papers.mergebench.scorers import held_out, preceded
 
 GENERAL = "held-out text of all kinds"
-CALIBRATION_WINDOWS = 32
 
 
 def main(
@@ -43,6 +43,9 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     context: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 128,
     windows: Annotated[int, typer.Option(min=1, help="Of validation; twice that of test.")] = 64,
+    calibration: Annotated[int, typer.Option(min=1, help="Windows that methods look at.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of a step; not of the pocket.")] = 4,
+    rate: Annotated[float, typer.Option(help="Of learning; not of the pocket.")] = 2e-5,
     only: Annotated[list[str] | None, typer.Option(help="Algorithm by name, repeated.")] = None,
     limit: Annotated[int | None, typer.Option(help="Examples per lm-eval task.")] = None,
 ) -> None:
@@ -51,7 +54,8 @@ def main(
         raise typer.BadParameter("experts of your own need --tasks")
     if odd := [pair for pair in expert or () if "=" not in pair]:
         raise typer.BadParameter(f"--expert: expected DOMAIN=FOLDER_OR_ID, got {odd[0]!r}")
-    makers = Makers(model, out, steps, context, device, embeddings)
+    recipe = ExpertRecipe(steps, batch, rate)
+    makers = Makers(model, out, recipe, context, calibration, device, embeddings)
     if expert:
         folders = dict(pair.split("=", 1) for pair in expert)
         scorer: Any = lm_eval_scorer(tasks, makers.tokenizer, limit)
@@ -80,24 +84,42 @@ def main(
     typer.echo(f"{text}\n{out / 'table.md'}, {out / 'page.html'}")
 
 
+class ExpertRecipe(NamedTuple):
+    """Steps of `batch` windows at a peak learning rate."""
+
+    steps: int
+    batch: int
+    rate: float
+
+
 class Makers:
     """The base, its experts and their text."""
 
     def __init__(
-        self, model: str, out: Path, steps: int, context: int, device: str, embeddings: bool
+        self,
+        model: str,
+        out: Path,
+        recipe: ExpertRecipe,
+        context: int,
+        calibration: int,
+        device: str,
+        embeddings: bool,
     ) -> None:
-        self.model, self.out, self.steps = model, out, steps
-        self.context, self.device, self.embeddings = context, device, embeddings
+        self.model, self.out, self.recipe = model, out, recipe
+        self.context, self.calibrated = context, calibration
+        self.device, self.embeddings = device, embeddings
         if model == "pocket":
             loaded = pocket.load("nano")
             self.base, self.tokenizer = loaded.model.to(device), loaded.tokenizer
             self.general = loaded.heldout_ids
+            self.begin = None  # trained on windows of a stream
         else:
             from transformers import AutoTokenizer
 
             self.base = self.load(model)
             self.tokenizer = AutoTokenizer.from_pretrained(model)
             self.general = None
+            self.begin = self.tokenizer.bos_token_id
         self.text: dict[str, pocket.DomainText] = {}
 
     def load(self, folder: str) -> nn.Module:
@@ -111,8 +133,13 @@ class Makers:
 
     def calibration(self, domain: str) -> list[Tensor]:
         name = domain if domain in pocket.DOMAINS else "prose"
-        ids = self.domain(name).validation[: CALIBRATION_WINDOWS * self.context]
-        return list(ids.view(-1, self.context).to(self.device).split(8))
+        rows = self.rows(self.domain(name).validation)[: self.calibrated]
+        return list(rows.to(self.device).split(8))
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """[n, context] windows, behind the id that begins a text."""
+        rows = ids[: ids.numel() // self.context * self.context].view(-1, self.context)
+        return rows if self.begin is None else preceded(rows, self.begin)
 
     def domain(self, name: str) -> pocket.DomainText:
         if name not in self.text:
@@ -135,40 +162,49 @@ class Makers:
             encoded = self.tokenizer("\n".join(held), return_tensors="pt").input_ids[0]
             self.general = encoded
         general = {GENERAL: cut(self.general, 2 * windows)}
-        return mergebench.HeldOut(streams, general, self.context, batch=8)
+        return mergebench.HeldOut(streams, general, self.context, batch=8, begin=self.begin)
 
     def expert(self, domain: str, seed: int) -> nn.Module:
         """The base fine-tuned on one domain, made once."""
         if self.model == "pocket":
-            recipe = pocket.ExpertRecipe(steps=self.steps, seed=seed)
+            recipe = pocket.ExpertRecipe(steps=self.recipe.steps, seed=seed)
             return pocket.load_expert(domain, "nano", recipe).to(self.device)
-        folder = self.out / "experts" / f"{domain}-{seed}-{self.steps}"
+        steps, batch, rate = self.recipe
+        folder = self.out / "experts" / f"{domain}-{seed}-{steps}x{batch}x{self.context}-{rate:g}"
         if not folder.exists():
             tuned = self.fine_tuned(domain, seed)
+            typer.echo(self.learned(domain, tuned))
             beside = folder.with_name(f"{folder.name}.partial")
             tuned.save_pretrained(beside)
             beside.rename(folder)
         return self.load(str(folder))
 
+    def learned(self, domain: str, tuned: nn.Module) -> str:
+        ids = self.domain(domain).validation[: self.calibrated * self.context + 1]
+        options = {"context": self.context, "batch": 8, "begin": self.begin}
+        before, after = (held_out(m, ids, **options)[0] for m in (self.base, tuned.eval()))
+        return f"{domain}: held-out loss of a token {before:.3f}, after training {after:.3f}"
+
     def fine_tuned(self, domain: str, seed: int) -> nn.Module:
         from transformers import Trainer, TrainingArguments
 
         model = self.load(self.model).float()
-        ids = self.domain(domain).train
-        rows = ids[: ids.numel() // self.context * self.context].view(-1, self.context)
         arguments = TrainingArguments(
             output_dir=str(self.out / "training"),
-            per_device_train_batch_size=4,
-            max_steps=self.steps,
-            learning_rate=2e-5,
+            per_device_train_batch_size=self.recipe.batch,
+            max_steps=self.recipe.steps,
+            learning_rate=self.recipe.rate,
             lr_scheduler_type="cosine",
-            warmup_steps=max(1, self.steps // 10),
+            warmup_steps=max(1, self.recipe.steps // 10),
+            bf16=True,
             save_strategy="no",
             report_to=[],
             use_cpu=self.device == "cpu",
             seed=seed,
         )
-        examples = [{"input_ids": row, "labels": row} for row in rows]
+        examples = [
+            {"input_ids": row, "labels": row} for row in self.rows(self.domain(domain).train)
+        ]
         Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
         return model.to(self.base.dtype)
 

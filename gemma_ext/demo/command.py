@@ -22,8 +22,8 @@ from gemma_ext.demo.head import LOSSES as HEAD_LOSSES
 from gemma_ext.demo.page import write_page
 from gemma_ext.demo.stages import stage
 from gemma_ext.demo.training import LOSSES, Plan, train
-from gemma_ext.pocket.extras import require
-from gemma_ext.pocket.progress import progress_bar
+from gemma_ext.extras import require
+from gemma_ext.progress import progress_bar
 from gemma_ext.report import this_machine
 
 
@@ -88,14 +88,14 @@ def run(
     # at the N of a training step too: what pays depends on it
     sizes = sorted({plan.tokens, head.tokens})
     todo = [(replace(head, tokens=n), loss) for n in sizes for loss in HEAD_LOSSES]
-    with progress_bar("head of Gemma-2-2B's size", len(todo), show_progress) as update:
-        for done, (sized, loss) in enumerate(todo):
-            update(done, f"{loss}, N = {sized.tokens}")
+    with progress_bar("head of Gemma-2-2B's size", len(todo), show_progress) as advance:
+        for sized, loss in todo:
+            advance(0, f"{loss}, N = {sized.tokens}")
             key = {**common, **asdict(sized), "loss": loss}
             make = functools.partial(measure_apart, loss, sized)
             path = out / f"head-{loss}-{sized.tokens}.json"
             heads.setdefault(sized.tokens, {})[loss] = stage(path, key, make)
-        update(len(todo), "")
+            advance(1)
     machine = {"memory": f"{total_memory() / 2**30:.0f} GiB", **this_machine()}
     return write_page(
         out / "report.html",

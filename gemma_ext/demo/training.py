@@ -14,7 +14,8 @@ from torch import Tensor
 from gemma_ext.integrations.transformers import patch
 from gemma_ext.pocket import build_model, load_text, perplexity
 from gemma_ext.pocket.model import pocket_size
-from gemma_ext.pocket.progress import progress_bar, quiet_transformers
+from gemma_ext.pocket.quiet import quiet_transformers
+from gemma_ext.progress import progress_bar
 
 LOSSES = ("eager", "ours")
 _SAVE_EVERY = 25  # steps
@@ -85,12 +86,12 @@ def train(plan: Plan, loss: str, folder: Path, show_progress: bool = True) -> di
         seed=plan.seed,
     )
     what = {"eager": "training, eager loss", "ours": "training, ours      "}[loss]
-    with quiet_transformers(), progress_bar(what, plan.steps, show_progress) as update:
+    with quiet_transformers(), progress_bar(what, plan.steps, show_progress) as advance:
         trainer = Trainer(
             model=model,
             args=arguments,
             train_dataset=Windows(text.train_ids, recipe.context),
-            callbacks=[_step_clock(update)],
+            callbacks=[_step_clock(advance)],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=_last_complete(folder))
@@ -119,12 +120,13 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": self.rows[index], "labels": self.rows[index]}
 
 
-def _step_clock(update: Any) -> Any:
+def _step_clock(advance: Any) -> Any:
     """A callback that moves the bar and writes each step's seconds beside its loss."""
     from transformers import TrainerCallback
 
     class StepClock(TrainerCallback):
         start = seconds = 0.0
+        shown = 0
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
             self.start = time.perf_counter()
@@ -136,7 +138,8 @@ def _step_clock(update: Any) -> Any:
             entry = state.log_history[-1]
             if "loss" in entry:
                 entry["step_seconds"] = self.seconds
-                update(state.global_step, f"loss {entry['loss']:.3f}")
+                advance(state.global_step - self.shown, f"loss {entry['loss']:.3f}")
+                self.shown = state.global_step
 
     return StepClock()
 

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
+from gemma_ext.extras import require
 from gemma_ext.lm.base import repetitions
 from gemma_ext.lm.huggingface import HuggingFaceModel
-from gemma_ext.lm.progress import require
 from gemma_ext.lm.protocol import Sampling
 from gemma_ext.lm.text import Job
 
-require("the model of lm-eval", "lm_eval", "transformers", "accelerate")
+require("the model of lm-eval", "lm", "lm_eval", "transformers", "accelerate")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import register_model  # noqa: E402

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gemma_ext.extras import require
 from gemma_ext.lm.base import Base, lengths
 from gemma_ext.lm.causal import Causal
 from gemma_ext.lm.encoder_decoder import EncoderDecoder
 from gemma_ext.lm.generation import Generator
 from gemma_ext.lm.head import Scored
 from gemma_ext.lm.identity import identity
-from gemma_ext.lm.progress import require
 from gemma_ext.lm.protocol import Completion, Perplexity, Prompt, Sampling, Score
 from gemma_ext.lm.store import Store, answer
 from gemma_ext.lm.text import Job, Text
@@ -103,7 +103,7 @@ class HuggingFaceModel(Base):
             ImportError: transformers is missing.
             OSError: there is no such model.
         """
-        require("a model of transformers", "transformers", "tokenizers", "safetensors")
+        require("a model of transformers", "lm", "transformers", "tokenizers", "safetensors")
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(path)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemma_ext.lm.progress import progress_bar
+from gemma_ext.progress import progress_bar
 
 Answer = TypeVar("Answer")
 _KEYS_PER_QUERY = 500  # below sqlite's limit of variables

@@ -13,7 +13,7 @@ from gemma_ext.pocket import store
 from gemma_ext.pocket.cache import MANIFEST, verify_manifest, write_manifest
 from gemma_ext.pocket.domains import load_domain
 from gemma_ext.pocket.model import PocketSize, pocket_size
-from gemma_ext.pocket.progress import quiet_transformers
+from gemma_ext.pocket.quiet import quiet_transformers
 from gemma_ext.pocket.training import train
 
 if TYPE_CHECKING:

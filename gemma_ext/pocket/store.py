@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gemma_ext.extras import require
 from gemma_ext.pocket.bigram import bigram_perplexity
 from gemma_ext.pocket.cache import (
     MANIFEST,
@@ -30,9 +31,8 @@ from gemma_ext.pocket.cache import (
     write_text,
 )
 from gemma_ext.pocket.corpus import corpus_digest, documents
-from gemma_ext.pocket.extras import require
 from gemma_ext.pocket.model import PocketSize, build_model, pocket_size
-from gemma_ext.pocket.progress import quiet_transformers
+from gemma_ext.pocket.quiet import quiet_transformers
 from gemma_ext.pocket.tokenizer import encode, load_tokenizer, train_tokenizer
 from gemma_ext.pocket.training import perplexity, train
 

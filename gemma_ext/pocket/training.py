@@ -19,7 +19,7 @@ from torch import Tensor
 from gemma_ext.ops.cce import linear_cross_entropy
 from gemma_ext.pocket.cache import write_tensors
 from gemma_ext.pocket.model import PocketSize
-from gemma_ext.pocket.progress import progress_bar
+from gemma_ext.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import Gemma2ForCausalLM
@@ -112,7 +112,8 @@ def train(
     model.train()
     last = size.steps if stop_after is None else min(stop_after, size.steps)
     saved = time.monotonic()
-    with progress_bar(what, size.steps, show_progress) as update:
+    with progress_bar(what, size.steps, show_progress) as advance:
+        advance(len(done.losses))
         for step in range(len(done.losses), last):
             start = time.monotonic()
             batch = windows[order[step * size.batch : (step + 1) * size.batch]]
@@ -120,7 +121,7 @@ def train(
             now = time.monotonic()
             done.losses.append(loss)
             done.seconds += now - start
-            update(step + 1, f"loss {loss:.3f}")
+            advance(1, f"loss {loss:.3f}")
             if checkpoint is not None and (now - saved > _SAVE_EVERY or step + 1 == last):
                 _save(checkpoint, model, optimizers, done)
                 saved = time.monotonic()

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gemma_ext.ops.souping import Part, soup
+from gemma_ext.progress import track
 from gemma_ext.souping.live import Model, like, parameters_of
 from gemma_ext.souping.scoring import IGNORED, Scores, unpack
-from gemma_ext.souping.statistics.progress import track
 
 PER = ("model", "layer", "tensor")
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

@@ -56,28 +56,27 @@ def test_both_trainings_agree_and_the_page_stands_alone(result, tmp_path, plan, 
 def test_an_interrupted_training_is_taken_up(plan, tmp_path, monkeypatch):
     expected = training.train(plan, "eager", tmp_path / "whole", show_progress=False)
     monkeypatch.setattr(training, "_SAVE_EVERY", 2)
-    clock = training._step_clock
+    clock, steps = training._step_clock, []
 
-    def interrupt(step):
-        def update(done, note=""):
-            if done > step:
-                raise KeyboardInterrupt
+    def seen(count, note):
+        steps.append(count)
 
-        return update
+    def interrupt(count, note):
+        seen(count, note)
+        if sum(steps) > 4:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_step_clock", lambda update: clock(interrupt(4)))
+    monkeypatch.setattr(training, "_step_clock", lambda advance: clock(interrupt))
     with pytest.raises(KeyboardInterrupt):
         training.train(plan, "eager", tmp_path / "parts", show_progress=False)
     torn = tmp_path / "parts" / "checkpoint-6"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"torn")
 
-    steps = []
-    monkeypatch.setattr(
-        training, "_step_clock", lambda update: clock(lambda done, note: steps.append(done))
-    )
+    steps.clear()
+    monkeypatch.setattr(training, "_step_clock", lambda advance: clock(seen))
     got = training.train(plan, "eager", tmp_path / "parts", show_progress=False)
-    assert steps == [5, 6]
+    assert steps == [5, 1]  # the bar begins where the training does
     assert got["losses"] == expected["losses"]
     assert got["perplexity"] == expected["perplexity"]
 

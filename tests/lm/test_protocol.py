@@ -127,24 +127,6 @@ def test_a_script_may_be_a_function():
     assert lm.logprobs(["q"], [""]) == [Score((), None)]
 
 
-def test_a_missing_package_is_named_with_its_remedy():
-    from gemma_ext.lm.progress import require
-
-    with pytest.raises(ImportError, match=r"^scoring needs no_such: pip install 'gemma_ext\[lm\]'"):
-        require("scoring", "math", "no_such")
-
-
-def test_a_bar_is_drawn_only_if_asked_for(capfd):
-    from gemma_ext.lm.progress import progress_bar
-
-    for show in (False, True):
-        with progress_bar("scoring", 3, show) as advance:
-            advance(1)
-            advance(2)
-        written = capfd.readouterr().err
-        assert ("scoring" in written and "3/3" in written) == show
-
-
 def test_the_protocol_needs_no_model_library():
     code = (
         "import sys, gemma_ext.lm; print(*{'transformers', 'lm_eval', 'rich'} & set(sys.modules))"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import math
 import sys
@@ -154,13 +153,7 @@ def test_experts_that_make_no_sense_are_refused(base, adapters, tmp_path):
 
 
 def test_without_peft_the_extra_is_named(base, adapters, monkeypatch):
-    def refuse(name, *args, **kwargs):
-        if name == "peft":
-            raise ImportError(name)
-        return found(name, *args, **kwargs)
-
-    found = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ImportError, match=r"pip install 'gemma_ext\[genome\]'"):
         ModelWorker(Experts(str(base), tuple(map(str, adapters))), (LIKELIHOOD,))()
 

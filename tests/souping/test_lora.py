@@ -363,13 +363,9 @@ def test_modules_of_some_adapters_alone():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "IA3"}, "expected a LoRA adapter in .*, got IA3"),
-        ({"use_dora": True}, r"expected use_dora of .*adapter_config.json to be False, got True"),
-        ({"bias": "all"}, r"expected bias of .*adapter_config.json to be 'none', got 'all'"),
-        (
-            {"modules_to_save": ["lm_head"]},
-            r"expected modules_to_save of .* to be None, got \['lm_head'\]",
-        ),
+        ({"peft_type": "IA3"}, "adapter_config.json: expected a LoRA adapter, got IA3"),
+        ({"use_dora": True}, r"adapter_config.json: use_dora: expected W \+ s B A alone"),
+        ({"bias": "all"}, r"adapter_config.json: bias: expected W \+ s B A alone"),
     ],
 )
 def test_adapters_that_are_more_than_lora(tmp_path, change, message):
@@ -386,8 +382,8 @@ def test_files_that_hold_something_else(tmp_path):
     save_adapter(adapter(x=updates()[0]), tmp_path)
     weights = tmp_path / "adapter_model.safetensors"
     save_file({"base_model.model.x.lora_A.weight": torch.ones(2, 3)}, weights)
-    with pytest.raises(ValueError, match="expected two matrices A and B of x in"):
+    with pytest.raises(ValueError, match="expected two matrices A and B of x, got others"):
         load_adapter(tmp_path)
     save_file({"x.weight": torch.ones(2, 3)}, weights)
-    with pytest.raises(ValueError, match=r"expected LoRA factors in .*, got x.weight"):
+    with pytest.raises(ValueError, match="expected LoRA factors alone, got all of x"):
         load_adapter(tmp_path)

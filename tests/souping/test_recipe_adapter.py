@@ -6,7 +6,8 @@ import pytest
 import torch
 import transformers
 
-from gemma_ext.souping.recipes.adapted import is_adapter, read_adapter
+from gemma_ext.souping.lora.folder import is_adapter
+from gemma_ext.souping.recipes.adapted import read_adapter
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -123,7 +124,7 @@ def test_a_lost_factor_and_lost_weights(tmp_path):
     tensors = load_file(path)
     lost = next(name for name in tensors if "layers.1.self_attn.q_proj.lora_A" in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, path)
-    with pytest.raises(ValueError, match=r"expected both factors for model\.layers\.1"):
+    with pytest.raises(ValueError, match=r"expected two matrices A and B of model\.layers\.1"):
         read_adapter(tmp_path, shapes)
     path.unlink()
     with pytest.raises(ValueError, match=r"adapter_model\.bin, got neither"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 
 import pytest
 import stream_models as small
@@ -26,7 +25,6 @@ from gemma_ext.souping.engine.files.checkpoint import open_checkpoint
 from gemma_ext.souping.engine.files.sources import Source
 from gemma_ext.souping.engine.memory import merge_tensors
 from gemma_ext.souping.engine.plan import copied, count_layers, layer_of, plan
-from gemma_ext.souping.engine.progress import byte_bar
 from gemma_ext.souping.engine.stream import merge_files, write_checkpoint
 
 METHODS = {
@@ -405,21 +403,3 @@ def test_what_a_method_skips_is_not_read(model_wide, tmp_path):
     names = {name for name, shape in small.SHAPES.items() if len(shape) == 2 and 0 not in shape}
     assert method.surveyed == names
     assert seen[-1][0] == seen[-1][1]
-
-
-def test_bar_shows_bytes_and_the_time_left(capsys):
-    with byte_bar("merging") as update:
-        update(500_000, 2_000_000)
-        update(2_000_000, 2_000_000)
-    shown = capsys.readouterr().err
-    assert "merging" in shown
-    assert "2.0/2.0 MB" in shown
-
-
-def test_bar_is_optional(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(ImportError, match=r"needs rich: pip install 'gemma_ext\[merge\]'"):
-        byte_bar("merging").__enter__()
-    with byte_bar("merging", show=False) as update:
-        update(1, 2)
-    assert capsys.readouterr().err == ""

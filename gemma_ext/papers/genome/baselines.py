@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_ext.extras import require
 from gemma_ext.papers.genome.draws import draws
 from gemma_ext.papers.genome.evaluation import Account
 from gemma_ext.papers.genome.operators import stepped
@@ -116,10 +117,8 @@ def lorahub(account: Account, experts: int, seed: int = 0, *, sign: float = -1.0
     Raises:
         ImportError: scipy is missing.
     """
-    try:
-        from scipy.optimize import minimize
-    except ImportError:
-        raise ImportError("lorahub needs scipy: pip install 'gemma_ext[genome]'") from None
+    require("lorahub", "genome", "scipy")
+    from scipy.optimize import minimize
 
     def loss(w: np.ndarray) -> float:
         w = np.clip(w, -LORAHUB_BOUND, LORAHUB_BOUND)  # COBYLA steps over its bounds

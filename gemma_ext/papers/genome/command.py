@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_ext.distributed.fleet import open_fleet
-from gemma_ext.lm.progress import progress_bar
+from gemma_ext.extras import require
 from gemma_ext.papers.genome.baselines import BASELINES
 from gemma_ext.papers.genome.config import COMPAT, search_from
 from gemma_ext.papers.genome.lineage import FINISHED
@@ -24,6 +24,7 @@ from gemma_ext.papers.genome.pool import Pool
 from gemma_ext.papers.genome.recipe import Genome, to_table
 from gemma_ext.papers.genome.study import run_study
 from gemma_ext.papers.genome.tasks import Task, load_task
+from gemma_ext.progress import progress_bar
 
 _KEYS = (
     "model", "adapters", "checkpoints", "tasks", "search", "baselines", "vote", "out", "workers",
@@ -168,10 +169,9 @@ def read_config(path: Path) -> dict[str, Any]:
         ValueError: an unknown or a missing key.
         ImportError: pyyaml is missing.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError("configurations need pyyaml: pip install 'gemma_ext[genome]'") from None
+    require("a configuration", "genome", "yaml")
+    import yaml
+
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

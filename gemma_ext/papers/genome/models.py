@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ext.extras import require
 from gemma_ext.papers.genome.evaluation import Evaluator, Outcome
 from gemma_ext.papers.genome.materialise import Materialiser
 from gemma_ext.papers.genome.pool import Pool, load_adapters, load_checkpoints
@@ -105,10 +106,9 @@ def resident_adapter(model: Any, folder: str | Path) -> tuple[Any, dict[str, Ten
     Raises:
         ImportError: peft is missing.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise ImportError("LoRA experts need peft: pip install 'gemma_ext[genome]'") from None
+    require("a LoRA expert", "genome", "peft")
+    from peft import PeftModel
+
     peft = PeftModel.from_pretrained(model, folder)
     named = peft.named_parameters(remove_duplicate=False)
     tensors = {name.replace(".default", ""): p.data for name, p in named if ".default" in name}

@@ -44,6 +44,8 @@ class HeldOut:
         context: tokens per window.
         metric: "accuracy" of the most probable token, or "likelihood", exp of minus the mean loss.
         batch: windows at once.
+        begin: id before every window, what a model of its kind has before every text; None for
+            none.
     """
 
     streams: Mapping[str, Mapping[str, Tensor]]
@@ -51,6 +53,7 @@ class HeldOut:
     context: int
     metric: str = "accuracy"
     batch: int = 16
+    begin: int | None = None
 
     def __post_init__(self) -> None:
         if self.metric not in ("accuracy", "likelihood"):
@@ -71,17 +74,20 @@ class HeldOut:
         return {name: self._one(model, ids) for name, ids in self.general_streams.items()}
 
     def _one(self, model: nn.Module, ids: Tensor) -> float:
-        loss, accuracy = held_out(model, ids, self.context, self.batch)
+        loss, accuracy = held_out(model, ids, self.context, self.batch, self.begin)
         return accuracy if self.metric == "accuracy" else math.exp(-loss)
 
 
 @torch.no_grad()
-def held_out(model: nn.Module, ids: Tensor, context: int, batch: int = 16) -> tuple[float, float]:
+def held_out(
+    model: nn.Module, ids: Tensor, context: int, batch: int = 16, begin: int | None = None
+) -> tuple[float, float]:
     """(mean loss in nats, accuracy) of a causal LM over the whole windows of a stream.
 
     Args:
         model: a transformers causal LM whose head is a projection.
         ids: [n] int64; n > context.
+        begin: id before every window; the targets are the same with it and without.
     """
     if ids.numel() <= context:
         raise ValueError(f"ids: expected more than {context}, got {ids.numel()}")
@@ -90,9 +96,10 @@ def held_out(model: nn.Module, ids: Tensor, context: int, batch: int = 16) -> tu
     loss = hits = 0.0
     for part in windows.split(batch):
         part = part.to(head.weight.device)
-        hidden = model.base_model(input_ids=part[:, :-1], use_cache=False).last_hidden_state
+        inputs = part[:, :-1] if begin is None else preceded(part[:, :-1], begin)
+        hidden = model.base_model(input_ids=inputs, use_cache=False).last_hidden_state
         rows = cce_rows(
-            hidden.flatten(0, 1),
+            hidden[:, -context:].flatten(0, 1),
             head.weight,
             part[:, 1:].flatten(),
             head.bias,
@@ -103,6 +110,11 @@ def held_out(model: nn.Module, ids: Tensor, context: int, batch: int = 16) -> tu
         hits += float((rows.argmax == part[:, 1:].flatten()).sum())
     targets = windows.shape[0] * context
     return loss / targets, hits / targets
+
+
+def preceded(rows: Tensor, begin: int) -> Tensor:
+    """[B, T] ids with one more in front, [B, T + 1]."""
+    return torch.cat([rows.new_full((len(rows), 1), begin), rows], dim=1)
 
 
 @dataclass(frozen=True)
@@ -146,10 +158,10 @@ class LmEval:
     def _run(self, model: nn.Module, metrics: Mapping[str, str]) -> dict[str, float]:
         import lm_eval
 
-        from gemma_ext.lm.lm_eval import adapt
+        from gemma_ext.lm.harness import GemmaExtLM
 
         results = lm_eval.simple_evaluate(
-            adapt(model, self.tokenizer),
+            GemmaExtLM(model, tokenizer=self.tokenizer),
             tasks=list(metrics),
             limit=self.limit,
             **(self.options or {}),

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.souping.parts import Part
+from gemma_ext.progress import Moved
 from gemma_ext.souping.engine.files.disk import Disk, is_over, wait
 from gemma_ext.souping.engine.files.journal import Done, Journal
 from gemma_ext.souping.engine.files.ring import Ring
 from gemma_ext.souping.engine.files.shards import Shard
 from gemma_ext.souping.engine.loads import MERGE, EndOfSurvey, Load, cut
 from gemma_ext.souping.engine.plan import Target
-from gemma_ext.souping.engine.progress import Progress
 from gemma_ext.souping.method import Method
 
 AHEAD = 8  # loads of the largest kind in memory; more would only fault in more pages
@@ -43,7 +43,7 @@ class Run:
         shards: Sequence[Shard],
         journal: Journal,
         device: torch.device,
-        progress: Progress,
+        progress: Moved,
     ) -> None:
         self.targets, self.method = targets, method
         self.journal, self.device, self.progress = journal, device, progress

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from gemma_ext.progress import Moved
 from gemma_ext.souping.engine.files import journal as journals
 from gemma_ext.souping.engine.files import shards as files
 from gemma_ext.souping.engine.files.checkpoint import open_checkpoint
 from gemma_ext.souping.engine.files.disk import check_host
 from gemma_ext.souping.engine.plan import Target, plan
-from gemma_ext.souping.engine.progress import Progress
 from gemma_ext.souping.engine.provenance import file_states, provenance
 from gemma_ext.souping.engine.run import Run
 from gemma_ext.souping.method import Method, TensorInfo, Values
@@ -81,7 +81,7 @@ def write_checkpoint(
     memory_bytes: int = MEMORY_BYTES,
     threads: int = 4,
     device: str | torch.device = "cpu",
-    progress: Progress | None = None,
+    progress: Moved | None = None,
     finish: Callable[[Path], None] | None = None,
 ) -> Path:
     """Writes the targets as safetensors; the bytes depend on targets, method and recipe alone.

@@ -1,9 +1,8 @@
-"""peft's adapter folders: `adapter_config.json` and `adapter_model.safetensors`."""
+"""LoRA adapters of one base model, merged into one that peft loads."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_ext.souping.lora.factors import Factors, merge_factors
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.weight)?$")
+from gemma_ext.souping.lora.folder import CONFIG, PREFIX, WEIGHTS, read_folder
 
 
 @dataclass(frozen=True)
@@ -41,29 +37,11 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
         ValueError: it is no LoRA of weights alone (DoRA, trained biases, modules saved whole), or
             a module has only one of its two factors.
     """
-    from safetensors.torch import load_file
-
-    folder = Path(path)
-    config = json.loads((folder / CONFIG).read_text())
-    _check(config, folder)
-    sides: dict[str, dict[str, Any]] = {}
-    embeddings = set()
-    for key, tensor in load_file(folder / WEIGHTS).items():
-        if key.endswith(".base_layer.weight"):
-            continue
-        found = _KEY.match(key)
-        if not found:
-            raise ValueError(f"expected LoRA factors in {folder / WEIGHTS}, got {key}")
-        module = found["module"].removeprefix(_PREFIX)
-        sides.setdefault(module, {})[found["side"]] = tensor
-        if found["embedding"]:
-            embeddings.add(module)
-    factors = {}
-    for module, pair in sides.items():
-        if set(pair) != {"A", "B"} or pair["A"].dim() != 2 or pair["B"].dim() != 2:
-            raise ValueError(f"expected two matrices A and B of {module} in {folder / WEIGHTS}")
-        factors[module] = Factors(pair["A"], pair["B"], scaling(config, module, len(pair["A"])))
-    return Adapter(factors, config, frozenset(embeddings))
+    read = read_folder(Path(path))
+    for module in read.whole:
+        if module not in read.embeddings:
+            raise ValueError(f"{path}: expected LoRA factors alone, got all of {module}")
+    return Adapter(read.factors, read.config, read.embeddings)
 
 
 def merge_adapters(
@@ -112,37 +90,13 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         embedding = module in adapter.embeddings
         for side, tensor in (("A", factors.a), ("B", factors.b)):
             name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
-            tensors[f"{_PREFIX}{module}.{name}"] = tensor.contiguous()
+            tensors[f"{PREFIX}{module}.{name}"] = tensor.contiguous()
     beside = folder / f"{WEIGHTS}.part"
     save_file(tensors, beside, metadata={"format": "pt"})
     os.replace(beside, folder / WEIGHTS)
     beside = folder / f"{CONFIG}.part"
     beside.write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
     os.replace(beside, folder / CONFIG)
-
-
-def _check(config: Mapping[str, Any], folder: Path) -> None:
-    if config.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"expected a LoRA adapter in {folder}, got {config['peft_type']}")
-    for key, harmless in (("use_dora", False), ("bias", "none"), ("modules_to_save", None)):
-        if config.get(key, harmless) not in (harmless, None, []):
-            raise ValueError(
-                f"expected {key} of {folder / CONFIG} to be {harmless!r}, got {config[key]!r}"
-            )
-
-
-def scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """s of s B A: alpha / r, or alpha / sqrt(r) with rsLoRA, alpha from the module's pattern."""
-    alpha = _pattern(config.get("alpha_pattern"), module, config["lora_alpha"])
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _pattern(patterns: Mapping[str, float] | None, module: str, default: float) -> float:
-    """As peft reads rank_pattern and alpha_pattern: a key is the end of a name, as a regex."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
 
 
 def _config(first: Mapping[str, Any], merged: Mapping[str, Factors]) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.progress import track
 from gemma_ext.souping.methods.regmean import regmean
 from gemma_ext.souping.scoring import unpack
 from gemma_ext.souping.statistics.grams import Batch, Grams
-from gemma_ext.souping.statistics.progress import track
 
 
 @torch.no_grad()

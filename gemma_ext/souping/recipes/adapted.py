@@ -9,29 +9,16 @@ to float32. What the adapter replaces as a whole (`modules_to_save`) is taken fr
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from gemma_ext.souping.lora.adapter import scaling
-
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-_LORA = re.compile(
-    r"(?:base_model\.model\.)?(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B)(?:\.weight)?"
-)
-# what peft offers beside W + s B A
-_BEYOND = (
-    *("use_dora", "lora_bias", "use_qalora", "use_bdlora", "layer_replication"),
-    *("trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
-    *("kasa_config", "arrow_config", "monteclora_config"),
-)
+from gemma_ext.souping.lora.factors import Factors
+from gemma_ext.souping.lora.folder import read_folder
 
 
 @dataclass(frozen=True)
@@ -74,10 +61,6 @@ class Adapter:
     replaced: Mapping[str, Tensor]
 
 
-def is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file()
-
-
 def read_adapter(
     folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype | None = None
 ) -> Adapter:
@@ -90,70 +73,27 @@ def read_adapter(
         ValueError: no LoRA adapter, one that does more than LoRA, or one that does not fit the
             model; in one sentence.
     """
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise ValueError(f"{folder}: expected an adapter_config.json of peft, got none") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path}: expected a LoRA adapter, got {config.get('peft_type')}")
-    beyond = [key for key in _BEYOND if config.get(key)]
-    beyond += ["bias"] if config.get("bias", "none") != "none" else []
-    if beyond:
-        raise ValueError(f"{path}: {', '.join(beyond)}: expected W + s B A alone")
-    factors: dict[str, dict[str, Tensor]] = {}
-    replaced = {}
-    for key, tensor in _read(folder).items():
-        if match := _LORA.fullmatch(key):
-            kind = match[2].replace("lora_", "").replace("embedding_", "E")
-            factors.setdefault(_name_in(shapes, match[1], folder), {})[kind] = tensor
-        else:
-            name = key.removeprefix("base_model.model.").removesuffix(".weight")
-            name = name.replace(".modules_to_save", "").removesuffix(".base_layer")
-            replaced[_name_in(shapes, name, folder)] = tensor
+    stored = read_folder(folder)
+    replaced = {_name_in(shapes, m, folder): tensor for m, tensor in stored.whole.items()}
     deltas = {}
-    for name, pair in factors.items():
+    for module, factors in stored.factors.items():
+        name = _name_in(shapes, module, folder)
+        # an embedding's weight is [V, D] = (B A)^T, and so is that of a transposed (Conv1D) layer
+        turned = module in stored.embeddings or stored.config.get("fan_in_fan_out")
+        delta = _low_rank(factors, turned, dtype)
         shape = tuple(replaced[name].shape) if name in replaced else shapes[name]
-        deltas[name] = _low_rank(name, pair, shape, config, folder, dtype)
+        found = (delta.left.shape[0], delta.right.shape[1])
+        if found != shape:
+            raise ValueError(
+                f"{folder}: expected factors of {name} for {list(shape)}, got {list(found)}"
+            )
+        deltas[name] = delta
     return Adapter(deltas, replaced)
 
 
-def _low_rank(
-    name: str,
-    pair: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    config: Mapping[str, Any],
-    folder: Path,
-    dtype: torch.dtype | None,
-) -> LowRank:
-    embedding = "EA" in pair or "EB" in pair
-    a, b = (pair.get("EA"), pair.get("EB")) if embedding else (pair.get("A"), pair.get("B"))
-    if a is None or b is None:
-        raise ValueError(f"{folder}: expected both factors for {name}, got one")
-    scale = scaling(config, name.removesuffix(".weight"), a.shape[0])
-    # an embedding's weight is [V, D] = (B A)^T, and so is that of a transposed (Conv1D) layer
-    if embedding or config.get("fan_in_fan_out"):
-        left, right = a.T, b.T
-    else:
-        left, right = b, a
-    if (left.shape[0], right.shape[1]) != shape:
-        raise ValueError(
-            f"{folder}: expected factors of {name} for {list(shape)}, got "
-            f"{[left.shape[0], right.shape[1]]}"
-        )
-    return LowRank(scale * left.double().contiguous(), right.double().contiguous(), dtype)
-
-
-def _read(folder: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    for name in _WEIGHTS:
-        path = folder / name
-        if path.is_file():
-            if path.suffix == ".safetensors":
-                return load_file(path)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"{folder}: expected {' or '.join(_WEIGHTS)}, got neither")
+def _low_rank(factors: Factors, turned: bool, dtype: torch.dtype | None) -> LowRank:
+    left, right = (factors.a.T, factors.b.T) if turned else (factors.b, factors.a)
+    return LowRank(factors.scaling * left.double().contiguous(), right.double().contiguous(), dtype)
 
 
 def _name_in(shapes: Mapping[str, tuple[int, ...]], module: str, folder: Path) -> str:

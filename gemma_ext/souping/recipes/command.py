@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from gemma_ext.souping.engine.progress import byte_bar
+from gemma_ext.progress import byte_bar
 from gemma_ext.souping.recipes.explain import explain_recipe
 from gemma_ext.souping.recipes.lint import READS, lint_recipe
 from gemma_ext.souping.recipes.recipe import DTYPES, Recipe, read_recipes

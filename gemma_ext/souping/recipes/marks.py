@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gemma_ext.extras import require
+
 if TYPE_CHECKING:
     import yaml
 
@@ -122,10 +124,9 @@ def read_yaml(text: str, file: str) -> list[Entry]:
         RecipeError: not YAML.
         ImportError: PyYAML is missing.
     """
-    try:
-        import yaml
-    except ImportError:
-        raise ImportError("recipes need PyYAML: pip install 'gemma_ext[merge]'") from None
+    require("a recipe", "merge", "yaml")
+    import yaml
+
     try:
         nodes = [node for node in yaml.compose_all(text, _loader()) if node is not None]
     except yaml.YAMLError as error:

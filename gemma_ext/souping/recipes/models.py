@@ -10,7 +10,8 @@ import torch
 
 from gemma_ext.souping.engine.files.checkpoint import Checkpoint, Stored, open_checkpoint
 from gemma_ext.souping.engine.files.sources import Source
-from gemma_ext.souping.recipes.adapted import Adapter, is_adapter, read_adapter
+from gemma_ext.souping.lora.folder import is_adapter
+from gemma_ext.souping.recipes.adapted import Adapter, read_adapter
 from gemma_ext.souping.recipes.configuration import Config, read_config
 from gemma_ext.souping.recipes.layout import Layout, read_layout
 from gemma_ext.souping.recipes.references import ModelReference, locate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gemma_ext.souping.engine.progress import byte_bar
+from gemma_ext.progress import byte_bar
 from gemma_ext.souping.engine.stream import CHUNK_BYTES, SHARD_BYTES, write_checkpoint
 from gemma_ext.souping.recipes.output import output_config, write_extras
 from gemma_ext.souping.recipes.prepare import Prepared, prepare

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_ext.extras import require
 from gemma_ext.souping.recipes.references import ModelReference, locate
 from gemma_ext.souping.recipes.tokens import TokenizerRecipe
 
@@ -37,10 +38,9 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         ValueError: there is none that transformers can load, in one sentence.
         ImportError: transformers is missing.
     """
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ImportError("tokenizers need transformers: pip install 'gemma_ext[hf]'") from None
+    require("a tokenizer", "hf", "transformers")
+    from transformers import AutoTokenizer
+
     if not any((folder / name).is_file() for name in FILES):
         raise ValueError(f"{folder}: expected a tokenizer beside the weights, got none")
     try:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.progress import track
 from gemma_ext.souping.scoring import IGNORED, Scores, unpack
-from gemma_ext.souping.statistics.progress import track
 
 LABELS = ("model", "data")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.progress import track
 from gemma_ext.souping.scoring import unpack
-from gemma_ext.souping.statistics.progress import track
 
 Batch = Tensor | Mapping[str, Any]
 
