@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gemma_ext._extras import require
+from gemma_ext.extras import require
 
 Scorer = Callable[[Sequence[str]], list[float]]
 """Texts to scores in [0, 1]."""
@@ -41,9 +41,14 @@ class Detoxify:
     """
 
     def __init__(
-        self, kind: str = "original", label: str = "toxicity", *, device: str = "cpu", batch: int = 64
+        self,
+        kind: str = "original",
+        label: str = "toxicity",
+        *,
+        device: str = "cpu",
+        batch: int = 64,
     ) -> None:
-        require("Detoxify", "detoxify")
+        require("the Detoxify classifier", "detox", "detoxify")
         from detoxify import Detoxify as Model
 
         self.label, self.batch, self._model = label, batch, Model(kind, device=device)

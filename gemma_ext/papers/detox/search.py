@@ -69,7 +69,7 @@ class LatentContrast:
             raise ValueError(f"codes: expected {self.features} features, got {codes.features}")
         if lengths.ndim != 1 or toxic.shape != lengths.shape:
             raise ValueError(
-                f"toxic: expected [B] like lengths, got {list(toxic.shape)} and {list(lengths.shape)}"
+                f"toxic: expected [B] like lengths {list(lengths.shape)}, got {list(toxic.shape)}"
             )
         if int(lengths.sum()) != codes.tokens or (lengths < 1).any():
             raise ValueError(
