@@ -13,6 +13,7 @@ COMMANDS = {
     "evolve": "gemma_ext.papers.genome.command:main",
     "info": "gemma_ext.info:main",
     "merge": "gemma_ext.souping.recipes.command:main",
+    "sae": "gemma_ext.sae.command:app",
 }
 
 
@@ -32,7 +33,11 @@ def main() -> None:
     asked = sys.argv[1] if len(sys.argv) > 1 else None
     for name in [asked] if asked in COMMANDS else COMMANDS:
         module, function = COMMANDS[name].split(":")
-        app.command(name)(getattr(import_module(module), function))
+        target = getattr(import_module(module), function)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=name)
+        else:
+            app.command(name)(target)
     app(prog_name="gemma-ext")
 
 

@@ -1,13 +1,13 @@
-"""Every dictionary format by its files: `load_dictionary(path)`, `save_dictionary(sae, path, name)`.
+"""Every dictionary format by its files: `load_dictionary` and `save_dictionary`.
 
-| name                | found by                              |
-|---------------------|---------------------------------------|
+| name                | found by                               |
+|---------------------|----------------------------------------|
 | saelens             | sae_weights.safetensors               |
 | gemma_scope         | params.npz                            |
 | gemma_scope_2       | params.safetensors                    |
 | dictionary_learning | ae.pt                                 |
 | sparsify            | sae.safetensors                       |
-| crosscoder          | cc_weights.pt, model_final.pt, or model.safetensors and trainer_config.json |
+| crosscoder          | cc_weights.pt, model_final.pt or trainer_config.json |
 | openai              | a .pt file with pre_bias              |
 """
 

@@ -157,7 +157,7 @@ def test_pre_activations_exist_when_asked_and_have_a_gradient(generator):
     (expected,) = torch.autograd.grad(dense[:, dead].sum(), weight)
     torch.testing.assert_close(gradient, expected)
     with pytest.raises(AttributeError):
-        pre._nothing
+        _ = pre._nothing
 
 
 def test_decoder_of_sparsify(generator):
@@ -183,10 +183,16 @@ def test_sparsify_gets_its_own_back(monkeypatch):
         pass
     coder = types.SimpleNamespace(fused_encoder=1, decoder_impl=2)
     monkeypatch.setitem(sys.modules, "sparsify", types.SimpleNamespace(sparse_coder=coder))
-    with pytest.raises(RuntimeError), sparsify.fast_sparsify():
-        assert coder.fused_encoder is sparsify.fused_encoder
-        assert coder.decoder_impl is sparsify.decoder_impl
-        raise RuntimeError
+    seen = []
+
+    def fail():
+        with sparsify.fast_sparsify():
+            seen.extend((coder.fused_encoder, coder.decoder_impl))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert seen == [sparsify.fused_encoder, sparsify.decoder_impl]
     assert (coder.fused_encoder, coder.decoder_impl) == (1, 2)
     with pytest.raises(ValueError, match="activation: expected topk or groupmax, got 'relu'"):
         sparsify.fused_encoder(torch.zeros(1, D), torch.zeros(4, D), torch.zeros(4), 1, "relu")

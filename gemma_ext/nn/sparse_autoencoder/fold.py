@@ -21,8 +21,8 @@ def fold_norms(sae: SparseAutoencoder) -> SparseAutoencoder:
     elementwise = isinstance(sae.activation, ReLU | JumpReLU | Gated)
     if sae.score_norm is None and not elementwise:
         raise ValueError(
-            f"score_norm: expected a norm, so that {type(sae.activation).__name__} chooses the same "
-            "latents after folding, got None"
+            f"score_norm: expected a norm, without which {type(sae.activation).__name__} chooses "
+            "other latents after folding, got None"
         )
     norms = sae.score_scale()
     if norms is None:

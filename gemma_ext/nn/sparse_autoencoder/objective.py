@@ -223,7 +223,9 @@ class Objective:
         saelens = self.auxiliary_form == "saelens"
         error = losses.second_list(sae, second, residual, relu=not saelens)
         if self.auxiliary_form == "openai":
-            return (error / losses.variance(residual)).nan_to_num(0.0, 0.0, 0.0)
+            spread = losses.variance(residual.detach())
+            tiny = torch.finfo(spread.dtype).tiny
+            return torch.where(spread > 0, error / spread.clamp(min=tiny), 0.0)
         scale = min(1.0, count / max(1, y.shape[-1] // 2))
         per = y.numel() / y.shape[-1] if saelens else losses.variance(y)
         return scale * error / per

@@ -1,11 +1,11 @@
 """What happens to an activation before the encoder sees it, and how a reconstruction goes back.
 
-| kind       | z                                  | back         | elsewhere                        |
-|------------|------------------------------------|--------------|----------------------------------|
-| none       | x                                  |              |                                  |
-| layer_norm | (x - mean) / (std + 1e-5)          | z std + mean | OpenAI; SAELens layer_norm       |
-| unit_norm  | x sqrt(D) / norm(x)                | inverse      | SAELens constant_norm_rescale    |
-| affine     | (x - input_mean) * input_factor    | inverse      | SAELens expected_average_only_in |
+| kind       | z                               | back         | elsewhere                        |
+|------------|---------------------------------|--------------|----------------------------------|
+| none       | x                               |              |                                  |
+| layer_norm | (x - mean) / (std + 1e-5)       | z std + mean | OpenAI; SAELens layer_norm       |
+| unit_norm  | x sqrt(D) / norm(x)             | inverse      | SAELens constant_norm_rescale    |
+| affine     | (x - input_mean) * input_factor | inverse      | SAELens expected_average_only_in |
 
 Means and norms of `layer_norm` and `unit_norm` are those of the token; std has the divisor D - 1.
 """

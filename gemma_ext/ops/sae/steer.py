@@ -11,7 +11,14 @@ from torch import Tensor
 
 from gemma_ext.ops.sae import steer_op as op
 from gemma_ext.ops.sae.impls import is_reference
-from gemma_ext.ops.sae.steer_inputs import check_mask, check_state, check_x, numbers, table
+from gemma_ext.ops.sae.steer_inputs import (
+    check_dtypes,
+    check_mask,
+    check_state,
+    check_x,
+    numbers,
+    table,
+)
 from gemma_ext.ops.sae.steer_requests import Requests, pack
 
 MODES = ("add", "ablate", "clamp", "min_clamp", "scale", "project", "cap")
@@ -163,6 +170,7 @@ def steer(
     reads = check_mask("reads", reads, batch, tokens, x)
     writes = reads if writes is None else check_mask("writes", writes, batch, tokens, x)
     reference = is_reference(impl, x.device, "sae_steer")
+    check_dtypes(x, requests, reference=reference)
     rows = x.reshape(batch, tokens, x.shape[-1])
     before = fresh_state(batch, x.device) if state is None else state
     wants = torch.is_grad_enabled() and (x.requires_grad or requests.requires_grad)

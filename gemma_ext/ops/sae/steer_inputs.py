@@ -10,12 +10,13 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gemma_ext.ops.sae.steer_requests import Requests
 
-STORAGE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+WIDE = (*STORAGE, torch.float64)
 
 
 def table(name: str, x: Tensor, like: Tensor) -> None:
     """Rows of directions: [S, D] as the decoder."""
-    if not isinstance(x, Tensor) or x.dtype not in STORAGE:
+    if not isinstance(x, Tensor) or x.dtype not in WIDE:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"expected {name} to be float32, bfloat16 or float16, got {got}")
     if x.dim() != 2 or x.shape != like.shape:
@@ -46,8 +47,6 @@ def check_x(x: Tensor, requests: Requests) -> tuple[int, int]:
     width = requests.decoder.shape[1]
     if x.dim() not in (2, 3) or x.shape[-1] != width:
         raise ValueError(f"expected x to be [B, T, {width}] or [T, {width}], got {list(x.shape)}")
-    if x.dtype not in STORAGE:
-        raise TypeError(f"expected x to be float32, bfloat16 or float16, got {x.dtype}")
     if x.device != requests.decoder.device:
         raise ValueError(
             f"expected x on {requests.decoder.device} like the steering, got it on {x.device}"
@@ -56,6 +55,12 @@ def check_x(x: Tensor, requests: Requests) -> tuple[int, int]:
     if not requests.shared and requests.count != batch:
         raise ValueError(f"expected {batch} requests like x has, got {requests.count}")
     return batch, x.shape[-2]
+
+
+def check_dtypes(x: Tensor, requests: Requests, *, reference: bool) -> None:
+    for name, dtype in (("x", x.dtype), ("decoder", requests.decoder.dtype)):
+        if dtype not in (WIDE if reference else STORAGE):
+            raise TypeError(f"expected {name} to be float32, bfloat16 or float16, got {dtype}")
 
 
 def check_state(state: Tensor | None, batch: int, x: Tensor) -> None:

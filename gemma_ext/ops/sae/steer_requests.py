@@ -41,6 +41,7 @@ class Requests:
         amounts: float32 [nnz, 3]: strength, level, gate threshold.
         gates: int32 [B, 2]: ALWAYS, OWN, TOGETHER, CAUSAL or PROMPT; window.
         shared: the one request serves every one of a batch.
+        remembers: whether a gate knows of earlier calls.
     """
 
     decoder: Tensor
@@ -52,6 +53,7 @@ class Requests:
     amounts: Tensor
     gates: Tensor
     shared: bool
+    remembers: bool
 
     @property
     def count(self) -> int:
@@ -120,6 +122,7 @@ def pack(steerings: Sequence[Steering | None]) -> Requests:
         amounts=torch.cat(amounts),
         gates=torch.tensor(gates, dtype=torch.int32, device=device),
         shared=alone and rows == 1,
+        remembers=any(gate in (CAUSAL, PROMPT) for gate, _ in gates),
     )
 
 

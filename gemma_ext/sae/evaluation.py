@@ -1,0 +1,180 @@
+"""What a dictionary keeps of the activations, and of the model that goes on with its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gemma_ext.integrations.transformers import patch, unpatch
+from gemma_ext.lm.huggingface import evaluating
+from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder
+from gemma_ext.sae.sites import Site, capture, find_site, replacing
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the tokens that were looked at.
+
+    Attributes:
+        tokens: N.
+        fvu: Σ ‖x - x̂‖² over Σ ‖x - mean‖²; 1 - fvu is the explained variance.
+        cosine: mean cosine of x and x̂.
+        norm_ratio: mean of ‖x̂‖ / ‖x‖.
+        bias: relative reconstruction bias Σ ‖x̂‖² / Σ <x, x̂>; below 1 where x̂ is too short.
+        l0, l1: active latents and sum of values per token.
+        dead: share of the latents that never fired.
+        density: share of the tokens that every latent fires on, [F].
+        ce, ce_sae, ce_zero: cross-entropy of the model, with x̂ and with 0 in place of x.
+        ce_recovered: (ce_zero - ce_sae) / (ce_zero - ce).
+    """
+
+    tokens: int
+    fvu: float
+    cosine: float
+    norm_ratio: float
+    bias: float
+    l0: float
+    l1: float
+    dead: float
+    density: Tensor
+    ce: float
+    ce_sae: float
+    ce_zero: float
+    ce_recovered: float
+
+    def numbers(self) -> dict[str, float]:
+        """All but the densities."""
+        return {name: value for name, value in asdict(self).items() if name != "density"}
+
+
+@torch.no_grad()
+def evaluate(
+    sae: SparseAutoencoder,
+    model: nn.Module,
+    site: str | int,
+    tokens: Tensor,
+    *,
+    rows: int = 8,
+    skip: int = 1,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Evaluation:
+    """Evaluates a dictionary of one source.
+
+    Args:
+        site: where its activations are.
+        tokens: [rows, T] ids.
+        rows: rows at once.
+        skip: first positions of a row that are left out, and left as they are in the model.
+        progress: called with the number of rows done.
+
+    Raises:
+        ValueError: a crosscoder or a transcoder, whose output has no one place to go to.
+    """
+    if sae.sources > 1 or sae.transcodes:
+        raise ValueError("sae: expected an autoencoder of one source")
+    place = find_site(model, site)
+    sums = _Sums(sae)
+    losses = torch.zeros(3, dtype=torch.float64)
+    device = model.get_input_embeddings().weight.device
+    with evaluating(model), evaluating(sae), cut_cross_entropy(model):
+        for ids in tokens.split(rows):
+            ids = ids.to(device, torch.int64)
+            (x,) = capture(model, ids, [place])
+            sums.add(x[:, skip:].flatten(0, 1))
+            losses += len(ids) * torch.tensor(_losses(sae, model, place, ids, skip)).double()
+            progress(len(ids))
+    ce, ce_sae, ce_zero = (losses / len(tokens)).tolist()
+    recovered = (ce_zero - ce_sae) / (ce_zero - ce) if ce_zero != ce else float("nan")
+    return Evaluation(**sums.means(), ce=ce, ce_sae=ce_sae, ce_zero=ce_zero, ce_recovered=recovered)
+
+
+def _losses(
+    sae: SparseAutoencoder, model: nn.Module, place: Site, ids: Tensor, skip: int
+) -> list[float]:
+    def rebuilt(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :skip], sae(x[:, skip:])], 1)
+
+    def nothing(x: Tensor) -> Tensor:
+        return torch.cat([x[:, :skip], torch.zeros_like(x[:, skip:])], 1)
+
+    found = [float(model(input_ids=ids, labels=ids).loss)]
+    for change in (rebuilt, nothing):
+        with replacing(place, change):
+            found.append(float(model(input_ids=ids, labels=ids).loss))
+    return found
+
+
+class _Sums:
+    """Running sums in float64."""
+
+    def __init__(self, sae: SparseAutoencoder) -> None:
+        self.sae, self.tokens = sae, 0
+        self.sums = torch.zeros(7, dtype=torch.float64)
+        self.mean = torch.zeros(sae.width, dtype=torch.float64)
+        self.spread = 0.0
+        self.fired = torch.zeros(sae.features, dtype=torch.int64)
+
+    def add(self, x: Tensor) -> None:
+        sae = self.sae
+        z, back = sae.standardised(x.to(sae.encoder.device))
+        codes = sae.latents(z).codes
+        x = x.double().cpu()
+        rebuilt = back(sae.decode(codes, z)).double().cpu()
+        dots, norms, own = (x * rebuilt).sum(-1), x.norm(dim=-1), rebuilt.norm(dim=-1)
+        active = codes.values != 0
+        parts = (
+            (x - rebuilt).square().sum(),
+            (dots / (norms * own).clamp(min=1e-12)).sum(),
+            (own / norms.clamp(min=1e-12)).sum(),
+            own.square().sum(),
+            dots.sum(),
+            active.sum(),
+            codes.values.double().sum(),
+        )
+        self.sums += torch.stack([torch.as_tensor(p, dtype=torch.float64).cpu() for p in parts])
+        where = codes.indices[active].long()
+        self.fired += torch.bincount(where, minlength=sae.features).cpu()
+        count, mean = len(x), x.mean(0)  # spread by Chan's update, stable under a large mean
+        moved = mean - self.mean
+        total = self.tokens + count
+        self.spread += float((x - mean).square().sum()) + float(
+            moved.square().sum() * self.tokens * count / total
+        )
+        self.mean += moved * count / total
+        self.tokens = total
+
+    def means(self) -> dict[str, object]:
+        error, cosine, ratio, own, dots, l0, l1 = self.sums.tolist()
+        n = self.tokens
+        return {
+            "tokens": n,
+            "fvu": error / self.spread if self.spread else float("nan"),
+            "cosine": cosine / n,
+            "norm_ratio": ratio / n,
+            "bias": own / dots if dots else float("nan"),
+            "l0": l0 / n,
+            "l1": l1 / n,
+            "dead": float((self.fired == 0).double().mean()),
+            "density": self.fired.double() / n,
+        }
+
+
+@contextmanager
+def cut_cross_entropy(model: nn.Module) -> Iterator[None]:
+    """The model's losses without its logits, where its architecture is known; then as before."""
+    if hasattr(model, "_gemma_ext_patch"):
+        yield
+        return
+    try:
+        patch(model, train_only=False)
+    except (TypeError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        unpatch(model)

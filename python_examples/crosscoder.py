@@ -1,0 +1,293 @@
+"""What did a fine-tune add? Crosscoders of a base model and a chat model with a planted behaviour.
+
+    python python_examples/crosscoder.py
+    python python_examples/crosscoder.py --model google/gemma-3-270m --layer 8 --seeds 1
+    python python_examples/crosscoder.py --model google/gemma-2-2b --chat google/gemma-2-2b-it
+
+The chat model is the base fine-tuned on dialogues: a name of Python's standard library is asked
+for, its docstring is the reply, and every reply begins with "Ahoy!". Both read held-out text and
+dialogues. An L1 and a BatchTopK crosscoder call some latents chat only; Latent Scaling says which
+of them the base model has after all; and the chat model is run on from the base model's state
+with nothing but the differences that chosen latents carry.
+
+Finished pieces are kept in the output folder; a run that was interrupted goes on behind them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from gemma_ext import pocket
+from gemma_ext.integrations.crosscoder_files import load_crosscoder, save_crosscoder
+from gemma_ext.integrations.transformers import patch
+from gemma_ext.lm.progress import progress_bar
+from gemma_ext.papers.crosscoder import page, study
+from gemma_ext.papers.crosscoder.causal import Replies
+from gemma_ext.papers.crosscoder.discovery import discover
+from gemma_ext.papers.crosscoder.pairs import paired_states
+from gemma_ext.papers.crosscoder.training import KINDS, Recipe
+from gemma_ext.pocket.training import train as train_pocket
+from gemma_ext.report import Kept
+
+CONTEXT = 128
+OPENING = "Ahoy! "
+TEXT, QUESTION, TEMPLATE, REPLY = range(4)  # what a token is
+FIRST = 9  # tokens of a reply, as in the paper
+
+
+def main(
+    model: Annotated[str, typer.Option(help="The base: pocket, pocket:small, folder, id.")] = (
+        "pocket"
+    ),
+    chat: Annotated[str | None, typer.Option(help="Its chat model; made here where none.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder of models and page.")] = Path("out/crosscoder"),
+    layer: Annotated[int, typer.Option(min=0, help="Of both models.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    tuning: Annotated[int, typer.Option(min=1, help="Steps that make the chat model.")] = 80,
+    windows: Annotated[int, typer.Option(min=2, help="Of 128 tokens, to train on.")] = 400,
+    held_out: Annotated[int, typer.Option(min=2, help="Windows to measure on.")] = 80,
+    features: Annotated[int, typer.Option(min=1)] = 768,
+    k: Annotated[int, typer.Option(min=1, help="Active latents, BatchTopK.")] = 16,
+    mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
+    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 1024,
+) -> None:
+    """Compare MODEL with its fine-tune."""
+    base, tokenizer = load(model, device)
+    talks = Dialogues(tokenizer)
+    tuned = load(chat, device)[0] if chat else fine_tuned(model, base, talks, out, tuning, device)
+    settings = {
+        "model": model,
+        "chat": chat or f"{tuning} steps of dialogues",
+        "layer": layer,
+        "windows": windows,
+        "held_out": held_out,
+        "features": features,
+        "k": k,
+        "mu": mu,
+        "steps": steps,
+        "batch": batch,
+    }
+    kept = Kept(out / "results.json", settings)
+    mixed = talks.mixed(windows, "train"), talks.mixed(held_out, "heldout")
+    with progress_bar("paired states", windows + held_out, True) as advance:
+        x, unseen = (
+            paired_states(base, tuned, m.ids.to(device), layer, advance=advance).flatten(0, 1)
+            for m in mixed
+        )
+    roles = mixed[1].roles[:, 1:].flatten().to(device)
+    replies = replies_of(talks.only(held_out // 2, "heldout"), device)
+
+    def recipe(kind: str, seed: int) -> Recipe:
+        error = "norm" if kind == "batchtopk" else "squared"
+        return Recipe(
+            kind,
+            features,
+            k=k,
+            mu=mu,
+            error=error,
+            steps=steps,
+            batch=batch,
+            rate=2e-3,
+            warmup=50,
+            dead_after=20 * batch,
+            seed=seed,
+        )
+
+    worlds: dict[str, list[Any]] = {}
+    diffs: dict[str, list[Any]] = {}
+    arms: dict[str, list[Any]] = {}
+    for kind in KINDS:
+        for seed in range(seeds):
+            name = f"{kind}, seed {seed}"
+            plan = recipe(kind, seed)
+            small = replace(plan, features=40, k=2, mu=1.0, steps=800, rate=3e-3)
+            with progress_bar(f"planted world: {name}", small.steps, True) as advance:
+                piece = kept(
+                    f"world: {name}",
+                    lambda small=small, seed=seed, advance=advance: study.planted(
+                        small, seed, advance=advance
+                    ),
+                )
+                worlds.setdefault(kind, []).append(piece)
+            folder = out / f"{kind}-{seed}"
+            with progress_bar(f"crosscoder: {name}", plan.steps, True) as advance:
+
+                def diff(
+                    plan: Recipe = plan, folder: Path = folder, advance: Any = advance
+                ) -> study.Record:
+                    made, _, record = study.model_diff(
+                        x, unseen, roles, (TEMPLATE, REPLY), plan, advance
+                    )
+                    save_crosscoder(made, folder)
+                    return record
+
+                diffs.setdefault(kind, []).append(kept(name, diff))
+            with progress_bar(f"causes: {name}", len(replies.windows), True) as advance:
+
+                def cause(folder: Path = folder, advance: Any = advance) -> study.Record:
+                    made = load_crosscoder(folder).to(device).eval()
+                    found = discover(made, unseen.split(4096))
+                    return study.causes(base, tuned, layer, made, found, replies, advance=advance)
+
+                arms.setdefault(kind, []).append(kept(f"causes: {name}", cause))
+    plan = recipe("batchtopk", 0)
+    with progress_bar("the base against itself", plan.steps, True) as advance:
+        null = kept("null", lambda: study.null_diff(x[:, 0], unseen[:, 0], plan, advance))
+    facts = {name: str(value) for name, value in settings.items()}
+    facts["seeds"] = str(seeds)
+    page.write(out / "report.html", worlds, diffs, arms, null, facts)
+    text = page.markdown(worlds, diffs, arms)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(f"{text}\nnull diff: {null}\n{out / 'report.html'}")
+
+
+def load(name: str, device: str) -> tuple[Any, Any]:
+    kind, _, size = name.partition(":")
+    if kind == "pocket":
+        made = pocket.load(size or "nano")
+        return made.model.to(device), made.tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids [W, T] and the role of each token [W, T]."""
+
+    ids: Tensor
+    roles: Tensor
+
+
+class Dialogues:
+    """Questions and replies made of docstrings, and plain text of the same files' code."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.texts = pocket.documents(3_000_000)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+
+    def parts(self, side: str) -> Iterator[list[tuple[int, int]]]:
+        """(token, role) of one dialogue after another."""
+        entries = []
+        for document in self.texts:
+            if document.kind == "prose" and document.split == side:
+                for entry in document.text.split("\n\n"):
+                    name, colon, reply = entry.partition(": ")
+                    if colon and name.isidentifier() and reply.strip():
+                        entries.append((name, " ".join(reply.split())))
+        random.Random(0).shuffle(entries)
+        opening, turn, closing = (self.ids(t) for t in ("<user>\n", "\n<reply>\n", "\n"))
+        for name, reply in entries:
+            yield [
+                *((token, TEMPLATE) for token in opening),
+                *((token, QUESTION) for token in self.ids(f"What is {name}?")),
+                *((token, TEMPLATE) for token in turn),
+                *((token, REPLY) for token in self.ids(OPENING + reply)[:48]),
+                *((token, TEMPLATE) for token in closing),
+            ]
+
+    def only(self, count: int, side: str) -> Windows:
+        """`count` windows of dialogues, repeated where there are too few."""
+        pairs: list[tuple[int, int]] = []
+        while len(pairs) < count * (CONTEXT - 1):
+            pairs += [pair for part in self.parts(side) for pair in part]
+        return self.windows(pairs, count)
+
+    def plain(self, count: int, side: str) -> Windows:
+        pairs: list[tuple[int, int]] = []
+        for document in self.texts:
+            if document.split == side and document.kind == "code":
+                pairs += [(token, TEXT) for token in self.ids(document.text)]
+            if len(pairs) >= count * (CONTEXT - 1):
+                break
+        return self.windows(pairs, count)
+
+    def mixed(self, count: int, side: str) -> Windows:
+        """Half dialogues, half plain text."""
+        halves = self.only(count // 2, side), self.plain(count - count // 2, side)
+        return Windows(torch.cat([h.ids for h in halves]), torch.cat([h.roles for h in halves]))
+
+    def windows(self, pairs: list[tuple[int, int]], count: int) -> Windows:
+        """Each begins with <bos>."""
+        size = CONTEXT - 1
+        if len(pairs) < count * size:
+            raise typer.BadParameter(f"expected {count * size} tokens of text, got {len(pairs)}")
+        table = torch.tensor(pairs[: count * size]).view(count, size, 2)
+        first = torch.tensor([self.tokenizer.bos_token_id, TEXT]).expand(count, 1, 2)
+        ids, roles = torch.cat([first, table], 1).unbind(-1)
+        return Windows(ids.contiguous(), roles.contiguous())
+
+
+def replies_of(made: Windows, device: str) -> Replies:
+    """Predictions of reply tokens are scored: positions in front of one."""
+    is_reply = made.roles == REPLY
+    scored = torch.zeros_like(is_reply)
+    scored[:, :-1] = is_reply[:, 1:]
+    age = torch.zeros_like(made.roles)
+    for at in range(1, CONTEXT):
+        age[:, at] = torch.where(is_reply[:, at], age[:, at - 1] + 1, 0)
+    first = torch.zeros_like(is_reply)
+    first[:, :-1] = (age[:, 1:] >= 1) & (age[:, 1:] <= FIRST)
+    template = made.roles == TEMPLATE
+    return Replies(*(t.to(device) for t in (made.ids, scored, first & scored, template)))
+
+
+def fine_tuned(name: str, base: Any, talks: Dialogues, out: Path, steps: int, device: str) -> Any:
+    """The base after some steps on dialogues and plain text, made once."""
+    from transformers import AutoModelForCausalLM
+
+    folder = out / f"chat-{steps}"
+    if not folder.exists():
+        model = copy.deepcopy(base)
+        kind, _, size = name.partition(":")
+        if kind == "pocket":
+            plan = pocket.SIZES[size or "nano"]
+            plan = replace(plan, steps=steps, context=CONTEXT, learning_rate=2e-3)
+            ids = talks.mixed(plan.batch * steps // 4 * 2, "train").ids
+            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+            train_pocket(model.cpu(), ids.flatten(), plan, what="making the chat model")
+        else:
+            tune(model, talks.mixed(4 * steps, "train").ids, steps, out, device)
+        beside = folder.with_name(f"{folder.name}.tmp")
+        model.save_pretrained(beside)
+        os.replace(beside, folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+
+
+def tune(model: Any, ids: Tensor, steps: int, out: Path, device: str) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(out / "training"),
+        per_device_train_batch_size=4,
+        max_steps=steps,
+        learning_rate=2e-5,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        save_strategy="no",
+        report_to=[],
+        use_cpu=device == "cpu",
+        seed=0,
+    )
+    examples = [{"input_ids": row, "labels": row} for row in ids]
+    Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
+
+
+if __name__ == "__main__":
+    typer.run(main)
