@@ -350,7 +350,12 @@ def test_bad_dictionaries_are_refused(options, sentence):
 def test_bad_activations_and_inputs_are_refused():
     with pytest.raises(TypeError, match="activation: expected an Activation, got str"):
         SparseAutoencoder(D, F, "topk")
-    for activation in (lambda: TopK(0), lambda: AbsTopK(0), lambda: GroupMax(0), lambda: TopK(1, 0)):
+    for activation in (
+        lambda: TopK(0),
+        lambda: AbsTopK(0),
+        lambda: GroupMax(0),
+        lambda: TopK(1, 0),
+    ):
         with pytest.raises(ValueError, match="expected at least 1, got 0"):
             activation()
     with pytest.raises(ValueError, match="k: expected a positive number, got 0"):
