@@ -1,17 +1,17 @@
 """Personality as a probe for the evaluation of language models (arXiv 2509.04794).
 
-| in the paper                                       | here                                         |
-|----------------------------------------------------|----------------------------------------------|
-| contrastive Big-Five answers                       | `contrast.Pair`, `from_answers`              |
-| in context, PEFT, mechanistic steering             | `in_context`, `train_adapter`, `steered`     |
-| mean-difference vectors at four layers             | `trait_directions`                           |
-| strength by a search with a gate for gibberish     | `calibration.grid`, `best`, `by_thirds`      |
-| trait purification                                 | `directions.without`, `contrasted`           |
-| within-run delta of MMLU, GAIA, BBQ                | `answers`, `effects`                         |
-| stability at three levels                          | `stability.levels`                           |
+| in the paper                                     | here                                         |
+|--------------------------------------------------|----------------------------------------------|
+| contrastive Big-Five answers                     | `contrast.Pair`, `from_answers`              |
+| in context, PEFT, mechanistic steering           | `in_context`, `train_adapter`, `steered`     |
+| mean-difference vectors at four layers           | `trait_directions`                           |
+| strength by a search with a gate for gibberish   | `calibration.grid`, `best`, `by_thirds`      |
+| trait purification                               | `directions.without`, `contrasted`           |
+| within-run delta of MMLU, GAIA, BBQ              | `answers`, `effects`                         |
+| stability at three levels                        | `stability.levels`                           |
 
-From the release's code; of the paper itself the abstract: in context aligns strongly at little cost,
-adapters align most and damage most, steering is light and competitive, openness is hard and
+From the release's code; of the paper itself the abstract: in context aligns strongly at little
+cost, adapters align most and damage most, steering is light and competitive, openness is hard and
 agreeableness resists examples. Its numbers are not verified; the stability values that are quoted
 second-hand cannot come from the released formula (`stability`).
 
