@@ -311,6 +311,11 @@ def test_gradients_go_through():
         with steer_hook(m, LAYER, steering(m, gate="per_token"), site=site):
             m(input_ids=ids, labels=ids).loss.backward()
         assert m.model.embed_tokens.weight.grad.abs().max() > 0
+    strength = torch.ones(3, requires_grad=True)
+    with steer_hook(m, LAYER, steering(m, strength)):
+        for _ in range(2):
+            m(input_ids=ids, labels=ids).loss.backward()
+    assert strength.grad.abs().min() > 0
 
 
 def test_calls_that_gates_cannot_follow():

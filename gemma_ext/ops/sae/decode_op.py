@@ -134,8 +134,6 @@ def _as_bias(d_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 class SaeDecode(torch.autograd.Function):
-    generate_vmap_rule = False
-
     @staticmethod
     def forward(*args):
         x = _Decode(*args)._asdict()
