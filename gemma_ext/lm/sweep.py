@@ -24,18 +24,21 @@ def generate_at(
     prompts: Sequence[Prompt],
     sampling: Sampling = Sampling(),  # noqa: B008
     *,
+    site: str = "resid_post",
+    common_draws: bool = True,
     batch_tokens: int = 4096,
 ) -> list[list[Completion]]:
     """What `lm.generate` writes under the steering at each of S strengths: [S][prompts].
 
-    A prompt has the same random numbers at every strength, those of `lm.generate`. Keys and values
-    of blocks up to `layer` are those of one prompt for all strengths (`SteerSweep`). Nothing is
-    cached on disk: the steering is not part of the model that a store knows.
+    Keys and values of the blocks below are those of one prompt for all strengths (`SteerSweep`).
+    Nothing is cached on disk: the steering is not part of the model that a store knows.
 
     Args:
         lm: of a causal model.
-        layer: block whose output is steered.
+        layer, site: what is steered, as `gemma_ext.nn.steering.steer_hook`.
         strengths: factors of the steering's own strength.
+        common_draws: a prompt has the random numbers of `lm.generate` at every strength; False
+            gives each strength numbers of its own.
         batch_tokens: padded tokens at once, all strengths together.
 
     Raises:
@@ -47,10 +50,10 @@ def generate_at(
     """
     if lm.text.encoder_decoder:
         raise ValueError("lm: expected a causal model, got an encoder-decoder model")
-    sweep = SteerSweep(lm.model, layer, steering, strengths, impl=lm.impl)
+    sweep = SteerSweep(lm.model, layer, steering, strengths, site=site, impl=lm.impl)
     contexts = lm.text.encode(list(prompts))
     counts = repetitions([str(prompt) for prompt in prompts], sampling)
-    generator = _Swept(lm, sweep, max(1, batch_tokens // len(sweep.strengths)))
+    generator = _Swept(lm, sweep, common_draws, max(1, batch_tokens // len(sweep.strengths)))
     found: list[list[Completion]] = [[] for _ in prompts]
     with (
         torch.no_grad(),
@@ -67,10 +70,12 @@ def generate_at(
 class _Swept(Generator):
     """A generator whose answer to a prompt is a list, one completion for each strength."""
 
-    def __init__(self, lm: HuggingFaceModel, sweep: SteerSweep, batch_tokens: int) -> None:
+    def __init__(
+        self, lm: HuggingFaceModel, sweep: SteerSweep, common: bool, batch_tokens: int
+    ) -> None:
         own = lm._generator
         super().__init__(own.model, own.text, own.window, batch_tokens, own.device)
-        self.sweep = sweep
+        self.sweep, self.common = sweep, common
 
     def _batch(
         self, prompts: list[list[int]], seeds: list[int], sampling: Sampling
@@ -84,7 +89,7 @@ class _Swept(Generator):
             output = self.sweep.generate(
                 ids,
                 real,
-                logits_processor=_processors(sampling, seeds * times, self.device),
+                logits_processor=_processors(sampling, self._seeds(seeds), self.device),
                 stopping_criteria=[stops] if sampling.stop else [],
             )
         end = config.eos_token_id
@@ -95,3 +100,8 @@ class _Swept(Generator):
             for before, row in zip(befores, rows, strict=True)
         ]
         return [flat[place :: len(prompts)] for place in range(len(prompts))]
+
+    def _seeds(self, seeds: list[int]) -> list[int]:
+        """Of every row, strength by strength; the first strength has the prompts' own."""
+        times = range(len(self.sweep.strengths))
+        return [seed + (0 if self.common else at) for at in times for seed in seeds]

@@ -57,6 +57,24 @@ def test_gates_are_those_of_each_strength(lm):
         assert row == alone(lm, strength, Sampling(8), **gate)
 
 
+def test_strengths_may_have_draws_of_their_own(lm):
+    sampling = Sampling(8, temperature=1.0)
+    options = {"prompts": PROMPTS, "sampling": sampling}
+    common = generate_at(lm, 1, steering(), [0.0, 0.0], **options)
+    own = generate_at(lm, 1, steering(), [0.0, 0.0], common_draws=False, **options)
+    assert common[0] == common[1] == own[0] != own[1]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("site", ["resid_mid", "mlp_in"])
+def test_sites_inside_a_block_share_the_blocks_before_it(lm, site, layer):
+    found = generate_at(lm, layer, steering(), STRENGTHS, PROMPTS, Sampling(8), site=site)
+    for strength, row in zip(STRENGTHS, found, strict=True):
+        with steer_hook(lm.model, layer, steering(strength=strength), site=site):
+            assert row == lm.generate(PROMPTS, Sampling(8))
+    assert found[0] != found[1]
+
+
 def test_nothing_to_do_and_what_cannot_be_done(lm):
     assert generate_at(lm, 1, steering(), STRENGTHS, [], Sampling(8)) == [[], [], []]
     with pytest.raises(ValueError, match="at least one strength"):
