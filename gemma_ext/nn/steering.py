@@ -61,6 +61,12 @@ def steer_hook(
 
     Raises:
         ValueError, RuntimeError: a block, site or call that does not fit.
+
+    Example:
+        >>> toxic = Steering(decoder[ids], -8.0, encoder[ids], bias[ids], threshold[ids],
+        ...                  gate="per_token")
+        >>> with steer_hook(model, 10, toxic):
+        ...     model.generate(**tokens, max_new_tokens=20)
     """
     hook = SteerHook(
         model,

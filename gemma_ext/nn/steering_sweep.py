@@ -33,6 +33,10 @@ class SteerSweep:
     Raises:
         ValueError: no such block or site, strengths [B, S] in the steering, no strength at all, or
             gates of the scope "prompt" at a site inside a block.
+
+    Example:
+        >>> sweep = SteerSweep(model, 10, toxic, [0, 0.5, 1, 2])
+        >>> texts = sweep.generate(**tokens, max_new_tokens=20, do_sample=False)  # [4, B, T + 20]
     """
 
     def __init__(

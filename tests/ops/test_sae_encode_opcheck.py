@@ -24,6 +24,11 @@ OPS = {
     "sae_threshold": lambda q: (q.x, q.weight, q.bias, None, q.scale, q.mask, False, -1, 3),
     "sae_threshold, padded": lambda q: (q.x, q.weight, None, None, q.scale, None, True, 40, 0),
 }
+SAMPLES = {
+    name: lambda dtype, variant, _, made=made: made(problem(9, 11, 40, dtype=dtype))
+    for name, made in OPS.items()
+    if "," not in name
+}
 # inputs with gradients have kernels of their own, which the differentiable calls on top replace
 CHECKS = ("test_schema", "test_faketensor")
 ENCODERS = {
