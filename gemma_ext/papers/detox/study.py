@@ -179,8 +179,16 @@ def _row(
         factor = plan.steering(sae)
         factor = factor.with_strength(alpha * torch.as_tensor(factor.strength))
         options = {"positions": plan.positions, "skip_first": plan.skip_bos}
+        apart = HuggingFaceModel(
+            lm.model,
+            lm.text.tokenizer,
+            max_length=lm.max_length,
+            impl=lm.impl,
+            share_prompts=plan.tier != "per_input",
+            show_progress=lm.show_progress,
+        )
         with steer_hook(lm.model, plan.layer, factor, **options):
-            capability = task.capability(lm)
+            capability = task.capability(apart)
     return Row(
         tier,
         alpha,
