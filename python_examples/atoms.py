@@ -21,10 +21,10 @@ import typer
 from torch import Tensor
 
 from gemma_ext import pocket
-from gemma_ext.lm.progress import progress_bar
 from gemma_ext.papers import atoms
 from gemma_ext.papers.atoms import page, study
 from gemma_ext.papers.atoms.states import hidden_states
+from gemma_ext.progress import progress_bar
 from gemma_ext.report import Kept
 
 CONTEXT = 128

@@ -30,13 +30,13 @@ from torch import Tensor
 from gemma_ext import pocket
 from gemma_ext.integrations.crosscoder_files import load_crosscoder, save_crosscoder
 from gemma_ext.integrations.transformers import patch
-from gemma_ext.lm.progress import progress_bar
 from gemma_ext.papers.crosscoder import page, study
 from gemma_ext.papers.crosscoder.causal import Replies
 from gemma_ext.papers.crosscoder.discovery import discover
 from gemma_ext.papers.crosscoder.pairs import paired_states
 from gemma_ext.papers.crosscoder.training import KINDS, Recipe
 from gemma_ext.pocket.training import train as train_pocket
+from gemma_ext.progress import progress_bar
 from gemma_ext.report import Kept
 
 CONTEXT = 128

@@ -7,6 +7,7 @@ lm.choices(["The sky is"], [" blue", " green"])
 lm.perplexity(["Call me Ishmael."])
 """
 
+from gemma_ext.lm.classifier import TextClassifier
 from gemma_ext.lm.endpoint import EndpointModel
 from gemma_ext.lm.http import EndpointError, Usage
 from gemma_ext.lm.huggingface import HuggingFaceModel
@@ -35,5 +36,6 @@ __all__ = [
     "Score",
     "ScriptedModel",
     "Store",
+    "TextClassifier",
     "Usage",
 ]

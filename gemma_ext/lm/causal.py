@@ -26,13 +26,19 @@ class Causal:
         window: inputs that the model takes.
         batch_tokens: padded inputs of a batch.
         device: of the inputs.
+        share: False runs every option with its prompt.
     """
 
     def __init__(
-        self, forward: Scored, window: int, batch_tokens: int, device: torch.device
+        self,
+        forward: Scored,
+        window: int,
+        batch_tokens: int,
+        device: torch.device,
+        share: bool = True,
     ) -> None:
         self.forward, self.window = forward, window
-        self.batch_tokens, self.device = batch_tokens, device
+        self.batch_tokens, self.device, self.share = batch_tokens, device, share
         taken = inspect.signature(forward.model.forward).parameters
         self._cache_name = next((n for n in ("cache", "past_key_values") if n in taken), None)
         self._takes_positions = "position_ids" in taken
@@ -87,7 +93,7 @@ class Causal:
         return padded(sequences, left=left, device=self.device)
 
     def _shares(self) -> bool:
-        return self._cache_name is not None and _keeps_plain_keys(self.forward.model)
+        return self.share and self._cache_name is not None and _keeps_plain_keys(self.forward.model)
 
 
 def padded(

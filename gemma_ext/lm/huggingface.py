@@ -47,6 +47,8 @@ class HuggingFaceModel(Base):
         cache: sqlite file (`gemma_ext.lm.Store`) in which every finished batch is kept, so that an
             interrupted or repeated call goes on where it stopped.
         impl: as in `gemma_ext.linear_logprobs`.
+        share_prompts: run the prompt of several continuations once; False for a model with a hook
+            that remembers sequences from call to call.
         show_progress: draw bars on stderr.
 
     Raises:
@@ -68,6 +70,7 @@ class HuggingFaceModel(Base):
         batch_tokens: int = 4096,
         cache: str | Path | Store | None = None,
         impl: str = "auto",
+        share_prompts: bool = True,
         show_progress: bool = True,
     ) -> None:
         for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
@@ -78,9 +81,13 @@ class HuggingFaceModel(Base):
         self.max_length = max_length or _window(model, tokenizer)
         self.store = cache if isinstance(cache, Store) or cache is None else Store(cache)
         self._device = model.get_input_embeddings().weight.device
-        make = EncoderDecoder if self.text.encoder_decoder else Causal
         sizes = (self.max_length, batch_tokens, self._device)
-        self._scorer = make(Scored(model, impl), *sizes)
+        scored = Scored(model, impl)
+        self._scorer: Causal | EncoderDecoder = (
+            EncoderDecoder(scored, *sizes)
+            if self.text.encoder_decoder
+            else Causal(scored, *sizes, share_prompts)
+        )
         self._generator = Generator(model, self.text, *sizes)
 
     @classmethod

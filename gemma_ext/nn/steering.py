@@ -150,7 +150,8 @@ class SteerHook:
         batch = x.shape[0]
         reads = self.sequences.readable(x.device)
         writes = reads & self._at_positions(x.device)
-        if self.state is None:
+        # options of one prompt may go on from its keys in more rows where no gate remembers
+        if self.state is None or len(self.state) != batch:
             self.state = fresh_state(batch, x.device)
             self._decide_by_prompt(x, reads)
         # a graph of its own for each call where the steering is learned

@@ -17,21 +17,22 @@ from gemma_ext.ops.sae import Steering
 
 
 class SteerSweep:
-    """S strengths of a steering at the output of a block, as a batch of S * B sequences.
+    """S strengths of a steering, as a batch of S * B sequences.
 
-    Steering after block N leaves the activations and keys and values of blocks up to N as they
-    are, so those of a prompt are computed once: of L blocks and S strengths N + S (L - N) block
-    passes are left of S L.
+    Steering leaves the activations and keys and values of the N blocks before it as they are, so
+    those of a prompt are computed once: of L blocks and S strengths N + S (L - N) block passes are
+    left of S L.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
-        layer: the steered block, at resid_post.
+        layer: the steered block.
         steering: whose strengths are multiplied by each of `strengths`.
         strengths: S factors.
-        skip_first, impl: as `steer_hook`.
+        site, skip_first, impl: as `steer_hook`; at resid_post the steered block itself is before.
 
     Raises:
-        ValueError: no such block, strengths [B, S] in the steering, or no strength at all.
+        ValueError: no such block or site, strengths [B, S] in the steering, no strength at all, or
+            gates of the scope "prompt" at a site inside a block.
 
     Example:
         >>> sweep = SteerSweep(model, 10, toxic, [0, 0.5, 1, 2])
@@ -45,6 +46,7 @@ class SteerSweep:
         steering: Steering,
         strengths: Sequence[float],
         *,
+        site: str = "resid_post",
         skip_first: bool = True,
         impl: str = "auto",
     ) -> None:
@@ -58,7 +60,11 @@ class SteerSweep:
             raise ValueError("expected at least one strength, got none")
         self.steering = steering
         self.strengths = [float(s) for s in strengths]
-        self.options = {"skip_first": skip_first, "impl": impl}
+        self.inside = site != "resid_post"
+        self.shared = layer if self.inside else layer + 1
+        if self.inside and steering.gate == "per_input" and steering.scope == "prompt":
+            raise ValueError(f"expected site resid_post with gates of the prompt, got {site!r}")
+        self.options = {"site": site, "skip_first": skip_first, "impl": impl}
 
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -100,9 +106,10 @@ class SteerSweep:
             _, upper = self._upper(hook, before, input_ids[:, :-1], mask[:, :-1], state)
         else:
             _, upper = self._upper(hook, before, input_ids[:, :-1], mask[:, :-1])
-        cache.batch_select_indices(self._rows(torch.arange(len(input_ids), device=mask.device)))
-        for i in range(self.layer + 1):
-            upper.layers[i] = cache.layers[i]
+        if self.shared:
+            rows = torch.arange(len(input_ids), device=mask.device)
+            cache.batch_select_indices(self._rows(rows))
+            upper.layers[: self.shared] = cache.layers[: self.shared]
         return upper
 
     def _hook(self, batch: int) -> SteerHook:
@@ -132,7 +139,9 @@ class SteerSweep:
         )
 
     def _lower(self, input_ids: Tensor, mask: Tensor, cache: Any = None) -> tuple[Tensor, Any]:
-        """(output of the block [B, T, D], the cache of the blocks up to it)."""
+        """(output of the last shared block [B, T, D], the cache of the shared blocks)."""
+        if not self.shared:
+            return self.decoder.get_input_embeddings()(input_ids), None
         found = {}
 
         def keep_cache(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -142,7 +151,7 @@ class SteerSweep:
             found["hidden"] = output[0] if isinstance(output, tuple) else output
             raise _Reached
 
-        block = self.blocks[self.layer]
+        block = self.blocks[self.shared - 1]
         handles = [
             block.register_forward_pre_hook(keep_cache, with_kwargs=True),
             block.register_forward_hook(stop),
@@ -168,21 +177,32 @@ class SteerSweep:
         state: Tensor | None = None,
     ) -> tuple[Tensor, Any]:
         """(last hidden states [S B, T, D], the cache of the blocks above) of steered `hidden`."""
-        self._start(hook, input_ids, mask)
-        hook.state = state
-        steered = hook.steered(self._rows(hidden))
-        with self._lower_blocks_give(steered):
-            out = self._call(self._rows(input_ids), self._rows(mask))
+        rows, rows_mask = self._rows(input_ids), self._rows(mask)
+        given = self._rows(hidden)
+        if self.inside:
+            hook.attach()
+        else:
+            self._start(hook, input_ids, mask)
+            hook.state = state
+            given = hook.steered(given)
+        try:
+            with self._shared_blocks_give(given):
+                out = self._call(rows, rows_mask)
+        finally:
+            hook.detach()
         return out.last_hidden_state, cache_of(out)
 
     @contextmanager
-    def _lower_blocks_give(self, hidden: Tensor) -> Iterator[None]:
-        """Blocks up to the steered one compute nothing; the last of them gives `hidden`."""
+    def _shared_blocks_give(self, hidden: Tensor) -> Iterator[None]:
+        """The shared blocks compute nothing; the last of them gives `hidden`."""
+        if not self.shared:
+            yield
+            return
 
         def give(module: nn.Module, args: tuple, output: Any) -> Any:
             return hidden
 
-        blocks = self.blocks[: self.layer + 1]
+        blocks = self.blocks[: self.shared]
         handle = blocks[-1].register_forward_hook(give)
         try:
             for block in blocks:

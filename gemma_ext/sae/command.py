@@ -12,8 +12,8 @@ import torch
 import typer
 
 from gemma_ext.integrations.sae_files import FORMATS, load_dictionary, save_dictionary
-from gemma_ext.lm.progress import progress_bar
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, default_objective
+from gemma_ext.progress import progress_bar
 from gemma_ext.sae.config import TrainConfig
 from gemma_ext.sae.contexts import inspect_latents
 from gemma_ext.sae.page import summary, write_latents, write_report

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from gemma_ext.extras import require
 from gemma_ext.integrations import _files as files
 from gemma_ext.integrations.sae_files import save_dictionary
 from gemma_ext.integrations.saelens import save_saelens
-from gemma_ext.lm.progress import progress_bar, require
 from gemma_ext.nn.sparse_autoencoder import (
     AbsTopK,
     Activation,
@@ -30,6 +30,7 @@ from gemma_ext.nn.sparse_autoencoder import (
     TopK,
     default_objective,
 )
+from gemma_ext.progress import progress_bar
 from gemma_ext.sae.config import TrainConfig
 from gemma_ext.sae.evaluation import Evaluation, evaluate
 from gemma_ext.sae.page import write_report
@@ -91,7 +92,7 @@ def open_model(
         ValueError: no text.
     """
     kind, _, size = name.partition(":")
-    require("a model of transformers", "transformers", "tokenizers", "safetensors")
+    require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
     if kind == "pocket":
         from gemma_ext import pocket
 

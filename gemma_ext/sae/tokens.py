@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemma_ext.lm.progress import require
+from gemma_ext.extras import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ def read_texts(source: str | Path) -> Iterator[str]:
         ImportError: datasets is missing.
     """
     if str(source).startswith(_HUB):
-        require("a dataset of the hub", "datasets")
+        require("a dataset of the hub", "sae", "datasets")
         import datasets
 
         name, _, split = str(source).removeprefix(_HUB).partition(":")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from gemma_ext.extras import require
 from gemma_ext.integrations import _files as files
-from gemma_ext.lm.progress import require
 from gemma_ext.nn.sparse_autoencoder import (
     DeadLatents,
     Loss,
@@ -266,7 +266,7 @@ class _Loss(nn.Module):
 
 
 def _tensorboard(folder: str | Path) -> Any:
-    require("live metrics", "tensorboard")
+    require("live metrics", "sae", "tensorboard")
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(folder))

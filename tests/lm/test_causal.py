@@ -166,3 +166,18 @@ def test_no_gradient_is_kept():
 
 def test_it_is_a_language_model():
     assert isinstance(lm_of(causal()), LanguageModel)
+
+
+def test_a_prompt_may_be_run_with_each_of_its_options():
+    model = causal()
+    prompts, options = words(5, 12, 20), ["a", "bc", " abc abc"]
+    calls = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs["use_cache"]), with_kwargs=True
+    )
+    apart = lm_of(model, share_prompts=False).choices(prompts, options)
+    handle.remove()
+    assert calls
+    assert not any(calls)  # nothing goes on from the keys of another call
+    for one, other in zip(apart, lm_of(model).choices(prompts, options), strict=True):
+        assert one.values() == pytest.approx(other.values(), abs=1e-3)

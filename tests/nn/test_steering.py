@@ -485,3 +485,22 @@ def test_sweeps_that_do_not_fit():
         SteerSweep(m, 1, steering(m), [])
     with pytest.raises(ValueError, match="expected one steering for a sweep"):
         SteerSweep(m, 1, steering(m, torch.ones(2, 3)), FACTORS)
+
+
+@pytest.mark.parametrize("gate", GATES, ids=GATE_IDS)
+def test_options_of_a_prompt_go_on_from_its_keys_where_no_gate_remembers(gate):
+    m, ids = model(), prompts(2, 7)
+    how = steering(m, **gate)
+    tail = prompts(6, 3, seed=1)
+    owners = torch.tensor([0, 0, 0, 1, 1, 1])
+    with steer_hook(m, LAYER, how):
+        whole = logits(m, torch.cat([ids[owners], tail], 1))[:, 7:]
+        with torch.no_grad():
+            cache = m(input_ids=ids, use_cache=True).past_key_values
+            cache.batch_select_indices(owners)
+            if gate.get("gate") == "per_input":
+                with pytest.raises(RuntimeError, match="gates that remember cannot follow"):
+                    m(input_ids=tail, past_key_values=cache, use_cache=True)
+                return
+            apart = m(input_ids=tail, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(apart, whole, rtol=1e-4, atol=1e-4)
