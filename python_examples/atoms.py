@@ -62,7 +62,8 @@ def main(
     }
     kept = Kept(out / "results.json", settings)
     width = loaded.config.hidden_size
-    recipe = atoms.Recipe(ratio * width, active, steps=steps, batch=batch, rate=1e-2)
+    rate = 1e-2 * (128 / width) ** 0.5  # the entries of unit rows shrink so
+    recipe = atoms.Recipe(ratio * width, active, steps=steps, batch=batch, rate=rate)
     sides = [cut(ids, n) for ids, n in zip(streams, (windows, held_out), strict=True)]
     sides = [side.to(device) for side in sides]
     with progress_bar("hidden states", sum(map(len, sides)), True) as advance:
