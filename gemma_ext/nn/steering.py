@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.nn._blocks import Sequences, decoder_layers, site_module
-from gemma_ext.ops.sae import Requests, Steering, fresh_state, pack, steer
+from gemma_ext.ops.sae import Requests, Steering, fresh_state, steer
+from gemma_ext.ops.sae.steer import packed
 from gemma_ext.ops.sae.steer_requests import PROMPT
 
 POSITIONS = ("all", "prompt", "response")
@@ -60,6 +61,12 @@ def steer_hook(
 
     Raises:
         ValueError, RuntimeError: a block, site or call that does not fit.
+
+    Example:
+        >>> toxic = Steering(decoder[ids], -8.0, encoder[ids], bias[ids], threshold[ids],
+        ...                  gate="per_token")
+        >>> with steer_hook(model, 10, toxic):
+        ...     model.generate(**tokens, max_new_tokens=20)
     """
     hook = SteerHook(
         model,
@@ -99,9 +106,8 @@ class SteerHook:
             raise ValueError(f"expected positions to be all, prompt or response, got {positions!r}")
         self.decoder, self.blocks = decoder_layers(model)
         self.module, self.place = site_module(self.decoder, self.blocks, layer, site)
-        if isinstance(steering, Steering):
-            steering = steering.requests
-        self.requests = steering if isinstance(steering, Requests) else pack(list(steering))
+        self.steering = steering
+        self.requests = packed(steering)
         self.positions = positions
         self.prompt_length = prompt_length
         self.sequences = Sequences(attention_mask, skip_first, self.requests.remembers)
@@ -147,8 +153,10 @@ class SteerHook:
         if self.state is None:
             self.state = fresh_state(batch, x.device)
             self._decide_by_prompt(x, reads)
+        # a graph of its own for each call where the steering is learned
+        given = self.steering if self.requests.requires_grad else self.requests
         options = {"state": self.state, "impl": self.impl}
-        return steer(x, self.requests, reads=reads, writes=writes, **options)
+        return steer(x, given, reads=reads, writes=writes, **options)
 
     def _at_positions(self, device: torch.device) -> Tensor:
         """bool [1 or B, T]: columns that may change."""

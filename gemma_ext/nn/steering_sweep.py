@@ -32,6 +32,10 @@ class SteerSweep:
 
     Raises:
         ValueError: no such block, strengths [B, S] in the steering, or no strength at all.
+
+    Example:
+        >>> sweep = SteerSweep(model, 10, toxic, [0, 0.5, 1, 2])
+        >>> texts = sweep.generate(**tokens, max_new_tokens=20, do_sample=False)  # [4, B, T + 20]
     """
 
     def __init__(

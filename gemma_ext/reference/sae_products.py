@@ -106,15 +106,9 @@ def firing(x: Tensor, encoder: Tensor, bias: Tensor, threshold: Tensor) -> Tenso
     return torch.where(p > threshold, p, torch.zeros_like(p))
 
 
-def increments(
-    mode: str,
-    f: Tensor,
-    projection: Tensor,
-    strength: Tensor,
-    level: Tensor,
-) -> Tensor:
-    """What each direction is added with (sae-detox C, D): [..., S]."""
-    amount = {
+def increments(mode: str, f: Tensor, projection: Tensor, level: Tensor) -> Tensor:
+    """What a direction is added with, but for its strength (sae-detox C, D)."""
+    return {
         "add": torch.ones_like(f),
         "ablate": -f,
         "clamp": level - f,
@@ -123,13 +117,26 @@ def increments(
         "project": (level - 1) * projection,
         "cap": (level - projection).clamp(max=0),
     }[mode]
-    return strength * amount
 
 
 def added(x: Tensor, amounts: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-    """x + sum_s u_s d_s, and x itself where every u is 0."""
+    """x + sum_s u_s d_s, and the bits of x where every u is 0."""
+    if not amounts:
+        return x.clone()
     total = x
     for u, d in zip(amounts, directions, strict=True):
         total = total + u.unsqueeze(-1) * d
-    still = torch.stack([u == 0 for u in amounts]).all(0) if amounts else None
-    return x if still is None else torch.where(still.unsqueeze(-1), x, total)
+    still = torch.stack([u == 0 for u in amounts]).all(0).unsqueeze(-1)
+    return torch.where(still, WithBits.apply(total, x), total)
+
+
+class WithBits(torch.autograd.Function):
+    """The value of another tensor, the gradient of this one: x + 0 d is not x where x is -0."""
+
+    @staticmethod
+    def forward(ctx, total: Tensor, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

@@ -105,6 +105,24 @@ def test_output_of_the_block(name, layer):
     assert not torch.equal(steered[-1], plain[-1])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_keys_and_values_below_are_those_without(name):
+    """sae-detox oracle 6; those above are not."""
+    m, ids = model(name), prompts()
+    caches = []
+    with torch.no_grad():
+        for strength in (0.0, 2.0):
+            with steer_hook(m, LAYER, steering(m, strength, gate="per_input")) as hook:
+                out = m(input_ids=ids, use_cache=True)
+                state = hook.state
+            caches.append((out.get("cache", out.get("past_key_values")).layers, state))
+    (plain, unsteered), (steered, gates) = caches
+    assert torch.equal(unsteered, gates)
+    for i, (a, b) in enumerate(zip(plain, steered, strict=True)):
+        same = torch.equal(a.keys, b.keys) and torch.equal(a.values, b.values)
+        assert same == (i <= LAYER)
+
+
 def test_the_last_block():
     m, ids = model(), prompts()
     with steer_hook(m, 2, steering(m), skip_first=False):
@@ -248,6 +266,36 @@ def test_generation_with_a_cache_is_generation_without(name, gate):
     assert not torch.equal(found[0], m.generate(more, **options))
 
 
+@pytest.mark.parametrize("name", ["Gemma2", "Llama"])
+def test_other_ways_to_generate(name):
+    """A prompt in chunks; a static cache, whose masks have four dimensions."""
+    m, ids = model(name), prompts()
+    more, mask = padded(ids, 2, True)
+    s = steering(m, gate="per_input")
+    options = {**GREEDY, "max_new_tokens": 5, "attention_mask": mask}
+    with steer_hook(m, LAYER, s):
+        want = m.generate(more, **options)
+        chunks = m.generate(more, prefill_chunk_size=4, **options)
+    with steer_hook(m, LAYER, s, attention_mask=mask):
+        static = m.generate(more, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(chunks, want)
+    assert torch.equal(static, want)
+    assert not torch.equal(want, m.generate(more, **options))
+
+
+def test_two_blocks_at_once():
+    m, ids = model(), prompts()
+    plain = hidden(m, ids)
+    s, other = steering(m), steering(m, -1.0, seed=3)
+    reads = torch.arange(ids.shape[1]).expand(ids.shape) > 0
+    with steer_hook(m, 0, s):
+        between = hidden(m, ids)[2]
+        with steer_hook(m, 1, other):
+            both = hidden(m, ids)
+    assert torch.equal(both[1], steer(plain[1], s, reads=reads))
+    assert torch.equal(both[2], steer(between, other, reads=reads))
+
+
 @pytest.mark.parametrize("length", [4, torch.tensor([2, 4, 9])], ids=["all", "each"])
 def test_positions(length):
     m, ids = model(), prompts()
@@ -311,6 +359,11 @@ def test_gradients_go_through():
         with steer_hook(m, LAYER, steering(m, gate="per_token"), site=site):
             m(input_ids=ids, labels=ids).loss.backward()
         assert m.model.embed_tokens.weight.grad.abs().max() > 0
+    strength = torch.ones(3, requires_grad=True)
+    with steer_hook(m, LAYER, steering(m, strength)):
+        for _ in range(2):
+            m(input_ids=ids, labels=ids).loss.backward()
+    assert strength.grad.abs().min() > 0
 
 
 def test_calls_that_gates_cannot_follow():

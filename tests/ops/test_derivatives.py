@@ -6,6 +6,7 @@ import pytest
 import torch
 from cce_oracle import assert_close, problem
 from test_cce_opcheck import SAMPLES as CCE
+from test_sae_encode_opcheck import SAMPLES as SAE_ENCODERS
 from test_sae_products_opcheck import SAMPLES as SAE_PRODUCTS
 from test_soup_opcheck import SAMPLES as SOUP
 from torch.autograd import forward_ad
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemma_ext import LinearCrossEntropy, linear_cross_entropy, linear_logprobs
 
-SAMPLES = CCE | SOUP | SAE_PRODUCTS
+SAMPLES = CCE | SOUP | SAE_ENCODERS | SAE_PRODUCTS
 REFUSED = "impl='reference'"
 WAYS = {
     "fused": {"impl": "exact"},

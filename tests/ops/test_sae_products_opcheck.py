@@ -95,6 +95,16 @@ def test_opcheck(name, variant, dtype):
     opcheck(op, SAMPLES[name](dtype, variant, False))
 
 
+def test_opcheck_of_a_gradient_of_rows_alone():
+    """Its size depends on the lists."""
+    p, given = lists(torch.float32, "full")
+    flags = (True, True, True, True, True)
+    opcheck(
+        torch.ops.gemma_ext.sae_decode_backward.default,
+        (*given, p.weight, p.rows, None, *flags),
+    )
+
+
 @pytest.mark.parametrize("variant", ["bare", "auto", "full"])
 @pytest.mark.parametrize("name", SAMPLES)
 def test_fake_shapes_follow_the_kernel(name, variant):

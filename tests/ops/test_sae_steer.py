@@ -387,6 +387,23 @@ def test_gradients_take_the_formulas():
     assert torch.autograd.grad(out.sum(), strength)[0].abs().min() > 0
 
 
+def test_strengths_are_learned():
+    """One steering over many steps: no graph is gone through twice."""
+    strength = torch.zeros(3, requires_grad=True)
+    s = Steering(**{**tables(), "strength": strength})
+    x, losses = stream(), []
+    target = steer(x, Steering(**{**tables(), "strength": torch.tensor([0.5, -1.0, 2.0])}))
+    optimizer = torch.optim.SGD([strength], lr=0.01)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = (steer(x, s) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.9 * losses[0]
+
+
 E = torch.randn(3, 19)
 MESSAGES = {
     "expected mode to be add, ablate, clamp, min_clamp, scale, project or cap, got 'boost'": {

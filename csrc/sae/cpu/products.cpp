@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "../../common/cpu/isa.h"
+#include "../../common/cpu/pages.h"
 #include "products_order.h"
 
 namespace gemma_ext::sae {
@@ -27,6 +28,8 @@ const ProductKernels& product_kernels() {
 
 namespace cpu {
 namespace {
+
+using gemma_ext::cpu::want_huge_pages;
 
 constexpr int64_t kTokens = 16;  // of a task: 0.5 ms where rows come from memory
 
@@ -112,6 +115,7 @@ void run(const Decode& call, Workers& workers) {
 void run(const DecodeBackward& call, Workers& workers) {
   start_backward(call, workers);
   if (call.d_weight) {
+    want_huge_pages(call.d_weight, call.list.F * call.D * size_of(call.weight.type));
     const Segments segments = segments_of(call, call.d_weight);
     sum_segments(segments, ByFeature(call.list), workers,
                  [&](int64_t f) { return row_at(call.d_weight, segments, f); });
@@ -130,6 +134,7 @@ void run(const DecodeBackward& call, const std::function<TouchedRows(int64_t)>& 
   int64_t touched = 0;
   for (int64_t f = 0; f < call.list.F; ++f) place[f] = by.count(f) ? int32_t(touched++) : -1;
   const TouchedRows rows = allocate(touched);
+  want_huge_pages(rows.d_weight, touched * call.D * size_of(call.weight.type));
   for (int64_t f = 0; f < call.list.F; ++f)
     if (place[f] >= 0) rows.features[place[f]] = f;
   const Segments segments = segments_of(call, rows.d_weight);
@@ -151,6 +156,7 @@ void run(const Scatter& call, Workers& workers) {
     }
   });
   if (call.D == 0) return;
+  want_huge_pages(call.sums, F * call.D * int64_t(sizeof(float)));
   const Segments segments{&call.list, {},      call.rows,       nullptr,  call.D,
                           false,      nullptr, DType::kFloat32, call.sums};
   sum_segments(segments, by, workers, [&](int64_t f) { return row_at(call.sums, segments, f); });

@@ -6,11 +6,14 @@
 #include <algorithm>
 #include <memory>
 
+#include "../../common/cpu/pages.h"
 #include "products.h"
 #include "products_order.h"
 
 namespace gemma_ext::sae::cpu {
 namespace {
+
+using gemma_ext::cpu::want_huge_pages;
 
 constexpr int64_t kSuffixBytes = 16 << 20;  // of a block: about a last-level cache
 constexpr int64_t kTokens = 4;              // of a task
@@ -42,7 +45,9 @@ struct FeatureSums {
       for (int64_t i = begin_of(l, n); i < end_of(l, n); ++i) place[l.indices[i]] = 0;
     for (int32_t& p : place)
       if (p == 0) p = int32_t(touched++);
-    rows.reset(new float[touched * step]());
+    rows.reset(new float[touched * step]);
+    want_huge_pages(rows.get(), touched * step * int64_t(sizeof(float)));
+    memset(rows.get(), 0, touched * step * sizeof(float));
   }
   float* row(int32_t feature) { return rows.get() + place[feature] * step; }
 };
@@ -134,6 +139,7 @@ void run(const NestedBackward& call, Workers& workers) {
     add_terms(f, terms, *sums, workers);
   }
   if (!call.d_weight) return;
+  want_huge_pages(call.d_weight, f.list.F * D * size_of(f.weight.type));
   const Segments ends{&f.list, f.weight,      {},           nullptr, D, call.unit_norm,
                       nullptr, f.weight.type, call.d_weight};
   constexpr int64_t kFeatures = 64;

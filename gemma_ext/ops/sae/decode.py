@@ -42,7 +42,12 @@ def decode(
         [*shape, D] in the dtype of `weight`.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or indices that do not fit.
+        ValueError, TypeError: shapes or dtypes that do not fit; RuntimeError by the kernel for
+            indices and offsets out of range.
+
+    Example:
+        >>> codes = encode_topk(x, encoder, encoder_bias, k=64).codes  # x [B, T, D]
+        >>> decode(codes.with_values(codes.values.relu()), decoder, bias)  # [B, T, D]
     """
     reference = is_reference(impl, codes.indices.device, "sae_decode")
     inputs.check_dictionary(codes, weight, bias, reference)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.sae import decode_inputs as inputs
-from gemma_ext.ops.sae import decode_op as op
+from gemma_ext.ops.sae import decode_nested_op as op
 from gemma_ext.ops.sae.codes import Codes
 from gemma_ext.ops.sae.impls import is_reference
 from gemma_ext.reference import sae_products as formulas

@@ -1,4 +1,4 @@
-"""The product ops as torch sees them: fakes, derivatives, FLOPs; and the calls on top."""
+"""The products as torch sees them: fakes, derivatives, FLOPs; and the calls on top."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ _ops = torch.ops.gemma_ext
 REMEDY = "gemma_ext.ops.sae with impl='reference' has derivatives of every order and mode"
 
 
-def _record(op: str, *more: str) -> type:
+def record(op: str, *more: str) -> type:
     """A named tuple of the arguments of `op`, and `more`; None unless given."""
     names = [a.name for a in getattr(_ops, op).default._schema.arguments] + list(more)
     return namedtuple(op, names, defaults=[None] * len(names))
 
 
-_Decode = _record("sae_decode", "unit_norm", "sparse_grad")
-_Error = _record("sae_decode_error", "unit_norm", "sparse_grad")
-_Backward = _record("sae_decode_backward")
-_Scatter = _record("sae_scatter")
-_Nested = _record("sae_nested", "unit_norm")
-_NestedBackward = _record("sae_nested_backward")
+_Decode = record("sae_decode", "unit_norm", "sparse_grad")
+_Error = record("sae_decode_error", "unit_norm", "sparse_grad")
+_Backward = record("sae_decode_backward")
+_Scatter = record("sae_scatter")
 _LISTS = ("values", "indices", "offsets", "counts")
 
 
-def _lists(codes: Codes) -> dict[str, Tensor | None]:
+def lists_of(codes: Codes) -> dict[str, Tensor | None]:
     return {name: getattr(codes, name) for name in _LISTS}
 
 
@@ -41,7 +39,7 @@ def decode(
 ) -> Tensor:
     """[N, D] of `codes`, whatever their shape."""
     options = {"unit_norm": unit_norm, "sparse_grad": sparse_grad}
-    return apply(SaeDecode, *_Decode(**_lists(codes), weight=weight, bias=bias, **options))
+    return apply(SaeDecode, *_Decode(**lists_of(codes), weight=weight, bias=bias, **options))
 
 
 def decode_error(
@@ -54,32 +52,19 @@ def decode_error(
 ) -> tuple[Tensor, Tensor]:
     """(residual [N, D], squared [N])."""
     options = {"unit_norm": unit_norm, "sparse_grad": sparse_grad}
-    given = _Error(**_lists(codes), weight=weight, bias=bias, target=target, **options)
+    given = _Error(**lists_of(codes), weight=weight, bias=bias, target=target, **options)
     return apply(SaeDecodeError, *given)
-
-
-def nested(
-    codes: Codes,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    widths: list[int],
-    unit_norm: bool,
-) -> Tensor:
-    """squared [N, levels]; no widths for levels by place in the list."""
-    given = _Nested(**_lists(codes), weight=weight, bias=bias, target=target, widths=widths)
-    return apply(SaeNested, *given._replace(unit_norm=unit_norm))
 
 
 def dots(codes: Codes, weight: Tensor, rows: Tensor) -> Tensor:
     """<rows_n, weight[i]> of every entry."""
     needs = {"need_values": True, "need_weight": False, "need_bias": False}
-    return _backward(_lists(codes), weight, rows, None, **needs)[0]
+    return _backward(lists_of(codes), weight, rows, None, **needs)[0]
 
 
 def scatter(codes: Codes, rows: Tensor) -> tuple[Tensor, Tensor]:
     """(f^T rows [F, D], f^T 1 [F])."""
-    return _ops.sae_scatter(**_lists(codes), rows=rows, features=codes.features)
+    return _ops.sae_scatter(**lists_of(codes), rows=rows, features=codes.features)
 
 
 def _backward(
@@ -115,27 +100,25 @@ def _backward(
     )
 
 
-def _needs(needs: Any) -> dict[str, bool]:
+def needs_of(needs: Any) -> dict[str, bool]:
     return {f"need_{name}": getattr(needs, name) for name in ("values", "weight", "bias")}
 
 
-def _save(ctx: Any, x: Any, *more: Tensor) -> None:
+def save(ctx: Any, x: Any, *more: Tensor) -> None:
     ctx.save_for_backward(*(getattr(x, name) for name in _LISTS), x.weight, x.bias, *more)
     ctx.set_materialize_grads(False)
 
 
-def _saved(ctx: Any) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None, list[Tensor]]:
+def saved(ctx: Any) -> tuple[dict[str, Tensor | None], Tensor, Tensor | None, list[Tensor]]:
     *lists, weight, bias = ctx.saved_tensors[: len(_LISTS) + 2]
     return dict(zip(_LISTS, lists, strict=True)), weight, bias, ctx.saved_tensors[len(lists) + 2 :]
 
 
-def _as_bias(d_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def as_bias(d_bias: Tensor | None, bias: Tensor | None) -> Tensor | None:
     return d_bias if d_bias is None else d_bias.to(bias.dtype)
 
 
 class SaeDecode(torch.autograd.Function):
-    generate_vmap_rule = False
-
     @staticmethod
     def forward(*args):
         x = _Decode(*args)._asdict()
@@ -145,17 +128,17 @@ class SaeDecode(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x = _Decode(*inputs)
-        _save(ctx, x)
+        save(ctx, x)
         ctx.options = {"unit_norm": x.unit_norm, "sparse_grad": x.sparse_grad}
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:
             return tuple(_Decode())
-        lists, weight, bias, _ = _saved(ctx)
-        needs = _needs(_Decode(*ctx.needs_input_grad))
+        lists, weight, bias, _ = saved(ctx)
+        needs = needs_of(_Decode(*ctx.needs_input_grad))
         d_values, d_weight, d_bias = _backward(lists, weight, grad, None, **needs, **ctx.options)
-        return tuple(_Decode(values=d_values, weight=d_weight, bias=_as_bias(d_bias, bias)))
+        return tuple(_Decode(values=d_values, weight=d_weight, bias=as_bias(d_bias, bias)))
 
 
 class SaeDecodeError(torch.autograd.Function):
@@ -168,7 +151,7 @@ class SaeDecodeError(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x = _Error(*inputs)
-        _save(ctx, x, output[0])
+        save(ctx, x, output[0])
         ctx.options = {"unit_norm": x.unit_norm, "sparse_grad": x.sparse_grad}
         ctx.target_dtype = x.target.dtype
 
@@ -176,7 +159,7 @@ class SaeDecodeError(torch.autograd.Function):
     def backward(ctx, d_residual, d_squared):
         if d_residual is None and d_squared is None:
             return tuple(_Error())
-        lists, weight, bias, (residual,) = _saved(ctx)
+        lists, weight, bias, (residual,) = saved(ctx)
         needs = _Error(*ctx.needs_input_grad)
         # of the reconstruction: -(d_residual + 2 d_squared residual)
         if d_residual is None:
@@ -186,89 +169,42 @@ class SaeDecodeError(torch.autograd.Function):
             if d_squared is not None:
                 grad = grad - 2 * d_squared.unsqueeze(-1) * residual
         d_values, d_weight, d_bias = _backward(
-            lists, weight, grad, scale, **_needs(needs), **ctx.options
+            lists, weight, grad, scale, **needs_of(needs), **ctx.options
         )
         d_target = None
         if needs.target:
             d_target = -grad if scale is None else -scale.unsqueeze(-1) * grad
             d_target = d_target.to(ctx.target_dtype)
-        found = _Error(values=d_values, weight=d_weight, bias=_as_bias(d_bias, bias))
+        found = _Error(values=d_values, weight=d_weight, bias=as_bias(d_bias, bias))
         return tuple(found._replace(target=d_target))
 
 
-class SaeNested(torch.autograd.Function):
-    @staticmethod
-    def forward(*args):
-        x = _Nested(*args)._asdict()
-        del x["unit_norm"]
-        return _ops.sae_nested(**x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x = _Nested(*inputs)
-        _save(ctx, x, x.target)
-        ctx.widths, ctx.unit_norm = x.widths, x.unit_norm
-
-    @staticmethod
-    def backward(ctx, d_squared):
-        if d_squared is None:
-            return tuple(_Nested())
-        lists, weight, bias, (target,) = _saved(ctx)
-        needs = _Nested(*ctx.needs_input_grad)
-        d_values, d_weight, d_bias, d_target = _ops.sae_nested_backward(
-            **lists,
-            weight=weight,
-            bias=bias,
-            target=target,
-            widths=ctx.widths,
-            d_squared=d_squared,
-            unit_norm=ctx.unit_norm,
-            **_needs(needs),
-            need_target=needs.target,
-        )
-        return tuple(
-            _Nested(
-                values=d_values if needs.values else None,
-                weight=d_weight if needs.weight else None,
-                bias=_as_bias(d_bias, bias) if needs.bias else None,
-                target=d_target if needs.target else None,
-            )
-        )
-
-
-for _op in (
-    "sae_decode",
-    "sae_decode_error",
-    "sae_decode_backward",
-    "sae_scatter",
-    "sae_nested",
-    "sae_nested_backward",
-):
+for _op in ("sae_decode", "sae_decode_error", "sae_decode_backward", "sae_scatter"):
     refuse_derivatives(_op, REMEDY)
 
 
-def _tokens(x: Any) -> int:
+def tokens_of(x: Any) -> int:
     return x.values.shape[0] if x.offsets is None else x.offsets.shape[0] - 1
 
 
-def _wide(like: Tensor, *shape: int) -> Tensor:
+def wide(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _value_gradient(x: Any) -> Tensor:
+def value_gradient(x: Any) -> Tensor:
     return x.values.new_empty(x.values.shape if x.need_values else (0,))
 
 
 @torch.library.register_fake("gemma_ext::sae_decode")
 def _decode_fake(*args):
     x = _Decode(*args)
-    return x.weight.new_empty(_tokens(x), x.weight.shape[1])
+    return x.weight.new_empty(tokens_of(x), x.weight.shape[1])
 
 
 @torch.library.register_fake("gemma_ext::sae_decode_error")
 def _error_fake(*args):
     x = _Error(*args)
-    return x.weight.new_empty(_tokens(x), x.weight.shape[1]), _wide(x.values, _tokens(x))
+    return x.weight.new_empty(tokens_of(x), x.weight.shape[1]), wide(x.values, tokens_of(x))
 
 
 @torch.library.register_fake("gemma_ext::sae_decode_backward")
@@ -279,9 +215,9 @@ def _backward_fake(*args):
     if x.need_weight and x.rows_only:
         features = touched = torch.library.get_ctx().new_dynamic_size()
     return (
-        _value_gradient(x),
+        value_gradient(x),
         x.weight.new_empty((features, width) if x.need_weight else (0, 0)),
-        _wide(x.values, width if x.need_bias else 0),
+        wide(x.values, width if x.need_bias else 0),
         x.values.new_empty((touched,), dtype=torch.int64),
     )
 
@@ -289,25 +225,7 @@ def _backward_fake(*args):
 @torch.library.register_fake("gemma_ext::sae_scatter")
 def _scatter_fake(*args):
     x = _Scatter(*args)
-    return _wide(x.values, x.features, x.rows.shape[1]), _wide(x.values, x.features)
-
-
-@torch.library.register_fake("gemma_ext::sae_nested")
-def _nested_fake(*args):
-    x = _Nested(*args)
-    return _wide(x.values, _tokens(x), len(x.widths) or x.values.shape[1])
-
-
-@torch.library.register_fake("gemma_ext::sae_nested_backward")
-def _nested_backward_fake(*args):
-    x = _NestedBackward(*args)
-    width = x.weight.shape[1]
-    return (
-        _value_gradient(x),
-        x.weight.new_empty(x.weight.shape if x.need_weight else (0, 0)),
-        _wide(x.values, width if x.need_bias else 0),
-        x.target.new_empty(x.target.shape if x.need_target else (0, 0)),
-    )
+    return wide(x.values, x.features, x.rows.shape[1]), wide(x.values, x.features)
 
 
 # Two operations per multiply-add of every entry that there is room for.

@@ -25,6 +25,7 @@ def encode_topk(
     scale: Tensor | None = None,
     by: str = "value",
     aux: Aux | None = None,
+    sparse_grad: bool = False,
     impl: str = "auto",
 ) -> Encoding:
     """The k largest p = x . w + b of every token, best first; equal ones by the lower feature.
@@ -42,6 +43,8 @@ def encode_topk(
         by: "value", or "magnitude" (AbsTopK).
         aux: (mask bool [F], k_aux): a second list, of the k_aux best among the features of the
             mask, by value. Behind the last of them, where there are fewer, entries do not count.
+        sparse_grad: the gradient of weight as a sparse COO tensor of the features listed; not with
+            impl="reference".
         impl: "auto", or "reference" for plain torch, which holds [N, F].
 
     Returns:
@@ -52,7 +55,7 @@ def encode_topk(
     """
     if by not in ("value", "magnitude"):
         raise ValueError(f"expected by to be 'value' or 'magnitude', got {by!r}")
-    e = _Encoder.enter(x, weight, bias, scale, aux, impl, "sae_topk")
+    e = _Encoder.enter(x, weight, bias, scale, aux, sparse_grad, impl, "sae_topk")
     inputs.check_count("k", k, e.features)
     magnitude = by == "magnitude"
     if e.reference:
@@ -60,25 +63,31 @@ def encode_topk(
         values, indices = reference.topk(p, reference.scores(p, scale, magnitude=magnitude), k)
         return Encoding(e.codes(values, indices), e.plain_aux(p))
     values, indices, *second = op.topk(
-        e.x, e.weight, e.bias, e.scale, e.mask, k, e.k_aux, magnitude
+        e.x, e.weight, e.bias, e.scale, e.mask, k, e.k_aux, magnitude, sparse_grad=sparse_grad
     )
     return Encoding(e.codes(values, indices), e.aux_codes(*second))
 
 
 def encode_group_max(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, groups: int, impl: str = "auto"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    groups: int,
+    sparse_grad: bool = False,
+    impl: str = "auto",
 ) -> Codes:
     """The largest p of each of `groups` runs of F / groups features: codes [N, groups].
 
     Arguments as of `encode_topk`; `groups` divides F.
     """
-    e = _Encoder.enter(x, weight, bias, None, None, impl, "sae_group_max")
+    e = _Encoder.enter(x, weight, bias, None, None, sparse_grad, impl, "sae_group_max")
     inputs.check_count("groups", groups, e.features)
     if e.features % groups:
         raise ValueError(f"expected groups to divide {e.features} features, got {groups}")
     if e.reference:
         return e.codes(*reference.group_max(e.pre_activations(), groups))
-    return e.codes(*op.group_max(e.x, e.weight, e.bias, groups))
+    return e.codes(*op.group_max(e.x, e.weight, e.bias, groups, sparse_grad=sparse_grad))
 
 
 def encode_batch_topk(
@@ -89,6 +98,7 @@ def encode_batch_topk(
     total: int,
     scale: Tensor | None = None,
     aux: Aux | None = None,
+    sparse_grad: bool = False,
     impl: str = "auto",
 ) -> Encoding:
     """The `total` largest positive scores p * scale of all tokens together (BatchTopK).
@@ -102,7 +112,7 @@ def encode_batch_topk(
     Returns:
         Encoding with codes [total] and min_positive, the smallest chosen score.
     """
-    e = _Encoder.enter(x, weight, bias, scale, aux, impl, "sae_batch_topk")
+    e = _Encoder.enter(x, weight, bias, scale, aux, sparse_grad, impl, "sae_batch_topk")
     inputs.check_count("total", total, e.x.shape[0] * e.features, least=0)
     if e.reference:
         p = e.pre_activations()
@@ -110,7 +120,7 @@ def encode_batch_topk(
         values, indices, offsets, least = found
         return Encoding(e.codes(values, indices, offsets), e.plain_aux(p), least)
     values, indices, offsets, least, *second = op.batch_topk(
-        e.x, e.weight, e.bias, e.scale, e.mask, total, e.k_aux
+        e.x, e.weight, e.bias, e.scale, e.mask, total, e.k_aux, sparse_grad=sparse_grad
     )
     return Encoding(e.codes(values, indices, offsets), e.aux_codes(*second), least)
 
@@ -126,6 +136,7 @@ def encode_threshold(
     margin: float | Tensor = 0.0,
     capacity: int | None = None,
     aux: Aux | None = None,
+    sparse_grad: bool = False,
     impl: str = "auto",
 ) -> Encoding:
     """All entries with p * scale > threshold - margin, those of a token ascending by feature.
@@ -146,7 +157,7 @@ def encode_threshold(
         ValueError, TypeError: an argument that does not fit; a token with more than `capacity`
             entries.
     """
-    e = _Encoder.enter(x, weight, bias, scale, aux, impl, "sae_threshold")
+    e = _Encoder.enter(x, weight, bias, scale, aux, sparse_grad, impl, "sae_threshold")
     limit = inputs.per_feature("threshold", threshold, weight)
     limit = limit - inputs.per_feature("margin", margin, weight)
     if capacity is not None:
@@ -161,7 +172,16 @@ def encode_threshold(
     else:
         room = -1 if capacity is None else capacity
         values, indices, offsets, counts, *found = op.threshold(
-            e.x, e.weight, e.bias, e.scale, limit.float(), e.mask, inclusive, room, e.k_aux
+            e.x,
+            e.weight,
+            e.bias,
+            e.scale,
+            limit.float(),
+            e.mask,
+            inclusive,
+            room,
+            e.k_aux,
+            sparse_grad=sparse_grad,
         )
         second = e.aux_codes(*found)
     if capacity is None:
@@ -204,11 +224,14 @@ class _Encoder:
         bias: Tensor | None,
         scale: Tensor | None,
         aux: Aux | None,
+        sparse_grad: bool,
         impl: str,
         name: str,
     ) -> _Encoder:
         inputs.check_encoder(x, weight, bias, scale, reference=impl == "reference")
         plain = is_reference(impl, x.device, name)
+        if plain and sparse_grad:
+            raise ValueError("expected sparse_grad to be False with impl='reference', got True")
         mask, k_aux = inputs.check_aux(aux, weight)
         x, weight, bias = inputs.to_autocast(x, weight, bias)
         shape = x.shape[:-1]

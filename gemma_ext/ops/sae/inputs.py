@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
+_NUMBERS = (Real, torch.SymInt, torch.SymFloat)
 
 
 def check_encoder(
@@ -81,14 +81,14 @@ def per_feature(name: str, value: float | Tensor, weight: Tensor) -> Tensor:
     if isinstance(value, Tensor) and value.dim():
         check_vector(name, value, weight)
         return value.detach().to(torch.promote_types(value.dtype, torch.float32))
-    if isinstance(value, bool) or not isinstance(value, (Real, Tensor)):
+    if isinstance(value, bool) or not isinstance(value, (*_NUMBERS, Tensor)):
         raise TypeError(f"expected {name} to be a number or a Tensor, got {type(value).__name__}")
-    if not isinstance(value, Tensor) and math.isnan(value):
+    if not isinstance(value, Tensor) and value != value:
         raise ValueError(f"expected {name} to be a number, got nan")
     wide = torch.promote_types(weight.dtype, torch.float32)
     if isinstance(value, Tensor):
         return value.detach().to(weight.device, wide).expand(weight.shape[0])
-    return torch.full((weight.shape[0],), float(value), dtype=wide, device=weight.device)
+    return torch.full((weight.shape[0],), value, dtype=wide, device=weight.device)
 
 
 def autocasts(device: torch.device) -> bool:

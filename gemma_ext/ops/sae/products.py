@@ -27,11 +27,11 @@ def dots(codes: Codes, weight: Tensor, rows: Tensor, *, impl: str = "auto") -> T
     Raises:
         ValueError, TypeError: as `decode`.
     """
-    reference = is_reference(impl, codes.indices.device, "sae_dots")
+    reference = is_reference(impl, codes.indices.device, "sae_decode_backward")
     inputs.check_dictionary(codes, weight, None, reference)
     inputs.check_rows("rows", rows, codes, weight.shape[1], reference)
     rows = rows.detach().reshape(-1, rows.shape[-1])
-    weight = weight.detach()
+    codes, weight = codes.with_values(codes.values.detach()), weight.detach()
     if not reference:
         return op.dots(codes, weight, rows)
     dtype = inputs.accumulation(codes.values, weight)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -117,10 +116,15 @@ class Steering:
             raise ValueError(f"expected strength and level of one batch, got {sorted(sizes)}")
         return max(sizes)
 
-    @cached_property
+    @property
     def requests(self) -> Requests:
-        """This steering for every request of a batch; built once."""
-        return pack([self])
+        """This steering for every request of a batch. Built once, so that what is written into its
+        tensors afterwards is not seen; anew where one of them asks for a gradient."""
+        found = vars(self).get("_packed")
+        if found is None or found.requires_grad:
+            found = pack([self])
+            object.__setattr__(self, "_packed", found)
+        return found
 
     def with_strength(self, strength: Tensor | float) -> Steering:
         """The same with other strengths."""
@@ -164,7 +168,7 @@ def steer(
     Raises:
         ValueError, TypeError: what does not fit.
     """
-    requests = _packed(steering)
+    requests = packed(steering)
     batch, tokens = check_x(x, requests)
     check_state(state, batch, x)
     reads = check_mask("reads", reads, batch, tokens, x)
@@ -182,7 +186,8 @@ def steer(
     return out.reshape(x.shape)
 
 
-def _packed(steering: Steering | Sequence[Steering | None] | Requests) -> Requests:
+def packed(steering: Steering | Sequence[Steering | None] | Requests) -> Requests:
+    """Requests of what `steer` takes."""
     if isinstance(steering, Requests):
         return steering
     if isinstance(steering, Steering):

@@ -85,15 +85,14 @@ def _request(x, r, b, state, reads, writes):
     amounts = []
     for s, code in enumerate(modes):
         mode = _MODES[code]
-        u = formulas.increments(mode, f[:, s], q[:, s], strength[s], level[s])
+        u = formulas.increments(mode, f[:, s], q[:, s], level[s])
         if mode in ("project", "cap"):
             u = u / norm[s]
-        still = ~gates[:, s] if writes is None else ~(gates[:, s] & writes)
-        amounts.append(torch.where(still | (strength[s] == 0), torch.zeros_like(u), u))
-    if not amounts:
-        return x.clone(), state
-    found = formulas.added(wide_x, amounts, decoder)
-    return found.to(x.dtype), state
+        # 0 times what is not finite is to be 0
+        u = strength[s] * torch.where(strength[s] == 0, u.nan_to_num(0.0, 0.0, 0.0), u)
+        opened = gates[:, s] if writes is None else gates[:, s] & writes
+        amounts.append(torch.where(opened, u, torch.zeros_like(u)))
+    return formulas.added(wide_x, amounts, decoder).to(x.dtype), state
 
 
 def _gates(fires: Tensor, gate: int, window: int, state: Tensor, reads: Tensor | None):

@@ -1,0 +1,13 @@
+"""Every build of the encoders this processor can run, each in a process of its own."""
+
+from __future__ import annotations
+
+import pytest
+from test_cce_isa import HERE, run_script, runnable
+
+
+@pytest.mark.parametrize("isa", runnable())
+def test_build_chooses_the_same_entries(isa):
+    done = run_script(HERE / "checks_sae_isa.py", isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
