@@ -34,7 +34,7 @@ from gemma_ext.sae import (
     width_of,
 )
 from gemma_ext.sae.page import summary, write_latents
-from gemma_ext.sae.run import count
+from gemma_ext.sae.tokens import count
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 24
 ROWS = 128  # held-out rows that are looked at for contexts

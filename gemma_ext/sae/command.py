@@ -16,18 +16,12 @@ from gemma_ext.lm.progress import progress_bar
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, default_objective
 from gemma_ext.sae.config import TrainConfig
 from gemma_ext.sae.contexts import inspect_latents
+from gemma_ext.sae.opening import Opened, open_model, width_of
 from gemma_ext.sae.page import summary, write_latents, write_report
-from gemma_ext.sae.run import (
-    ACTIVATIONS,
-    Opened,
-    count,
-    evaluate_on,
-    new_dictionary,
-    open_model,
-    train_dictionary,
-    width_of,
-)
+from gemma_ext.sae.run import evaluate_on, train_dictionary
 from gemma_ext.sae.stream import Activations
+from gemma_ext.sae.tokens import count
+from gemma_ext.sae.variants import ACTIVATIONS, new_dictionary
 
 app = typer.Typer(
     help="Sparse dictionaries of activations: train, evaluate, look inside, convert.",
