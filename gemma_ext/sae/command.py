@@ -46,7 +46,9 @@ SiteOfFile = Annotated[
     str | None, typer.Option(help="As of train; by default what the dictionary's file says.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Dictionary = Annotated[Path, typer.Argument(help="Folder or file of any known format.")]
+Dictionary = Annotated[
+    Path, typer.Argument(help="Folder or file of any known format, or hf:REPOSITORY:FOLDER.")
+]
 
 
 @app.command()

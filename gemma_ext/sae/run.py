@@ -7,7 +7,6 @@ import os
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
@@ -29,9 +28,6 @@ from gemma_ext.sae.page import write_report
 from gemma_ext.sae.sites import find_site
 from gemma_ext.sae.stream import Activations
 from gemma_ext.sae.trainer import Trainer
-
-if TYPE_CHECKING:
-    pass
 
 DICTIONARY, REPORT, EVALUATION = "sae", "report.html", "evaluation.json"
 _EVALUATED = 64  # rows
