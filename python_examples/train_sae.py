@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gemma_ext.integrations.sae_files import load_dictionary
 from gemma_ext.lm.progress import progress_bar
-from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, steering_of
+from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, latent_steering
 from gemma_ext.nn.steering import steer_hook
 from gemma_ext.sae import (
     Activations,
@@ -114,7 +114,7 @@ def write(
 ) -> Tensor:
     """Greedy continuations [PROMPTS, tokens] of held-out rows, with `strength` added throughout."""
     prompts = opened.heldout[-PROMPTS:, :PROMPT_TOKENS].long().to(opened.model.device)
-    with steer_hook(opened.model, block, steering_of(sae, [latent], strength)):
+    with steer_hook(opened.model, block, latent_steering(sae, [latent], strength=strength)):
         return opened.model.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),

@@ -12,16 +12,12 @@ from typer.testing import CliRunner
 
 from gemma_ext.integrations.sae_files import load_dictionary
 from gemma_ext.nn.sparse_autoencoder import (
-    BatchTopK,
     Gated,
     JumpReLU,
     ReLU,
     SparseAutoencoder,
     TopK,
-    fold_standardise,
-    steering_of,
 )
-from gemma_ext.ops.sae import steer
 from gemma_ext.pocket import SIZES
 from gemma_ext.sae.command import app
 from gemma_ext.sae.opening import open_model
@@ -196,35 +192,6 @@ def test_new_dictionaries():
     relu = new_dictionary(8, 20, "relu", 3)
     torch.testing.assert_close(relu.decoder.norm(dim=-1), torch.full((20,), 0.1))
     assert not relu.unit_norm
-
-
-@pytest.mark.parametrize("activation", [ReLU(), TopK(20), JumpReLU(), BatchTopK(3)], ids=repr)
-def test_steering_reads_what_the_dictionary_reads(activation):
-    """Ablating every latent, one at a time, takes out what the dictionary puts in."""
-    norm = "joint" if isinstance(activation, BatchTopK) else None
-    sae = SparseAutoencoder(12, 20, activation, score_norm=norm).eval()
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter.normal_()
-        if hasattr(sae, "threshold"):
-            sae.threshold.abs_().add_(1.0)
-    x = torch.randn(2, 7, 12)
-    f = sae.encode(x).dense()
-    for latents in ([3], [0, 5, 19]):
-        found = steer(x, steering_of(sae, latents, mode="ablate"))
-        expected = x - f[..., latents] @ sae.decoder[latents]
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="latents: expected numbers below 20, got 20"):
-        steering_of(sae, [20])
-
-
-def test_steering_takes_raw_activations():
-    sae = new_dictionary(12, 20, "topk", 3)
-    with pytest.raises(ValueError, match="fold_standardise first"):
-        steering_of(sae, [1])
-    assert steering_of(fold_standardise(sae), [1]).decoder.shape == (1, 12)
-    with pytest.raises(ValueError, match="activation: the value of a Gated latent"):
-        steering_of(SparseAutoencoder(12, 20, Gated()), [1])
 
 
 def test_example_trains_saves_loads_and_steers(model, tmp_path):

@@ -32,7 +32,7 @@ from gemma_ext.nn.sparse_autoencoder.objective import (
     Objective,
     default_objective,
 )
-from gemma_ext.nn.sparse_autoencoder.steering import steering_of
+from gemma_ext.nn.sparse_autoencoder.steering import latent_steering
 
 __all__ = [
     "AbsTopK",
@@ -56,6 +56,6 @@ __all__ = [
     "fold_whitening",
     "geometric_median",
     "jump",
-    "steering_of",
+    "latent_steering",
     "step",
 ]
