@@ -16,18 +16,12 @@ from gemma_ext.lm.progress import progress_bar
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, default_objective
 from gemma_ext.sae.config import TrainConfig
 from gemma_ext.sae.contexts import inspect_latents
+from gemma_ext.sae.opening import Opened, open_model, width_of
 from gemma_ext.sae.page import summary, write_latents, write_report
-from gemma_ext.sae.run import (
-    ACTIVATIONS,
-    Opened,
-    count,
-    evaluate_on,
-    new_dictionary,
-    open_model,
-    train_dictionary,
-    width_of,
-)
+from gemma_ext.sae.run import evaluate_on, train_dictionary
 from gemma_ext.sae.stream import Activations
+from gemma_ext.sae.tokens import count
+from gemma_ext.sae.variants import ACTIVATIONS, new_dictionary
 
 app = typer.Typer(
     help="Sparse dictionaries of activations: train, evaluate, look inside, convert.",
@@ -52,7 +46,9 @@ SiteOfFile = Annotated[
     str | None, typer.Option(help="As of train; by default what the dictionary's file says.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Dictionary = Annotated[Path, typer.Argument(help="Folder or file of any known format.")]
+Dictionary = Annotated[
+    Path, typer.Argument(help="Folder or file of any known format, or hf:REPOSITORY:FOLDER.")
+]
 
 
 @app.command()
@@ -76,6 +72,9 @@ def train(
         float | None, typer.Option(help="Learning rate; 2e-4 / sqrt(F / 2^14) by default.")
     ] = None,
     text: Text = None,
+    read: Annotated[
+        str | None, typer.Option(help="Tokens of --text to read, if fewer than --tokens.")
+    ] = None,
     heldout: Heldout = None,
     context: Length = 128,
     device: Device = "auto",
@@ -99,7 +98,7 @@ def train(
         config = TrainConfig(
             steps=steps, learning_rate=rate, bfloat16=bfloat16, save_every=save_every
         )
-        opened = _open(model, text, heldout, context, device, dtype, count(tokens))
+        opened = _open(model, text, heldout, context, device, dtype, count(read or tokens))
         width = width_of(opened.model, site)
         sae = new_dictionary(width, features, activation, k, seed=seed)
         objective = default_objective(sae, sparsity)

@@ -24,8 +24,7 @@ class Dense:
     def __init__(self, sae, x: Tensor, *, training: bool = True) -> None:
         self.sae, self.training = sae, training
         self.leaf = {
-            name: value.detach().double().requires_grad_()
-            for name, value in sae.named_parameters()
+            name: value.detach().double().requires_grad_() for name, value in sae.named_parameters()
         }
         self.x = x.double().flatten(1)
         centre = self.leaf["decoder_bias"] if sae.subtract_bias else 0.0

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 from sae_oracle import Dense, best, total_loss
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from gemma_ext.nn.sparse_autoencoder import (
     AbsTopK,
@@ -350,7 +352,12 @@ def test_bad_dictionaries_are_refused(options, sentence):
 def test_bad_activations_and_inputs_are_refused():
     with pytest.raises(TypeError, match="activation: expected an Activation, got str"):
         SparseAutoencoder(D, F, "topk")
-    for activation in (lambda: TopK(0), lambda: AbsTopK(0), lambda: GroupMax(0), lambda: TopK(1, 0)):
+    for activation in (
+        lambda: TopK(0),
+        lambda: AbsTopK(0),
+        lambda: GroupMax(0),
+        lambda: TopK(1, 0),
+    ):
         with pytest.raises(ValueError, match="expected at least 1, got 0"):
             activation()
     with pytest.raises(ValueError, match="k: expected a positive number, got 0"):
@@ -408,3 +415,43 @@ def test_usual_objectives_fit_their_activations():
         assert default_objective(sae, 0.1)(sae, drawn(sae)).total.isfinite()
     assert default_objective(made(ReLU())) == Objective(l1=1.0)
     assert default_objective(made(JumpReLU()), 2.0) == Objective(l0=2.0)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any op gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in tree_flatten(out)[0]:
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return out
+
+
+STEPS = [
+    (TopK(4), {"auxiliary": 0.1}),
+    (TopK(4, multi=4), {"multi": 0.1}),
+    (TopK(4), {"ranks": True}),
+    (AbsTopK(4), {}),
+    (GroupMax(4), {}),
+    (BatchTopK(4), {"widths": (64, 2048), "auxiliary": 0.1}),
+    (JumpReLU(0.6, 1.2), {"l0": 0.1, "pre_activation": 0.1}),
+    (ReLU(), {"l1": 0.1}),
+    (Gated(), {"l1": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("activation", "terms"), STEPS, ids=str)
+def test_a_step_of_training_holds_no_matrix_of_tokens_and_latents(activation, terms):
+    tokens, features = 512, 2048
+    sae = SparseAutoencoder(D, features, activation).train()
+    with torch.no_grad():
+        sae.encoder_bias.fill_(-1.5)  # short lists for those without a k
+    dead = torch.arange(features) % 3 == 0
+    with Largest() as largest:
+        Objective(**terms)(sae, torch.randn(tokens, D), dead=dead).total.backward()
+    assert features * D <= largest.elements < tokens * features / 4

@@ -32,6 +32,7 @@ from gemma_ext.nn.sparse_autoencoder.objective import (
     Objective,
     default_objective,
 )
+from gemma_ext.nn.sparse_autoencoder.steering import latent_steering
 
 __all__ = [
     "AbsTopK",
@@ -55,5 +56,6 @@ __all__ = [
     "fold_whitening",
     "geometric_median",
     "jump",
+    "latent_steering",
     "step",
 ]

@@ -87,7 +87,7 @@ class ReLU(Activation):
     """f = relu(p)."""
 
     def latents(self, sae, x, bias, second):
-        found = encode_threshold(x, sae.encoder_weight, bias, threshold=0.0, aux=second)
+        found = encode_threshold(x, sae.encoder, bias, threshold=0.0, aux=second)
         return Latents(found.codes, found.codes, found.aux)
 
 
@@ -110,9 +110,7 @@ class TopK(Activation):
 
     def latents(self, sae, x, bias, second):
         longer = self.k * self.multi if sae.training else self.k
-        found = encode_topk(
-            x, sae.encoder_weight, bias, k=longer, scale=sae.score_scale(), aux=second
-        )
+        found = encode_topk(x, sae.encoder, bias, k=longer, scale=sae.score_scale(), aux=second)
         values = found.codes.values
         codes = found.codes.with_values(values.relu() if self.relu else values)
         if longer == self.k:
@@ -133,7 +131,7 @@ class AbsTopK(Activation):
     def latents(self, sae, x, bias, second):
         found = encode_topk(
             x,
-            sae.encoder_weight,
+            sae.encoder,
             bias,
             k=self.k,
             scale=sae.score_scale(),
@@ -154,7 +152,7 @@ class GroupMax(Activation):
 
     def latents(self, sae, x, bias, second):
         self._refuse(second)
-        pre = encode_group_max(x, sae.encoder_weight, bias, groups=self.k)
+        pre = encode_group_max(x, sae.encoder, bias, groups=self.k)
         return Latents(pre.with_values(pre.values.relu()), pre)
 
 
@@ -188,11 +186,11 @@ class BatchTopK(Activation):
         if not sae.training:
             threshold = sae.threshold.clamp(min=0).expand(sae.features)
             found = encode_threshold(
-                x, sae.encoder_weight, bias, threshold=threshold, scale=scale, aux=second
+                x, sae.encoder, bias, threshold=threshold, scale=scale, aux=second
             )
             return Latents(found.codes, found.codes, found.aux)
         total = int(self.k * (x.numel() // x.shape[-1]))
-        found = encode_batch_topk(x, sae.encoder_weight, bias, total=total, scale=scale, aux=second)
+        found = encode_batch_topk(x, sae.encoder, bias, total=total, scale=scale, aux=second)
         return Latents(found.codes, found.codes, found.aux, min_positive=found.min_positive)
 
     @torch.no_grad()
@@ -231,7 +229,7 @@ class JumpReLU(Activation):
     def latents(self, sae, x, bias, second):
         found = encode_threshold(
             x,
-            sae.encoder_weight,
+            sae.encoder,
             bias,
             threshold=sae.threshold.detach(),
             inclusive=self.inclusive,
@@ -262,7 +260,7 @@ class Gated(Activation):
         return {"r_mag": torch.zeros(features), "magnitude_bias": torch.zeros(features)}
 
     def latents(self, sae, x, bias, second):
-        found = encode_threshold(x, sae.encoder_weight, bias, threshold=0.0, aux=second)
+        found = encode_threshold(x, sae.encoder, bias, threshold=0.0, aux=second)
         where = found.codes.indices.long()
         product = found.codes.values - sae.encoder_bias[where]
         values = (product * sae.r_mag.exp()[where] + sae.magnitude_bias[where]).relu()

@@ -52,10 +52,12 @@ def quadratic_l0(counts: Tensor, target: float) -> Tensor:
     return (2 / target) * (counts - target).square().mean()
 
 
-def second_list(sae: SparseAutoencoder, second: Codes, residual: Tensor, *, relu: bool) -> Tensor:
+def second_list(
+    sae: SparseAutoencoder, weight: Tensor, second: Codes, residual: Tensor, *, relu: bool
+) -> Tensor:
     """Σ (ê - e)², ê the decoder's product with the second list, without its bias; e is constant."""
     values = second.values.relu() if relu else second.values
-    estimate = decode(second.with_values(values), sae.decoder_weight, unit_norm=sae.unit_norm)
+    estimate = decode(second.with_values(values), weight, unit_norm=sae.unit_norm)
     return (estimate.float() - residual.detach().float().view_as(estimate)).square().sum()
 
 
@@ -83,10 +85,12 @@ def pre_activation(
     return ((below * norms[rows]).sum() + above.sum()) / tokens
 
 
-def gated_auxiliary(sae: SparseAutoencoder, latents: Latents, target: Tensor) -> Tensor:
+def gated_auxiliary(
+    sae: SparseAutoencoder, weight: Tensor, latents: Latents, target: Tensor
+) -> Tensor:
     """mean_n ‖x - x̂‖², x̂ decoded from the gates alone by the decoder as a constant."""
     gates = latents.pre.with_values(latents.pre.values.relu())
-    rebuilt = decode(gates, sae.decoder_weight.detach(), sae.decoder_bias.detach())
+    rebuilt = decode(gates, weight.detach(), sae.decoder_bias.detach())
     error = target.float().view_as(rebuilt) - rebuilt.float()
     return error.square().sum() / _tokens(gates)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gemma_ext.nn.sparse_autoencoder import standardise
 from gemma_ext.nn.sparse_autoencoder.activations import Activation, Latents, Second
+from gemma_ext.nn.sparse_autoencoder.centre import centred_bias
 from gemma_ext.ops.sae import Codes, decode
 
 SCORE_NORMS = ("sum", "joint", "mixed")
@@ -155,7 +155,7 @@ class SparseAutoencoder(nn.Module):
         Args:
             z: standardised input, which a `skip` needs.
         """
-        y = decode(codes, self.decoder_weight, self.decoder_bias, unit_norm=self.unit_norm)
+        y = decode(codes, self.decoder_weight(), self.decoder_bias, unit_norm=self.unit_norm)
         y = self.split(y)
         if self.skip is None:
             return y
@@ -171,7 +171,7 @@ class SparseAutoencoder(nn.Module):
         """
         if z.shape[-1] != self.sources * self.width:
             z = self.joined(z)
-        z = z.to(self.encoder_weight.dtype)
+        z = z.to(self.encoder.dtype)
         return self.activation.latents(self, self.centred(z), self.input_bias(), second)
 
     def observe(self, latents: Latents) -> None:
@@ -210,7 +210,7 @@ class SparseAutoencoder(nn.Module):
         """Bias of the encoder's product [F], which carries the gradient of the centre."""
         if not self.subtract_bias:
             return self.encoder_bias
-        return _Centred.apply(self.encoder_bias, self.decoder_bias, self.encoder)
+        return centred_bias(self.encoder_bias, self.decoder_bias, self.encoder)
 
     def decoder_norms(self) -> Tensor:
         """Norms [F, M] of the decoder's rows in every source; their gradient at 0 is 0."""
@@ -224,15 +224,12 @@ class SparseAutoencoder(nn.Module):
         joint, total = norms.norm(dim=-1), norms.sum(dim=-1)
         return {"sum": total, "joint": joint, "mixed": joint + 0.1 * total}[self.score_norm]
 
-    @property
-    def encoder_weight(self) -> Tensor:
-        """The encoder in the dtype of the products: that of autocast where it is on."""
-        return self._in_product_dtype(self.encoder)
-
-    @property
     def decoder_weight(self) -> Tensor:
-        """The decoder in the dtype of the products."""
-        return self._in_product_dtype(self.decoder)
+        """The decoder in the dtype of the products: that of autocast where it is on."""
+        kind = self.decoder.device.type
+        if torch.is_autocast_enabled(kind):
+            return self.decoder.to(torch.get_autocast_dtype(kind))
+        return self.decoder
 
     def joined(self, x: Tensor) -> Tensor:
         """[..., M, D] as [..., M*D]; one source is as it is."""
@@ -244,12 +241,6 @@ class SparseAutoencoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.width}, {self.features}, {self.activation}, sources={self.sources}"
-
-    def _in_product_dtype(self, weight: Tensor) -> Tensor:
-        kind = weight.device.type
-        if torch.is_autocast_enabled(kind):
-            return weight.to(torch.get_autocast_dtype(kind))
-        return weight
 
     def _each_source(self, values: Tensor) -> Tensor:
         return values.view(self.sources, -1) if self.sources > 1 else values
@@ -281,23 +272,3 @@ def standardise_kind(kind: str) -> str:
     if kind not in standardise.KINDS:
         raise ValueError(f"standardise: expected one of {standardise.KINDS}, got {kind!r}")
     return kind
-
-
-class _Centred(torch.autograd.Function):
-    """The encoder's bias as it is; backward, the centre c of x - c gets -(Σ_n q) encoder.
-
-    x - c enters the product as a constant, so this one product of a vector with the encoder is all
-    that c's gradient costs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, centre: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtype = centre.dtype
-        return bias.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return grad, -(grad.to(weight.dtype) @ weight).to(ctx.dtype), None

@@ -147,8 +147,9 @@ class Objective:
         latents = sae.latents(z, second=self._second(sae, dead, count))
         if sae.skip is not None:
             y = y - sae.joined(sae.split(z).to(sae.skip.dtype) @ sae.skip.mT)
-        y = y.to(sae.decoder_weight.dtype)
-        total, squared, residual = self._reconstruction(sae, latents, y)
+        weight = sae.decoder_weight()
+        y = y.to(weight.dtype)
+        total, squared, residual = self._reconstruction(sae, weight, latents, y)
         terms = {"reconstruction": total}
         if self.l1:
             listed = latents.pre if isinstance(sae.activation, Gated) else latents.codes
@@ -156,14 +157,14 @@ class Objective:
         if self.l0:
             terms["l0"] = self.l0 * warmth * self._l0(sae, latents)
         if isinstance(sae.activation, Gated):
-            terms["gate"] = losses.gated_auxiliary(sae, latents, y)
+            terms["gate"] = losses.gated_auxiliary(sae, weight, latents, y)
         if self.auxiliary and latents.second is not None:
             terms["auxiliary"] = self.auxiliary * self._auxiliary(
-                sae, latents.second, residual, y, count
+                sae, weight, latents.second, residual, y, count
             )
         if self.multi and latents.wide is not None:
             _, wide = decode_error(
-                latents.wide, sae.decoder_weight, sae.decoder_bias, y, unit_norm=sae.unit_norm
+                latents.wide, weight, sae.decoder_bias, y, unit_norm=sae.unit_norm
             )
             scale = losses.variance(y) if self.error == "fvu" else wide.numel()
             terms["multi"] = self.multi * wide.sum() / scale
@@ -185,19 +186,23 @@ class Objective:
         k = self.auxiliary_k or max(1, sae.sources * sae.output_width // 2)
         return dead, min(k, count)
 
-    def _reconstruction(self, sae, latents, y):
+    def _reconstruction(self, sae, weight, latents, y):
         """Weighted error, Σ_D e² [N] and e; e is None where no term needs it."""
-        weight, bias = sae.decoder_weight, sae.decoder_bias
+        bias = sae.decoder_bias
         if self.widths or self.ranks:
             levels = {"by": "rank"} if self.ranks else {"widths": self.widths}
             nested = nested_errors(
                 latents.codes, weight, bias, y, unit_norm=sae.unit_norm, **levels
             )
             if self.ranks:
-                return nested.mean(-1).mean(), nested[..., -1], self._residual(sae, latents, y)
+                return (
+                    nested.mean(-1).mean(),
+                    nested[..., -1],
+                    self._residual(sae, weight, latents, y),
+                )
             weights = self.level_weights or (1.0,) * len(self.widths)
             weighted = nested.flatten(0, -2).mean(0) @ nested.new_tensor(weights)
-            return weighted, nested[..., -1], self._residual(sae, latents, y)
+            return weighted, nested[..., -1], self._residual(sae, weight, latents, y)
         residual, squared = decode_error(latents.codes, weight, bias, y, unit_norm=sae.unit_norm)
         if self.error == "squared":
             return squared.mean(), squared, residual
@@ -205,11 +210,11 @@ class Objective:
             return squared.sum() / losses.variance(y), squared, residual
         return sae.split(residual).float().norm(dim=-1).mean(), squared, residual
 
-    def _residual(self, sae, latents, y):
+    def _residual(self, sae, weight, latents, y):
         if latents.second is None:
             return None
         with torch.no_grad():
-            return decode_error(latents.codes, sae.decoder_weight, sae.decoder_bias, y)[0]
+            return decode_error(latents.codes, weight, sae.decoder_bias, y)[0]
 
     def _l0(self, sae, latents):
         if self.l0_form == "tanh":
@@ -219,9 +224,9 @@ class Objective:
             counts.mean() if self.l0_form == "step" else losses.quadratic_l0(counts, self.target_l0)
         )
 
-    def _auxiliary(self, sae, second, residual, y, count):
+    def _auxiliary(self, sae, weight, second, residual, y, count):
         saelens = self.auxiliary_form == "saelens"
-        error = losses.second_list(sae, second, residual, relu=not saelens)
+        error = losses.second_list(sae, weight, second, residual, relu=not saelens)
         if self.auxiliary_form == "openai":
             spread = losses.variance(residual.detach())
             tiny = torch.finfo(spread.dtype).tiny
