@@ -44,6 +44,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Of a training.")] = 400,
     batch: Annotated[int, typer.Option(min=1, help="States of a step.")] = 512,
     moment: Annotated[str, typer.Option(help="centred, or raw as in the paper.")] = "centred",
+    norm: Annotated[str, typer.Option(help="Of errors: plain or atomic.")] = "plain",
     scaling: Annotated[int, typer.Option(min=0, help="Sizes of states and of atoms.")] = 3,
 ) -> None:
     """Learn atoms of MODEL, layer by layer."""
@@ -59,10 +60,12 @@ def main(
         "steps": steps,
         "batch": batch,
         "moment": moment,
+        "norm": norm,
     }
     kept = Kept(out / "results.json", settings)
     width = loaded.config.hidden_size
-    recipe = atoms.Recipe(ratio * width, active, steps=steps, batch=batch, rate=1e-2)
+    rate = 1e-2 * (128 / width) ** 0.5  # the entries of unit rows shrink so
+    recipe = atoms.Recipe(ratio * width, active, norm=norm, steps=steps, batch=batch, rate=rate)
     sides = [cut(ids, n) for ids, n in zip(streams, (windows, held_out), strict=True)]
     sides = [side.to(device) for side in sides]
     with progress_bar("hidden states", sum(map(len, sides)), True) as advance:

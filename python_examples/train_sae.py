@@ -16,12 +16,12 @@ from typing import Annotated
 
 import torch
 import typer
-from gemma_ext.lm.progress import progress_bar
 from torch import Tensor
 
 from gemma_ext.integrations.sae_files import load_dictionary
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, latent_steering
 from gemma_ext.nn.steering import steer_hook
+from gemma_ext.progress import progress_bar
 from gemma_ext.sae import (
     Activations,
     Latent,
@@ -34,7 +34,7 @@ from gemma_ext.sae import (
     width_of,
 )
 from gemma_ext.sae.page import summary, write_latents
-from gemma_ext.sae.run import count
+from gemma_ext.sae.tokens import count
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 24
 ROWS = 128  # held-out rows that are looked at for contexts

@@ -47,6 +47,7 @@ _SAVE: dict[str, Callable[[SparseAutoencoder, Path], None]] = {
     "openai": openai_sae.save_openai,
 }
 FORMATS = tuple(_LOAD)
+_HUB = "hf:"
 _FILES = {
     saelens.WEIGHTS: "saelens",
     gemma_scope.ARRAYS: "gemma_scope",
@@ -60,15 +61,19 @@ _FILES = {
 
 
 def load_dictionary(path: str | Path, format: str | None = None) -> SparseAutoencoder:
-    """The dictionary at `path`, a folder or a file.
+    """The dictionary at `path`: a folder, a file, or hf:REPOSITORY:FOLDER of the hub.
 
     Args:
         format: one of FORMATS; None finds it by the files that are there.
 
     Raises:
         ValueError: no known format.
+        ImportError: huggingface_hub is missing.
+
+    Example:
+        >>> load_dictionary("hf:google/gemma-scope-2b-pt-res:layer_12/width_16k/average_l0_82")
     """
-    path = Path(path)
+    path = _fetched(str(path)) if str(path).startswith(_HUB) else Path(path)
     return _LOAD[_known(format or found_format(path))](path)
 
 
@@ -98,6 +103,17 @@ def found_format(path: Path) -> str:
     elif path.is_file():
         return "openai" if "pre_bias" in read_pickle(path) else "crosscoder"
     raise ValueError(f"{path}: expected a dictionary of {', '.join(FORMATS)}")
+
+
+def _fetched(name: str) -> Path:
+    """The folder in the cache of huggingface_hub; only its files are downloaded."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise ImportError("the hub needs huggingface_hub: pip install 'gemma_ext[hf]'") from None
+    repository, _, folder = name.removeprefix(_HUB).partition(":")
+    root = snapshot_download(repository, allow_patterns=f"{folder}/*" if folder else None)
+    return Path(root) / folder
 
 
 def _known(name: str) -> str:

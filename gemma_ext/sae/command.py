@@ -16,18 +16,12 @@ from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, default_objective
 from gemma_ext.progress import progress_bar
 from gemma_ext.sae.config import TrainConfig
 from gemma_ext.sae.contexts import inspect_latents
+from gemma_ext.sae.opening import Opened, open_model, width_of
 from gemma_ext.sae.page import summary, write_latents, write_report
-from gemma_ext.sae.run import (
-    ACTIVATIONS,
-    Opened,
-    count,
-    evaluate_on,
-    new_dictionary,
-    open_model,
-    train_dictionary,
-    width_of,
-)
+from gemma_ext.sae.run import evaluate_on, train_dictionary
 from gemma_ext.sae.stream import Activations
+from gemma_ext.sae.tokens import count
+from gemma_ext.sae.variants import ACTIVATIONS, new_dictionary
 
 app = typer.Typer(
     help="Sparse dictionaries of activations: train, evaluate, look inside, convert.",
@@ -52,7 +46,9 @@ SiteOfFile = Annotated[
     str | None, typer.Option(help="As of train; by default what the dictionary's file says.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
-Dictionary = Annotated[Path, typer.Argument(help="Folder or file of any known format.")]
+Dictionary = Annotated[
+    Path, typer.Argument(help="Folder or file of any known format, or hf:REPOSITORY:FOLDER.")
+]
 
 
 @app.command()

@@ -126,3 +126,21 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
                 part = []
     if part:
         yield "".join(part)
+
+
+def count(text: str) -> int:
+    """A number as 500, 20k, 2.5M or 1B.
+
+    Raises:
+        ValueError: it is none.
+    """
+    units: dict[str, float] = {"k": 1e3, "m": 1e6, "b": 1e9}
+    unit = units.get(text[-1:].lower())
+    digits: str = text[:-1] if unit else text
+    try:
+        number = float(digits) * (unit or 1)
+    except ValueError:
+        number = -1
+    if not number >= 1 or number != int(number):
+        raise ValueError(f"expected a number as 500, 20k or 2.5M, got {text!r}")
+    return int(number)

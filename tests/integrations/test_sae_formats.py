@@ -366,6 +366,20 @@ def test_every_format_is_found_by_its_files(x, tmp_path):
         assert torch.equal(again(x), sae(x)), name
 
 
+def test_a_repository_of_the_hub(monkeypatch, x, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, allow_patterns: asked.append((name, allow_patterns)) or str(tmp_path),
+    )
+    sae = SparseAutoencoder(D, F, TopK(3)).eval()
+    save_saelens(sae, tmp_path / "layer_3" / "small")
+    assert torch.equal(load_dictionary("hf:me/saes:layer_3/small")(x), sae(x))
+    save_saelens(sae, tmp_path)
+    assert torch.equal(load_dictionary("hf:me/saes")(x), sae(x))
+    assert asked == [("me/saes", "layer_3/small/*"), ("me/saes", None)]
+
+
 REFUSED = [
     ("saelens", {"activation": GroupMax(1)}, "activation: SAELens has no GroupMax"),
     ("saelens", {"sources": 2}, "sources: expected 1"),

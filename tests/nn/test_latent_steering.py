@@ -95,7 +95,7 @@ def test_directions_alone_need_no_gate_and_serve_any_dictionary():
         (TopK(4), {}, {"gate": "per_token"}, "active by themselves"),
         (TopK(4), {}, {"mode": "ablate"}, "active by themselves"),
         (Gated(), {}, {"mode": "clamp"}, "active by themselves"),
-        (ReLU(), {"sources": 2}, {}, r"one raw activation \(fold_standardise first\), got 2 sources"),
+        (ReLU(), {"sources": 2}, {}, "one raw activation, got 2 sources"),
         (ReLU(), {"standardise": "unit_norm"}, {}, "standardise='unit_norm'"),
     ],
 )

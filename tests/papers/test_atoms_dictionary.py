@@ -174,6 +174,27 @@ def test_principal_axes_are_orthogonal_and_no_atoms(learned):
     assert atoms.recovery(unit, product.unit(world.atoms))[1] < 0.2
 
 
+def test_errors_under_the_product_see_every_direction(learned):
+    """One direction with most of the variance hides the atoms from plain errors."""
+    world, _, recipe, _, _ = learned
+    generator = torch.Generator().manual_seed(3)
+    change = torch.eye(32, dtype=torch.float64)
+    change[0] *= 300
+    x = world.draw(20_000, generator)[0] @ change
+    held_out = (world.draw(2000, generator)[0] @ change).float()
+    moments = atoms.Moments(32)
+    moments.add(x)
+    product = atoms.atomic_product(moments.matrix())
+    found = {
+        norm: atoms.learn(x.float(), product, dataclasses.replace(recipe, norm=norm)).dictionary
+        for norm in ("plain", "atomic")
+    }
+    true = product.unit(world.atoms @ change)
+    share = {n: atoms.recovery(product.unit(d.atoms), true)[1] for n, d in found.items()}
+    assert share["atomic"] > 0.6 > 0.2 > share["plain"]
+    assert atoms.evaluate(found["atomic"], [held_out]).r2_atomic > 0.7
+
+
 def test_learning_repeats(learned):
     _, product, recipe, _, held_out = learned
     short = dataclasses.replace(recipe, steps=5)
@@ -192,6 +213,7 @@ def test_metrics_of_a_dictionary_of_axes():
     assert quality.r2 == pytest.approx(1 - missing / spread)
     assert quality.r2_zero == pytest.approx(1 - missing / float(x.square().sum()))
     assert quality.r2_refit == pytest.approx(quality.r2)
+    assert quality.r2_atomic == pytest.approx(quality.r2)  # the product is the plain one
     assert quality.counts.tolist() == [1, 1, 1]
     assert quality.active == 1
     assert quality.dead == 0.5
@@ -236,6 +258,8 @@ def test_bad_input_is_named():
         atoms.Dictionary.of(d, product, 0.1, torch.ones(2))
     with pytest.raises(ValueError, match=r"x: expected rows \[N, D\]"):
         atoms.learn(torch.ones(0, 4), product, atoms.Recipe(4, 1))
+    with pytest.raises(ValueError, match="norm: expected one of plain, atomic, got 'white'"):
+        atoms.learn(torch.ones(1, 4), product, atoms.Recipe(4, 1, norm="white"))
     with pytest.raises(ValueError, match="target: expected above 0"):
         atoms.learn(torch.ones(1, 4), product, atoms.Recipe(4, 0))
     with pytest.raises(

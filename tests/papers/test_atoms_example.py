@@ -67,6 +67,7 @@ def test_the_example_runs_and_goes_on(example, tiny_size, tmp_path, capsys):
         "steps": 10,
         "batch": 64,
         "moment": "centred",
+        "norm": "plain",
         "scaling": 2,
     }
     example.main(**options)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import D, tiny_model, tiny_rows
+from tiny_gemma2 import D, tiny_model, tiny_rows
 
 from gemma_ext.nn.sparse_autoencoder import BatchTopK, Objective, SparseAutoencoder, TopK
 from gemma_ext.sae import Activations, TrainConfig, Trainer

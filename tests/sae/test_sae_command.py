@@ -20,7 +20,9 @@ from gemma_ext.nn.sparse_autoencoder import (
 )
 from gemma_ext.pocket import SIZES
 from gemma_ext.sae.command import app
-from gemma_ext.sae.run import count, new_dictionary, open_model
+from gemma_ext.sae.opening import open_model
+from gemma_ext.sae.tokens import count
+from gemma_ext.sae.variants import new_dictionary
 
 SCRIPT = Path(__file__).resolve().parents[2] / "python_examples" / "train_sae.py"
 SHORT = ("--tokens", "8k", "--batch", "256", "--buffer", "1k", "--context", "32")

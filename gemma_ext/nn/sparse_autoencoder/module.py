@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from gemma_ext.nn.sparse_autoencoder import standardise
 from gemma_ext.nn.sparse_autoencoder.activations import Activation, Latents, Second
+from gemma_ext.nn.sparse_autoencoder.centre import centred_bias
 from gemma_ext.ops.sae import Codes, decode
 
 SCORE_NORMS = ("sum", "joint", "mixed")
@@ -210,7 +210,7 @@ class SparseAutoencoder(nn.Module):
         """Bias of the encoder's product [F], which carries the gradient of the centre."""
         if not self.subtract_bias:
             return self.encoder_bias
-        return _Centred.apply(self.encoder_bias, self.decoder_bias, self.encoder)
+        return centred_bias(self.encoder_bias, self.decoder_bias, self.encoder)
 
     def decoder_norms(self) -> Tensor:
         """Norms [F, M] of the decoder's rows in every source; their gradient at 0 is 0."""
@@ -272,23 +272,3 @@ def standardise_kind(kind: str) -> str:
     if kind not in standardise.KINDS:
         raise ValueError(f"standardise: expected one of {standardise.KINDS}, got {kind!r}")
     return kind
-
-
-class _Centred(torch.autograd.Function):
-    """The encoder's bias as it is; backward, the centre c of x - c gets -(Σ_n q) encoder.
-
-    x - c enters the product as a constant, so this one product of a vector with the encoder is all
-    that c's gradient costs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, bias: Tensor, centre: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        ctx.dtype = centre.dtype
-        return bias.clone()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        return grad, -(grad.to(weight.dtype) @ weight).to(ctx.dtype), None

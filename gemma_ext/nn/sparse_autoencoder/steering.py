@@ -42,7 +42,7 @@ def latent_steering(
     """
     if sae.sources > 1 or sae.transcodes or sae.standardise_kind != "none":
         raise ValueError(
-            "sae: expected a dictionary of one raw activation (fold_standardise first), got "
+            "sae: expected a dictionary of one raw activation, got "
             f"{sae.sources} sources, standardise={sae.standardise_kind!r}"
         )
     chosen = torch.as_tensor(latents, dtype=torch.long, device=sae.encoder.device).reshape(-1)

@@ -1,6 +1,6 @@
 """What a dictionary is worth on states it has not seen, beside a random one.
 
-    faithfulness  R^2 = 1 - sum ||m - m^||^2 / sum ||m - mean||^2     (and about 0)
+    faithfulness  R^2 = 1 - sum ||m - m^||^2 / sum ||m - mean||^2     (and about 0; and under S)
     stability     q*  (`windows.stability`)
 
 A random Gaussian dictionary is nearly as incoherent under S as any can be, because whitening makes
@@ -31,6 +31,7 @@ class Quality:
     Attributes:
         r2, r2_zero: about the mean of the states, and about zero.
         r2_refit: the first, with codes refitted on the support.
+        r2_atomic: the first under S, where every direction of the states counts the same.
         active: mean number of active atoms, L0.
         counts: [K_max + 1] tokens with 0, 1, ... active atoms.
         dead: share of atoms that were never active.
@@ -44,6 +45,7 @@ class Quality:
     r2: float
     r2_zero: float
     r2_refit: float
+    r2_atomic: float
     active: float
     counts: Tensor
     dead: float
@@ -59,6 +61,7 @@ class Quality:
             "r2": self.r2,
             "r2_zero": self.r2_zero,
             "r2_refit": self.r2_refit,
+            "r2_atomic": self.r2_atomic,
             "active": self.active,
             "dead": self.dead,
             "q_star": self.q_star,
@@ -85,16 +88,19 @@ def evaluate(dictionary: Dictionary, batches: Sequence[Tensor], refit: bool = Tr
         raise ValueError("batches: expected at least one row, got none")
     features = dictionary.atoms.shape[0]
     mean = sum(x.double().sum(0) for x in batches) / tokens
-    error = refitted = spread = power = 0.0
+    error = refitted = spread = power = white_error = white_spread = 0.0
     counts = torch.zeros(1, dtype=torch.int64)
     fired = torch.zeros(features, dtype=torch.bool, device=dictionary.atoms.device)
     for x in batches:
         codes = dictionary.encode(x)
-        error += _squared(dictionary, x, codes)
+        residual, centred = _residual(dictionary, x, codes), x.double() - mean
+        error += _squares(residual)
+        white_error += _squares(dictionary.product.whiten(residual))
         if refit:
-            refitted += _squared(dictionary, x, dictionary.refit(x, codes))
-        spread += float((x.double() - mean).square().sum())
-        power += float(x.double().square().sum())
+            refitted += _squares(_residual(dictionary, x, dictionary.refit(x, codes)))
+        spread += _squares(centred)
+        white_spread += _squares(dictionary.product.whiten(centred))
+        power += _squares(x.double())
         here = torch.bincount(codes.offsets.diff()).cpu()
         counts = _longer(counts, here.numel()) + _longer(here, counts.numel())
         fired[codes.indices.long()] = True
@@ -107,6 +113,7 @@ def evaluate(dictionary: Dictionary, batches: Sequence[Tensor], refit: bool = Tr
         r2=1 - error / spread,
         r2_zero=1 - error / power,
         r2_refit=1 - refitted / spread if refit else float("nan"),
+        r2_atomic=1 - white_error / white_spread,
         active=float((counts * sizes).sum()) / tokens,
         counts=counts,
         dead=1 - float(fired.double().mean()),
@@ -128,8 +135,12 @@ def recovery(found: Tensor, true: Tensor, threshold: float = 0.9) -> tuple[float
     return float(best.mean()), float((best > threshold).double().mean())
 
 
-def _squared(dictionary: Dictionary, x: Tensor, codes: sae.Codes) -> float:
-    return float((dictionary.decode(codes).double() - x.double()).square().sum())
+def _residual(dictionary: Dictionary, x: Tensor, codes: sae.Codes) -> Tensor:
+    return x.double() - dictionary.decode(codes).double()
+
+
+def _squares(x: Tensor) -> float:
+    return float(x.square().sum())
 
 
 def _longer(counts: Tensor, size: int) -> Tensor:

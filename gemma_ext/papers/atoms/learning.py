@@ -2,7 +2,7 @@
 
     w_i      = unit rows, the parameters           d_i = a L w_i
     z        = S-encoder of d_i (`product`)        f   = z 1[z >= tau]
-    loss     = ||m - b - D f||^2 / ||m - b||^2 + c (L0 / L0* - 1)^2
+    loss     = ||m - b - D f||^2 / ||m - b||^2 + c (L0 / L0* - 1)^2      norms plain, or under S
 
 tau is learned by the straight-through estimators of JumpReLU, through a window of width h.
 All atoms have the norm a under S (so that the windows apply) that gives codes near one.
@@ -22,6 +22,8 @@ from gemma_ext.ops import sae
 from gemma_ext.papers.atoms.dictionary import Dictionary
 from gemma_ext.papers.atoms.product import AtomicProduct
 
+NORMS = ("plain", "atomic")
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -29,6 +31,9 @@ class Recipe:
 
     Attributes:
         features: atoms, F; the paper has 4 D.
+        norm: "plain", or "atomic" for errors under S: where one direction holds most of the
+            variance, as in a residual stream with massive activations, it is all that plain errors
+            see.
         target: active atoms of a token that the sparsity term aims at, L0*.
         sparsity: its weight c.
         steps, batch: optimiser steps, and rows in each.
@@ -40,6 +45,7 @@ class Recipe:
 
     features: int
     target: float
+    norm: str = "plain"
     sparsity: float = 0.1
     steps: int = 1000
     batch: int = 1024
@@ -73,10 +79,12 @@ def learn(
         advance: told of every step.
 
     Raises:
-        ValueError: no rows, or a target that is not positive.
+        ValueError: no rows, a target that is not positive, or an unknown norm.
     """
     if x.dim() != 2 or x.shape[0] == 0:
         raise ValueError(f"x: expected rows [N, D], got {list(x.shape)}")
+    if recipe.norm not in NORMS:
+        raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {recipe.norm!r}")
     if recipe.target <= 0:
         raise ValueError(f"target: expected above 0, got {recipe.target}")
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -95,7 +103,10 @@ def learn(
     order = _order(x.shape[0], recipe.steps * recipe.batch, generator).to(x.device)
     for number, rows_of in enumerate(order.split(recipe.batch)):
         m = x[rows_of].float() - b
-        atoms, encoder = scale * (rows @ factor.T), (rows @ inverse) / scale
+        if recipe.norm == "atomic":
+            m, atoms, encoder = m @ inverse.T, scale * rows, rows / scale
+        else:
+            atoms, encoder = scale * (rows @ factor.T), (rows @ inverse) / scale
         window = sae.encode_threshold(
             m,
             encoder,

@@ -18,6 +18,7 @@ COLUMNS = {
     "r2": "R²",
     "r2_zero": "about 0",
     "r2_refit": "refitted",
+    "r2_atomic": "under S",
     "active": "L0",
     "dead": "dead",
     "q_star": "q*",

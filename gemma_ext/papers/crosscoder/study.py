@@ -182,7 +182,8 @@ def interval(values: Sequence[float]) -> str:
     except ImportError:
         raise ImportError("intervals need scipy: pip install 'gemma_ext[genome]'") from None
     variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
-    return f"{mean:.3g} ± {float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n):.2g}"
+    half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
+    return f"{mean:.3g} ± {half if half > 1e-9 * abs(mean) else 0:.2g}"
 
 
 def _raw_decoder(made: SparseAutoencoder) -> Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import D, T, tiny_model, tiny_rows
+from tiny_gemma2 import D, T, tiny_model, tiny_rows
 
 from gemma_ext.sae import capture, find_site, replacing
 from gemma_ext.sae.sites import blocks

@@ -6,7 +6,7 @@ from itertools import islice
 
 import pytest
 import torch
-from tiny import D, T, tiny_model, tiny_rows
+from tiny_gemma2 import D, T, tiny_model, tiny_rows
 
 from gemma_ext.sae import Activations, pack, read_texts
 from gemma_ext.sae.tokens import rows_of

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import D, tiny_model, tiny_rows
+from tiny_gemma2 import D, tiny_model, tiny_rows
 
 from gemma_ext.nn.sparse_autoencoder import (
     BatchTopK,

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import D, V, tiny_model, tiny_rows
+from tiny_gemma2 import D, V, tiny_model, tiny_rows
 
 from gemma_ext.integrations.transformers import patch
 from gemma_ext.nn.sparse_autoencoder import JumpReLU, ReLU, SparseAutoencoder, TopK

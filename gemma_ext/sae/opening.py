@@ -1,0 +1,85 @@
+"""A model with its tokenizer and its text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gemma_ext.extras import require
+from gemma_ext.sae.sites import capture, find_site
+from gemma_ext.sae.tokens import pack, read_texts, rows_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_HELD_OUT = 20  # one row of so many, where no other text is given
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model with its tokenizer and rows of tokens for training and for what comes after."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Tensor
+    heldout: Tensor
+
+
+def open_model(
+    name: str,
+    *,
+    text: str | None = None,
+    heldout: str | None = None,
+    context: int = 128,
+    tokens: int | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+) -> Opened:
+    """A model of the hub, of a folder, or the pocket, with text.
+
+    Args:
+        name: "pocket" or "pocket:small", which bring their own text; else as transformers takes it.
+        text, heldout: sources of `read_texts`; without `heldout`, each twentieth row of `text`.
+        context: T of the rows.
+        tokens: to read from `text`, at most.
+
+    Raises:
+        ValueError: no text.
+    """
+    kind, _, size = name.partition(":")
+    require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
+    if kind == "pocket":
+        from gemma_ext import pocket
+
+        loaded = pocket.load(size or "nano")
+        model, tokenizer = loaded.model, loaded.tokenizer
+    elif text is None:
+        raise ValueError(f"text: expected a source of text for {name}, got none")
+    else:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    bos = tokenizer.bos_token_id
+    if text is None:
+        train = rows_of(loaded.train_ids, context, bos)
+        held = rows_of(loaded.heldout_ids, context, bos)
+    else:
+        train = pack(read_texts(text), tokenizer, context, tokens=tokens)
+        each = torch.arange(len(train)) % _HELD_OUT == _HELD_OUT - 1
+        if heldout is None and not each.any():
+            raise ValueError(f"text: expected at least {_HELD_OUT} rows, got {len(train)}")
+        train, held = (train[~each], train[each]) if heldout is None else (train, train[:0])
+    if heldout is not None:
+        held = pack(read_texts(heldout), tokenizer, context)
+    return Opened(name, model.to(device).eval(), tokenizer, train, held)
+
+
+def width_of(model: PreTrainedModel, site: str | int) -> int:
+    """D at a site."""
+    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
+    return capture(model, ids, [find_site(model, site)])[0].shape[-1]
