@@ -38,6 +38,7 @@ from gemma_ext.sae.tokens import count
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 12, 24
 ROWS = 128  # held-out rows that are looked at for contexts
+LATENTS = 120  # on the page, from dense to rare
 SPECIFIC = (0.0005, 0.02)  # density of the latents that are candidates
 BOOST = 4.0  # times the largest value that the latent has on held-out text
 
@@ -73,7 +74,7 @@ def main(
     with progress_bar("latents", len(rows), True) as advance:
         wanted = None if latent is None else [latent]
         found, densities = inspect_latents(
-            loaded, stream, latents=wanted, count=60, progress=advance
+            loaded, stream, latents=wanted, count=LATENTS, progress=advance
         )
     decode = lambda token: opened.tokenizer.decode([token])  # noqa: E731
     page = out / "latents.html"
@@ -83,7 +84,7 @@ def main(
     chosen = telling(found)
     print(f"\nlatent {chosen.number} fires on {chosen.density:.2%} of held-out tokens, writes for")
     print("  " + " ".join(repr(decode(token)) for token, _ in chosen.promoted))
-    strength = BOOST * max(max(c.values) for c in chosen.contexts)
+    strength = BOOST * peak(chosen)
     plain, steered = (write(opened, loaded, site, chosen.number, s) for s in (0.0, strength))
     for name, ids in (("as it is", plain), (f"held up by {strength:.1f}", steered)):
         share = fires(opened, loaded, site, chosen.number, ids)
@@ -96,7 +97,7 @@ def main(
 
 
 def telling(latents: list[Latent]) -> Latent:
-    """The latent that writes most strongly for its first token, among those that are specific.
+    """The latent that at its strongest writes most pointedly: its first token against its last.
 
     Raises:
         ValueError: none has fired.
@@ -105,7 +106,16 @@ def telling(latents: list[Latent]) -> Latent:
     if not live:
         raise ValueError("latent: expected one that fires on the held-out text")
     specific = [x for x in live if SPECIFIC[0] <= x.density <= SPECIFIC[1]]
-    return max(specific or live, key=lambda x: x.promoted[0][1])
+
+    def pointed(x: Latent) -> float:
+        return (x.promoted[0][1] - x.promoted[-1][1]) * peak(x)
+
+    return max(specific or live, key=pointed)
+
+
+def peak(latent: Latent) -> float:
+    """Its largest value in its contexts."""
+    return max(max(context.values) for context in latent.contexts)
 
 
 @torch.no_grad()

@@ -84,6 +84,7 @@ def train(
     tensorboard: Annotated[Path | None, typer.Option(help="Folder of live metrics.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights and orders.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    rows: Annotated[int, typer.Option(help="Held-out rows to evaluate on.")] = 64,
     quiet: Quiet = False,
 ) -> None:
     """Train a dictionary on a model's activations and write it as a SAELens folder.
@@ -116,6 +117,7 @@ def train(
             seed=seed,
             cache=cache,
             tensorboard=tensorboard,
+            evaluated=rows,
             show_progress=not quiet,
         )
         if done is not None:

@@ -30,7 +30,7 @@ from gemma_ext.sae.stream import Activations
 from gemma_ext.sae.trainer import Trainer
 
 DICTIONARY, REPORT, EVALUATION = "sae", "report.html", "evaluation.json"
-_EVALUATED = 64  # rows
+EVALUATED = 64  # held-out rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ def train_dictionary(
     seed: int = 0,
     cache: Path | None = None,
     tensorboard: Path | None = None,
+    evaluated: int = EVALUATED,
     show_progress: bool = True,
 ) -> Trained | None:
     """Trains, saves, evaluates; goes on where an interrupted run stopped.
@@ -68,6 +69,8 @@ def train_dictionary(
     Args:
         objective: None for the usual one of the activation.
         cache: folder that keeps activations; None runs the model again in every epoch.
+        tensorboard: folder of live metrics.
+        evaluated: held-out rows to evaluate on.
 
     Returns:
         None on every rank but the first.
@@ -105,7 +108,7 @@ def train_dictionary(
     else:
         sparsity = trainer.dead.fired.double() / trainer.dead.tokens.clamp(min=1)
         save_saelens(sae, folder, sparsity=sparsity)
-    evaluation = evaluate_on(sae, opened, site, show_progress=show_progress)
+    evaluation = evaluate_on(sae, opened, site, rows=evaluated, show_progress=show_progress)
     numbers = dict(evaluation.numbers().items())
     files.write_json(out / EVALUATION, numbers)
     page = out / REPORT
@@ -124,7 +127,7 @@ def evaluate_on(
     opened: Opened,
     site: str,
     *,
-    rows: int = _EVALUATED,
+    rows: int = EVALUATED,
     show_progress: bool = True,
 ) -> Evaluation:
     """Evaluation on the first held-out rows."""
