@@ -62,3 +62,22 @@ def test_no_sample_is_on_two_sides(example):
     assert example.mixed_tasks(50, 90, 0) == example.mixed_tasks(50, 90, 0)
     assert example.mixed_tasks(50, 90, 1) != example.mixed_tasks(50, 90, 0)
     assert example.cut("short\n") == []
+
+
+def test_rows_of_a_real_model_begin_as_its_texts_do(example, tmp_path, monkeypatch):
+    import tiny_gemma
+    import transformers
+
+    folder = tiny_gemma.base(tmp_path / "model", ["def main(self):\n    return self.name\n"])
+    seen = []
+
+    class Trainer(transformers.Trainer):
+        def train(self):
+            seen.append(self.train_dataset[0]["input_ids"])
+
+    monkeypatch.setattr(transformers, "Trainer", Trainer)
+    begin = transformers.AutoTokenizer.from_pretrained(folder).bos_token_id
+    for real in (True, False):
+        out = tmp_path / str(real)
+        example.train_expert(folder, "asyncio", out, 1, 1, "cpu", real)
+    assert seen[0].tolist() == [begin, *seen[1].tolist()]
