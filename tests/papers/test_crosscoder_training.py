@@ -60,6 +60,22 @@ def test_a_planted_world_is_found_and_binned(world, trained):
 
 
 @pytest.mark.slow
+def test_ratios_know_rare_concepts_that_norms_do_not():
+    """Concepts in 0.5 % of the tokens: their decoders have not come far from where they began."""
+    generator = torch.Generator().manual_seed(0)
+    planted = two_models(32, 16, 4, 0.08, generator, rare=0.005)
+    x, held_out = planted.draw(60_000, generator)[0], planted.draw(40_000, generator)[0]
+    made = crosscoder.train(x, dataclasses.replace(SMALL, k=1.5, steps=900)).crosscoder
+    found = discover(made, held_out.split(4096))
+    place = matched(raw_decoder(made), planted, 0.7)
+    base, chat = (part[part >= 0] for part in (place[16:20], place[20:]))
+    assert len(base) + len(chat) >= 6
+    assert found.betas.specific()[chat].all()
+    binned = [crosscoder.TAGS[n] for n in found.tags[torch.cat([base, chat])]]
+    assert binned != ["base only"] * len(base) + ["chat only"] * len(chat)
+
+
+@pytest.mark.slow
 def test_the_threshold_keeps_as_many_as_training(world, trained):
     found = discover(trained.crosscoder, world[2].split(4096))
     assert found.active == pytest.approx(2, rel=0.02)

@@ -50,8 +50,8 @@ class Recipe:
 
     kind: str
     features: int
-    k: int = 100
-    k_start: int | None = None
+    k: float = 100
+    k_start: float | None = None
     annealing: int = 0
     mu: float = 0.041
     error: str = "norm"
@@ -70,11 +70,11 @@ class Recipe:
         if self.annealing and self.k_start is None:
             raise ValueError("k_start: expected a number with annealing, got None")
 
-    def k_at(self, step: int) -> int:
+    def k_at(self, step: int) -> float:
         """k of a step."""
         if step >= self.annealing:
             return self.k
-        return round(self.k_start + (self.k - self.k_start) * step / self.annealing)
+        return self.k_start + (self.k - self.k_start) * step / self.annealing
 
 
 @dataclass(frozen=True)
