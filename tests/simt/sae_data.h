@@ -60,7 +60,8 @@ class Random {
   template <class T>
   Array<T> numbers(int64_t count, int low = -3, int high = 3) {
     Array<T> x(count);
-    for (int64_t i = 0; i < count; ++i) x[i] = Storage<T>::of(static_cast<float>(between(low, high)));
+    for (int64_t i = 0; i < count; ++i)
+      x[i] = Storage<T>::of(static_cast<float>(between(low, high)));
     return x;
   }
 

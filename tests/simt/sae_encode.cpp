@@ -33,10 +33,11 @@ struct Problem {
       scale[f] = std::ldexp(1.0f, random.between(-1, 1));
       mask[f] = random.between(0, 4) == 0;
       if (shape != Shape::kRandom) bias[f] = shape == Shape::kEqual ? 1.0f : static_cast<float>(f);
-      for (int64_t d = 0; shape != Shape::kRandom && d < D; ++d) weight[f * D + d] = Storage<T>::of(0.0f);
+      for (int64_t d = 0; shape != Shape::kRandom && d < D; ++d)
+        weight[f * D + d] = Storage<T>::of(0.0f);
     }
-    encoder = {x.data(), weight.data(), D, 1, D, 1, Storage<T>::kType, bias.data(), scale.data(),
-               N, F, D};
+    encoder = {x.data(),    weight.data(), D, 1, D, 1, Storage<T>::kType,
+               bias.data(), scale.data(),  N, F, D};
     recompute();
   }
   void recompute() {
@@ -169,8 +170,7 @@ void threshold_matches(int64_t N, int64_t D, int64_t F, int64_t capacity, Shape 
     call.capacity = -1;
     call.offsets = offsets.data();
     Array<uint8_t> more(0);
-    run(
-        call, cuda::AllocateEntries([&](int64_t count) {
+    run(call, cuda::AllocateEntries([&](int64_t count) {
           EXPECT(count == nnz);
           return Entries{listed.data(), listed_indices.data()};
         }),
@@ -201,9 +201,7 @@ CASE(sae_topk_before_hopper) {
 CASE(sae_topk_of_ascending_features) {
   topk_matches<simt::bf16>(3, 8, 3000, 5, Shape::kAscending, false);
 }
-CASE(sae_topk_of_equal_features) {
-  topk_matches<simt::bf16>(2, 8, 1500, 40, Shape::kEqual, false);
-}
+CASE(sae_topk_of_equal_features) { topk_matches<simt::bf16>(2, 8, 1500, 40, Shape::kEqual, false); }
 CASE(sae_topk_of_a_poisoned_row) {
   topk_matches<simt::bf16>(3, 8, 1500, 4, Shape::kRandom, false, true);
 }
