@@ -8,6 +8,7 @@ JSON: wall (seconds of the merge itself, without imports), cpu (of the process u
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import resource
 import sys
@@ -20,7 +21,7 @@ CHUNK = 4 << 20
 OURS = "gemma_ext"
 
 
-def raw(job: dict, out: Path) -> Callable[[], None]:
+def raw(job: dict, out: Path, flags: int = 0) -> Callable[[], None]:
     """Reads every byte of the sources and writes as many as one of them has, and syncs."""
     files = [sorted(Path(source).glob("*.safetensors")) for source in job["sources"]]
     sizes = [path.stat().st_size for path in files[0]]
@@ -28,32 +29,39 @@ def raw(job: dict, out: Path) -> Callable[[], None]:
 
     def move(item: tuple[int, int]) -> None:
         shard, at = item
-        buffer = buffers.pop()
+        buffer = memoryview(buffers.pop())
         size = min(CHUNK, sizes[shard] - at)
+        whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE if flags else size
         for source in inputs:
-            if os.preadv(source[shard], [memoryview(buffer)[:size]], at) != size:
+            if os.preadv(source[shard], [buffer[:whole]], at) != size:
                 raise OSError("a source ends early")
-        if os.pwrite(outputs[shard], memoryview(buffer)[:size], at) != size:
+        if os.pwrite(outputs[shard], buffer[:whole], at) != whole:
             raise OSError("the disk is full")
-        buffers.append(buffer)
+        buffers.append(buffer.obj)
 
     inputs: list[list[int]] = []
     outputs: list[int] = []
-    buffers = [bytearray(CHUNK) for _ in range(job["threads"])]
+    buffers = [mmap.mmap(-1, CHUNK) for _ in range(job["threads"])]
 
     def run() -> None:
         out.mkdir()
-        inputs.extend([os.open(path, os.O_RDONLY) for path in own] for own in files)
+        inputs.extend([os.open(path, os.O_RDONLY | flags) for path in own] for own in files)
         for path, size in zip(files[0], sizes, strict=True):
-            outputs.append(os.open(out / path.name, os.O_WRONLY | os.O_CREAT))
+            outputs.append(os.open(out / path.name, os.O_WRONLY | os.O_CREAT | flags))
             os.posix_fallocate(outputs[-1], 0, size)
         items = [(i, at) for i, size in enumerate(sizes) for at in range(0, size, CHUNK)]
         with ThreadPoolExecutor(job["threads"]) as pool:
             list(pool.map(move, items))
-        for file in outputs:
+        for file, size in zip(outputs, sizes, strict=True):
+            os.ftruncate(file, size)
             os.fsync(file)
 
     return run
+
+
+def raw_direct(job: dict, out: Path) -> Callable[[], None]:
+    """The same past the page cache."""
+    return raw(job, out, os.O_DIRECT)
 
 
 def gemma_ext(job: dict, out: Path) -> Callable[[], None]:
@@ -105,9 +113,8 @@ def mergekit(job: dict, out: Path) -> Callable[[], None]:
 
 
 def main(subject: str, job: str, out: str) -> None:
-    run = {"raw": raw, "gemma_ext": gemma_ext, "mergekit": mergekit}[subject](
-        json.loads(Path(job).read_text()), Path(out)
-    )
+    subjects = {"raw": raw, "raw direct": raw_direct, "mergekit": mergekit, OURS: gemma_ext}
+    run = subjects[subject](json.loads(Path(job).read_text()), Path(out))
     before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     run()
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)

@@ -56,15 +56,18 @@ PYBIND11_MODULE(_host, m) {
       .def(py::init<int>(), py::arg("threads"))
       .def(
           "read",
-          [](Transfers& self, int file, int64_t offset, uintptr_t to, int64_t bytes) {
-            return self.read(file, offset, at(to), bytes);
+          [](Transfers& self, int file, int64_t offset, uintptr_t to, int64_t bytes, int direct) {
+            return self.read(file, offset, at(to), bytes, direct);
           },
-          py::arg("file"), py::arg("offset"), py::arg("to"), py::arg("bytes"))
+          py::arg("file"), py::arg("offset"), py::arg("to"), py::arg("bytes"),
+          py::arg("direct") = -1)
       .def(
           "write",
           [](Transfers& self, int file, int64_t offset, uintptr_t from, int64_t bytes,
-             uint64_t seed) { return self.write(file, offset, at(from), bytes, seed); },
-          py::arg("file"), py::arg("offset"), py::arg("from_"), py::arg("bytes"), py::arg("seed"))
+             uint64_t seed,
+             int direct) { return self.write(file, offset, at(from), bytes, seed, direct); },
+          py::arg("file"), py::arg("offset"), py::arg("from_"), py::arg("bytes"), py::arg("seed"),
+          py::arg("direct") = -1)
       .def("copy", &Transfers::copy, py::arg("from_"), py::arg("from_offset"), py::arg("to"),
            py::arg("to_offset"), py::arg("bytes"))
       .def(

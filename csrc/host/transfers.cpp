@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "host/digest.h"
+#include "host/direct.h"
 
 namespace gemma_ext::host {
 namespace {
@@ -43,9 +44,12 @@ void read_all(int file, int64_t offset, char* to, int64_t bytes) {
 }
 
 void write_all(int file, int64_t offset, const char* from, int64_t bytes) {
+  if (bytes == 0) return;
   move_all(bytes, "write", [=](int64_t done, int64_t left) {
     return pwrite(file, from + done, left, offset + done);
   });
+  // the disk begins now rather than at the last moment; a hint, whose failure is harmless
+  sync_file_range(file, offset, bytes, SYNC_FILE_RANGE_WRITE);
 }
 
 // Bytes copied inside the kernel; fewer than asked for where the file systems cannot go on.
@@ -116,20 +120,29 @@ Transfer Transfers::add(std::function<uint64_t()> job) {
   return transfer;
 }
 
-Transfer Transfers::read(int file, int64_t offset, void* to, int64_t bytes) {
+Transfer Transfers::read(int file, int64_t offset, void* to, int64_t bytes, int direct) {
   return add([=] {
-    read_all(file, offset, static_cast<char*>(to), bytes);
+    const auto into = static_cast<char*>(to);
+    const int64_t done = read_direct(direct, offset, into, bytes);
+    read_all(file, offset + done, into + done, bytes - done);
     return uint64_t{0};
   });
 }
 
-Transfer Transfers::write(int file, int64_t offset, const void* from, int64_t bytes,
-                          uint64_t seed) {
+Transfer Transfers::write(int file, int64_t offset, const void* from, int64_t bytes, uint64_t seed,
+                          int direct) {
   return add([=] {
     const uint64_t value = digest(from, bytes, seed);
-    write_all(file, offset, static_cast<const char*>(from), bytes);
-    // the disk begins now rather than at the last moment; a hint, whose failure is harmless
-    sync_file_range(file, offset, bytes, SYNC_FILE_RANGE_WRITE);
+    const auto out = static_cast<const char*>(from);
+    const int64_t page = page_bytes();
+    const int64_t head = std::min(bytes, (page - offset % page) % page);
+    const int64_t done = head + write_direct(direct, offset + head, out + head, bytes - head);
+    if (done > head) {
+      write_all(file, offset, out, head);
+      write_all(file, offset + done, out + done, bytes - done);
+    } else {
+      write_all(file, offset, out, bytes);
+    }
     return value;
   });
 }

@@ -28,9 +28,12 @@ class Transfers {
   // What has begun ends, the rest never begins. Memory and files may go away afterwards.
   void close();
 
-  Transfer read(int file, int64_t offset, void* to, int64_t bytes);
+  // `direct`: the same file opened with O_DIRECT, or -1. Then whole pages of memory around
+  // [to, to + bytes) may be overwritten.
+  Transfer read(int file, int64_t offset, void* to, int64_t bytes, int direct = -1);
   // the digest is that of the bytes, seeded with `seed`
-  Transfer write(int file, int64_t offset, const void* from, int64_t bytes, uint64_t seed);
+  Transfer write(int file, int64_t offset, const void* from, int64_t bytes, uint64_t seed,
+                 int direct = -1);
   // inside the kernel, without bytes moved where the file system shares extents
   Transfer copy(int from, int64_t from_offset, int to, int64_t to_offset, int64_t bytes);
   // from memory, which is dropped afterwards if it is mapped

@@ -125,3 +125,9 @@ class Method:
     def merge(self, part: Part, state: Any) -> None:
         """Writes `part.out`."""
         raise NotImplementedError
+
+    def merge_all(self, parts: Sequence[Part], states: Sequence[Any]) -> None:
+        """As `merge` of one after another; a method may do it in one call of an op. Who changes the
+        `merge` of such a method changes this as well."""
+        for part, state in zip(parts, states, strict=True):
+            self.merge(part, state)

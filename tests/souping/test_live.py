@@ -204,10 +204,10 @@ def test_failed_swap_leaves_the_model_alone(models):
     running = copy.deepcopy(base)
 
     class Fails(METHODS["linear"]):
-        def merge(self, part, state):
-            super().merge(part, state)
-            if "layers.1" in part.name:
-                raise RuntimeError("half way")
+        def merge_all(self, parts, states):
+            half = len(parts) // 2
+            super().merge_all(parts[:half], states[:half])
+            raise RuntimeError("half way")
 
     swap = Swap(running)
     with pytest.raises(RuntimeError, match="half way"):

@@ -1,12 +1,14 @@
 """Recipes run from disk to disk on tiny models; values against float64, folders by transformers."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 from recipe_models import generates, save_models, weights
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from gemma_ext.souping.recipes.marks import RecipeError
 from gemma_ext.souping.recipes.recipe import parse_recipe, parse_recipes
@@ -370,8 +372,31 @@ def test_a_depth_that_the_configuration_does_not_know(tmp_path):
 
 def test_quantised_models_are_refused(tmp_path):
     save_models(tmp_path, "a", "b")
+    change(tmp_path / "b", quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ValueError, match=r"config\.json: expected plain weights, got gptq ones"):
+        run(tmp_path, LINEAR)
+
+
+def test_fp8_models_with_scales_are_merged_as_weights(tmp_path):
+    """Out of fp8, and the output's configuration no longer says that it is."""
+    save_models(tmp_path, "a", "b")
+    expected = load_file(run(tmp_path, LINEAR) / "model.safetensors")
+    shutil.rmtree(tmp_path / "out")
+    path, name = tmp_path / "b" / "model.safetensors", "model.layers.0.mlp.up_proj.weight"
+    weights = load_file(path)
+    scale = weights[name].abs().amax(1, keepdim=True).float() / 448
+    weights[name] = (weights[name].float() / scale).to(torch.float8_e4m3fn)
+    save_file({**weights, f"{name}_scale": scale}, path, metadata={"format": "pt"})
     change(tmp_path / "b", quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ValueError, match=r"config\.json: expected plain weights, got fp8 ones"):
+    out = run(tmp_path, LINEAR)
+    merged = load_file(out / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    assert merged[name].dtype == expected[name].dtype
+    torch.testing.assert_close(merged[name], expected[name], rtol=0.05, atol=1e-2)
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    shutil.rmtree(out)
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"b: expected the scales of fp8 '.*up_proj.*, got none"):
         run(tmp_path, LINEAR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 
@@ -24,8 +25,9 @@ from stream_models import (
 
 from gemma_ext.souping.engine.files.checkpoint import open_checkpoint
 from gemma_ext.souping.engine.files.sources import Source
+from gemma_ext.souping.engine.loads import cut, held_bytes
 from gemma_ext.souping.engine.memory import merge_tensors
-from gemma_ext.souping.engine.plan import copied, count_layers, layer_of, plan
+from gemma_ext.souping.engine.plan import copied, count_layers, layer_of, merged, plan
 from gemma_ext.souping.engine.progress import byte_bar
 from gemma_ext.souping.engine.stream import merge_files, write_checkpoint
 
@@ -45,6 +47,66 @@ def restored_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ["deltas", "two surveys", "model-wide"])
+def test_tensors_that_go_past_the_page_cache(name, tmp_path):
+    """Runs of several pages, at all places in a page, held for every survey or read again."""
+    method = METHODS[name]
+    shapes = {"a": (701, 999), "b.weight": (13,), "c": (1200, 512), "d": (1,), "e": (300_007,)}
+    models, base = save_models(tmp_path, 2, shapes=shapes)
+    origin = base if method.base == "needed" else None
+    expected = merge_tensors(method, [load(m) for m in models], origin and load(origin), rising(2))
+    for chunk, memory in ((1 << 20, 64 << 20), (400_000, 1 << 20), (300_000, 12 << 20)):
+        for path in (*models, base):
+            file = os.open(path / "model.safetensors", os.O_RDONLY)
+            os.fsync(file)
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(file)
+        out = tmp_path / f"out{chunk}"
+        options = {"chunk_bytes": chunk, "memory_bytes": memory}
+        assert same_bits(
+            load(merge_files(method, models, origin, rising(2), out, **options)), expected
+        )
+
+
+def read_bytes(method, chunk_bytes, memory_bytes, tmp_path):
+    seen = []
+    options = {"chunk_bytes": chunk_bytes, "memory_bytes": memory_bytes}
+    options["progress"] = lambda done, total: seen.append(total)
+    out = tmp_path / f"out{memory_bytes}"
+    merge_files(method, [tmp_path / "a"], None, rising(1), out, **options)
+    return seen[-1]
+
+
+def test_what_memory_holds_is_read_once(tmp_path):
+    """A tensor of eight pieces, surveyed twice: 3 or 1 times its bytes are read, 1 written."""
+    weights = {"w": torch.randn(64, 1024).bfloat16()}
+    save(tmp_path / "a", weights)
+    size = weights["w"].nbytes
+    assert read_bytes(Shrunk(), size // 8, 8 << 20, tmp_path) == 2 * size
+    assert read_bytes(Shrunk(), size // 8, 2 * size, tmp_path) == 4 * size
+
+
+def test_a_method_that_skips_its_surveys_holds_no_more_than_pieces(tmp_path):
+    class Blind(Shrunk):
+        def skips(self, step, state):
+            return True
+
+        def survey(self, step, part, state):
+            raise AssertionError("nothing to see")
+
+        def merge(self, part, state):
+            part.out.copy_(part.sources[0])
+
+    weights = {"w": torch.randn(64, 1024).bfloat16()}
+    stored = open_checkpoint(save(tmp_path / "a", weights)).tensors["w"]
+    target = merged(small.TensorInfo("w", stored.shape), [Source(stored)], None, rising(1))
+    (tasks,) = cut([target], Blind(), (), stored.nbytes // 8, 1 << 30)
+    assert len(tasks) == 8
+    assert held_bytes(tasks) == tasks[0].load.memory_bytes
+    out = merge_files(Blind(), [tmp_path / "a"], None, rising(1), tmp_path / "out")
+    assert same_bits(load(out), weights)
 
 
 @pytest.mark.usefixtures("restored_threads")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gemma_ext import _host
-from gemma_ext.souping.engine.files.ring import Ring
+from gemma_ext.souping.engine.files.ring import PAGE, Ring
 
 # of the specification's own test program, as xxhsum prints them
 KNOWN = {
@@ -153,16 +153,92 @@ def test_reserve_sets_the_length_and_keeps_what_is_there(file, tmp_path):
 
 
 def test_ring_never_hands_out_what_is_in_use():
-    ring, draw, used, waited = Ring(1000), random.Random(2), [], 0
+    ring, draw, used, waited = Ring(20 * PAGE), random.Random(2), [], 0
     for i in range(2000):
-        size = draw.randrange(1, 400)
+        size = draw.randrange(1, 8 * PAGE)
         while (taken := ring.take(size)) is None:
             waited += 1
             first, mark = used.pop(0)
             assert bool((first == mark).all())
             ring.give_back()
         assert taken.numel() == size
-        assert taken.data_ptr() % 64 == 0
+        assert taken.data_ptr() % PAGE == 0
         used.append((taken.fill_(i % 251), i % 251))
     assert waited > 500
-    assert ring.take(2000) is None
+    assert ring.take(21 * PAGE) is None
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A file in both ways, and memory that begins a page."""
+    path = tmp_path / "pages"
+    plain = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        direct = os.open(path, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        pytest.skip("the file system knows no O_DIRECT")
+    yield plain, direct, Ring(4 << 20).take(4 << 20)
+    os.close(plain)
+    os.close(direct)
+
+
+def drop_cache(file):
+    os.fsync(file)
+    os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_direct_writes_and_reads_give_the_same_bytes(transfers, pages):
+    """Anywhere in a page, neighbours written at the same time, the last bytes of the file too."""
+    plain, direct, block = pages
+    draw, size = random.Random(5), 3_000_000
+    data = memory(size, seed=1)
+    cuts = [0, 1, 700_000, 700_003, 1_999_872, 2_600_001, size]
+    spans = list(pairwise(cuts))
+    draw.shuffle(spans)
+    asked, at = [], 0
+    for a, b in spans:
+        run = block[at + (5 + a) % PAGE :][: b - a].copy_(data[a:b])
+        asked.append(transfers.write(plain, 5 + a, run.data_ptr(), b - a, a, direct))
+        assert asked[-1].wait() == _host.digest(data[a:b].numpy().tobytes(), a)
+        at = (at + b - a + 2 * PAGE) // PAGE * PAGE
+    for transfer in asked:
+        transfer.wait()
+    back = torch.zeros(size, dtype=torch.uint8)
+    transfers.read(plain, 5, back.data_ptr(), size).wait()
+    assert torch.equal(back, data)
+    for begin, end in [(0, size), (1, 900_001), (4091, size - 1), (2_500_000, size)]:
+        drop_cache(plain)
+        run = block[(5 + begin) % PAGE :][: end - begin].zero_()
+        transfers.read(plain, 5 + begin, run.data_ptr(), end - begin, direct).wait()
+        assert torch.equal(run, data[begin:end])
+    with pytest.raises(OSError, match="the file ends early"):
+        transfers.read(plain, 5, block[5:].data_ptr(), size + 1, direct).wait()
+
+
+def test_direct_reads_take_what_is_cached_from_the_cache(transfers, pages):
+    """Seen by what stands beyond the bytes: a read past the cache brings whole pages."""
+    plain, direct, block = pages
+    os.pwrite(plain, b"\x01" * (1 << 20), 0)
+    size = (1 << 20) - 100
+    for cached in (True, False):
+        if not cached:
+            drop_cache(plain)
+        block.zero_()
+        transfers.read(plain, 0, block.data_ptr(), size, direct).wait()
+        assert bool((block[:size] == 1).all())
+        if cached:
+            assert not block[size:].any()
+
+
+def test_direct_transfers_fall_back(transfers, pages):
+    """Where memory lies otherwise than the file, and where the file refuses."""
+    plain, direct, block = pages
+    data = memory(1 << 20)
+    for run, file in ((block[8 : 8 + (1 << 20)], direct), (block[: 1 << 20], -1)):
+        run.copy_(data)
+        os.ftruncate(plain, 0)
+        transfers.write(plain, 0, run.data_ptr(), 1 << 20, 0, file).wait()
+        drop_cache(plain)
+        run.zero_()
+        transfers.read(plain, 0, run.data_ptr(), 1 << 20, file).wait()
+        assert torch.equal(run, data)

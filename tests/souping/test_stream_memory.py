@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from stream_models import Deltas, Linear, Shrunk, bytes_of, rising, same_bits, save, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_ext.souping.engine.memory import merge_tensors
+from gemma_ext.souping.methods import get
+from gemma_ext.souping.parameters import constant
 
 # prints how far the peak of the resident memory rose above where it was, in MB
 MEASURED = """
@@ -114,6 +117,70 @@ def test_surveys(method):
     for name, tensor in floats.items():
         bound = largest if method.model_wide else float(tensor.abs().max())
         torch.testing.assert_close(out[name], tensor * (3.0 / bound))
+
+
+ONE_CALL = {  # parameters, and the op that has to be called once
+    "linear": ({"weight": [0.5, 0.3]}, "soup_"),
+    "task_arithmetic": ({"weight": [0.5, 0.3]}, "soup_"),
+    "dare_linear": ({"weight": [0.5, 0.3], "density": [0.4, 0.7]}, "soup_merge_"),
+    "dare_ties": ({"weight": [0.5, 0.3], "density": [0.4, 0.7]}, "soup_merge_"),
+}
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.__name__.split(".")[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_one_call_merges_the_whole_model(name):
+    """With the bits of a call for every tensor; weights and densities differ between tensors."""
+    own, op = ONE_CALL[name]
+    models, base = [tensors(m) for m in range(2)], tensors(2)
+    origin = None if name == "linear" else base
+
+    def values(tensor):
+        found = constant(get(name), 2, **own)(tensor)
+        if tensor.name.endswith("norm.weight"):
+            for model in found.models:
+                model["weight"] *= 2
+            found.models[0]["density"] = 1.0
+        return found
+
+    with Calls() as calls:
+        together = merge_tensors(get(name)(), models, origin, values)
+    assert calls.names.count(op) == 1
+
+    class Alone(get(name)):
+        def merge_all(self, parts, states):
+            for part, state in zip(parts, states, strict=True):
+                super().merge_all([part], [state])
+
+    with Calls() as calls:
+        alone = merge_tensors(Alone(), models, origin, values)
+    assert calls.names.count(op) > 5
+    assert same_bits(together, alone)
+
+
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+def test_tensors_with_draws_and_without_are_two_calls(name):
+    models, base = [tensors(m) for m in range(2)], tensors(2)
+
+    def values(tensor):
+        density = 1.0 if "embed" in tensor.name else 0.5
+        return constant(get(name), 2, weight=0.5, density=density)(tensor)
+
+    with Calls() as calls:
+        together = merge_tensors(get(name)(), models, base, values)
+    assert calls.names.count("soup_merge_") == 2
+    for key in base:
+        one = merge_tensors(get(name)(), [{key: m[key]} for m in models], {key: base[key]}, values)
+        assert bytes_of(one[key]) == bytes_of(together[key])
 
 
 def test_dtype_of_new_tensors():

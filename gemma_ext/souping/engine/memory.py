@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.souping.parts import Part
+from gemma_ext.souping.engine.files.scales import pair_scales
 from gemma_ext.souping.engine.files.sources import widen
 from gemma_ext.souping.engine.plan import check_models, count_layers, default_dtype, layer_of
 from gemma_ext.souping.method import Method, TensorInfo, Values
@@ -43,6 +44,11 @@ def merge_tensors(
         ValueError: M or the base does not fit the method; names or shapes differ.
     """
     check_models(method, len(models), base is not None)
+    for tensors in (*models, *([base] if base else [])):
+        scales, _ = pair_scales({name: tensor.dtype for name, tensor in tensors.items()})
+        if scales:
+            name, scale = next(iter(scales.items()))
+            raise ValueError(f"expected fp8 {name!r} with its {scale!r} applied, got both")
     used = base if method.base != "unused" else None
     reference = models[0] if used is None else used
     _check(models, reference, out)
@@ -65,8 +71,7 @@ def merge_tensors(
     if method.model_wide:
         _merge_together(method, parts, {n: method.begin(i, values(i)) for n, i in infos.items()})
     else:
-        for name, part in parts.items():
-            _merge_alone(method, part, method.begin(infos[name], values(infos[name])))
+        _merge_each(method, parts, lambda name: method.begin(infos[name], values(infos[name])))
     return out
 
 
@@ -77,10 +82,18 @@ def _infos(parts: Mapping[str, Part], layers: int) -> dict[str, TensorInfo]:
     }
 
 
-def _merge_alone(method: Method, part: Part, state: Any) -> None:
-    for step in range(method.surveys):
-        _survey(method, step, part, state)
-    method.merge(part, state)
+def _merge_each(method: Method, parts: Mapping[str, Part], begin: Callable[[str], Any]) -> None:
+    """What no survey looks at all at once, the others one by one, as their states are large."""
+    together: dict[str, Any] = {}
+    for name, part in parts.items():
+        state = begin(name)
+        if all(method.skips(step, state) for step in range(method.surveys)):
+            together[name] = state
+            continue
+        for step in range(method.surveys):
+            _survey(method, step, part, state)
+        method.merge(part, state)
+    method.merge_all([parts[name] for name in together], list(together.values()))
 
 
 def _merge_together(method: Method, parts: Mapping[str, Part], states: dict[str, Any]) -> None:

@@ -60,6 +60,18 @@ class Target:
         """The sources, and the base last."""
         return [*self.sources, *([self.base] if self.base else [])]
 
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes of a file are the result, so that they need not come into memory."""
+        source, *more = self.inputs
+        return (
+            self.values is None
+            and not more
+            and source.is_plain
+            and source.stored.tensor is None
+            and source.stored.dtype == self.dtype
+        )
+
 
 def plan(
     method: Method,
@@ -190,9 +202,13 @@ def common_shape(
 
 
 def copied(info: TensorInfo, source: Source, dtype: torch.dtype | None) -> Target:
-    """A tensor that is taken as it is, in its own dtype if None is given or it holds integers."""
-    if dtype is None or not source.stored.dtype.is_floating_point:
-        dtype = source.stored.dtype
+    """A tensor that is taken as it is, in its own dtype if None is given or it holds integers; in
+    bfloat16 if it has scales."""
+    stored = source.stored
+    if not stored.dtype.is_floating_point:
+        dtype = stored.dtype
+    elif dtype is None:
+        dtype = stored.dtype if stored.scale is None else default_dtype(stored.dtype)
     return Target(info, dtype, [source])
 
 

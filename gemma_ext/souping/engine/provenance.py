@@ -30,11 +30,12 @@ def provenance(method: Method, targets: Sequence[Target], recipe: str) -> str:
 def file_states(targets: Sequence[Target]) -> str:
     """A hash of the sources' paths, sizes and times of change: another if somebody touched them."""
     files = {
-        stored.path
+        part.path
         for target in targets
         for source in target.inputs
         for stored in (source.rows.stored if source.rows else [source.stored])
-        if stored.tensor is None or stored.mapped
+        for part in (stored, stored.scale)
+        if part is not None and (part.tensor is None or part.mapped)
     }
     states = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(files)]
     return hashlib.sha256(json.dumps(states).encode()).hexdigest()

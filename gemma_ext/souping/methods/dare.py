@@ -9,7 +9,10 @@ The draws depend on (seed, tensor, model, position) alone.
 
 from __future__ import annotations
 
-from gemma_ext.ops.souping import Mask
+from collections.abc import Sequence
+from typing import Any
+
+from gemma_ext.ops.souping import Mask, Part, merge_
 from gemma_ext.souping.methods.task_vectors import BY_DENSITY, State, TaskVectors, shared_keys
 
 
@@ -25,6 +28,24 @@ class DareLinear(TaskVectors):
 
     def by_density(self, state: State) -> list[float]:
         return [d if 0 < d < 1 else 1.0 for d in state.values.of("density")]
+
+    def merge_all(self, parts: Sequence[Part], states: Sequence[State]) -> None:
+        """One call for all tensors of a rule, a seed and draws or none."""
+        alike: dict[Any, list[int]] = {}
+        for i, state in enumerate(states):
+            alike.setdefault((state.rule, state.values.seed, state.mask is None), []).append(i)
+        for (rule, seed, whole), places in alike.items():
+            own = [states[i] for i in places]
+            ones = [1.0] * len(own[0].weights)
+            merge_(
+                [parts[i] for i in places],
+                rule,
+                [state.weights for state in own],
+                mask=None if whole else Mask(density=[state.mask.density for state in own]),
+                divide=[ones if state.divide == 1.0 else state.divide for state in own],
+                scale=[state.scale for state in own],
+                seed=seed,
+            )
 
 
 class DareTies(DareLinear):

@@ -27,7 +27,10 @@ class Linear(Method):
         return shares(weights, tensor.name) if values.merge["normalize"] else weights
 
     def merge(self, part: Part, state: list[float]) -> None:
-        soup_([part], state)
+        self.merge_all([part], [state])
+
+    def merge_all(self, parts: Sequence[Part], states: Sequence[list[float]]) -> None:
+        soup_(parts, states)
 
 
 class Passthrough(Method):

@@ -13,6 +13,7 @@ whole masked tensor what it was.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -182,4 +183,7 @@ class TaskArithmetic(TaskVectors):
     parameters = (WEIGHT, normalize(False), LAMBDA, INT8_MASK)
 
     def merge(self, part: Part, state: State) -> None:
-        soup_([part], state.weights, scale=state.scale)
+        self.merge_all([part], [state])
+
+    def merge_all(self, parts: Sequence[Part], states: Sequence[State]) -> None:
+        soup_(parts, [s.weights for s in states], scale=[s.scale for s in states])

@@ -33,17 +33,24 @@ def read_config(folder: Path) -> Config | None:
     """The config.json of a model's folder; None without one.
 
     Raises:
-        ValueError: no JSON, or a quantised model: its tensors are no weights.
+        ValueError: no JSON, or a model that is quantised, but not into fp8 weights and scales.
     """
     path = folder / "config.json"
     if not path.is_file():
         return None
     config = read_json(path)
     quantised = config.get("quantization_config")
-    if quantised:
+    if quantised and not _is_fp8(quantised):
         kind = quantised.get("quant_method", "quantised")
         raise ValueError(f"{path}: expected plain weights, got {kind} ones; merge the original")
     return config
+
+
+def _is_fp8(quantised: Config) -> bool:
+    return (
+        quantised.get("quant_method") in ("fp8", "fbgemm_fp8")
+        or quantised.get("format") == "float-quantized"
+    )
 
 
 def set_depth(

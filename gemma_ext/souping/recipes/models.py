@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gemma_ext.souping.engine.files.checkpoint import Checkpoint, Stored, open_checkpoint
+from gemma_ext.souping.engine.files.scales import FP8
 from gemma_ext.souping.engine.files.sources import Source
 from gemma_ext.souping.recipes.adapted import Adapter, is_adapter, read_adapter
 from gemma_ext.souping.recipes.configuration import Config, read_config
@@ -83,5 +84,16 @@ def open_model(
         if any((lora / name).is_file() for name in FILES):
             tokenizer_folder = lora
     config = read_config(folder)
+    if config is not None and config.pop("quantization_config", None):
+        _check_scaled(checkpoint)
     layout = read_layout(shapes)
     return Model(reference, folder, checkpoint, adapter, config, tokenizer_folder, layout)
+
+
+def _check_scaled(checkpoint: Checkpoint) -> None:
+    for name, stored in checkpoint.tensors.items():
+        if stored.dtype in FP8 and stored.scale is None:
+            raise ValueError(
+                f"{checkpoint.path}: expected the scales of fp8 {name!r} beside it, as config.json "
+                "says it is quantised, got none"
+            )

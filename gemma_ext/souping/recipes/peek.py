@@ -54,7 +54,7 @@ class _Reader:
     def __init__(self, stack: ExitStack) -> None:
         self.stack, self.files = stack, {}
 
-    def read(self, stored: Stored, start: int, to: Tensor) -> None:
+    def read(self, stored: Stored, start: int, to: Tensor, direct: bool = False) -> None:
         if stored.tensor is not None:
             data = stored.tensor.view(-1).view(torch.uint8)
             to.copy_(data[start : start + len(to)])

@@ -1,7 +1,8 @@
 """A model's tensors on disk, found without reading them.
 
 A checkpoint is a file or a folder: `model.safetensors`, shards with an index beside them, or the
-same as `.bin`, which is read through torch's loader of plain weights alone.
+same as `.bin`, which is read through torch's loader of plain weights alone. Scales of fp8 weights
+are part of them.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 import math
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gemma_ext.souping.engine.files.header import read_header
+from gemma_ext.souping.engine.files.scales import check_scales, pair_scales
 
 SAMPLE = 4096  # bytes at the start, in the middle and at the end of a tensor, for its fingerprint
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
@@ -33,6 +36,7 @@ class Stored:
         offset: of its first byte in a safetensors file.
         tensor: contiguous, where it is not in such a file.
         mapped: whether that one is a file's pages.
+        scale: of an fp8 weight: what its values are multiplied by, see `scales`.
     """
 
     dtype: torch.dtype
@@ -41,6 +45,7 @@ class Stored:
     offset: int = 0
     tensor: Tensor | None = None
     mapped: bool = False
+    scale: Stored | None = None
 
     @staticmethod
     def of(tensor: Tensor, path: Path = Path("memory"), mapped: bool = False) -> Stored:
@@ -64,7 +69,19 @@ class Stored:
         seen = hashlib.sha256(repr((self.dtype, self.shape)).encode())
         for piece in _samples(self):
             seen.update(piece)
+        if self.scale is not None:
+            seen.update(self.scale.fingerprint().encode())
         return seen.hexdigest()
+
+    @cached_property
+    def whole(self) -> Tensor:
+        """All of it, in memory from then on: for what is small beside the weights."""
+        if self.tensor is not None:
+            return self.tensor
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            data = bytearray(file.read(self.nbytes))
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -87,23 +104,45 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         path: a `.safetensors` or `.bin` file, or the folder of a model.
 
     Raises:
-        ValueError: nothing there, an index that does not fit its files, a file that is not whole.
+        ValueError: nothing there, an index that does not fit its files, a file that is not whole,
+            fp8 weights whose scales cannot be applied.
         OSError: a file that cannot be read.
     """
     path = Path(path)
+    tensors = _find(path)
+    try:
+        return Checkpoint(path, _scaled(tensors))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _scaled(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+    """With the scales of fp8 weights where they belong, instead of beside them."""
+    scales, dropped = pair_scales({name: stored.dtype for name, stored in tensors.items()})
+    dropped |= set(scales.values())
+    for name, scale in scales.items():
+        check_scales(name, tensors[name].shape, tensors[scale].shape)
+    return {
+        name: replace(stored, scale=tensors[scales[name]]) if name in scales else stored
+        for name, stored in tensors.items()
+        if name not in dropped
+    }
+
+
+def _find(path: Path) -> dict[str, Stored]:
     if path.is_file():
-        return Checkpoint(path, dict(_read(path)))
+        return dict(_read(path))
     if not path.is_dir():
         raise ValueError(f"expected a checkpoint's file or folder, got {path}, which is not there")
     for name in _SINGLE:
         if (path / name).is_file():
-            return Checkpoint(path, dict(_read(path / name)))
+            return dict(_read(path / name))
         index = path / f"{name}.index.json"
         if index.is_file():
-            return Checkpoint(path, _read_shards(index))
+            return _read_shards(index)
     others = sorted(path.glob("*.safetensors"))
     if len(others) == 1:
-        return Checkpoint(path, dict(_read(others[0])))
+        return dict(_read(others[0]))
     raise ValueError(
         f"expected model.safetensors, pytorch_model.bin or an index of shards in {path}, got "
         f"{', '.join(p.name for p in others) or 'neither'}"

@@ -35,11 +35,15 @@ class Disk:
         self._files: dict[tuple[Path, int], int] = {}
         self._asked: list = []
 
-    def read(self, stored: Stored, start: int, to: Tensor) -> None:
+    def read(self, stored: Stored, start: int, to: Tensor, direct: bool = False) -> None:
         """Asks for bytes of a tensor; `asked` hands out what to wait for."""
         if stored.tensor is None:
             transfer = self._transfers.read(
-                self._open(stored.path), stored.offset + start, to.data_ptr(), to.numel()
+                self._open(stored.path),
+                stored.offset + start,
+                to.data_ptr(),
+                to.numel(),
+                self._open_direct(stored.path, os.O_RDONLY) if direct else -1,
             )
         else:
             address = stored.tensor.data_ptr() + start
@@ -49,7 +53,12 @@ class Disk:
     def write(self, path: Path, offset: int, data: Tensor, seed: int) -> None:
         """Writes bytes at an offset; the transfer gives their digest with that seed."""
         transfer = self._transfers.write(
-            self._open(path, os.O_RDWR), offset, data.data_ptr(), data.numel(), seed
+            self._open(path, os.O_RDWR),
+            offset,
+            data.data_ptr(),
+            data.numel(),
+            seed,
+            self._open_direct(path, os.O_RDWR),
         )
         self._asked.append((transfer, path))
 
@@ -85,7 +94,8 @@ class Disk:
         """Nothing touches memory or files any more."""
         self._transfers.close()
         for file in self._files.values():
-            os.close(file)
+            if file >= 0:
+                os.close(file)
         self._files.clear()
 
     def _open(self, path: Path, flags: int = os.O_RDONLY) -> int:
@@ -93,6 +103,15 @@ class Disk:
         if key not in self._files:
             self._files[key] = os.open(path, flags)
         return self._files[key]
+
+    def _open_direct(self, path: Path, flags: int) -> int:
+        """-1 where the file system knows no way past the page cache."""
+        key = (path, flags | os.O_DIRECT)
+        try:
+            return self._open(*key)
+        except OSError:
+            self._files[key] = -1
+            return -1
 
 
 def is_over(asked: list) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import deque
+from contextlib import suppress
 
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 64
+PAGE = mmap.PAGESIZE
 
 
 class Ring:
@@ -19,11 +21,18 @@ class Ring:
     """
 
     def __init__(self, nbytes: int, pinned: bool = False) -> None:
-        self._memory = torch.empty(padded(nbytes), dtype=torch.uint8, pin_memory=pinned)
+        if pinned:
+            self._memory = torch.empty(padded(nbytes), dtype=torch.uint8, pin_memory=True)
+        else:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            block = mmap.mmap(-1, padded(max(nbytes, 1)), flags)
+            with suppress(OSError):  # a kernel without large pages
+                block.madvise(mmap.MADV_HUGEPAGE)
+            self._memory = torch.frombuffer(block, dtype=torch.uint8)
         self._spans: deque[tuple[int, int]] = deque()
 
     def take(self, nbytes: int) -> Tensor | None:
-        """A run of `nbytes` > 0 that is not in use, or None until enough was given back."""
+        """Whole pages of `nbytes` > 0 that are not in use, or None until enough was given back."""
         size, capacity = padded(nbytes), self._memory.numel()
         begin, end = 0, capacity
         if self._spans:
@@ -44,4 +53,4 @@ class Ring:
 
 
 def padded(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+    return -(-nbytes // PAGE) * PAGE

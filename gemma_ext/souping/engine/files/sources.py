@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from gemma_ext.souping.engine.files.checkpoint import Stored
+from gemma_ext.souping.engine.files.ring import PAGE
+from gemma_ext.souping.engine.files.scales import descale
 
 # fp8 holds no value that bfloat16 has not; float64 is rounded once
 _WIDENED = {
@@ -25,9 +27,12 @@ _WIDENED = {
 
 
 class Reader(Protocol):
-    """What moves bytes: `read` fills `to` (bytes) from byte `start` of a stored tensor."""
+    """What moves bytes: `read` fills `to` (bytes) from byte `start` of a stored tensor.
 
-    def read(self, stored: Stored, start: int, to: Tensor) -> None: ...
+    With `direct` the pages that hold `to` are the caller's as a whole, and may be overwritten.
+    """
+
+    def read(self, stored: Stored, start: int, to: Tensor, direct: bool = False) -> None: ...
 
 
 class Adapter(Protocol):
@@ -131,7 +136,7 @@ class Source:
 
     @property
     def is_plain(self) -> bool:
-        return self.rows is None and self.adapt is None
+        return self.rows is None and self.adapt is None and self.stored.scale is None
 
     def staged_bytes(self, start: int, stop: int) -> int:
         """How much memory `request` wants for elements [start, stop)."""
@@ -140,10 +145,21 @@ class Source:
         runs = self.rows.runs(start // self.row, stop // self.row)
         return sum(_padded(count * self.row * stored.dtype.itemsize) for stored, *_, count in runs)
 
-    def request(self, reader: Reader, start: int, stop: int, to: Tensor) -> None:
-        """Asks for the bytes of elements [start, stop)."""
+    def place(self, start: int) -> int:
+        """Where in a page of memory the bytes from element `start` on should begin: as in their
+        file, so that they can be read without the page cache."""
+        stored = self.stored
+        if self.rows is not None or stored.tensor is not None:
+            return 0
+        at = stored.offset + start * stored.dtype.itemsize
+        return 0 if at % stored.dtype.itemsize else at % PAGE
+
+    def request(
+        self, reader: Reader, start: int, stop: int, to: Tensor, direct: bool = False
+    ) -> None:
+        """Asks for the bytes of elements [start, stop); `direct` as in `Reader`."""
         if self.rows is None:
-            reader.read(self.stored, start * self.stored.dtype.itemsize, to)
+            reader.read(self.stored, start * self.stored.dtype.itemsize, to, direct)
             return
         at = 0
         for stored, row, _, count in self.rows.runs(start // self.row, stop // self.row):
@@ -154,7 +170,7 @@ class Source:
     def deliver(self, start: int, stop: int, staged: Tensor) -> Tensor:
         """The elements [start, stop), flat, once their bytes have come."""
         if self.rows is None:
-            values = widen(staged.view(self.stored.dtype))
+            values = _values(self.stored, staged, start // max(self.row, 1))
         else:
             values = _mean_rows(self.rows, start // self.row, stop // self.row, staged)
         if self.adapt is not None:
@@ -166,6 +182,15 @@ def _padded(size: int) -> int:
     return -(-size // 8) * 8  # so that any dtype's view of the next run is aligned
 
 
+def _values(stored: Stored, staged: Tensor, first: int) -> Tensor:
+    """The elements of bytes that begin with row `first`, flat."""
+    values = staged.view(stored.dtype)
+    if stored.scale is None:
+        return widen(values)
+    rows = values.view(-1, *stored.shape[1:])
+    return descale(rows, stored.scale.whole, first, stored.shape[0] if stored.shape else 1).view(-1)
+
+
 def widen(tensor: Tensor) -> Tensor:
     """As one of the dtypes that the ops take."""
     return tensor.to(_WIDENED.get(tensor.dtype, tensor.dtype))
@@ -175,9 +200,9 @@ def _mean_rows(rows: RowMap, first: int, last: int, staged: Tensor) -> Tensor:
     """[last - first, D]: float32 sums in the order of the slots, divided by how many there are."""
     width, at = rows.shape[1], 0
     out = torch.full((last - first, width), -0.0)  # the sum that keeps the sign of a zero
-    for stored, _, begin, count in rows.runs(first, last):
+    for stored, row, begin, count in rows.runs(first, last):
         size = count * width * stored.dtype.itemsize
-        piece = staged[at : at + size].view(stored.dtype).view(count, width)
+        piece = _values(stored, staged[at : at + size], row).view(count, width)
         out[begin : begin + count] += piece.float()
         at += _padded(size)
     counts = (rows.owners[first:last] >= 0).sum(1, keepdim=True)
