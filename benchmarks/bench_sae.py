@@ -8,8 +8,8 @@
 encode: `F.linear` is the product alone; `F.linear, relu, topk` holds its result. An encoder is
 first checked on a small problem against the formulas. step: encode, decode, loss, backward,
 unit-norm constraint, without an optimizer; a step whose loss or gradient differs from eager
-torch's has no time. Peers run where they are installed beside gemma_ext: sae-lens, dictionary-learning,
-eai-sparsify. Peaks are of a process each that runs a subject once.
+torch's has no time. Peers run where they are installed beside gemma_ext: sae-lens,
+dictionary-learning, eai-sparsify. Peaks are of a process each that runs a subject once.
 """
 
 from __future__ import annotations

@@ -64,8 +64,9 @@ def library(tmp_path_factory) -> Path:
     return build
 
 
-def test_ops_on_emulated_tiles(library):
-    checks = ROOT / "tests/ops/checks_isa.py"
+@pytest.mark.parametrize("checks", ["checks_isa.py", "checks_sae_isa.py"])
+def test_ops_on_emulated_tiles(library, checks):
+    checks = ROOT / "tests/ops" / checks
     printed = run(
         sys.executable, checks,
         GEMMA_EXT_LIB_DIR=str(library), GEMMA_EXT_CPU_ISA="amxemulated", OMP_NUM_THREADS="1",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,18 +64,15 @@ def problem(
     return Problem(x.to(dtype), weight.to(dtype), bias, scale, mask).to(device)
 
 
-def better_first(score: list[float], allowed: list[int]) -> list[int]:
-    """Features by the published order: NaN, then larger scores, then lower features."""
-    return sorted(
-        allowed,
-        key=lambda f: (not math.isnan(score[f]), 0 if score[f] != score[f] else -score[f], f),
-    )
-
-
 def topk(score: Tensor, k: int, mask: Tensor | None = None) -> list[list[int]]:
-    """The features of every row, best first."""
-    allowed = range(score.shape[1]) if mask is None else mask.nonzero().flatten().tolist()
-    return [better_first(row, list(allowed))[:k] for row in score.tolist()]
+    """The features of every row, best first: NaN, then larger scores, then lower features."""
+    numbers = score.numpy() + 0.0  # no -0
+    nan = np.isnan(numbers)
+    left_out = np.zeros_like(nan) if mask is None else ~mask.numpy() & np.ones_like(nan)
+    features = np.broadcast_to(np.arange(score.shape[1]), nan.shape)
+    order = np.lexsort((features, -np.where(nan, 0, numbers), ~nan, left_out), axis=-1)
+    allowed = score.shape[1] if mask is None else int(mask.sum())
+    return order[:, : min(k, allowed)].tolist()
 
 
 def positions(codes: Codes) -> list[list[int]]:

@@ -10,7 +10,6 @@ crosscoder of M sources has D = M times the width of one.
 | `encode_group_max` | one entry for each run of features |
 | `encode_batch_topk` | N * K entries of a batch: BatchTopK, Matryoshka |
 | `encode_threshold` | entries above a threshold: ReLU, JumpReLU, Gated, BatchTopK at inference |
-
 | `decode`, `decode_error` | reconstructions of lists; what they leave of a target |
 | `nested_errors` | errors of all Matryoshka or HierarchicalTopK prefixes in one pass |
 | `dots`, `scatter` | <x_n, W_i> of every entry; f^T x |
