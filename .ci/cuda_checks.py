@@ -141,7 +141,7 @@ def check_dispatch(loaded: str, bindings: str) -> Iterator[str]:
     """Ops that are bound in the source and have no CUDA kernel once loaded."""
     bound = set(re.findall(r"\.impl\(\s*\"(\w+)\"", bindings))
     if not bound:
-        yield "no op is bound in binding.h"
+        yield "no op is bound in a binding.h"
     for name in sorted(bound - set(loaded.split())):
         yield f"{name} is bound and has no CUDA kernel after loading"
 
@@ -161,7 +161,7 @@ def main() -> None:
         print(f"{kernel}: registers {', '.join(shown)}")
 
     loaded = run(sys.executable, "-c", LIST_CUDA_OPS, GEMMA_EXT_LIB_DIR=str(package))
-    bindings = "".join(path.read_text() for path in ROOT.glob("csrc/*/binding.h"))
+    bindings = "".join(path.read_text() for path in ROOT.glob("csrc/*/*binding.h"))
     audit = Path(sys.executable).with_name("torch-abi-audit")
     run(audit, "--check", "torch", library)
     problems = [

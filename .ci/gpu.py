@@ -4,7 +4,8 @@ Uses the python it is started with and the tools on PATH; installs nothing and n
 stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
 $OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
 
-Stages, all by default: build, tests, sanitizer, souping, step, sweep, profile, bench (docs/gpu.md).
+Stages, all by default: build, tests, sanitizer, souping, sae, step, sweep, profile, bench
+(docs/gpu.md).
 GEMMA_EXT_GPU_TESTS_ON=cpu tries them without a card: no CUDA kernels, small shapes, nothing saved.
 """
 
@@ -31,6 +32,7 @@ LIMITS = {
     "tests": 170.0,
     "sanitizer": 110.0,
     "souping": 60.0,
+    "sae": 60.0,
     "step": 110.0,
     "sweep": 45.0,
     "profile": 30.0,
@@ -41,6 +43,8 @@ TESTS = ("edges", "sync", "graphs", "streams", "determinism")
 OP_TESTS = ("values", "gradients", "filter", "options", "outputs")
 SOUPING = "test_gpu_soup.py"
 SOUP_TESTS = ("merge", "select", "rows", "sums", "population", "values")
+SAE = "test_gpu_sae.py"
+SAE_TESTS = ("decode", "products", "steer", "encode", "encode_gradients")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -161,10 +165,10 @@ def run_tests(stage: Stage, *words: object, limit: float = PIECE) -> int:
 
 
 def test_files() -> list[Path]:
-    """Files of tests/gpu but souping's, those of TESTS first: time may run out."""
+    """Files of tests/gpu but those of other stages, those of TESTS first: time may run out."""
     names = [f"test_gpu_{name}.py" for name in TESTS]
     found = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    found = [path for path in found if path.name != SOUPING]
+    found = [path for path in found if path.name not in (SOUPING, SAE)]
     return sorted(found, key=lambda p: names.index(p.name) if p.name in names else len(names))
 
 
@@ -196,6 +200,19 @@ def souping(stage: Stage) -> int:
     runs: list[Sequence[object]] = [(f"tests/gpu/{SOUPING}",)]
     if DEVICE == "cuda":
         files = [f"tests/ops/test_soup_{name}.py" for name in SOUP_TESTS]
+        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
+    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
+
+
+def sae(stage: Stage) -> int:
+    """The benchmark has half of the time, the tests what it leaves."""
+    trial = ["--tokens", 64, "--features", 1500, "--width", 96, "--seconds", 0, "--rounds", 1]
+    status = measure(stage, "bench_sae_card.py", ["--seconds", stage.left / 4], trial)
+    if find_spec("pytest") is None:
+        raise NotRun(f"{sys.executable} has no pytest")
+    runs: list[Sequence[object]] = [(f"tests/gpu/{SAE}",)]
+    if DEVICE == "cuda":
+        files = [f"tests/ops/test_sae_{name}.py" for name in SAE_TESTS]
         runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
     return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
 
@@ -256,6 +273,7 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "tests": tests,
     "sanitizer": sanitizer,
     "souping": souping,
+    "sae": sae,
     "step": step,
     "sweep": sweep,
     "profile": profile,

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from gpu_problem import DEVICE, DTYPES, FORMS, ours, problem
+from sae_steps import inputs
+from sae_steps import results as sparse_results
 from soup_digest import results
 
 import gemma_ext
@@ -19,6 +21,7 @@ SHAPES = ((130, 72, 300), (7, 136, 515), (65, 9, 257))  # whole tiles and ragged
 def main() -> None:
     for dtype in DTYPES:
         results(dtype, DEVICE)
+        sparse_results(inputs(130, 72, 1500, dtype, DEVICE), capacity=None)
         for shape in SHAPES:
             p = problem(*shape, dtype, bias=True)
             for options in FORMS.values():

@@ -87,14 +87,21 @@ def test_only_what_a_card_measures_is_saved(gpu, monkeypatch, name):
     assert "--save" not in on_cpu
 
 
-def test_souping_measures_and_tests(gpu, monkeypatch):
-    measured, own, ops = commands_of(gpu, monkeypatch, "souping", "cuda")
-    assert measured[1] == "benchmarks/bench_souping_card.py"
+@pytest.mark.parametrize(
+    ("stage", "script", "tests"),
+    [
+        ("souping", "bench_souping_card.py", "test_gpu_soup.py"),
+        ("sae", "bench_sae_card.py", "test_gpu_sae.py"),
+    ],
+)
+def test_a_stage_measures_and_tests(gpu, monkeypatch, stage, script, tests):
+    measured, own, ops = commands_of(gpu, monkeypatch, stage, "cuda")
+    assert measured[1] == f"benchmarks/{script}"
     assert "--save" in measured
-    assert own[-1].endswith("test_gpu_soup.py")
+    assert own[-1].endswith(tests)
     assert ops.index("cuda") == ops.index("-k") + 1
-    assert not any(path.name == "test_gpu_soup.py" for path in gpu.test_files())
-    measured, own = commands_of(gpu, monkeypatch, "souping", "cpu")
+    assert not any(path.name == tests for path in gpu.test_files())
+    measured, own = commands_of(gpu, monkeypatch, stage, "cpu")
     assert "--save" not in measured
 
 

@@ -1,4 +1,4 @@
-"""pytest plugin: the cce ops of this process run the device code, as fibers on the CPU.
+"""pytest plugin: the ops of this process run the device code, as fibers on the CPU.
 
 Tensors stay on the CPU, but Python treats their values like those of a CUDA tensor, which it must
 not look at. GEMMA_EXT_TEST_OPS names the library; with GEMMA_EXT_TEST_HOPPER=0 its kernels are

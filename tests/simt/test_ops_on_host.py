@@ -33,6 +33,14 @@ PARTS = {
         "test_soup_select.py test_soup_sums.py test_soup_rows.py",
         "not survivors_keep_their_mean",
     ),
+    "sae_products": (
+        "test_sae_decode.py test_sae_products.py test_sae_steer.py",
+        "not fp16 and not 33 and not more_tokens",
+    ),
+    "sae_encoders": (
+        "test_sae_encode.py test_sae_encode_gradients.py test_sae_encode_layouts.py",
+        "not fp16 and not 130 and not 257 and not 517 and not group_max",
+    ),
     "soup_cuts": ("test_soup_bits.py", "cutting or permuted"),
 }
 

@@ -111,7 +111,8 @@ Status run(const DecodeBackward& c, void* memory, Stream stream, const AllocateR
   const BackwardMemory m(arena, c);
   if (c.d_bias) add_column_sums(launches, *m.columns, c.grad, c.scale, c.d_bias);
   // what is parallel to a row is known by the dots of all its entries
-  const bool together = c.want_weight && m.dots && !c.unit_norm && row_shape(c.D, width_of(c, c.d_weight)).rounds == 1;
+  const bool together = c.want_weight && m.dots && !c.unit_norm &&
+                        row_shape(c.D, width_of(c, c.d_weight)).rounds == 1;
   if (m.dots) add_clear(launches, c.list, m.dots);
   if (m.dots && !together) add_dots(launches, c, m.dots);
   if (!c.want_weight) return launches.status();

@@ -29,7 +29,8 @@ struct GroupVisitor {
   int64_t first_row;
 
   struct Eight : EightFeatures {
-    DEVICE Eight(const GroupVisitor& v, const Columns& at) : EightFeatures(v.p.encode.encoder, at) {}
+    DEVICE Eight(const GroupVisitor& v, const Columns& at)
+        : EightFeatures(v.p.encode.encoder, at) {}
   };
   struct Row {
     int64_t n;
@@ -84,9 +85,8 @@ void write_groups_kernel(GroupParams p) {
   for (int64_t i = int64_t{simt::block_idx()} * kThreads + simt::thread_idx(); i < count;
        i += int64_t{simt::grid_dim()} * kThreads) {
     const uint32_t order = static_cast<uint32_t>(p.best[i] >> 32);
-    p.values[i] = order == 0xffffffffu
-                      ? __builtin_nanf("")
-                      : simt::float_of(order >> 31 ? order & 0x7fffffffu : ~order);
+    p.values[i] = order == 0xffffffffu ? __builtin_nanf("")
+                                       : simt::float_of(order >> 31 ? order & 0x7fffffffu : ~order);
     p.indices[i] = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(p.best[i]));
   }
 }
@@ -100,12 +100,9 @@ int64_t workspace(const GroupMax& call) {
 Status run(const GroupMax& call, void* memory, Stream stream) {
   Launches launches(stream);
   const Encoder& e = call.encoder;
-  const GroupParams p{{e, 0, 0, 0},
-                      static_cast<Word*>(memory),
-                      call.groups,
-                      static_cast<int>(e.F / call.groups),
-                      call.values,
-                      call.indices};
+  const GroupParams p{{e, 0, 0, 0}, static_cast<Word*>(memory),
+                      call.groups,  static_cast<int>(e.F / call.groups),
+                      call.values,  call.indices};
   const int64_t blocks = taking_turns(ceil_div(e.N * call.groups, kThreads));
   launches.add(clear_groups_kernel, blocks, kThreads, 0, p);
   add_encode<GroupVisitor, 0>(launches, p, e, 0, e.F);

@@ -53,8 +53,7 @@ DEVICE void stage_level(const List& list, const Levels& levels, const Span& span
     }
     for (; at < span.end && count + simt::kWarpSize <= kStaged; at += simt::kWarpSize) {
       const int64_t e = at + simt::lane_idx();
-      const bool mine =
-          e < span.end && levels.of(list, e - span.begin, list.indices[e]) == level;
+      const bool mine = e < span.end && levels.of(list, e - span.begin, list.indices[e]) == level;
       const unsigned votes = simt::ballot(mine);
       if (mine) {
         const int i = count + simt::popcount(votes & ((1u << simt::lane_idx()) - 1));

@@ -21,9 +21,9 @@ struct RunParams {
   const float* along;  // [F] times the row of the weight, is taken off; or null
   float* totals;       // [F] or null
   float* dots;         // [entries] or null
-  float* parts;        // [windows, 2, D] of the features of several runs: of a later one, of the first
-  float* masses;       // [windows, 2]
-  int slices;          // blocks to a window, each with columns of its own
+  float* parts;   // [windows, 2, D] of the features of several runs: of a later one, of the first
+  float* masses;  // [windows, 2]
+  int slices;     // blocks to a window, each with columns of its own
 };
 
 constexpr int kStagedPlaces = 256;

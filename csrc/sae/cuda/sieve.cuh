@@ -22,7 +22,7 @@ struct Place {
 };
 
 struct SieveState {
-  uint32_t order;   // digits so far
+  uint32_t order;  // digits so far
   uint64_t behind;
   int64_t wanted;   // of those that share them
   int done;         // all of them are
@@ -35,9 +35,7 @@ struct Sieve {
   int64_t total;
   int behind_bits;  // of N F
 
-  HOST_DEVICE int passes() const {
-    return kOrderPasses + (behind_bits + kDigit - 1) / kDigit;
-  }
+  HOST_DEVICE int passes() const { return kOrderPasses + (behind_bits + kDigit - 1) / kDigit; }
   // Of the digit of a pass its lowest bit, in `order` or in `behind`.
   DEVICE int shift(int pass) const {
     if (pass < kOrderPasses) return pass == 0 ? 21 : pass == 1 ? 10 : 0;

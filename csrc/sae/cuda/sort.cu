@@ -103,8 +103,8 @@ void place_keys_kernel(SortParams p) {
 
 void add_sort(Launches& launches, const SortMemory& m) {
   for (int pass = 0; pass < m.passes; ++pass) {
-    const SortParams p{m.keys[pass % 2], m.keys[1 - pass % 2], m.counts,
-                       m.totals,         m.count,              pass * kDigitBits};
+    const SortParams p{m.keys[pass % 2], m.keys[1 - pass % 2], m.counts, m.totals,
+                       m.count,          pass * kDigitBits};
     launches.add(count_digits_kernel, m.blocks, kThreads, kDigits * sizeof(int), p);
     launches.add(scan_digits_kernel, m.blocks ? kDigits : 0, kThreads, kWarps * sizeof(int),
                  {m.counts, m.totals, m.blocks});

@@ -104,7 +104,8 @@ void add_shares_kernel(ColumnParams p) {
   const int64_t d = int64_t{simt::block_idx()} * kThreads + simt::thread_idx();
   if (d >= p.memory.D) return;
   float sum = 0.0f;
-  for (int64_t share = 0; share < p.memory.shares; ++share) sum += p.memory.parts[share * p.memory.D + d];
+  for (int64_t share = 0; share < p.memory.shares; ++share)
+    sum += p.memory.parts[share * p.memory.D + d];
   p.to[d] = sum;
 }
 

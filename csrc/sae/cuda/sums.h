@@ -29,6 +29,7 @@ struct ColumnMemory {
 };
 
 // to[d] = sum_n scale[n] rows[n, d].
-void add_column_sums(Launches&, const ColumnMemory&, const Table& rows, const float* scale, float* to);
+void add_column_sums(Launches&, const ColumnMemory&, const Table& rows, const float* scale,
+                     float* to);
 
 }  // namespace gemma_ext::sae::cuda

@@ -22,7 +22,7 @@ struct ThresholdParams {
   int32_t* indices;
   uint8_t* rooms;  // to sort in, or null: in shared memory
   int sort_size;
-  Entry* all;    // everything goes here, or null
+  Entry* all;  // everything goes here, or null
   int* all_count;
   int* longest;  // [1]
 };
@@ -64,8 +64,7 @@ class LimitVisitor {
       const bool inside = row.n < e.N && eight.inside(e, i);
       if (inside && score != score && eight.feature(i) < p_.first_nan[row.n])
         simt::atomic_min(&p_.first_nan[row.n], eight.feature(i));
-      const bool hit =
-          inside && (p_.inclusive ? score >= eight.limit[i] : score > eight.limit[i]);
+      const bool hit = inside && (p_.inclusive ? score >= eight.limit[i] : score > eight.limit[i]);
       queue_.push(hit, 0, row.local, eight.column(i), p[i]);
     }
     if (queue_.is_full()) drain();
@@ -140,8 +139,8 @@ void write_rows_kernel(ThresholdParams p) {
     while (room.size < count) room.size *= 2;
     simt::sync_block();
     for (int i = simt::thread_idx(); i < room.size; i += kThreads) {
-      const Candidate c = i < listed ? p.fresh[n * p.room + i]
-                                     : Candidate{__builtin_nanf(""), p.first_nan[n]};
+      const Candidate c =
+          i < listed ? p.fresh[n * p.room + i] : Candidate{__builtin_nanf(""), p.first_nan[n]};
       room.rank[i] = i < count ? uint64_t{0xffffffffu} - static_cast<uint32_t>(c.feature) : 0;
       room.p[i] = c.p;
     }

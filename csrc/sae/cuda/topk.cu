@@ -116,16 +116,15 @@ void redo_rows_kernel(TopKParams p) {
       multiply_tile(
           tile, e, [&](int line) { return int64_t{s->token[line]}; }, static_cast<int>(column),
           simt::shared<T>());
-      Visitor visitor(p, 0, static_cast<int>(column), simt::shared<uint8_t>(),
-                      simt::warp_idx(), s->token);
+      Visitor visitor(p, 0, static_cast<int>(column), simt::shared<uint8_t>(), simt::warp_idx(),
+                      s->token);
       visit_tile(tile, static_cast<int>(column), visitor);
       simt::sync_block();
       const bool last = column + mma::kSide >= e.F;
       for (int i = 0; i < p.contests; ++i) {
         const Contest& c = p.contest[i];
         bool full = last;  // the same for all threads
-        for (int r = 0; r < rows; ++r)
-          full |= c.pool.count[s->token[r]] > c.pool.room - mma::kSide;
+        for (int r = 0; r < rows; ++r) full |= c.pool.count[s->token[r]] > c.pool.room - mma::kSide;
         simt::sync_block();  // all have read the counts
         if (!full) continue;
         for (int r = 0; r < rows; ++r) {
@@ -162,7 +161,7 @@ int room_of(int64_t k) {
   return static_cast<int>(growth * static_cast<double>(k) + 8 * spread) + 2 * mma::kSide;
 }
 
-constexpr int kRooms = 64;         // blocks that sort elsewhere
+constexpr int kRooms = 64;  // blocks that sort elsewhere
 
 // f(visitor) with the one for the lists of `p`, in a pointer that leads nowhere.
 template <class F>

@@ -47,7 +47,8 @@ struct FirstVisitor {
   int64_t first_row;
 
   struct Eight : EightFeatures {
-    DEVICE Eight(const FirstVisitor& v, const Columns& at) : EightFeatures(v.p.encode.encoder, at) {}
+    DEVICE Eight(const FirstVisitor& v, const Columns& at)
+        : EightFeatures(v.p.encode.encoder, at) {}
   };
   struct Row {
     int64_t n;
@@ -107,7 +108,10 @@ class FilterVisitor {
 
   DEVICE FilterVisitor(const TopKParams& p, int64_t first_row, int first_column, uint8_t* shared,
                        int warp, const int* rows = nullptr)
-      : p_(p), first_row_(first_row), first_column_(first_column), queue_(shared, warp),
+      : p_(p),
+        first_row_(first_row),
+        first_column_(first_column),
+        queue_(shared, warp),
         rows_(rows) {}
 
   DEVICE void visit(const Eight& eight, const Row& row, const float (&x)[kEight]) {
@@ -131,8 +135,8 @@ class FilterVisitor {
         const float size = main && magnitude ? fabsf(p[i]) : p[i];
         const bool takes_part =
             main ? eight.inside(p_.encode.encoder, i) : (eight.allowed >> i & 1) != 0;
-        const bool hit = row.inside && takes_part &&
-                         order_of(size * eight.scale[i]) > row.floor[list];
+        const bool hit =
+            row.inside && takes_part && order_of(size * eight.scale[i]) > row.floor[list];
         queue_.push(hit, list, row.local, eight.column(i), p[i]);
       }
       if (queue_.is_full()) drain();
@@ -203,7 +207,9 @@ struct TopKMemory {
 
 void add_topk(Launches&, const TopKMemory&);
 
-inline Wanted wanted_aux(const Aux& aux) { return {aux.k, aux.mask, false, aux.values, aux.indices}; }
+inline Wanted wanted_aux(const Aux& aux) {
+  return {aux.k, aux.mask, false, aux.values, aux.indices};
+}
 
 // Of an encoder whose other list is no TopK: a product of its own.
 inline TopKMemory aux_memory(Arena& memory, const Encoder& e, const Aux& aux) {

@@ -110,7 +110,8 @@ DEVICE float block_sum(float x, float* s_parts) {
 // Null is no obstacle.
 inline bool is_wide(const void* data, int64_t stride, DType dtype, int64_t D, int kV) {
   const int64_t size = size_of(dtype), word = least(kV * size, 16);
-  return !data || (D % kV == 0 && stride * size % word == 0 && reinterpret_cast<uintptr_t>(data) % word == 0);
+  return !data || (D % kV == 0 && stride * size % word == 0 &&
+                   reinterpret_cast<uintptr_t>(data) % word == 0);
 }
 inline bool is_wide(const Table& rows, int64_t D, int kV) {
   return is_wide(rows.data, rows.stride, rows.type, D, kV);

@@ -40,8 +40,7 @@ DEVICE void encode_by_wgmma(const TmaParams<Params>& p) {
       },
       [&](int item, float (&acc)[wgmma::kColumns / 2]) {
         const Raster at = place(item);
-        Visitor visitor(p.params, at.row_block, at.tile,
-                        simt::shared<uint8_t>(wgmma::kSharedBytes),
+        Visitor visitor(p.params, at.row_block, at.tile, simt::shared<uint8_t>(wgmma::kSharedBytes),
                         simt::warp_idx() - wgmma::kWarpsPerGroup);
         const typename Visitor::Row rows[2] = {{visitor, wgmma::row_of(0)},
                                                {visitor, wgmma::row_of(1)}};
