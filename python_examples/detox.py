@@ -1,14 +1,15 @@
 """Hold down the latents that make a model write what it should not.
 
     python python_examples/detox.py
-    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --tuning 30
+    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --tuning 0
     python python_examples/detox.py --model google/gemma-2-2b --dictionary layer_12/width_16k/... \
         --layer 12 --pairs paradetox.tsv --prompts realtoxicityprompts.jsonl --scorer detoxify
 
 Without `--pairs` the model is first fine-tuned on docstrings, as they are and interrupted by mild
-exclamations: a planted style that stands in for toxicity, found by a list of words. A dictionary of
-one layer is trained, latents are searched for, tried one by one, and held down in three tiers over
-a grid of strengths. Finished pieces are kept in the output folder.
+exclamations: a planted style that stands in for toxicity, found by a list of words; a model that
+goes on in the style of its prompt needs no tuning (`--tuning 0`). A dictionary of one layer is
+trained, latents are searched for, tried one by one, and held down in three tiers over a grid of
+strengths. Finished pieces are kept in the output folder.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def main(
     scorer: Annotated[str, typer.Option(help="words or detoxify.")] = "words",
     dictionary: Annotated[Path | None, typer.Option(help="Of the layer; else trained.")] = None,
     reference: Annotated[str | None, typer.Option(help="Model of fluency; else itself.")] = None,
-    tuning: Annotated[int, typer.Option(min=1, help="Steps that plant the style.")] = 200,
+    tuning: Annotated[int, typer.Option(min=0, help="Steps that plant the style.")] = 200,
     rate: Annotated[
         float | None, typer.Option(help="Their learning rate; 5e-3, and 2e-5 of a real model.")
     ] = None,
@@ -71,7 +72,7 @@ def main(
     """Detoxify MODEL."""
     base, tokenizer = load(model, device)
     if pairs is None:
-        loaded = planted(model, base, tokenizer, out, tuning, rate)
+        loaded = planted(model, base, tokenizer, out, tuning, rate) if tuning else base
         toxic, clean = styled("train")[: SEARCHED // 2], plain("train")[SEARCHED // 2 : SEARCHED]
         begun = [cut(text) for text in styled("heldout")]
     else:
@@ -156,14 +157,16 @@ def load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def plain(side: str) -> list[str]:
-    """Docstrings of one side of the pocket's corpus, one a text."""
+    """Docstrings of one side of the pocket's corpus, one a text; those on both are for training."""
+    found = {"train": {}, "heldout": {}}
+    for document in pocket.documents():
+        if document.kind == "prose":
+            for entry in document.text.split("\n\n"):
+                found[document.split][" ".join(entry.split())] = None
+    both = found["train"].keys() & found["heldout"].keys()
     texts = [
-        " ".join(entry.split())
-        for document in pocket.documents()
-        if document.kind == "prose" and document.split == side
-        for entry in document.text.split("\n\n")
+        text for text in found[side] if len(text) > 160 and (side == "train" or text not in both)
     ]
-    texts = [text for text in texts if len(text) > 160]
     random.Random(1).shuffle(texts)
     return texts
 
