@@ -1,14 +1,15 @@
 """Hold down the latents that make a model write what it should not.
 
     python python_examples/detox.py
-    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --tuning 30
+    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --tuning 0
     python python_examples/detox.py --model google/gemma-2-2b --dictionary layer_12/width_16k/... \
         --layer 12 --pairs paradetox.tsv --prompts realtoxicityprompts.jsonl --scorer detoxify
 
-Without `--pairs` the model is first fine-tuned on docstrings, half of which are interrupted by mild
-exclamations: a planted style that stands in for toxicity, found by a list of words. A dictionary of
-one layer is trained, latents are searched for, tried one by one, and held down in three tiers over a
-grid of strengths. Finished pieces are kept in the output folder.
+Without `--pairs` the model is first fine-tuned on docstrings, as they are and interrupted by mild
+exclamations: a planted style that stands in for toxicity, found by a list of words; a model that
+goes on in the style of its prompt needs no tuning (`--tuning 0`). A dictionary of one layer is
+trained, latents are searched for, tried one by one, and held down in three tiers over a grid of
+strengths. Finished pieces are kept in the output folder.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, as_jumprelu
 from gemma_ext.papers import detox
 from gemma_ext.papers.detox import page
+from gemma_ext.pocket.training import train as train_pocket
 from gemma_ext.report import Kept
 from gemma_ext.sae import Opened, TrainConfig, new_dictionary, pack, train_dictionary, width_of
 
 EXCLAMATIONS = ("darn it", "drat", "blast it", "oh bother", "phooey")
 CONTEXT = 64
+BATCH = 16
+SEARCHED = 1200  # texts that latents are searched on; the model is tuned on the rest
 
 
 def main(
@@ -51,8 +55,10 @@ def main(
     scorer: Annotated[str, typer.Option(help="words or detoxify.")] = "words",
     dictionary: Annotated[Path | None, typer.Option(help="Of the layer; else trained.")] = None,
     reference: Annotated[str | None, typer.Option(help="Model of fluency; else itself.")] = None,
-    tuning: Annotated[int, typer.Option(min=1, help="Steps that plant the style.")] = 200,
-    rate: Annotated[float, typer.Option(help="Their learning rate.")] = 1e-3,
+    tuning: Annotated[int, typer.Option(min=0, help="Steps that plant the style.")] = 200,
+    rate: Annotated[
+        float | None, typer.Option(help="Their learning rate; 5e-3, and 2e-5 of a real model.")
+    ] = None,
     features: Annotated[str, typer.Option(help="Widths, the first is steered with.")] = (
         "1024,256,4096"
     ),
@@ -66,8 +72,8 @@ def main(
     """Detoxify MODEL."""
     base, tokenizer = load(model, device)
     if pairs is None:
-        loaded = planted(base, tokenizer, out, tuning, rate)
-        toxic, clean = styled("train")[:600], plain("train")[600:1200]
+        loaded = planted(model, base, tokenizer, out, tuning, rate) if tuning else base
+        toxic, clean = styled("train")[: SEARCHED // 2], plain("train")[SEARCHED // 2 : SEARCHED]
         begun = [cut(text) for text in styled("heldout")]
     else:
         loaded = base
@@ -83,7 +89,9 @@ def main(
     settings = {
         "model": model,
         "layer": layer,
-        "tuning": f"{tuning} steps at {rate:g}" if pairs is None else "none",
+        "tuning": f"{tuning} steps" + (f" at {rate:g}" if rate else "")
+        if pairs is None
+        else "none",
         "dictionary": str(dictionary or f"{features} latents, k={k}, {steps} steps"),
         "prompts": f"{count // 2} to choose latents, {count - count // 2} for the table",
         "continuations": continuations,
@@ -149,14 +157,16 @@ def load(name: str, device: str) -> tuple[Any, Any]:
 
 
 def plain(side: str) -> list[str]:
-    """Docstrings of one side of the pocket's corpus, one a text."""
+    """Docstrings of one side of the pocket's corpus, one a text; those on both are for training."""
+    found = {"train": {}, "heldout": {}}
+    for document in pocket.documents():
+        if document.kind == "prose":
+            for entry in document.text.split("\n\n"):
+                found[document.split][" ".join(entry.split())] = None
+    both = found["train"].keys() & found["heldout"].keys()
     texts = [
-        " ".join(entry.split())
-        for document in pocket.documents()
-        if document.kind == "prose" and document.split == side
-        for entry in document.text.split("\n\n")
+        text for text in found[side] if len(text) > 160 and (side == "train" or text not in both)
     ]
-    texts = [text for text in texts if len(text) > 160]
     random.Random(1).shuffle(texts)
     return texts
 
@@ -188,35 +198,50 @@ def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     return [line[0] for line in lines], [line[1] for line in lines]
 
 
-def planted(base: Any, tokenizer: Any, out: Path, steps: int, rate: float) -> Any:
+def planted(name: str, base: Any, tokenizer: Any, out: Path, steps: int, rate: float | None) -> Any:
     """The model fine-tuned on plain and styled text, half each, made once."""
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM
 
+    kind, _, size = name.partition(":")
+    rate = rate or (5e-3 if kind == "pocket" else 2e-5)
     folder = out / f"model-{steps}-{rate:g}"
     if not folder.exists():
-        texts = [*plain("train")[1200:4000], *styled("train")[4000:6800]]
+        texts = [*plain("train")[SEARCHED:], *styled("train")[SEARCHED:]]
         random.Random(3).shuffle(texts)
-        rows = pack(texts, tokenizer, CONTEXT, tokens=steps * 16 * CONTEXT).long()
-        arguments = TrainingArguments(
-            output_dir=str(out / "training"),
-            per_device_train_batch_size=16,
-            max_steps=steps,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, steps // 10),
-            save_strategy="no",
-            report_to=[],
-            use_cpu=base.device.type == "cpu",
-            seed=0,
-        )
-        model = patch(copy.deepcopy(base))
-        examples = [{"input_ids": row, "labels": row} for row in rows]
-        Trainer(model=model, args=arguments, train_dataset=examples).train()
+        rows = pack(texts, tokenizer, CONTEXT, tokens=steps * BATCH * CONTEXT).long()
+        model = copy.deepcopy(base)
+        if kind == "pocket":
+            plan = pocket.SIZES[size or "nano"]
+            plan = dataclasses.replace(
+                plan, steps=steps, batch=BATCH, context=CONTEXT, learning_rate=rate
+            )
+            train_pocket(model.cpu(), rows.flatten(), plan, what="planting a style")
+        else:
+            tune(model, rows, steps, rate, out)
         beside = folder.with_name(f"{folder.name}.tmp")
         model.save_pretrained(beside)
         os.replace(beside, folder)
     made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return made.to(base.device).eval()
+
+
+def tune(model: Any, rows: torch.Tensor, steps: int, rate: float, out: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        output_dir=str(out / "training"),
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        save_strategy="no",
+        report_to=[],
+        use_cpu=model.device.type == "cpu",
+        seed=0,
+    )
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
 
 
 def trained(
@@ -232,7 +257,7 @@ def trained(
     """A BatchTopK dictionary of the layer, read back as it is at inference; made once."""
     folder = out / f"sae-{layer}-{width}-{k}-{steps}"
     if not (folder / "sae").exists():
-        rows = pack([*texts, *plain("train")[:4000]], lm.text.tokenizer, CONTEXT)
+        rows = pack([*texts, *plain("train")], lm.text.tokenizer, CONTEXT)
         opened = Opened(name, lm.model, lm.text.tokenizer, rows[16:], rows[:16])
         made = new_dictionary(width_of(lm.model, layer), width, "batchtopk", k)
         train_dictionary(

@@ -88,6 +88,13 @@ def test_the_pick_is_the_latent_that_causes_it_not_the_one_that_detects_it(lm):
     assert chosen.latents[0].ref_max == 1e3
 
 
+def test_a_model_without_fault_has_no_latents_to_blame(lm):
+    found = detox.Found(torch.tensor([3]), *(torch.ones(1) for _ in range(4)))
+    harmless = task(lm, lambda texts: [0.0] * len(texts))
+    with pytest.raises(ValueError, match="task: expected prompts that lead to toxic text"):
+        detox.causal_pick(lm, dictionary(), plan_of(0), found, harmless)
+
+
 def length_scorer(texts):
     return [min(1.0, len(set(text)) / 10) for text in texts]
 

@@ -120,9 +120,13 @@ def causal_pick(
     Returns:
         `plan` with the `keep` best latents that lower it at all, or with the best one where none
         does; and (latent, drop of the mean toxicity) of all candidates.
+
+    Raises:
+        ValueError: the model writes nothing toxic as it is.
     """
-    before = _generated(lm, sae, plan, [0.0], task)[0]
-    base = toxicity(before).mean
+    base = toxicity(_generated(lm, sae, plan, [0.0], task)[0]).mean
+    if base == 0:
+        raise ValueError("task: expected prompts that lead to toxic text, got none")
     drops = []
     for at in track(range(len(found.latents)), "trying latents", lm.show_progress):
         one = replace(

@@ -9,6 +9,7 @@
 | trait purification                               | `directions.without`, `contrasted`           |
 | within-run delta of MMLU, GAIA, BBQ              | `answers`, `effects`                         |
 | stability at three levels                        | `stability.levels`                           |
+| all of it in one run                             | `Comparison`                                 |
 
 From the release's code; of the paper itself the abstract: in context aligns strongly at little
 cost, adapters align most and damage most, steering is light and competitive, openness is hard and
@@ -28,6 +29,7 @@ What differs:
 """
 
 from gemma_ext.papers.personality.calibration import Trial, best, by_thirds, grid
+from gemma_ext.papers.personality.comparison import Chosen, Comparison
 from gemma_ext.papers.personality.contrast import (
     OPPOSITES,
     TRAITS,
@@ -65,6 +67,8 @@ __all__ = [
     "TRAITS",
     "AdapterRecipe",
     "Answers",
+    "Chosen",
+    "Comparison",
     "Difference",
     "Effect",
     "Judge",
