@@ -118,4 +118,4 @@ def test_bound_ops_are_there_after_loading(checks):
     assert list(checks.check_dispatch("cce_forward\n", bindings)) == [
         "cce_backward is bound and has no CUDA kernel after loading"
     ]
-    assert list(checks.check_dispatch("", "")) == ["no op is bound in binding.h"]
+    assert list(checks.check_dispatch("", "")) == ["no op is bound in a binding.h"]
