@@ -69,13 +69,13 @@ void nested(const Nested& call, int64_t from, int64_t last, Scratch& s) {
   }
 }
 
-// The dots of up to kFlight entries with the suffix sum, and total -= v W.
+// The dots of up to kDots entries with the suffix sum, and total -= v W.
 template <class T>
 GEMMA_EXT_INLINE void take_off(const NestedBackward& call, const int32_t* places, int count,
                                const float* suffix, float* total) {
   const Nested& f = call.nested;
-  const T *row[kFlight], *added[kFlight];
-  float off[kFlight], dot[kFlight];
+  const T *row[kDots], *added[kDots];
+  float off[kDots], dot[kDots];
   int adds = 0;
   for (int u = 0; u < count; ++u) {
     row[u] = row_of<T>(f.weight, f.list.indices[places[u]]);
@@ -85,13 +85,13 @@ GEMMA_EXT_INLINE void take_off(const NestedBackward& call, const int32_t* places
     added[adds++] = row[u];
   }
   if (call.d_values) {
-    int u = count == kFlight ? kFlight : 0;
-    if (u) dot_some<kFlight>(suffix, row, f.D, dot);
+    int u = count == kDots ? kDots : 0;
+    if (u) dot_some<kDots>(suffix, row, f.D, dot);
     for (; u < count; ++u) dot_some<1>(suffix, row + u, f.D, dot + u);
     for (u = 0; u < count; ++u) call.d_values[places[u]] = dot[u];
   }
-  int u = adds == kFlight ? kFlight : 0;
-  if (u) add_some<kFlight>(total, added, off, f.D);
+  int u = adds == kDots ? kDots : 0;
+  if (u) add_some<kDots>(total, added, off, f.D);
   for (; u < adds; ++u) add_some<1>(total, added + u, off + u, f.D);
 }
 
@@ -109,8 +109,8 @@ void walk_down(const NestedBackward& call, int64_t n, const ByLevel& by, float* 
       const Vf r = load(total + c) - read(target + c);
       store(here + c, slope * r + (above ? load(above + c) : Vf{}));
     });
-    for (int32_t i = by.first[m]; i < by.first[m + 1]; i += kFlight)
-      take_off<T>(call, by.order + i, least(by.first[m + 1] - i, kFlight), here, total);
+    for (int32_t i = by.first[m]; i < by.first[m + 1]; i += kDots)
+      take_off<T>(call, by.order + i, least(by.first[m + 1] - i, kDots), here, total);
   }
 }
 

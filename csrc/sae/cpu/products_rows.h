@@ -7,9 +7,8 @@
 namespace gemma_ext::sae::GEMMA_EXT_ISA {
 namespace {
 
-// Rows in flight: a vector of the sum, eight of rows and eight products leave room in 16 registers, and the memory of
-// a core serves about ten streams.
-constexpr int kFlight = 8;
+// Rows that are read side by side, and those whose dots are each a register.
+constexpr int kFlight = 16, kDots = kLanes == 16 ? 16 : 8;
 
 GEMMA_EXT_INLINE int64_t begin_of(const List& l, int64_t n) {
   return l.offsets ? l.offsets[n] : n * l.K;
@@ -18,13 +17,24 @@ GEMMA_EXT_INLINE int64_t end_of(const List& l, int64_t n) {
   return l.offsets ? l.offsets[n + 1] : n * l.K + (l.counts ? l.counts[n] : l.K);
 }
 
-// sum += v_u row_u, one after the other.
+// sum += v_u row_u, one after the other; two vectors of a row at once, which is how lines of memory come.
 template <int kCount, class T>
 GEMMA_EXT_INLINE void add_some(float* sum, const T* const* row, const float* v, int64_t D) {
-  each_vector(D, [&](int64_t c, auto read) __attribute__((always_inline)) {
-    Vf s = load(sum + c);
-    for (int u = 0; u < kCount; ++u) s += v[u] * read(row[u] + c);
-    store(sum + c, s);
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
+    Vf a = load(sum + c), b = load(sum + c + kLanes);
+    for (int u = 0; u < kCount; ++u) {
+      prefetch_ahead(row[u] + c);
+      a += v[u] * load_row(row[u] + c);
+      b += v[u] * load_row(row[u] + c + kLanes);
+    }
+    store(sum + c, a);
+    store(sum + c + kLanes, b);
+  }
+  each_vector(c, D, [&](int64_t at, auto read) __attribute__((always_inline)) {
+    Vf s = load(sum + at);
+    for (int u = 0; u < kCount; ++u) s += v[u] * read(row[u] + at);
+    store(sum + at, s);
   });
 }
 
@@ -35,16 +45,13 @@ void add_entries(const List& list, const Table& weight, const int32_t* order, in
   const T* rows[2 * kFlight];
   float v[2 * kFlight];
   int held = 0;
-  const auto flush = [&](int some) __attribute__((always_inline)) {
-    for (int u = some; u < held; ++u) prefetch_row(rows[u]);
-    if (some == kFlight) {
-      add_some<kFlight>(sum, rows, v, D);
-    } else {
-      int u = 0;
-      for (; u + 4 <= some; u += 4) add_some<4>(sum, rows + u, v + u, D);
-      for (; u < some; ++u) add_some<1>(sum, rows + u, v + u, D);
-    }
-    for (int u = some; u < held; ++u) {
+  const auto flush = [&](int some) {
+    for (int u = some; u < held; ++u) prefetch_head(rows[u]);
+    int u = some == kFlight ? kFlight : 0;
+    if (u) add_some<kFlight>(sum, rows, v, D);
+    for (; u + 4 <= some; u += 4) add_some<4>(sum, rows + u, v + u, D);
+    for (; u < some; ++u) add_some<1>(sum, rows + u, v + u, D);
+    for (u = some; u < held; ++u) {
       rows[u - some] = rows[u];
       v[u - some] = v[u];
     }
@@ -94,24 +101,28 @@ void decode(const Decode& call, int64_t first, int64_t last, Scratch& s) {
 template <int kCount, class T>
 GEMMA_EXT_INLINE void dot_some(const float* g, const T* const* row, int64_t D, float* dot) {
   Vf s[kCount] = {};
-  each_vector(D, [&](int64_t c, auto read) __attribute__((always_inline)) {
-    const Vf x = load(g + c);
-    for (int u = 0; u < kCount; ++u) s[u] += x * read(row[u] + c);
-  });
+  each_pair(
+      D,
+      [&](int64_t c) __attribute__((always_inline)) {
+        for (int u = 0; u < kCount; ++u) prefetch_ahead(row[u] + c);
+      },
+      [&](int64_t c, auto read) __attribute__((always_inline)) {
+        const Vf x = load(g + c);
+        for (int u = 0; u < kCount; ++u) s[u] += x * read(row[u] + c);
+      });
   for (int u = 0; u < kCount; ++u) dot[u] = sum(s[u]);
 }
 
 template <class T>
 void dot_entries(const List& list, const Table& weight, const float* g, int64_t begin, int64_t end,
                  int64_t D, float scale, float* dots) {
-  const T* rows[kFlight];
+  const T* rows[kDots];
   int64_t i = begin;
-  for (; i + kFlight <= end; i += kFlight) {
-    for (int u = 0; u < kFlight; ++u) {
-      rows[u] = row_of<T>(weight, list.indices[i + u]);
-      if (i + kFlight + u < end) prefetch_row(row_of<T>(weight, list.indices[i + kFlight + u]));
-    }
-    dot_some<kFlight>(g, rows, D, dots + i);
+  for (; i + kDots <= end; i += kDots) {
+    for (int u = 0; u < kDots; ++u) rows[u] = row_of<T>(weight, list.indices[i + u]);
+    for (int64_t next = i + kDots; next < end && next < i + 2 * kDots; ++next)
+      prefetch_head(row_of<T>(weight, list.indices[next]));
+    dot_some<kDots>(g, rows, D, dots + i);
   }
   for (; i < end; ++i) {
     rows[0] = row_of<T>(weight, list.indices[i]);

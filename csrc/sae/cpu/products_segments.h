@@ -8,59 +8,58 @@
 namespace gemma_ext::sae::GEMMA_EXT_ISA {
 namespace {
 
-template <bool kDots, int kCount, class T>
+template <int kValue>
+struct Size {
+  static constexpr int value = kValue;
+};
+
+template <bool kWithDots, int kCount, class T>
 GEMMA_EXT_INLINE void visit_some(const float* w, const T* const* g, const float* c, int64_t D,
                                  float* total, float* dot) {
   Vf s[kCount] = {};
-  each_vector(D, [&](int64_t at, auto read) __attribute__((always_inline)) {
-    const Vf row = kDots ? load(w + at) : Vf{};
-    Vf t = load(total + at);
-    for (int u = 0; u < kCount; ++u) {
-      const Vf x = read(g[u] + at);
-      if (kDots) s[u] += row * x;
-      t += c[u] * x;
-    }
-    store(total + at, t);
-  });
-  if (kDots)
+  each_pair(
+      D,
+      [&](int64_t at) __attribute__((always_inline)) {
+        for (int u = 0; u < kCount; ++u) prefetch_ahead(g[u] + at);
+      },
+      [&](int64_t at, auto read) __attribute__((always_inline)) {
+        const Vf row = kWithDots ? load(w + at) : Vf{};
+        Vf t = load(total + at);
+        for (int u = 0; u < kCount; ++u) {
+          const Vf x = read(g[u] + at);
+          if (kWithDots) s[u] += row * x;
+          t += c[u] * x;
+        }
+        store(total + at, t);
+      });
+  if (kWithDots)
     for (int u = 0; u < kCount; ++u) dot[u] = sum(s[u]);
 }
 
-template <bool kDots, class T>
+template <bool kWithDots, class T>
 void visit(const Segments& call, const Entry* entries, int64_t count, const float* w,
            float* total) {
-  const T* g[kFlight];
-  float c[kFlight], scale[kFlight], dot[kFlight];
-  const auto take = [&](int64_t i, int some) {
-    for (int u = 0; u < some; ++u) {
+  constexpr int kMost = kWithDots ? kDots : kFlight;
+  const T* g[kMost];
+  float c[kMost], scale[kMost], dot[kMost];
+  const auto some = [&](int64_t i, auto size) {
+    constexpr int kSome = decltype(size)::value;
+    for (int u = 0; u < kSome; ++u) {
       const Entry e = entries[i + u];
       g[u] = row_of<T>(call.grad, e.token);
       scale[u] = call.scale ? call.scale[e.token] : 1;
       c[u] = call.list->values[e.at] * scale[u];
     }
-  };
-  const auto put = [&](int64_t i, int some) {
-    if (kDots)
-      for (int u = 0; u < some; ++u) call.dots[entries[i + u].at] = dot[u] * scale[u];
+    for (int64_t next = i + kSome; next < count && next < i + kSome + kMost; ++next)
+      prefetch_head(row_of<T>(call.grad, entries[next].token));
+    visit_some<kWithDots, kSome>(w, g, c, call.D, total, dot);
+    if (kWithDots)
+      for (int u = 0; u < kSome; ++u) call.dots[entries[i + u].at] = dot[u] * scale[u];
   };
   int64_t i = 0;
-  for (; i + kFlight <= count; i += kFlight) {
-    take(i, kFlight);
-    for (int64_t next = i + kFlight; next < count && next < i + 2 * kFlight; ++next)
-      prefetch_row(row_of<T>(call.grad, entries[next].token));
-    visit_some<kDots, kFlight>(w, g, c, call.D, total, dot);
-    put(i, kFlight);
-  }
-  for (; i + 2 <= count; i += 2) {
-    take(i, 2);
-    visit_some<kDots, 2>(w, g, c, call.D, total, dot);
-    put(i, 2);
-  }
-  if (i < count) {
-    take(i, 1);
-    visit_some<kDots, 1>(w, g, c, call.D, total, dot);
-    put(i, 1);
-  }
+  for (; i + kMost <= count; i += kMost) some(i, Size<kMost>());
+  for (; i + 4 <= count; i += 4) some(i, Size<4>());
+  for (; i < count; ++i) some(i, Size<1>());
 }
 
 GEMMA_EXT_INLINE void clear(float* sum, int64_t D) {

@@ -61,16 +61,33 @@ GEMMA_EXT_INLINE Vf load_some(const T* p, int n) {
   return load_row(some);
 }
 
-// step(c, read) for every vector of D columns; read(p) takes what lies at column c of a row.
+// step(c, read) for every vector of the columns from .. D; read(p) takes what lies at column c of a row.
 template <class Step>
-GEMMA_EXT_INLINE void each_vector(int64_t D, const Step& step) {
-  int64_t c = 0;
+GEMMA_EXT_INLINE void each_vector(int64_t from, int64_t D, const Step& step) {
+  int64_t c = from;
   for (; c + kLanes <= D; c += kLanes)
     step(c, [](const auto* p) __attribute__((always_inline)) { return load_row(p); });
   if (c < D) {
     const int rest = int(D - c);
     step(c, [rest](const auto* p) __attribute__((always_inline)) { return load_some(p, rest); });
   }
+}
+template <class Step>
+GEMMA_EXT_INLINE void each_vector(int64_t D, const Step& step) {
+  each_vector(0, D, step);
+}
+
+// The same for many rows at once, in pairs of vectors: step(c, read) as often, ahead(c) once a pair.
+template <class Ahead, class Step>
+GEMMA_EXT_INLINE void each_pair(int64_t D, const Ahead& ahead, const Step& step) {
+  const auto whole = [](const auto* p) __attribute__((always_inline)) { return load_row(p); };
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= D; c += 2 * kLanes) {
+    ahead(c);
+    step(c, whole);
+    step(c + kLanes, whole);
+  }
+  each_vector(c, D, step);
 }
 
 template <class T>
@@ -102,9 +119,15 @@ GEMMA_EXT_INLINE void* row_at(void* rows, DType type, int64_t i, int64_t D) {
   return static_cast<char*>(rows) + i * D * size_of(type);
 }
 
-GEMMA_EXT_INLINE void prefetch_row(const void* row) {
-  for (int line = 0; line < 4; ++line)
-    __builtin_prefetch(static_cast<const char*>(row) + 64 * line);
+// Heads of the rows that come next, and what lies kAhead bytes on in those that are read: sixteen rows are more streams
+// than processors follow by themselves.
+constexpr int kHead = 256, kAhead = 512;
+
+GEMMA_EXT_INLINE void prefetch_head(const void* row) {
+  for (int at = 0; at < kHead; at += 64) __builtin_prefetch(static_cast<const char*>(row) + at);
+}
+GEMMA_EXT_INLINE void prefetch_ahead(const void* at) {
+  __builtin_prefetch(static_cast<const char*>(at) + kAhead);
 }
 
 }  // namespace
