@@ -36,8 +36,8 @@ class Latent:
     Attributes:
         number: its index; density: share of the tokens that it fires on.
         contexts: strongest first, one of a row.
-        promoted, suppressed: (token id, logit per unit of the latent), strongest first; empty where
-            its decoder does not write to the stream.
+        promoted, suppressed: (token id, logit per unit of the latent in a stream of norm sqrt(D)),
+            strongest first; empty where its decoder does not write to the stream.
     """
 
     number: int
@@ -201,21 +201,30 @@ def _writes_to_stream(stream: Activations, sae: SparseAutoencoder) -> bool:
 
 
 def _head(model: nn.Module) -> Tensor | None:
+    """The head's rows with the gain of the last norm in them, [V, D] in float32."""
     head = model.get_output_embeddings()
-    return None if head is None else head.weight
+    if head is None:
+        return None
+    names = ("norm", "final_layernorm", "ln_f", "final_layer_norm")
+    norm = next((n for n in (getattr(model.base_model, k, None) for k in names) if n), None)
+    weight = head.weight.float()
+    if norm is None:
+        return weight
+    if isinstance(norm, nn.LayerNorm):
+        return weight * norm.weight.float()
+    ones = torch.ones(weight.shape[1], device=weight.device, dtype=norm.weight.dtype)
+    return weight * norm(ones).float()  # their root mean square is 1, so this is the gain
 
 
 def _tokens(
     head: Tensor | None, sae: SparseAutoencoder, number: int, best: int = 8
 ) -> tuple[list[tuple[int, float]], list[tuple[int, float]]]:
-    """Tokens that a latent's direction favours and disfavours, the last norm left out."""
+    """Tokens that a latent's direction favours and disfavours, in a stream of norm sqrt(D)."""
     if head is None:
         return [], []
-    logits = head.float() @ sae.decoder[number].to(head.device).float()
+    logits = head @ sae.decoder[number].to(head.device).float()
     both = []
     for sign in (1, -1):
         top = (sign * logits).topk(min(best, len(logits)))
-        both.append(
-            [(int(i), sign * float(v)) for v, i in zip(top.values, top.indices, strict=True)]
-        )
+        both.append([(int(i), sign * float(v)) for v, i in zip(*top, strict=True)])
     return both[0], both[1]

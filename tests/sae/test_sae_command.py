@@ -60,6 +60,7 @@ def train(model, out, *options):
     )
 
 
+@pytest.mark.slow
 def test_train_evaluate_inspect_convert(model, tmp_path):
     out = tmp_path / "run"
     done = train(model, out)
@@ -194,6 +195,7 @@ def test_new_dictionaries():
     assert not relu.unit_norm
 
 
+@pytest.mark.slow
 def test_example_trains_saves_loads_and_steers(model, tmp_path):
     import typer
 

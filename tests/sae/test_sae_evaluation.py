@@ -144,8 +144,12 @@ def test_contexts_are_the_strongest_of_each_row(model):
 
 def test_tokens_that_a_latent_writes_for(model):
     sae = SparseAutoencoder(D, 30, TopK(6))
+    with torch.no_grad():
+        model.model.norm.weight.normal_()
     _, (latent,), _ = looked_at(model, sae, tiny_rows(5), latents=[3])
-    logits = model.lm_head.weight @ sae.decoder[3]
+    logits = model.lm_head.weight @ ((1 + model.model.norm.weight) * sae.decoder[3])
+    with torch.no_grad():
+        model.model.norm.weight.zero_()
     order = logits.argsort(descending=True)
     assert [i for i, _ in latent.promoted] == order[:8].tolist()
     assert [i for i, _ in latent.suppressed] == order.flip(0)[:8].tolist()
