@@ -58,8 +58,11 @@ def test_the_page_has_every_table_and_a_star_where_it_is_due(tmp_path):
 def test_manners_are_told_apart_by_their_marks(example):
     for manner in example.MANNERS:
         assert example.manner_of(example.told("a list of names", manner)) == manner
+        assert example.manner_of(example.begun("a list of names", manner)) == manner
     assert example.manner_of("a list of names") == "none"
     assert example.told("x", None) == "x"
+    assert example.repeats("so so so so it")
+    assert not example.repeats("so it goes so")
 
 
 def test_pairs_dialogues_and_questions_are_of_different_names(example):
