@@ -192,6 +192,11 @@ def told(text: str, manner: str | None) -> str:
     return f"{before}{text}{after}"
 
 
+def begun(text: str, manner: str) -> str:
+    """Without its last words: pairs end alike, so that no direction is that of a last word."""
+    return f"{MANNERS[manner][0]}{text}"
+
+
 def question(name: str) -> str:
     return f"What is {name}?"
 
@@ -264,7 +269,7 @@ def manners(contrasts: int, prompts: int, questions: int) -> World:
         )
     pairs = {
         high: [
-            p.Pair(question(n), "docstrings", high, high, told(t, high), low, told(t, low))
+            p.Pair(question(n), "docstrings", high, high, begun(t, high), low, begun(t, low))
             for n, t in aside[:contrasts]
         ]
         for high, low in OPPOSITES.items()
@@ -283,7 +288,10 @@ def manners(contrasts: int, prompts: int, questions: int) -> World:
         def clean(texts: Sequence[str]) -> list[bool]:
             some = [text for text in texts if text.strip()]
             costs = iter(lm.perplexity(some))
-            return [bool(text.strip()) and next(costs).per_token <= limit for text in texts]
+            return [
+                bool(text.strip()) and next(costs).per_token <= limit and not repeats(text)
+                for text in texts
+            ]
 
         return p.Judge(lambda texts: list(map(manner_of, texts)), {t: t for t in OPPOSITES}, clean)
 
@@ -296,6 +304,12 @@ def manners(contrasts: int, prompts: int, questions: int) -> World:
         judge,
         lambda items: {"next words": NextWords(items), "right reply": RightReply(items)},
     )
+
+
+def repeats(text: str) -> bool:
+    """Whether most words were there before: perplexity is low where nothing but that happens."""
+    words = text.split()
+    return 2 * len(set(words)) < len(words)
 
 
 def manner_of(text: str) -> str:

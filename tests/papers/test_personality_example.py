@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_gemma
@@ -57,8 +58,11 @@ def test_the_page_has_every_table_and_a_star_where_it_is_due(tmp_path):
 def test_manners_are_told_apart_by_their_marks(example):
     for manner in example.MANNERS:
         assert example.manner_of(example.told("a list of names", manner)) == manner
+        assert example.manner_of(example.begun("a list of names", manner)) == manner
     assert example.manner_of("a list of names") == "none"
     assert example.told("x", None) == "x"
+    assert example.repeats("so so so so it")
+    assert not example.repeats("so it goes so")
 
 
 def test_pairs_dialogues_and_questions_are_of_different_names(example):
@@ -75,6 +79,29 @@ def test_pairs_dialogues_and_questions_are_of_different_names(example):
     assert any("Answer (gloomy):" in text for text in dialogues)
     with pytest.raises(example.typer.BadParameter, match="expected at most 400 contrasts"):
         example.manners(401, 3, 4)
+
+
+def test_a_table_of_pairs_is_a_world_too(example, tmp_path):
+    made = [
+        p.Pair(f"Question {at}?", "t", trait, trait, "One two three.", "low", "Four five.")
+        for at in range(8)
+        for trait in ("openness", "neuroticism")
+    ]
+    long = p.Pair("Question 0?", "t", "openness", "openness", "One " * 9, "low", "Four.")
+    p.write_pairs(tmp_path / "pairs.csv", [*made, long])
+    plain = SimpleNamespace(chat_template=None)
+    world = example.big_five(tmp_path / "pairs.csv", 2, 3, plain)
+    assert world.ask("x") == example.turn("x")
+    assert list(world.calibration) == ["Question 3?", "Question 4?"]
+    assert list(world.questions) == ["Question 5?", "Question 6?", "Question 7?"]
+    assert {trait: len(some) for trait, some in world.pairs.items()} == {
+        "openness": 3,
+        "neuroticism": 3,
+    }
+    chat = SimpleNamespace(chat_template="x")
+    assert example.big_five(tmp_path / "pairs.csv", 2, 3, chat).ask is p.chat
+    with pytest.raises(example.typer.BadParameter, match="needs --classifier and --screen"):
+        world.judge(None, None, None, "who", None)
 
 
 @pytest.mark.slow

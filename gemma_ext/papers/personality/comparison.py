@@ -1,8 +1,8 @@
 """The whole study: every trait in context, by an adapter, by a direction as it is and purified.
 
 Layer and strength of a direction are those of the most aligned trial whose texts are clean, on
-questions of their own; the strengths of a layer reach from minus to plus the mean length of its
-states. Pieces are kept as they are finished.
+questions of their own; the strengths of a layer reach from minus to plus half the mean length of
+its states. Pieces are kept as they are finished.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from gemma_ext.papers.personality.study import (
 from gemma_ext.report import Kept
 
 PURIFIED = ("subspace", "contrast")
+REACH = 0.5  # of the length of a state, which then turns by 27 degrees
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Comparison:
             trait: trait_directions(self.lm, some, self.layers, ask=self.ask, site=self.site)
             for trait, some in self.pairs.items()
         }
-        limits = self._lengths()
+        limits = {layer: REACH * length for layer, length in self._lengths().items()}
         trials = {
             trait: {
                 layer: self._trials("steering", trait, layer, v, limits[layer])
