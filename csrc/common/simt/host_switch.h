@@ -31,8 +31,9 @@ inline void prepare(Context& context, void* stack, size_t bytes, void (*entry)()
   context.sp[1] = reinterpret_cast<void*>(entry);
 }
 
-// Not inlined: the caller expects no more than what a call preserves. The compiler saves what is
-// named as clobbered; the frame pointer cannot be, and is saved with the address.
+// Not inlined. The compiler saves what is named as clobbered; the frame pointer cannot be, and is saved
+// with the address. Registers that no call preserves are named too: a caller that sees this body takes
+// those it does not touch for preserved (-fipa-ra).
 __attribute__((noinline, no_sanitize("address", "undefined"))) inline void switch_to(
     Context& from, const Context& to) {
   void*** save = &from.sp;
@@ -52,8 +53,9 @@ __attribute__((noinline, no_sanitize("address", "undefined"))) inline void switc
       "leaq 128(%%rsp), %%rsp\n"
       : "+D"(save), "+S"(sp)
       :
-      : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "cc",
-        "memory");
+      : "rax", "rbx", "rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "xmm0",
+        "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
+        "xmm12", "xmm13", "xmm14", "xmm15", "cc", "memory");
 #else
   register void*** x0 asm("x0") = save;
   register void** x1 asm("x1") = sp;
@@ -71,7 +73,9 @@ __attribute__((noinline, no_sanitize("address", "undefined"))) inline void switc
       :
       : "x2", "x3", "x4", "x5", "x6", "x7", "x8", "x9", "x10", "x11", "x12", "x13", "x14", "x15",
         "x16", "x17", "x19", "x20", "x21", "x22", "x23", "x24", "x25", "x26", "x27", "x28", "x30",
-        "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "cc", "memory");
+        "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13",
+        "v14", "v15", "v16", "v17", "v18", "v19", "v20", "v21", "v22", "v23", "v24", "v25", "v26",
+        "v27", "v28", "v29", "v30", "v31", "cc", "memory");
 #endif
 }
 
