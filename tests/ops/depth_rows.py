@@ -1,7 +1,8 @@
-"""Rows at mixed loops over a pool whose pages are shuffled, with NaN wherever nobody has written."""
+"""Rows at mixed loops over a pool of shuffled pages, with NaN wherever nobody has written."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,6 +35,10 @@ class Problem:
 
     def places(self) -> tuple[Tensor, ...]:
         return self.tables, self.req, self.pos, self.loop, self.depth_of
+
+    def columns(self) -> Iterator[tuple[int, int, int]]:
+        """(request, position, loop) of every row."""
+        return zip(self.req.tolist(), self.pos.tolist(), self.loop.tolist(), strict=True)
 
     def rows(self, chosen: list[int] | Tensor) -> Problem:
         picked = {name: getattr(self, name)[chosen] for name in ("q", "req", "pos", "loop")}

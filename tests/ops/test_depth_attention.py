@@ -23,7 +23,7 @@ def by_hand(p: Problem, window=None, scale=None, softcap=None):
     out = torch.zeros(p.q.shape, dtype=torch.float64)
     group = p.q.shape[1] // p.pool.shape[3]
     scale = p.q.shape[2] ** -0.5 if scale is None else scale
-    for n, (r, last, j) in enumerate(zip(p.req.tolist(), p.pos.tolist(), p.loop.tolist())):
+    for n, (r, last, j) in enumerate(p.columns()):
         if r < 0:
             continue
         reach = 0 if window is None else int(window[j])
@@ -75,8 +75,9 @@ def test_matches_the_formula(impl, options, dtype, device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize(
-    "heads,width",
-    # one head, Gemma 2, all heads on one, Gemma 1 2B, odd group, more than a block's, widths that no tile has
+    ("heads", "width"),
+    # one head, Gemma 2, all heads on one (Gemma 1 2B), an odd group, more heads than a block
+    # takes, widths that no tile has
     [((1, 1), 64), ((8, 4), 256), ((4, 1), 96), ((8, 1), 128), ((6, 2), 80), ((24, 2), 64),
      ((2, 2), 24), ((3, 1), 37), ((2, 1), 1)],
 )  # fmt: skip

@@ -44,7 +44,7 @@ def test_rows_are_sorted_by_what_they_run_next(impl, n, loops, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_steps_of_two_loops(impl):
-    """The timeline of four requests: a, c and d leave at loop 0, b goes on; then all enter again."""
+    """Four requests: a, c and d leave at loop 0, b goes on; then theirs enter again."""
     loop, leave = ints(0, 0, 0, 0), torch.tensor([True, False, True, True])
     first = depth_compact(loop, leave, 2, impl=impl)
     assert first.order.tolist() == [1, 0, 2, 3]

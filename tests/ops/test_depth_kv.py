@@ -76,7 +76,7 @@ def test_matches_the_formula(impl, shape, norm, dtype, device):
     )  # fmt: skip
     untouched = torch.ones(pool.shape, dtype=torch.bool)
     marks = torch.zeros(mark.shape, dtype=torch.uint8)
-    for n, (r, t, j) in enumerate(zip(p.req.tolist(), p.pos.tolist(), p.loop.tolist())):
+    for n, (r, t, j) in enumerate(p.columns()):
         if r < 0:
             assert torch.equal(got[n], torch.zeros_like(got[n]))
             continue
@@ -184,7 +184,7 @@ def test_depths_of_every_policy():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize(
-    "policy,keep", [("own", 1), ("single", 1), ("first_then_shared", 1), ("modulo", 2)]
+    ("policy", "keep"), [("own", 1), ("single", 1), ("first_then_shared", 1), ("modulo", 2)]
 )
 @pytest.mark.parametrize("impl", IMPLS)
 def test_copies_reach_what_no_loop_has_written(impl, policy, keep, dtype, device):
