@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from depth_rows import DEVICES, DTYPES, EPS, IDS, IMPLS, Problem, ints, mixed, problem
+from depth_pages import DEVICES, DTYPES, EPS, IDS, IMPLS, Problem, ints, mixed, problem
 
 from gemma_ext.ops.depth_batching import PAGE, paged_attn_mixed_depth
 from gemma_ext.testing import assert_close

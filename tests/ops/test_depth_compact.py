@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from depth_rows import DEVICES, IMPLS, ints
+from depth_pages import DEVICES, IMPLS, ints
 
 from gemma_ext.ops.depth_batching import depth_compact
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from depth_rows import DEVICES, DTYPES, EPS, IDS, IMPLS, ints, mixed, problem
+from depth_pages import DEVICES, DTYPES, EPS, IDS, IMPLS, ints, mixed, problem
 
 from gemma_ext.ops.depth_batching import (
     PAGE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from depth_rows import IMPLS, ints
+from depth_pages import IMPLS, ints
 
 from gemma_ext.ops.depth_batching import paged_attn_mixed_depth, rope_kv_write
 from gemma_ext.testing import assert_close
