@@ -21,7 +21,7 @@ class FeatureTile {
   static constexpr int kDepth = kLine * kChunk;
   static constexpr int kStages = 4, kStage = (kFeatures + kRows) * kDepth;  // elements
   static constexpr int kSharedBytes = kStages * kStage * static_cast<int>(sizeof(T));
-  static constexpr int kBlocks = 2;  // of a multiprocessor
+  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // of a multiprocessor
   static_assert(kRows % 16 == 0 && kSharedBytes >= kFeatures * kRows * 4);
 
   DEVICE void clear() {
@@ -62,7 +62,7 @@ class FeatureTile {
       simt::sync_block();  // step has landed for all, and step - 1 has been read by all
       fill(step + kStages - 1);
       const T* s_a = s_stages + step % kStages * kStage;
-      UNROLL_BY(2)
+      NO_UNROLL
       for (int k = 0; k < kDepth; k += mma::kInstruction) product(s_a, s_a + kFeatures * kDepth, k);
     }
     simt::cp_async_wait<0>();
@@ -155,6 +155,29 @@ class WideTile {
 
  private:
   mma::Tile<T> tile_;
+};
+
+// Where the lines of both operands begin, null for zeros, behind the stages of a tile: addresses that are computed once
+// leave the registers to the sums.
+template <class Tile>
+struct Lines {
+  using T = typename Tile::Type;
+  static constexpr int kCount = Tile::kFeatures + Tile::kRows;
+  static constexpr int kSharedBytes = Tile::kSharedBytes + kCount * 8;
+
+  // All threads of the block; a(line) of a feature, b(line) of a row.
+  template <class A, class B>
+  DEVICE static void multiply(Tile& tile, int depth, const A& a, const B& b) {
+    const T** s_a = simt::shared<const T*>(Tile::kSharedBytes);
+    const T** s_b = s_a + Tile::kFeatures;
+    for (int i = simt::thread_idx(); i < kCount; i += Tile::kThreads)
+      s_a[i] = i < Tile::kFeatures ? a(i) : b(i - Tile::kFeatures);
+    simt::sync_block();
+    const auto at = [depth](const T* line, int k) { return line && k < depth ? line + k : nullptr; };
+    tile.multiply(
+        depth, [&](int line, int k) { return at(s_a[line], k); },
+        [&](int line, int k) { return at(s_b[line], k); }, simt::shared<T>());
+  }
 };
 
 // f(tile) with the tile for n rows; `features` of a narrow weight, whose blocks would be too few for the device.

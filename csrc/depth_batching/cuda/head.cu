@@ -43,7 +43,7 @@ void add_tiles(Launches& launches, const HeadParams& p) {
   const auto add = [&](auto of) {
     using Tile = typename decltype(of)::type;
     launches.add(depth_head_kernel<Tile>, p.tiles * ceil_div(n, Tile::kRows), Tile::kThreads,
-                 Tile::kSharedBytes, p);
+                 Lines<Tile>::kSharedBytes, p);
   };
   if (n > 64) return add(std::type_identity<WideTile<T>>{});
   if (n > 16) return add(std::type_identity<FeatureTile<T, kHeadTile, 64>>{});

@@ -105,22 +105,18 @@ void depth_head_kernel(HeadParams p) {
   const int64_t at = simt::block_idx() / row_tiles, tile_at = p.first_tile + at;
   const int64_t row0 = simt::block_idx() % row_tiles * Tile::kRows, id0 = tile_at * kHeadTile;
   const int64_t rows = head.n - row0 < Tile::kRows ? head.n - row0 : Tile::kRows;
-  const int depth = static_cast<int>(head.D);
   Tile tile;
   tile.clear();
-  tile.multiply(
-      depth,
-      [&](int line, int k) {
-        return id0 + line < head.V && k < depth
-                   ? static_cast<const T*>(head.weight) + (id0 + line) * head.w_stride + k
+  Lines<Tile>::multiply(
+      tile, static_cast<int>(head.D),
+      [&](int line) {
+        return id0 + line < head.V
+                   ? static_cast<const T*>(head.weight) + (id0 + line) * head.w_stride
                    : nullptr;
       },
-      [&](int line, int k) {
-        return line < rows && k < depth
-                   ? static_cast<const T*>(p.x) + (row0 + line) * p.x_stride + k
-                   : nullptr;
-      },
-      simt::shared<T>());
+      [&](int line) {
+        return line < rows ? static_cast<const T*>(p.x) + (row0 + line) * p.x_stride : nullptr;
+      });
   float* s_logits = simt::shared<float>();
   tile.each([&](int line, int m, float& x) {
     const int64_t id = id0 + line;

@@ -48,7 +48,7 @@ Status run(const Linear& call, void* memory, Stream stream) {
         const int64_t tiles =
             deal_tiles(p, Tile::kFeatures, [&](int at) { return p.low_stride[at]; });
         launches.add(depth_shrink_kernel<Tile>, tiles * ceil_div(call.n, Tile::kRows),
-                     Tile::kThreads, Tile::kSharedBytes, p);
+                     Tile::kThreads, Lines<Tile>::kSharedBytes, p);
       });
     by_rows<T>(call.n, call.y_width * (gated ? 2 : 1), [&](auto of) {
       using Tile = typename decltype(of)::type;
@@ -56,7 +56,7 @@ Status run(const Linear& call, void* memory, Stream stream) {
         return gated && at > 0 ? 0 : call.projections[at].features;
       });
       launches.add(depth_expand_kernel<Tile>, tiles * ceil_div(call.n, Tile::kRows), Tile::kThreads,
-                   Tile::kSharedBytes, p);
+                   Lines<Tile>::kSharedBytes, p);
     });
   });
   return launches.status();

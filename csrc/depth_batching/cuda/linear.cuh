@@ -27,8 +27,8 @@ DEVICE Segment segment_of(const Linear& call, int64_t j, int64_t row0, int64_t r
 }
 
 template <class T>
-DEVICE const T* row_at(const void* data, int64_t row, int64_t stride, int k) {
-  return static_cast<const T*>(data) + row * stride + k;
+DEVICE const T* row_at(const void* data, int64_t row, int64_t stride) {
+  return static_cast<const T*>(data) + row * stride;
 }
 
 template <class Tile>
@@ -50,20 +50,17 @@ void depth_shrink_kernel(LinearParams p) {
     if (s.begin >= s.end) continue;
     Tile tile;
     tile.clear();
-    tile.multiply(
-        depth,
-        [&](int line, int k) {
-          return r0 + line < own.rank && k < depth
-                     ? row_at<T>(own.a, j * own.rank + r0 + line, own.a_stride, k)
+    Lines<Tile>::multiply(
+        tile, depth,
+        [&](int line) {
+          return r0 + line < own.rank
+                     ? row_at<T>(own.a, j * own.rank + r0 + line, own.a_stride)
                      : nullptr;
         },
-        [&](int line, int k) {
+        [&](int line) {
           const int64_t row = row0 + line;
-          return row >= s.begin && row < s.end && k < depth
-                     ? row_at<T>(call.x, row, call.x_stride, k)
-                     : nullptr;
-        },
-        simt::shared<T>());
+          return row >= s.begin && row < s.end ? row_at<T>(call.x, row, call.x_stride) : nullptr;
+        });
     T* low = static_cast<T*>(p.low[at]);
     tile.each([&](int line, int m, float& x) {
       const int64_t row = row0 + m, r = r0 + line;
@@ -100,19 +97,17 @@ void depth_expand_kernel(LinearParams p) {
 
   Tile tile;
   tile.clear();
-  tile.multiply(
-      depth,
-      [&](int line, int k) {
+  Lines<Tile>::multiply(
+      tile, depth,
+      [&](int line) {
         const bool other = line >= width;
         const int64_t f = f0 + line - (other ? width : 0);
         const Projection& own = other ? second : first;
-        return f < features && k < depth ? row_at<T>(own.weight, f, own.stride, k) : nullptr;
+        return f < features ? row_at<T>(own.weight, f, own.stride) : nullptr;
       },
-      [&](int line, int k) {
-        return line < rows && k < depth ? row_at<T>(call.x, row0 + line, call.x_stride, k)
-                                        : nullptr;
-      },
-      simt::shared<T>());
+      [&](int line) {
+        return line < rows ? row_at<T>(call.x, row0 + line, call.x_stride) : nullptr;
+      });
   for (int half = 0; half <= static_cast<int>(gated); ++half) {
     const int which = at + half, begin = half * width;
     const Projection& own = half ? second : first;
@@ -120,21 +115,20 @@ void depth_expand_kernel(LinearParams p) {
     for (int64_t j = 0; rank > 0 && j < call.loops; ++j) {
       const Segment s = segment_of(call, j, row0, rows);
       if (s.begin >= s.end) continue;
-      tile.multiply(
-          rank,
-          [&](int line, int k) {
+      Lines<Tile>::multiply(
+          tile, rank,
+          [&](int line) {
             const int64_t f = f0 + line - begin;
-            return line >= begin && line < begin + width && f < features && k < rank
-                       ? row_at<T>(own.b, j * features + f, own.b_stride, k)
+            return line >= begin && line < begin + width && f < features
+                       ? row_at<T>(own.b, j * features + f, own.b_stride)
                        : nullptr;
           },
-          [&](int line, int k) {
+          [&](int line) {
             const int64_t row = row0 + line;
-            return row >= s.begin && row < s.end && k < rank
-                       ? row_at<T>(p.low[which], row, p.low_stride[which], k)
+            return row >= s.begin && row < s.end
+                       ? row_at<T>(p.low[which], row, p.low_stride[which])
                        : nullptr;
-          },
-          simt::shared<T>());
+          });
     }
   }
 
