@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_ext.ops.cce import divergence_op as op
+from gemma_ext.ops.cce.divergence_op import KINDS
 from gemma_ext.ops.cce.head import Head
 from gemma_ext.ops.cce.inputs import (
     Method,
@@ -36,7 +38,6 @@ from gemma_ext.ops.cce.inputs import (
 from gemma_ext.ops.cce.loss import FilterStats, LossTerms, Tokens, weigh
 from gemma_ext.reference import cce_divergence as reference
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
 SAME = "same"
 
 
@@ -263,6 +264,7 @@ def linear_divergence(
         teacher,
         divergence,
         method,
+        want_stats=return_parts,
     )
     return _assemble(tokens, rows, terms, ce_weight, labelled, return_parts)
 
@@ -300,23 +302,44 @@ def _rows(
     teacher: Head,
     divergence: Divergence,
     method: Method,
+    want_stats: bool = False,
 ) -> DivergenceRows:
-    return DivergenceRows(
-        *reference.rows(
-            e,
-            c,
-            teacher_e,
-            teacher_c,
-            targets,
-            bias,
-            teacher_bias,
-            kind=divergence.proper,
-            beta=divergence.beta,
-            student=head.map(),
-            teacher=teacher.map(),
-            ignore_index=head.ignore_index,
+    teacher_e, teacher_c = teacher_e.detach(), teacher_c.detach()
+    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    if method.materialises:
+        return DivergenceRows(
+            *reference.rows(
+                e,
+                c,
+                teacher_e,
+                teacher_c,
+                targets,
+                bias,
+                teacher_bias,
+                kind=divergence.proper,
+                beta=divergence.beta,
+                student=head.map(),
+                teacher=teacher.map(),
+                ignore_index=head.ignore_index,
+            )
         )
+    out = op.rows(
+        e,
+        c,
+        bias,
+        teacher_e,
+        teacher_c,
+        teacher_bias,
+        targets,
+        head,
+        teacher,
+        kind=divergence.proper,
+        beta=divergence.beta,
+        tau=method.tau(e.dtype),
+        seed=method.seed,
+        want_stats=want_stats,
     )
+    return DivergenceRows(out.divergence, out.nll, out.lse, out.teacher_nll, out.summary)
 
 
 def _no_targets(e: Tensor) -> Tensor:
