@@ -8,7 +8,7 @@
 
 namespace gemma_ext::cce::GEMMA_EXT_ISA {
 
-// log x of positive normal x, within 2 ulp where x is not near 1 and 6e-8 where it is: x = 2^k m,
+// log x of positive normal x and NaN, within 2 ulp where x is not near 1 and 6e-8 where it is: x = 2^k m,
 // sqrt(1/2) <= m < sqrt 2, and the polynomial of Cephes' logf for log m.
 GEMMA_EXT_INLINE Vf log(Vf x) {
   const Vi bits = (Vi)x, k = (bits - 0x3f3504f3) >> 23;
@@ -22,7 +22,8 @@ GEMMA_EXT_INLINE Vf log(Vf x) {
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
   const Vf n = __builtin_convertvector(k, Vf);
-  return n * 0.693359375f + (f + (p * f * z - 0.5f * z - n * 2.12194440e-4f));
+  const Vf y = n * 0.693359375f + (f + (p * f * z - 0.5f * z - n * 2.12194440e-4f));
+  return x == x ? y : x;
 }
 
 // log(m / q) and log(m / p) of m = beta p + (1 - beta) q, from log p - log q.

@@ -414,9 +414,8 @@ def _check(
             f"expected teacher_c to be {teacher_e.dtype} like teacher_e, got {teacher_c.dtype}"
         )
     if teacher_e.dim() < 1 or teacher_e.shape[:-1] != e.shape[:-1]:
-        raise ValueError(
-            f"expected teacher_e to be {[*e.shape[:-1], 'D']}, got {list(teacher_e.shape)}"
-        )
+        expected = ", ".join(str(size) for size in (*e.shape[:-1], "D"))
+        raise ValueError(f"expected teacher_e to be [{expected}], got {list(teacher_e.shape)}")
     width = teacher_e.shape[-1]
     if teacher_c.dim() != 2 or teacher_c.shape[1] != width:
         raise ValueError(f"expected teacher_c to be [V, {width}], got {list(teacher_c.shape)}")
