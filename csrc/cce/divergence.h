@@ -14,7 +14,7 @@ namespace gemma_ext::cce {
 enum class Kind : int { kForwardKl, kReverseKl, kJsd, kTvd };
 
 // Kinds that ask for both lse before they can be summed: a second pass over both heads.
-constexpr bool needs_lse(Kind kind) { return kind == Kind::kJsd || kind == Kind::kTvd; }
+GEMMA_EXT_EVERYWHERE constexpr bool needs_lse(Kind kind) { return kind == Kind::kJsd || kind == Kind::kTvd; }
 
 // Sums of squares that cancel are off by a few roundings of their terms.
 constexpr double kPairRounding = 1e-6;
