@@ -1,4 +1,4 @@
-"""The sampled backward of the divergence: without bias, its bounds hold, it keeps what it reports."""
+"""The sampled backward of the divergence: no bias, bounds that hold, reports that are true."""
 
 from __future__ import annotations
 
