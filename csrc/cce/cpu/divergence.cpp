@@ -3,30 +3,11 @@
 // JSD and TVD; rows in a fixed order; the backward as the loss's.
 #include <algorithm>
 #include <cmath>
-#include <utility>
 
-#include "gradients.h"
+#include "divergence_rows.h"
 
 namespace gemma_ext::cce::cpu {
 namespace {
-
-// The exact form computes the same strips one by one.
-constexpr double kBreakEven = 0.9;
-
-struct PairRows : ValidRows {
-  Problem teacher;
-  ProblemPair pair;
-
-  explicit PairRows(const TwoHeads& h) : ValidRows(h.student), teacher(problem) {
-    const Head& t = h.teacher;
-    teacher.e = {t.e, t.dtype, t.N, t.D, t.e_stride, t.e_step};
-    teacher.c = {t.c, t.dtype, t.V, t.D, t.c_stride, t.c_step};
-    teacher.bias = t.bias;
-    teacher.D = t.D;
-    teacher.map = t.map;
-    pair = {&problem, &teacher, h.kind, h.beta};
-  }
-};
 
 // f(tile, row0, row1, scratch) over all strips; few tiles split the rows too.
 template <class F>
@@ -39,78 +20,6 @@ void each_tile(const Problem& p, Workers& workers, F f) {
     if (row < p.n) f(task / parts, row, std::min(p.n, row + part), s);
   });
 }
-
-// What the forward knows of every strip, [tiles, n] each, and of every row, [n] each.
-struct Strips {
-  std::vector<float> planes;
-  std::vector<float> target, teacher_target;
-  PairStats pair{};
-  MeanStats mean{};
-
-  Strips(const Problem& p, Kind kind, bool masses) : target(p.n), teacher_target(p.n) {
-    const int64_t plane = p.tiles * p.n;
-    planes.resize((needs_lse(kind) ? 6 : 5) * plane + (masses ? 4 * plane : 0));
-    float* next = planes.data();
-    const auto take = [&] { return std::exchange(next, next + plane); };
-    pair.max = take();
-    pair.sum = take();
-    pair.teacher_max = take();
-    pair.teacher_sum = take();
-    pair.target = target.data();
-    pair.teacher_target = teacher_target.data();
-    if (needs_lse(kind)) {
-      mean.value = take();
-      mean.mean = take();
-    } else {
-      pair.cross = take();
-    }
-    if (masses)
-      for (float*& moment : needs_lse(kind) ? mean.moment : pair.moment) moment = take();
-  }
-};
-
-struct Rows {
-  RowResults student, teacher;
-  std::vector<float> divergence, mean, size;
-
-  explicit Rows(int64_t n) : student(n), teacher(n), divergence(n), mean(n), size(n) {}
-
-  double lse(int64_t r) const { return double(student.lse[r]) + student.lse_low[r]; }
-  double teacher_lse(int64_t r) const { return double(teacher.lse[r]) + teacher.lse_low[r]; }
-};
-
-double base(float max) { return max == -INFINITY ? 0 : max; }
-
-// A strip of a row, without the label's column.
-struct Strip {
-  double peak, teacher_peak;  // q and p at the maxima
-  double q, p;                // their sums
-  double offset;              // max s - max t
-
-  Strip(const PairStats& stats, const Rows& rows, int64_t at, int64_t r) {
-    peak = std::exp(stats.max[at] - rows.lse(r));
-    teacher_peak = std::exp(stats.teacher_max[at] - rows.teacher_lse(r));
-    q = peak * stats.sum[at];
-    p = teacher_peak * stats.teacher_sum[at];
-    offset = base(stats.max[at]) - base(stats.teacher_max[at]);
-  }
-};
-
-// The label's column of a row that has one.
-struct LabelColumn {
-  double log_q, log_p, q, p;
-
-  LabelColumn(const PairStats& stats, const Rows& rows, int64_t r)
-      : log_q(stats.target[r] - rows.lse(r)),
-        log_p(stats.teacher_target[r] - rows.teacher_lse(r)),
-        q(std::exp(log_q)),
-        p(std::exp(log_p)) {}
-
-  // g of either KL.
-  double gradient(Kind kind, double divergence) const {
-    return kind == Kind::kForwardKl ? q - p : q == 0 ? 0 : q * (log_q - log_p - divergence);
-  }
-};
 
 // What is left of rounding below 0 is 0; NaN stays.
 float not_negative(double x) { return x < 0 ? 0.0f : float(x); }
@@ -160,107 +69,6 @@ void sum_means(const PairRows& valid, Strips& strips, Rows& rows, Workers& worke
       rows.mean[r] = float(mean);
     }
   });
-}
-
-// Of a strip: a bound of sum |g| and sum g^2.
-struct Share {
-  double mass, energy;
-};
-
-// sum w (x + k)^2 from the sums of w x^2, w x and w, with room for their rounding.
-double squares(double xx, double x, double one, double k) {
-  return std::max(xx + 2 * k * x + k * k * one, 0.0) + kPairRounding * (xx + k * k * one);
-}
-
-Share share_of(const PairRows& valid, const Strips& strips, const Rows& rows, const Strip& s,
-               int64_t at, int64_t r) {
-  const auto moment = [&](const MeanStats& m, int i) { return double(m.moment[i][at]); };
-  if (valid.pair.kind == Kind::kForwardKl) {
-    const PairStats& m = strips.pair;
-    const double qq = s.peak * s.peak * m.moment[0][at];
-    const double qp = s.peak * s.teacher_peak * m.moment[1][at];
-    const double pp = s.teacher_peak * s.teacher_peak * m.moment[2][at];
-    const double energy = squares(qq, -qp, pp, 1);
-    return {std::min(s.q + s.p, std::sqrt(kTile * energy)), energy};
-  }
-  // sum |g| <= sqrt(sum q  sum q (h - mean)^2)
-  if (valid.pair.kind == Kind::kReverseKl) {
-    const PairStats& m = strips.pair;
-    const double k = s.offset - (rows.lse(r) - rows.teacher_lse(r)) - rows.mean[r];
-    const double second = squares(s.peak * m.moment[0][at], s.peak * m.cross[at], s.q, k);
-    const double energy =
-        s.peak * s.peak * squares(m.moment[3][at], m.moment[2][at], m.moment[1][at], k);
-    return {std::sqrt(s.q * second), energy};
-  }
-  const MeanStats& m = strips.mean;
-  const double k = -double(rows.mean[r]);
-  const double second = squares(moment(m, 0), m.mean[at], s.q, k);
-  return {std::sqrt(s.q * second), squares(moment(m, 3), moment(m, 2), moment(m, 1), k)};
-}
-
-// Masses, sizes, and what the filter does with rows of equal upstream gradient (sampling.h).
-FilterReport draw_by(const PairRows& valid, const Strips& strips, Rows& rows, float* masses,
-                     int64_t N, double eps, Workers& workers) {
-  struct Tally {
-    double kept[kCandidates] = {}, noise[kCandidates] = {}, energy = 0;
-  };
-  const Problem& p = valid.problem;
-  const Kind kind = valid.pair.kind;
-  float* const bounds = masses + p.tiles * N;
-  std::vector<float> energies(p.tiles * p.n);
-  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
-    for (int64_t r = span * kRowSpan; r < std::min(p.n, (span + 1) * kRowSpan); ++r) {
-      double size = 0;
-      for (int64_t t = 0; t < p.tiles; ++t) {
-        const int64_t at = t * p.n + r;
-        Strip strip(strips.pair, rows, at, r);
-        const bool here = p.label[r] / kTile == t;
-        const LabelColumn label(strips.pair, rows, r);
-        if (here && needs_lse(kind)) strip.q += label.q;  // as their moments have it
-        Share share = share_of(valid, strips, rows, strip, at, r);
-        if (here && !needs_lse(kind)) {
-          const double g = label.gradient(kind, rows.divergence[r]);
-          share = {share.mass + std::fabs(g), share.energy + g * g};
-        }
-        masses[at] = float(strip.q);
-        bounds[at] = float(share.mass);
-        energies[at] = float(share.energy);
-        size += share.mass;
-      }
-      rows.size[r] = float(size);
-    }
-  });
-  double total = 0;
-  for (float size : rows.size) total += size;
-  const double mean_size = p.n ? total / double(p.n) : 0;
-  std::vector<Tally> tallies(spans(p.n));
-  workers.run(spans(p.n), [&](int64_t span, Scratch&) {
-    Tally& tally = tallies[span];
-    for (int64_t r = span * kRowSpan; r < std::min(p.n, (span + 1) * kRowSpan); ++r) {
-      const double reference = std::min(double(rows.size[r]), mean_size);
-      for (int64_t t = 0; t < p.tiles; ++t) {
-        const int64_t at = t * p.n + r;
-        const bool here = p.label[r] / kTile == t;
-        tally.energy += energies[at];
-        for (int i = 0; i < kCandidates; ++i) {
-          const double u = bounds[at] / (tau_of(eps, i) * reference);
-          const bool certain = here || !(u < 1);
-          tally.kept[i] += certain ? 1 : u;
-          tally.noise[i] += certain || u == 0 ? 0 : energies[at] * (1 / u - 1);
-        }
-      }
-    }
-  });
-  Tally all;
-  for (const Tally& tally : tallies) {
-    all.energy += tally.energy;
-    for (int i = 0; i < kCandidates; ++i) {
-      all.kept[i] += tally.kept[i];
-      all.noise[i] += tally.noise[i];
-    }
-  }
-  return choose_tau(eps, kBreakEven, double(p.n) * double(p.tiles), all.kept, all.noise,
-                    all.energy);
 }
 
 // G's coefficients of one row (kernels.h), compact.

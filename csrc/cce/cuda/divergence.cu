@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Divergence of two heads as chains of launches: one sweep over both for either KL, two for JSD and TVD; the
 // backward computes the strips it keeps of both heads once more, and goes on as the loss's.
+#include "divergence_gradients.cuh"
 #include "divergence_rows.cuh"
 #include "lists.cuh"
 
@@ -100,7 +101,7 @@ Status run(const DivergenceForward& f, const Memory& memory, Stream stream) {
     add_combine(launches, m, m.planes.teacher_max, m.planes.teacher_sum, m.teacher_target, theirs,
                 h.N);
     if (needs_lse(f.heads.kind)) {
-      launches.add(pair_means_kernel<T>, grid, mma::kThreads, kPairSharedBytes<T>, pair);
+      launches.add(pair_means_kernel<T>, grid, mma::kThreads, kMeansSharedBytes<T>, pair);
     }
   });
   launches.add(pair_rows_kernel, m.blocks, kCombineThreads, sizeof(PairRowShared), rows);

@@ -2,7 +2,9 @@
 // From the strips of two heads to rows, and what the filter draws by, in a fixed order; lse of both are known.
 #pragma once
 
-#include "divergence.cuh"
+#include "combine.cuh"
+#include "divergence_sums.cuh"
+#include "plan.cuh"
 
 namespace gemma_ext::cce::cuda {
 
@@ -223,34 +225,6 @@ KERNEL void pair_tally_kernel(PairRowsParams p) {
   double sum = 0;
   for (int i = 0; i < kCombineThreads; ++i) sum += s.part[thread][i];
   p.tallies[int64_t{simt::block_idx()} * kValues + thread] = sum;
-}
-
-struct PairCoefficientParams {
-  Rows rows;
-  Coefficients* row;
-  PairLogs* logs;
-  DivergenceRows from;
-  const float *d_divergence, *d_nll, *d_lse;
-};
-
-// Before unit_kernel. The filter's q is the upstream gradient of the divergence.
-KERNEL void pair_coefficients_kernel(PairCoefficientParams p) {
-  const int64_t r = int64_t{simt::block_idx()} * kPlanThreads + simt::thread_idx();
-  if (r >= *p.rows.count) return;
-  const int from = p.rows.row[r];
-  const float b = p.d_nll[from];
-  Coefficients c{};
-  c.lse = p.from.lse[from];
-  c.lse_low = p.from.lse_low[from];
-  c.a = b + p.d_lse[from];
-  c.q = p.d_divergence[from];
-  c.mean = p.from.mean[from];
-  // of p near 1, p - 1 would lose what nll still knows
-  c.at_label = c.a * expm1f(-p.from.nll[from]) + (c.a - b);
-  c.scale = fmaxf(fabsf(c.a), fabsf(b)) + fabsf(c.q) * p.from.size[from];
-  if (isnan(c.a) || isnan(b) || isnan(c.q)) c.scale = kInfinity;
-  p.row[r] = c;
-  p.logs[r] = {c.lse, c.lse_low, p.from.teacher_lse[from], p.from.teacher_low[from]};
 }
 
 }  // namespace gemma_ext::cce::cuda
