@@ -14,10 +14,18 @@ namespace gemma_ext::cce {
 enum class Kind : int { kForwardKl, kReverseKl, kJsd, kTvd };
 
 // Kinds that ask for both lse before they can be summed: a second pass over both heads.
-GEMMA_EXT_EVERYWHERE constexpr bool needs_lse(Kind kind) { return kind == Kind::kJsd || kind == Kind::kTvd; }
+GEMMA_EXT_EVERYWHERE constexpr bool needs_lse(Kind kind) {
+  return kind == Kind::kJsd || kind == Kind::kTvd;
+}
 
 // Sums of squares that cancel are off by a few roundings of their terms.
 constexpr double kPairRounding = 1e-6;
+
+// The order of sum_v |g|: sqrt(2 D) bounds it for forward KL (Pinsker). A divergence that rounds to 0 may have a
+// gradient of the root of that rounding.
+GEMMA_EXT_EVERYWHERE float exact_size(float divergence) {
+  return sqrtf(2.0f * divergence) + 0x1p-10f;
+}
 
 // One N, V and one list of targets; D and, of an engine that can, the dtype are their own.
 struct TwoHeads {
@@ -31,7 +39,7 @@ struct DivergenceRows {
   float *divergence, *nll, *lse, *teacher_nll;
   float *lse_low, *teacher_lse, *teacher_low;
   float* mean;  // sum q h; 0 of forward KL
-  float* size;  // bound of sum_v |g|
+  float* size;  // bound of sum_v |g|; without masses exact_size
 };
 
 struct DivergenceForward {

@@ -208,3 +208,16 @@ def test_a_trainer_that_distils(tmp_path):
     DistillationTrainer(student, arguments, train_dataset=rows).train()
     after = float(distillation_loss(student.eval(), teacher, inputs, kind="jsd"))
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_divergence_of_trl(beta):
+    """Its generalised JSD of materialised logits, over the labels that count."""
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    student, teacher, inputs = gemma2(), llama(), batch()
+    found = distillation_loss(student, teacher, inputs, kind="jsd", beta=beta, temperature=1.5)
+    ids = {name: value for name, value in inputs.items() if name != "labels"}
+    s, t = (model(**ids).logits[:, :-1] for model in (student, teacher))
+    labels = inputs["labels"][:, 1:]
+    want = gkd.GKDTrainer.generalized_jsd_loss(s, t, labels, beta=beta, temperature=1.5)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)

@@ -143,6 +143,16 @@ def test_a_teacher_of_another_dtype(mine, theirs, device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_small_gradients_of_float16(kind, device):
+    """Of a student near its teacher, spread over a wide vocabulary."""
+    x = problem(20, 32, 3000, 32, dtype=torch.float16, spread=0.5)
+    x.c = x.teacher_c.clone()
+    x.e = x.teacher_e + 0.02 * x.e
+    check(x, kind, 0.5, run(x, kind, device=device), torch.float16)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_strided(kind, device):
     x = problem(30, 20, 300, 28, ignored=0.2)
@@ -150,6 +160,18 @@ def test_strided(kind, device):
     x.e, x.c = wide.e[::2, 1:40:2].contiguous().mT.contiguous().mT, wide.c[::2, :20]
     x.teacher_e, x.teacher_c = wide.teacher_e[1::2, ::2][:, :28], wide.teacher_c[::2, 28:56]
     check(x, kind, 0.5, run(x, kind, device=device), torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_narrow_and_strided_labels(device):
+    x = problem(30, 16, 300, 16, ignored=0.3)
+    want = run(x, "jsd", device=device)
+    wide = torch.full((60,), 10**6, dtype=torch.int32)
+    wide[::2] = x.targets.int()
+    x.targets = wide[::2]
+    found = run(x, "jsd", device=device)
+    assert all(torch.equal(a, b) for a, b in zip(found[0][:4], want[0][:4], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found[1], want[1], strict=True))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -128,8 +128,7 @@ Status run(const DivergenceForward& f, Workers& workers) {
     for (int plane = 0; plane < 2; ++plane)
       spread(f.masses + plane * p.tiles * f.heads.student.N, p.tiles, p.n, f.heads.student.N);
   } else {
-    // every strip of every row that has a gradient
-    std::fill(rows.size.begin(), rows.size.end(), 1.0f);
+    std::transform(rows.divergence.begin(), rows.divergence.end(), rows.size.begin(), exact_size);
   }
   const double summary[] = {report.kept, report.error, report.tau};
   std::copy(summary, summary + 3, f.summary);

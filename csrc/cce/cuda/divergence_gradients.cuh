@@ -30,7 +30,7 @@ KERNEL void pair_coefficients_kernel(PairCoefficientParams p) {
   // of p near 1, p - 1 would lose what nll still knows
   c.at_label = c.a * expm1f(-p.from.nll[from]) + (c.a - b);
   c.scale = fmaxf(fabsf(c.a), fabsf(b)) + fabsf(c.q) * p.from.size[from];
-  if (isnan(c.a) || isnan(b) || isnan(c.q)) c.scale = kInfinity;
+  if (isnan(c.scale) || isnan(b)) c.scale = kInfinity;
   p.row[r] = c;
   p.logs[r] = {c.lse, c.lse_low, p.from.teacher_lse[from], p.from.teacher_low[from]};
 }

@@ -106,7 +106,7 @@ KERNEL void pair_rows_kernel(PairRowsParams p) {
   const bool labelled = p.rows.label[row] != kInvalid;
   p.out.divergence[to] = labelled ? not_negative(total) : static_cast<float>(NAN);
   p.out.mean[to] = static_cast<float>(mean);
-  p.out.size[to] = 1.0f;
+  p.out.size[to] = exact_size(p.out.divergence[to]);
 }
 
 KERNEL void clear_pair_rows_kernel(PairRowsParams p) {
