@@ -151,6 +151,21 @@ def test_forward_mode_is_refused():
         )
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_of_torch_func():
+    e, c, teacher_e, teacher_c, *_ = batch()
+
+    def call(x, t):
+        return gemma_ext.linear_divergence(x, c, t, teacher_c, kind="jsd", impl="exact")
+
+    found = torch.func.grad(call)(e, teacher_e)
+    leaf = e.clone().requires_grad_()
+    assert torch.equal(found, torch.autograd.grad(call(leaf, teacher_e), leaf)[0])
+    each = torch.func.vmap(torch.func.grad(call))(e, teacher_e)
+    for i in range(B):
+        assert torch.equal(each[i], torch.func.grad(call)(e[i], teacher_e[i]))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_in_one_graph(kind):
     torch._dynamo.reset()

@@ -82,6 +82,7 @@ def rows(
 
 
 class CceDivergence(torch.autograd.Function):
+    generate_vmap_rule = True
     remedy = REMEDY
 
     @staticmethod
