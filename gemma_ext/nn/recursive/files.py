@@ -33,6 +33,8 @@ _PEFT = "base_model.model."
 def save(model: Any, folder: str | Path) -> Path:
     """Writes a recursive model; every file beside its place, then renamed.
 
+    A recursive model that the folder held is replaced.
+
     Raises:
         ValueError: the model is not recursive.
     """
@@ -64,13 +66,17 @@ def save(model: Any, folder: str | Path) -> Path:
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     write_tensors(folder / WEIGHTS, state)
+    for path, tensors in (
+        (folder / LORA / ADAPTER, lora),
+        (folder / PREFIX, prefix),
+        (folder / EXIT_HEAD, head),
+    ):
+        path.unlink(missing_ok=True)
+        if tensors:
+            path.parent.mkdir(exist_ok=True)
+            write_tensors(path, tensors)
     if lora:
         write_adapter_config(folder, plan, name)
-        write_tensors(folder / LORA / ADAPTER, lora)
-    if prefix:
-        write_tensors(folder / PREFIX, prefix)
-    if head:
-        write_tensors(folder / EXIT_HEAD, head)
     return folder
 
 
