@@ -67,6 +67,15 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, use_cache=False).logits
 
 
+def assert_same_model(one: Any, other: Any, ids: torch.Tensor) -> None:
+    """Equal parameters, and logits equal up to where in memory the parameters lie."""
+    mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    # the eager attention of transformers takes its softmax in float32
+    torch.testing.assert_close(logits(one, ids), logits(other, ids), rtol=0, atol=2e-6)
+
+
 def equal_norms(model: Any) -> Any:
     """Gives all layers the norms of the first, which tying would otherwise change."""
     from gemma_ext.nn.recursive import decoder_layers
