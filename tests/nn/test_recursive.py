@@ -35,7 +35,8 @@ def test_depth_linear_is_its_formula(rank):
     weight = nn.Parameter(torch.randn(7, 9, dtype=torch.float64))
     bias = nn.Parameter(torch.randn(7, dtype=torch.float64))
     made = DepthLinear(weight, bias, rank)
-    assert made.rank == min(rank, 7) and (made.in_features, made.out_features) == (9, 7)
+    assert made.rank == min(rank, 7)
+    assert (made.in_features, made.out_features) == (9, 7)
     assert f"rank={made.rank}" in repr(made)
     x = torch.randn(2, 4, 9, dtype=torch.float64)
     assert torch.equal(made(x), F.linear(x, weight, bias))
@@ -82,7 +83,7 @@ def test_tied_depths_share_parameters_and_nothing_else(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_equals_the_runtime(kind, order):
     names = linear_names(decoder_layers(tiny(kind))[1][0])
-    plan = Plan.of(6, 2, order, ranks={name: 3 for name in names})
+    plan = Plan.of(6, 2, order, ranks=dict.fromkeys(names, 3))
     model = relaxed(kind, plan=plan)
     ids = tokens(3 * WINDOW)
     made = merged(model)

@@ -48,7 +48,8 @@ def test_stored_layers_are_there_once(tmp_path):
     expected = {f"{start}.{d}.mlp.up_proj.lora_{f}.weight" for d in range(1, 5) for f in "AB"}
     assert set(adapter) == expected
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["num_hidden_layers"] == 6 and config["recursive"]["stored"] == 2
+    assert config["num_hidden_layers"] == 6
+    assert config["recursive"]["stored"] == 2
     assert config["recursive"]["stored_of_depth"] == [0, 1, 2, 1, 2, 3]
 
 
@@ -84,7 +85,8 @@ def test_training_a_loaded_model_moves_all_depths_of_a_weight(tmp_path):
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     one, two = (model.model.layers[d].mlp.up_proj.weight for d in (1, 4))
-    assert not torch.equal(two, before) and torch.equal(one, two)
+    assert not torch.equal(two, before)
+    assert torch.equal(one, two)
     states = len([p for g in optimizer.param_groups for p in g["params"]])
     assert states == len({p.data_ptr() for p in model.parameters()})
 
@@ -145,7 +147,7 @@ def test_folders_that_do_not_fit_their_plan(tmp_path):
     with pytest.raises(ValueError, match="got mismatched ones as"):
         load(tmp_path)
     save_file({**whole, key.replace("1", "5", 1): whole[key].clone()}, path)
-    with pytest.raises(ValueError, match="weights: expected 3 stored layers, got model.layers.5"):
+    with pytest.raises(ValueError, match=r"weights: expected 3 stored layers, got model.layers.5"):
         load(tmp_path)
     save_file({**whole, "odd": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="got unexpected ones as odd"):
@@ -158,10 +160,12 @@ def test_folders_that_do_not_fit_their_plan(tmp_path):
     with pytest.raises(ValueError, match=r"adapter_model.safetensors: expected .* got None"):
         load(tmp_path)
     adapter.unlink()
-    with pytest.raises(ValueError, match="expected the file .* which the plan asks for, got none"):
+    with pytest.raises(ValueError, match=r"expected the file .* which the plan asks for, got none"):
         load(tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match="expected model.safetensors or .*index.json, got neither"):
+    with pytest.raises(
+        ValueError, match=r"expected model.safetensors or .*index.json, got neither"
+    ):
         load(tmp_path)
 
 

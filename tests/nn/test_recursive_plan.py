@@ -23,13 +23,15 @@ from gemma_ext.nn.recursive import ORDERS, Plan
 def test_orders(layers, loops, order, expected):
     plan = Plan.of(layers, loops, order)
     assert list(plan.stored_of_depth) == expected
-    assert plan.layers == layers and plan.stored_layers == max(expected) + 1
+    assert plan.layers == layers
+    assert plan.stored_layers == max(expected) + 1
 
 
 def test_gemma2_2b_keeps_its_parity_in_the_middle():
     for loops, block in ((2, 12), (3, 8), (4, 6), (6, 4)):
         plan = Plan.of(26, loops, "middle-cycle")
-        assert plan.stored == block and plan.stored_layers == block + 2
+        assert plan.stored == block
+        assert plan.stored_layers == block + 2
         for stored in range(1, block + 1):
             assert len({depth % 2 for depth in plan.depths_of(stored)}) == 1
     assert {d % 2 for d in Plan.of(26, 2).depths_of(0)} == {0, 1}
@@ -48,7 +50,8 @@ def test_every_plan_comes_back_from_its_dict(data):
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert plan.stored == block
     seen = [plan.loop_of(depth) for depth in range(layers)]
-    assert seen[:prelude] == [None] * prelude and seen[layers - coda :] == [None] * coda
+    assert seen[:prelude] == [None] * prelude
+    assert seen[layers - coda :] == [None] * coda
     for loop in range(loops):
         assert seen.count(loop) == block
     for stored in range(prelude, prelude + block):
@@ -86,7 +89,7 @@ def test_what_is_no_plan(arguments, options, message):
 
 def test_dicts_that_are_no_plan():
     good = Plan.of(6, 2).to_dict()
-    with pytest.raises(ValueError, match="recursive: expected keys .* got depth"):
+    with pytest.raises(ValueError, match=r"recursive: expected keys .* got depth"):
         Plan.from_dict({**good, "depth": 3})
     with pytest.raises(ValueError, match="got no stored_of_depth"):
         Plan.from_dict({"loops": 2})
