@@ -15,7 +15,7 @@ def build(cls: type, config: Any, state: Mapping[str, Tensor]) -> Any:
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
     """
-    with _quiet():
+    with quiet():
         model, found = cls.from_pretrained(
             None,
             config=config,
@@ -34,8 +34,8 @@ def build(cls: type, config: Any, state: Mapping[str, Tensor]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bar and the table of transformers: what is amiss is raised above."""
+def quiet() -> Iterator[None]:
+    """Without the bar and the table that transformers shows when it loads."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

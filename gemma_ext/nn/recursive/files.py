@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.nn.recursive._build import build
+from gemma_ext.nn.recursive._build import build, quiet
 from gemma_ext.nn.recursive.exits import ExitHead
 from gemma_ext.nn.recursive.plan import Plan
 from gemma_ext.nn.recursive.prefix import attention_of, use_prefixes
@@ -100,7 +100,10 @@ def load(
     folder = Path(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "recursive", None) is None:
-        vanilla = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        with quiet():
+            vanilla = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto"
+            )
         return vanilla.to(device).eval()
     plan = Plan.from_dict(config.recursive)
     stored = {k: t if dtype is None else t.to(dtype) for k, t in read_weights(folder).items()}

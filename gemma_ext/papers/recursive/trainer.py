@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 try:
     from accelerate.utils import AutocastKwargs
-    from transformers import PreTrainedModel, Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 except ImportError:
     raise ImportError("training needs transformers: pip install 'gemma_ext[hf]'") from None
 
@@ -40,6 +42,27 @@ def arguments(out: str | Path, steps: int, **values: Any) -> TrainingArguments:
     return TrainingArguments(output_dir=str(out), **given)
 
 
+class Bar(TrainerCallback):
+    """Moves a bar by every step, with the loss as its note; nothing is printed.
+
+    Args:
+        advance: of `gemma_ext.progress.progress_bar`.
+    """
+
+    def __init__(self, advance: Callable[..., None]) -> None:
+        self.advance = advance
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kw: Any) -> None:
+        if logs and "loss" in logs:
+            self.advance(0, f"loss {float(logs['loss']):.3f}")
+
+
 class RecursiveTrainer(Trainer):
     """Trains a recursive (or vanilla) model on an `Objective`; evaluates the text's cross-entropy.
 
@@ -61,6 +84,8 @@ class RecursiveTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
         self.objective = objective or Objective()
         self.teacher = None
         if teacher is not None:
