@@ -87,9 +87,7 @@ class RecursiveTrainer(Trainer):
         if self.args.disable_tqdm:
             self.remove_callback(PrinterCallback)
         self.objective = objective or Objective()
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = teacher.eval().to(self.args.device) if teacher is not None else None
         # else Trainer divides the loss of accumulated batches twice
         self.model_accepts_loss_kwargs = True
         self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
