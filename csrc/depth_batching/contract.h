@@ -85,10 +85,10 @@ struct RopeWrite {
   int64_t q_heads;
   Pool pool;
   Places places;
-  const int32_t* depth_of;           // [loops]
-  const float* rope;                 // [settings, positions, 2, half] cos and sin, or null
+  const int32_t* depth_of;            // [loops]
+  const float* rope;                  // [settings, positions, 2, half] cos and sin, or null
   int64_t settings, positions, half;  // element i turns with i + half
-  const int32_t* rope_of;            // [loops], or null: setting 0
+  const int32_t* rope_of;             // [loops], or null: setting 0
   Norm q_norm, k_norm;
   float eps;
   bool plus_one;

@@ -21,7 +21,8 @@ struct KvBinding {
   // A size of -1 fits any.
   static void check(const char* op, const char* name, const Tensor& t, ScalarType type,
                     std::initializer_list<int64_t> shape) {
-    STD_TORCH_CHECK(Engine::here(t), op, ": expected ", name, " on the device of the other tensors");
+    STD_TORCH_CHECK(Engine::here(t), op, ": expected ", name,
+                    " on the device of the other tensors");
     bool fits = t.scalar_type() == type && t.dim() == int64_t(shape.size());
     int64_t d = 0;
     for (const int64_t size : shape) {
@@ -42,7 +43,8 @@ struct KvBinding {
   static Pool pool(const char* op, const Tensor& t) {
     STD_TORCH_CHECK(Engine::here(t) && t.dim() == 6 && t.size(2) == 2 && t.size(4) == kPage &&
                         t.is_contiguous(),
-                    op, ": expected kv_pool to be [L, pages, 2, n_kv, ", kPage, ", hd], contiguous");
+                    op, ": expected kv_pool to be [L, pages, 2, n_kv, ", kPage,
+                    ", hd], contiguous");
     return {t.data_ptr(), storage_type(op, "kv_pool", t), t.size(0), t.size(1), t.size(3),
             t.size(5)};
   }
@@ -52,8 +54,8 @@ struct KvBinding {
     Tensor tables, req, pos, loop;
     Places places;
 
-    Placed(const char* op, const Tensor& block_tables, const Tensor& row_req,
-           const Tensor& row_pos, const Tensor& row_loop, int64_t loops)
+    Placed(const char* op, const Tensor& block_tables, const Tensor& row_req, const Tensor& row_pos,
+           const Tensor& row_loop, int64_t loops)
         : tables(exact(op, "block_tables", block_tables, ScalarType::Int, {-1, -1})),
           req(exact(op, "row_req", row_req, ScalarType::Int, {-1})),
           pos(exact(op, "row_pos", row_pos, ScalarType::Int, {req.size(0)})),
@@ -65,11 +67,10 @@ struct KvBinding {
     }
   };
 
-  static Tensor rows(const char* op, const char* name, const Tensor& t, const Pool& pool,
-                     int64_t n, int64_t heads, Rows& to) {
+  static Tensor rows(const char* op, const char* name, const Tensor& t, const Pool& pool, int64_t n,
+                     int64_t heads, Rows& to) {
     STD_TORCH_CHECK(Engine::here(t) && t.dim() == 3 && t.size(0) == n && t.size(2) == pool.width &&
-                        (heads < 0 || t.size(1) == heads) &&
-                        storage_type(op, name, t) == pool.type,
+                        (heads < 0 || t.size(1) == heads) && storage_type(op, name, t) == pool.type,
                     op, ": expected ", name, " to be [", n, ", heads, ", pool.width,
                     "] in the dtype of kv_pool");
     const bool whole = t.stride(2) == 1 && t.stride(1) == pool.width;
@@ -190,8 +191,7 @@ struct KvBinding {
     }
     call.scale = float(scale);
     call.softcap = float(softcap);
-    Tensor out =
-        torch::stable::new_empty(kv_pool, {call.places.n, call.q_heads, call.pool.width});
+    Tensor out = torch::stable::new_empty(kv_pool, {call.places.n, call.q_heads, call.pool.width});
     call.out = out.mutable_data_ptr();
     engine.run(op, kv_pool, call);
     return out;

@@ -7,6 +7,7 @@
 
 namespace gemma_ext::depth_batching {
 
+using gemma_ext::cpu::Scratch;
 using gemma_ext::cpu::Workers;
 
 namespace cpu {

@@ -26,8 +26,8 @@ class Projection:
     Attributes:
         weight: [F, D], shared by all loops.
         bias: [F] or None.
-        a: [B, r, D], the adapters' A of every loop; None or r = 0 where the layer has none.
-        b: [B, F, r].
+        lora_a: A [B, r, D] of every loop; None, or r = 0, where the layer has none.
+        lora_b: B [B, F, r].
 
     Raises:
         ValueError, TypeError: what does not fit.
@@ -35,8 +35,8 @@ class Projection:
 
     weight: Tensor
     bias: Tensor | None = None
-    a: Tensor | None = None
-    b: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_shape("weight", self.weight, ("F", "D"))
@@ -44,18 +44,19 @@ class Projection:
         if self.bias is not None:
             check_shape("bias", self.bias, (features,))
             check_like("bias", self.bias, self.weight)
-        if (self.a is None) != (self.b is None):
-            raise ValueError("expected a and b together, got one of them")
-        if self.a is not None:
-            check_shape("a", self.a, ("B", "r", width))
-            check_like("a", self.a, self.weight)
-            check_shape("b", self.b, (self.a.shape[0], features, self.a.shape[1]))
-            check_like("b", self.b, self.weight)
+        if (self.lora_a is None) != (self.lora_b is None):
+            raise ValueError("expected lora_a and lora_b together, got one of them")
+        if self.lora_a is not None:
+            check_shape("lora_a", self.lora_a, ("B", "r", width))
+            check_like("lora_a", self.lora_a, self.weight)
+            loops, rank, _ = self.lora_a.shape
+            check_shape("lora_b", self.lora_b, (loops, features, rank))
+            check_like("lora_b", self.lora_b, self.weight)
 
     @property
     def loops(self) -> int | None:
         """B, or None without adapters."""
-        return None if self.a is None or self.a.shape[1] == 0 else self.a.shape[0]
+        return None if self.lora_a is None or self.lora_a.shape[1] == 0 else self.lora_a.shape[0]
 
 
 def seg_depth_lora(
@@ -90,7 +91,7 @@ def seg_depth_lora(
     """
     reference = _check(x, projections, seg_offsets, impl)
     if reference:
-        given = [(p.weight, p.bias, p.a, p.b) for p in projections]
+        given = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in projections]
         return tuple(formulas.seg_depth_lora(x, given, seg_offsets, scale, None))
     from gemma_ext.ops.depth_batching import linear_op
 
@@ -127,7 +128,7 @@ def seg_depth_gated(
     reference = _check(x, (gate, up), seg_offsets, impl)
     check_shape("the weight of up", up.weight, (gate.weight.shape[0], "D"))
     if reference:
-        given = [(p.weight, p.bias, p.a, p.b) for p in (gate, up)]
+        given = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in (gate, up)]
         return formulas.seg_depth_lora(x, given, seg_offsets, scale, activation)[0]
     from gemma_ext.ops.depth_batching import linear_op
 
