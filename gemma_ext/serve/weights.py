@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.nn.recursive import Plan
+from gemma_ext.ops.depth_batching.linear import Projection
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -27,38 +30,20 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles depend on
 
 
 @dataclass(frozen=True)
-class Projection:
-    """y = x W^T + b + (x A_j^T) B_j^T in loop j.
-
-    Attributes:
-        weight: [out, in]; bias: [out] or None.
-        lora_a: [loops, r, in] and lora_b: [loops, out, r], or both None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor | None
-    lora_b: Tensor | None
-
-
-@dataclass(frozen=True)
 class Layer:
     """One stored layer and what its loops differ in.
 
     Attributes:
         depths: depth in each loop.
-        depth_of, window: int32 [loops]; window 0 attends to everything.
-        frequencies: float32 [loops, head_dim / 2], radians per position.
-        rope_scale: factor of the cosines and sines of every loop.
+        window: int32 [loops], tokens that are attended to; 0 for all.
+        rope_of: int32 [loops], entry of `Weights.ropes`.
         norms: weights [D] before attention and MLP; after them, or None where the model has none.
         q_norm, k_norm: [head_dim] or None.
     """
 
     depths: tuple[int, ...]
-    depth_of: Tensor
     window: Tensor
-    frequencies: Tensor
-    rope_scale: float
+    rope_of: Tensor
     attention_norm: Tensor
     attention_out_norm: Tensor | None
     mlp_norm: Tensor
@@ -81,8 +66,11 @@ class Weights:
         prelude, block, coda: layers run before the loops, in each loop, and after the last.
         embedding: [V, D], times `embedding_scale`; head: [V, D], the same tensor where tied.
         plus_one: norms scale by 1 + w.
-        scale, attention_softcap, head_softcap: of the scores, and caps, 0 for none.
+        scale, attention_softcap, head_softcap: of the scores, and caps.
         activation: "gelu_tanh" or "silu", of the gate.
+        ropes: (frequencies float32 [head_dim / 2] in radians per position, factor of cosines and
+            sines) of each setting.
+        exit_head: (A [r, D], B [V, r]) of early exits, whose head is W + B A; or None.
     """
 
     architecture: str
@@ -100,9 +88,11 @@ class Weights:
     kv_heads: int
     head_dim: int
     scale: float
-    attention_softcap: float
-    head_softcap: float
+    attention_softcap: float | None
+    head_softcap: float | None
     activation: str
+    ropes: tuple[tuple[Tensor, float], ...]
+    exit_head: tuple[Tensor, Tensor] | None
     max_length: int
 
     @property
@@ -120,44 +110,6 @@ class Weights:
     @property
     def device(self) -> torch.device:
         return self.embedding.device
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Which depths are run once and which are the loops of one stored layer."""
-
-    loops: int
-    prelude: int
-    stored: int
-    coda: int
-
-    def depths(self, layer: int) -> tuple[int, ...]:
-        """Depth of the repeated `layer` in each loop."""
-        return tuple(self.prelude + loop * self.stored + layer for loop in range(self.loops))
-
-
-def shape_of(stored_of_depth: Sequence[int]) -> Shape:
-    """The loops in a list of stored layers, one of each depth.
-
-    Only depths that come back in the same order can be batched across loops; every other list, as
-    [0, 0, 1, 1], is run as one loop of all its depths.
-
-    Example:
-        >>> shape_of([0, 1, 2, 1, 2, 3])
-        Shape(loops=2, prelude=1, stored=2, coda=1)
-    """
-    order = list(stored_of_depth)
-    once = [order.count(stored) == 1 for stored in order]
-    if all(once):
-        return Shape(1, 0, len(order), 0)
-    prelude = once.index(False)
-    coda = once[::-1].index(False)
-    middle = order[prelude : len(order) - coda]
-    stored = len(set(middle))
-    loops, rest = divmod(len(middle), stored)
-    if rest or middle != middle[:stored] * loops:
-        return Shape(1, 0, len(order), 0)
-    return Shape(loops, prelude, stored, coda)
 
 
 def read_weights(
@@ -191,39 +143,49 @@ class _Reader:
         self.config, self.body, self.model = model.config, model.get_decoder(), model
         first = self.body.embed_tokens.weight
         self.place = {"dtype": dtype or first.dtype, "device": device or first.device}
-        recursive = getattr(self.config, "recursive", None) or {}
-        depths = self.config.num_hidden_layers
-        self.shape = shape_of(recursive.get("stored_of_depth", range(depths)))
-        self.layers = self.body.layers[:depths]
+        self.layers = self.body.layers[: self.config.num_hidden_layers]
+        self.ropes: list[tuple[Tensor, float]] = []
 
     def weights(self) -> Weights:
-        config, shape = self.config, self.shape
-        attention = self.layers[0].self_attn
-        head = self.model.get_output_embeddings()
+        config, plan = self.config, Plan.of_model(self.model)
+        if plan.prefix:
+            raise ValueError(f"model: expected one without prefixes, got {plan.prefix} a depth")
+        if plan.order == "sequence":  # its loops lie inside each other: no depth comes back
+            plan = Plan.of(plan.layers, 1)
+        head, embed, norm = (
+            self.model.get_output_embeddings(),
+            self.body.embed_tokens,
+            self.body.norm,
+        )
         if head.bias is not None:
             raise ValueError("model: expected a head without bias, got one with a bias")
-        embed = self.body.embed_tokens
-        end = len(self.layers) - shape.coda
-        norm = self.body.norm
+        attention = self.layers[0].self_attn
+        last = len(self.layers) - plan.coda
+        block = [
+            [plan.prelude + loop * plan.stored + layer for loop in range(plan.loops)]
+            for layer in range(plan.stored)
+        ]
         return Weights(
             architecture=config.model_type,
-            loops=shape.loops,
-            prelude=tuple(self.layer([depth] * shape.loops) for depth in range(shape.prelude)),
-            block=tuple(self.layer(shape.depths(layer)) for layer in range(shape.stored)),
-            coda=tuple(self.layer([d] * shape.loops) for d in range(end, len(self.layers))),
+            loops=plan.loops,
+            prelude=tuple(self.layer([depth] * plan.loops) for depth in range(plan.prelude)),
+            block=tuple(self.layer(depths) for depths in block),
+            coda=tuple(self.layer([d] * plan.loops) for d in range(last, len(self.layers))),
             embedding=self.tensor(embed.weight),
             embedding_scale=self.embedding_scale(embed),
             final_norm=self.tensor(norm.weight),
             head=self.tensor(head.weight),
-            eps=_eps(norm),
+            eps=getattr(norm, "eps", None) or norm.variance_epsilon,
             plus_one=config.model_type.startswith("gemma"),
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=attention.head_dim,
             scale=float(attention.scaling),
-            attention_softcap=getattr(attention, "attn_logit_softcapping", None) or 0.0,
-            head_softcap=getattr(config, "final_logit_softcapping", None) or 0.0,
+            attention_softcap=getattr(attention, "attn_logit_softcapping", None),
+            head_softcap=getattr(config, "final_logit_softcapping", None),
             activation=self.activation(),
+            ropes=tuple(self.ropes),
+            exit_head=self.exit_head(),
             max_length=config.max_position_embeddings,
         )
 
@@ -244,12 +206,9 @@ class _Reader:
     def layer(self, depths: Sequence[int]) -> Layer:
         """The layer stored once that is run at `depths`, one for each loop."""
         loops = [self.layers[depth] for depth in depths]
-        first, attention, mlp = loops[0], loops[0].self_attn, loops[0].mlp
+        first, attention = loops[0], loops[0].self_attn
         sandwich = hasattr(first, "pre_feedforward_layernorm")
         inner = first.post_attention_layernorm
-        frequencies, scales = zip(*(self.rotary(depth) for depth in depths), strict=True)
-        if len(set(scales)) > 1:
-            raise ValueError(f"model: expected one scale of rotary angles a layer, got {scales}")
 
         def projections(block: str, *names: str) -> tuple[Projection, ...]:
             return tuple(
@@ -259,10 +218,8 @@ class _Reader:
 
         return Layer(
             depths=tuple(depths),
-            depth_of=self.integers(depths),
             window=self.integers([self.window(depth) for depth in depths]),
-            frequencies=torch.stack(frequencies).to(self.place["device"]),
-            rope_scale=scales[0],
+            rope_of=self.integers([self.rope(depth) for depth in depths]),
             attention_norm=self.tensor(first.input_layernorm.weight),
             attention_out_norm=self.tensor(inner.weight) if sandwich else None,
             mlp_norm=self.tensor((first.pre_feedforward_layernorm if sandwich else inner).weight),
@@ -279,12 +236,20 @@ class _Reader:
         first = loops[0]
         if any(loop.weight is not first.weight for loop in loops):
             raise ValueError("model: expected the loops of a layer to share their weights")
-        factors = [(getattr(m, "lora_A", None), getattr(m, "lora_B", None)) for m in loops]
-        a = b = None
-        if factors[0][0] is not None:
-            a = torch.stack([self.tensor(a) for a, _ in factors])
-            b = torch.stack([self.tensor(b) for _, b in factors])
+        rank = max(getattr(loop, "rank", 0) for loop in loops)
+        if rank == 0:
+            return Projection(self.tensor(first.weight), self.tensor(first.bias))
+        outs, ins = first.weight.shape
+        a = torch.zeros(len(loops), rank, ins, **self.place)
+        b = torch.zeros(len(loops), outs, rank, **self.place)
+        for j, loop in enumerate(loops):
+            if hasattr(loop, "lora_A"):  # a plan may leave out the matrices of the first loops
+                a[j], b[j] = loop.lora_A.detach(), loop.lora_B.detach()
         return Projection(self.tensor(first.weight), self.tensor(first.bias), a, b)
+
+    def exit_head(self) -> tuple[Tensor, Tensor] | None:
+        head = getattr(self.model, "exit_head", None)
+        return None if head is None else (self.tensor(head.lora_A), self.tensor(head.lora_B))
 
     def integers(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.place["device"])
@@ -299,8 +264,8 @@ class _Reader:
             return window
         return window if self.layer_type(depth) == "sliding_attention" else 0
 
-    def rotary(self, depth: int) -> tuple[Tensor, float]:
-        """Frequencies float32 [head_dim / 2] and the factor of cosine and sine, at `depth`."""
+    def rope(self, depth: int) -> int:
+        """The entry of `ropes` at `depth`, which is added where it is new."""
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
         rotary, kind, named = self.body.rotary_emb, self.body.rotary_emb.rope_type, {}
@@ -312,8 +277,8 @@ class _Reader:
         default = rotary.compute_default_rope_parameters
         compute = default if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
         frequencies, scale = compute(self.config, device=None, **named)
-        return frequencies.float(), float(scale)
-
-
-def _eps(norm: nn.Module) -> float:
-    return getattr(norm, "eps", None) or norm.variance_epsilon
+        for entry, (known, factor) in enumerate(self.ropes):
+            if factor == scale and torch.equal(known, frequencies):
+                return entry
+        self.ropes.append((frequencies.float(), float(scale)))
+        return len(self.ropes) - 1
