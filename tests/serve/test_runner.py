@@ -1,0 +1,135 @@
+"""The model step against the model's own forward, in float64 unless a test says otherwise."""
+
+import itertools
+
+import pytest
+import torch
+from serve_driver import Driver, int32
+from serve_tiny import OPTIONS, VOCABULARY, WINDOW, Double, tiny
+
+from gemma_ext.serve.exits import ExitTest
+from gemma_ext.serve.protocol import Request, SamplingParams
+from gemma_ext.serve.runner import PROMPT, ModelRunner, Rows, Sizes
+from gemma_ext.serve.sequential import Sequential
+from gemma_ext.serve.weights import read_weights
+
+SIZES = Sizes(requests=4, slots=64, pages=24, max_length=64)
+
+
+def runner_of(model, sizes=SIZES, **options) -> ModelRunner:
+    return ModelRunner(read_weights(model), sizes, **options)
+
+
+def prefilled_logits(model, ids: list[int], cuts: list[int]) -> torch.Tensor:
+    """[T, V] of a prompt that runs in chunks."""
+    runner = runner_of(model)
+    runner.open(0, Request((1,)))
+    tables = int32([5, 2, 7, 0]).unsqueeze(0)
+    slots = torch.randperm(SIZES.slots)[: len(ids)].int()
+    runner.embed(slots, int32(ids), int32(range(len(ids))))
+    bounds = [0, *cuts, len(ids)]
+    for begin, end in itertools.pairwise(bounds):
+        n = end - begin
+        for loop in range(runner.loops):
+            seg = int32(n if j > loop else 0 for j in range(runner.loops + 1))
+            where = (slots[begin:end], int32(range(begin, end)), int32([0] * n), int32([loop] * n))
+            runner.block(Rows(*where, seg, int32([PROMPT] * n), tables))
+    return runner.readout.logits(slots.long(), torch.zeros(len(ids), dtype=torch.bool))
+
+
+def own_logits(model, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad(), Double():
+        return model(torch.tensor([ids])).logits[0]
+
+
+def random_ids(count: int, seed: int = 0) -> list[int]:
+    random = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (count,), generator=random).tolist()
+
+
+@pytest.mark.parametrize(("loops", "rank", "order"), [(1, 0, "cycle"), (2, 3, "cycle")])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_prompt_gives_the_models_own_logits(name, loops, rank, order):
+    model = tiny(name, loops=loops, rank=rank, order=order)
+    ids = random_ids(4 * WINDOW)  # far beyond the window
+    got = prefilled_logits(model, ids, [7, 8, 15])
+    torch.testing.assert_close(got, own_logits(model, ids), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("order", "layers", "loops"), [("middle-cycle", 6, 2), ("sequence", 4, 2)])
+def test_orders_with_layers_run_once(order, layers, loops):
+    model = tiny("Gemma2", loops=loops, rank=2, order=order, layers=layers)
+    ids = random_ids(17)
+    got = prefilled_logits(model, ids, [6])
+    torch.testing.assert_close(got, own_logits(model, ids), rtol=1e-11, atol=1e-11)
+
+
+def test_window_belongs_to_the_depth_and_not_to_the_stored_layer():
+    """Three stored layers in two loops: each one slides in one loop only."""
+    model = tiny("Gemma2", loops=2, rank=2, layers=6)
+    windows = [layer.window.tolist() for layer in read_weights(model).block]
+    assert windows == [[WINDOW, 0], [0, WINDOW], [WINDOW, 0]]
+    ids = random_ids(21)
+    got = prefilled_logits(model, ids, [20])
+    torch.testing.assert_close(got, own_logits(model, ids), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cut_of_a_prompt_changes_nothing(seed):
+    model = tiny("Gemma2", loops=2, rank=3)
+    ids = random_ids(19, seed)
+    cuts = sorted(torch.randperm(18)[:seed].add(1).tolist())
+    got = prefilled_logits(model, ids, cuts)
+    torch.testing.assert_close(got, prefilled_logits(model, ids, []), rtol=1e-12, atol=1e-12)
+
+
+def requests(count: int = 3, seed: int = 0, **params) -> list[Request]:
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 14, (count,), generator=random).tolist()
+    return [
+        Request(tuple(random_ids(n, seed + i)), SamplingParams(max_tokens=9, seed=i, **params))
+        for i, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("name", "loops", "rank", "threshold"),
+    [("Gemma2", 2, 3, 0.35), ("Qwen3", 3, 2, 0.2), ("Llama", 1, 0, 0)],
+)
+def test_any_schedule_gives_the_tokens_of_sequential_decoding(
+    name, loops, rank, threshold, temperature
+):
+    layers = 6 if loops == 3 else 4
+    model = tiny(name, loops=loops, rank=rank, layers=layers)
+    exits = ExitTest("max_prob", threshold=threshold)
+    asked = requests(temperature=temperature)
+    with Double():
+        wanted = [Sequential(model, exits).decode(request) for request in asked]
+    depths = [[token.exit_depth for token in tokens] for tokens in wanted]
+    if loops > 1:
+        assert len({depth for each in depths for depth in each}) > 1  # early exits do happen
+    for seed in range(3):
+        jobs = Driver(runner_of(model, exits=exits), seed).run(asked)
+        for job, tokens in zip(jobs, wanted, strict=True):
+            assert job.tokens[len(job.request.prompt) :] == [token.id for token in tokens]
+        assert [job.depths for job in jobs] == depths
+
+
+def test_filled_keys_are_those_of_a_full_pass():
+    model = tiny("Gemma2", loops=2, rank=3)
+    runner = runner_of(model, exits=ExitTest("max_prob", threshold=0.2))
+    driver = Driver(runner, 1)
+    job = driver.run(requests(1))[0]
+    assert job.deferred
+    driver.fill(job)
+    full = runner_of(model)
+    again = Driver(full, 2)
+    again.admit(0, Request(tuple(job.tokens[:-1]), SamplingParams(max_tokens=1)))
+    count = len(job.tokens) - 2  # the last of them has run nothing there
+    for depth in range(4):
+        mine, other = (
+            r.kv_pool[depth, d.tables[0, :2].long()].permute(1, 2, 0, 3, 4).flatten(2, 3)
+            for r, d in ((runner, driver), (full, again))
+        )
+        torch.testing.assert_close(mine[:, :, :count], other[:, :, :count], rtol=1e-11, atol=1e-11)
