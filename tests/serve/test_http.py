@@ -404,3 +404,24 @@ def test_settings_are_checked(field):
         Settings(**{field: 0})
     with pytest.raises(ValueError, match="api_keys: expected keys that are not empty"):
         Settings(api_keys=("",))
+
+
+def test_a_connection_that_says_nothing_is_closed(nano_tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("gemma_ext.serve.http.server._HEAD_SECONDS", 0.2)
+    with live(nano_tokenizer) as running:
+        for said in (b"", b"GET /health HTTP/1.1\r\nHost:"):
+            with socket.create_connection(("127.0.0.1", running.server.port), 5) as raw:
+                raw.sendall(said)
+                assert raw.recv(10) == b""
+
+
+def test_more_connections_than_may_be(nano_tokenizer):  # noqa: F811
+    with live(nano_tokenizer, settings=Settings(most_connections=3)) as running:
+        address = ("127.0.0.1", running.server.port)
+        held = [socket.create_connection(address, 5) for _ in range(3)]
+        time.sleep(0.1)
+        assert httpx.get(f"{running.url}/health").status_code == 503
+        for raw in held:
+            raw.close()
+        time.sleep(0.1)
+        assert httpx.get(f"{running.url}/health").status_code == 200

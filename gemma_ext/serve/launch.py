@@ -1,0 +1,196 @@
+"""From the name of a model to a server of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_ext.serve.async_engine import AsyncEngine
+from gemma_ext.serve.config import EngineConfig
+from gemma_ext.serve.engine import Engine
+from gemma_ext.serve.exits import ExitTest
+from gemma_ext.serve.http.app import build_app
+from gemma_ext.serve.http.served import Served
+from gemma_ext.serve.http.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+DEFAULT_LENGTH = 4096  # of the context, where the model allows more
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that a replica needs to build its server; picklable.
+
+    Attributes:
+        model: "pocket", "pocket:nano", a folder (recursive or not), or the id of a hub.
+        name: what clients call it; None for the last part of `model`.
+        device: "cpu", "cuda", "cuda:1", or "auto" for a card if there is one.
+        dtype: of `DTYPES`, or "auto" for float32 on a CPU and the stored one on a card.
+        engine: fields of `EngineConfig`.
+        kv_memory: share of the free memory for the KV pool; None leaves it to `engine`.
+        exits: fields of `ExitTest`.
+        exit_weights: safetensors file with `weight` and `bias` of a learned exit test.
+        chat_template: used in place of the tokenizer's.
+        settings: bounds of requests.
+        most_open: requests at a time.
+        threads: of torch on a CPU; None for its own choice.
+    """
+
+    model: str = "pocket"
+    name: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    engine: dict[str, Any] = field(default_factory=dict)
+    kv_memory: float | None = None
+    exits: dict[str, Any] = field(default_factory=dict)
+    exit_weights: str | None = None
+    chat_template: str | None = None
+    settings: Settings = field(default_factory=Settings)
+    most_open: int = 256
+    threads: int | None = None
+
+    def app(self) -> FastAPI:
+        """Loads the model and makes its engine.
+
+        Raises:
+            ValueError: an option that does not fit; one sentence that begins with its name.
+        """
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        device = torch.device(_device(self.device))
+        model, tokenizer = load_model(self.model, device, _dtype(self.dtype, device))
+        config = self._config(model)
+        exits = ExitTest(**self.exits, **_learned(self.exit_weights))
+        engine = Engine.of_model(model, config, exits=exits)
+        served = Served(
+            self.name or served_name(self.model),
+            tokenizer,
+            ends_of_text(model, tokenizer),
+            chat_template=self.chat_template,
+            facts={
+                "kv_policy": config.kv_policy,
+                "exit_test": exits.name,
+                "exit_threshold": exits.threshold,
+            },
+        )
+        return build_app(AsyncEngine(lambda: engine, most_open=self.most_open), served, self.settings)
+
+    def _config(self, model: PreTrainedModel) -> EngineConfig:
+        options = dict(self.engine)
+        longest = model.config.max_position_embeddings
+        if options.get("max_model_len") is None:
+            options["max_model_len"] = min(longest, DEFAULT_LENGTH)
+        if options["max_model_len"] > longest:
+            raise ValueError(
+                f"max_model_len: expected at most the {longest} positions of the model, "
+                f"got {options['max_model_len']}"
+            )
+        config = EngineConfig(**options)
+        if self.kv_memory is not None:
+            pages = min(config.pages, pages_for(model, self.kv_memory))
+            config = dataclasses.replace(config, pages=pages)
+        return config
+
+
+def load_model(
+    name: str, device: torch.device, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM in evaluation mode, recursive where its folder says so, and its tokenizer.
+
+    Args:
+        name: "pocket", "pocket:nano", a folder, or the id of a hub.
+        dtype: of the weights; None for the stored one.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "pocket":
+        from gemma_ext import pocket
+
+        made = pocket.load(size or "small")
+        return made.model.to(device, dtype).eval(), made.tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if Path(name).is_dir():
+        from gemma_ext.nn import recursive
+
+        return recursive.load(name, dtype=dtype, device=device), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    return model.to(device).eval(), tokenizer
+
+
+def served_name(model: str) -> str:
+    """"pocket" for the pocket, the folder's own name for a folder, the id for a hub's model."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
+
+
+def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end a text: of the generation config, else of the config, else the tokenizer's."""
+    for holder in (model.generation_config, model.config, tokenizer):
+        ends = getattr(holder, "eos_token_id", None)
+        if ends is not None:
+            return tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
+    return ()
+
+
+def pages_for(model: PreTrainedModel, share: float) -> int:
+    """Pages of 16 tokens that fit into a share of the free memory, with all depths.
+
+    Raises:
+        ValueError: a share outside (0, 1), or one without room for a page.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"kv_memory: expected a share in (0, 1), got {share}")
+    config, weight = model.config, next(model.parameters())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    page = 16 * config.num_hidden_layers * 2 * heads * size * weight.element_size()
+    if weight.is_cuda:
+        free, _ = torch.cuda.mem_get_info(weight.device)
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if share * free < page:
+        raise ValueError(
+            f"kv_memory: expected room for a page of {page} bytes, got {share} of {free}"
+        )
+    return int(share * free / page)
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | None:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else None
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _learned(path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    if "weight" not in tensors or not set(tensors) <= {"weight", "bias"}:
+        raise ValueError(
+            f"exit_weights: expected weight and bias in {path}, got {sorted(tensors)}"
+        )
+    return tensors
