@@ -11,11 +11,6 @@ namespace {
 
 int pages_of(int tokens) { return (tokens + kPage - 1) / kPage; }
 
-int bank_size(const Options& o) {
-  const bool defers = o.fills == Fills::kLazy || o.fills == Fills::kEager;
-  return o.requests * (defers ? o.backlog + 2 : 1) + o.prefill;
-}
-
 template <class Queue>
 void remove(Queue& queue, Request* r) {
   const auto place = std::find(queue.begin(), queue.end(), r);
@@ -27,7 +22,7 @@ void remove(Queue& queue, Request* r) {
 Scheduler::Scheduler(Options options)
     : options_(std::move(options)),
       pages_(options_.pages, options_.salt),
-      slots_(bank_size(options_)),
+      slots_(options_.slots),
       tables_(static_cast<size_t>(options_.requests) * options_.request_pages),
       resident_(options_.requests),
       exits_(options_.loops) {

@@ -14,8 +14,8 @@ namespace gemma_ext::host {
 
 // When queued work may join what runs.
 enum class Mode {
-  kDepth,     // at every loop: continuous depth-wise batching
-  kSequence,  // at every full pass, and no token leaves before its last loop
+  kDepth,     // at every loop: continuous depth-wise batching, cdb
+  kSequence,  // at every full pass, and no token leaves before its last loop: csb
   kLockstep,  // when every token of the pass has left, at whatever loop
   kStatic,    // when every request of the batch has ended
 };
@@ -38,6 +38,7 @@ struct Options {
   int width = 1;          // tokens in a step at most, W
   int fill_rows = 0;      // rows for fills beyond W
   int requests = 1;       // that hold a block-table row at a time, R
+  int slots = 1;          // of the bank of hidden states
   int pages = 1;          // of the pool
   int request_pages = 1;  // of one request at most
   int backlog = 64;       // unfilled tokens of a request at most
@@ -62,7 +63,7 @@ struct Submission {
   int max_tokens = 1, min_tokens = 0, min_loops = 1, max_loops = 1;
   bool no_exit = false, score = false;
   std::vector<int32_t> stops;
-  std::vector<uint8_t> depths;  // of every output token where exits are replayed
+  std::vector<int> depths;  // of every output token where exits are replayed
 };
 
 // A token that stopped before the last loop; its hidden state waits in the bank.
@@ -92,7 +93,7 @@ struct Request {
 struct Counters {
   int64_t ticks = 0, blocks = 0, codas = 0, mixed_blocks = 0, rows = 0, current_rows = 0,
           fill_rows = 0, prompt_rows = 0, coda_rows = 0, distinct_loops = 0, outputs = 0,
-          exit_loops = 0, cached_tokens = 0, preemptions = 0, offloads = 0, lost_loops = 0,
+          exit_loops = 0, prompt_tokens = 0, cached_tokens = 0, preemptions = 0, offloads = 0,
           most_wait = 0, most_ready = 0, finished = 0, cancelled = 0, dropped_fills = 0;
 };
 
@@ -115,7 +116,7 @@ class Scheduler {
 
   int64_t submit(Submission submission);  // throws std::invalid_argument
   bool cancel(int64_t id);                // false for one that is gone
-  bool has_work() const { return live_ > 0 || !closed_.empty(); }
+  bool has_work() const { return live_ > 0 || !closed_.empty() || !ended_.empty(); }
 
   const Plan& plan();
   // exits: one byte per row of the block, only those of current tokens are read; null for none

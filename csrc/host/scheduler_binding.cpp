@@ -74,6 +74,7 @@ py::dict counters(const Scheduler& s) {
                                                    {"coda_rows", c.coda_rows},
                                                    {"distinct_loops", c.distinct_loops},
                                                    {"outputs", c.outputs},
+                                                   {"prompt_tokens", c.prompt_tokens},
                                                    {"exit_loops", c.exit_loops},
                                                    {"cached_tokens", c.cached_tokens},
                                                    {"preemptions", c.preemptions},
@@ -99,21 +100,31 @@ void bind_scheduler(py::module_& m) {
       m, "Scheduler",
       "Which rows of which requests run next, at which loops: `plan`, run it, report it. No call "
       "waits for another thread; one thread at a time.")
-      .def(py::init([](int loops, int width, int fill_rows, int requests, int pages,
+      .def(py::init([](int loops, int width, int fill_rows, int requests, int slots, int pages,
                        int request_pages, int backlog, int prefill, bool mixed, bool aligned,
                        int min_coda, int min_rows, double margin, const std::string& mode,
                        const std::string& fills, const std::string& pressure,
                        const std::string& order, const std::string& publish, bool fill_on_finish,
                        bool verify, const std::string& salt) {
-             Options o{loops,   width, fill_rows, requests, pages,    request_pages, backlog,
-                       prefill, mixed, aligned,   min_coda, min_rows, margin};
-             const std::pair<const char*, int> counts[] = {{"loops", loops},
-                                                           {"width", width},
-                                                           {"requests", requests},
-                                                           {"pages", pages},
-                                                           {"request_pages", request_pages},
-                                                           {"backlog", backlog},
-                                                           {"prefill", prefill}};
+             Options o;
+             o.loops = loops;
+             o.width = width;
+             o.fill_rows = fill_rows;
+             o.requests = requests;
+             o.slots = slots;
+             o.pages = pages;
+             o.request_pages = request_pages;
+             o.backlog = backlog;
+             o.prefill = prefill;
+             o.mixed = mixed;
+             o.aligned = aligned;
+             o.min_coda = min_coda;
+             o.min_rows = min_rows;
+             o.margin = margin;
+             const std::pair<const char*, int> counts[] = {
+                 {"loops", loops},     {"width", width},    {"requests", requests},
+                 {"slots", slots},     {"pages", pages},    {"request_pages", request_pages},
+                 {"backlog", backlog}, {"prefill", prefill}};
              for (const auto& [name, value] : counts)
                if (value < 1)
                  throw std::invalid_argument(std::string(name) + ": expected at least 1, got " +
@@ -121,7 +132,7 @@ void bind_scheduler(py::module_& m) {
              if (loops > 255)
                throw std::invalid_argument("loops: expected at most 255, got " +
                                            std::to_string(loops));
-             o.mode = choice<Mode>("mode", mode, {"depth", "sequence", "lockstep", "static"});
+             o.mode = choice<Mode>("mode", mode, {"cdb", "csb", "lockstep", "static"});
              o.fills = choice<Fills>("fills", fills, {"none", "write", "lazy", "eager"});
              o.pressure = choice<Pressure>("pressure", pressure,
                                            {"none", "reserve", "recompute", "offload"});
@@ -133,16 +144,16 @@ void bind_scheduler(py::module_& m) {
              return std::make_unique<Scheduler>(std::move(o));
            }),
            py::kw_only(), py::arg("loops"), py::arg("width"), py::arg("fill_rows"),
-           py::arg("requests"), py::arg("pages"), py::arg("request_pages"), py::arg("backlog"),
-           py::arg("prefill"), py::arg("mixed"), py::arg("aligned"), py::arg("min_coda"),
-           py::arg("min_rows"), py::arg("margin"), py::arg("mode"), py::arg("fills"),
-           py::arg("pressure"), py::arg("order"), py::arg("publish"), py::arg("fill_on_finish"),
-           py::arg("verify"), py::arg("salt"))
+           py::arg("requests"), py::arg("slots"), py::arg("pages"), py::arg("request_pages"),
+           py::arg("backlog"), py::arg("prefill"), py::arg("mixed"), py::arg("aligned"),
+           py::arg("min_coda"), py::arg("min_rows"), py::arg("margin"), py::arg("mode"),
+           py::arg("fills"), py::arg("pressure"), py::arg("order"), py::arg("publish"),
+           py::arg("fill_on_finish"), py::arg("verify"), py::arg("salt"))
       .def(
           "submit",
           [](Scheduler& self, const Input<int32_t>& prompt, int max_tokens, int min_loops,
              int max_loops, bool no_exit, bool score, std::vector<int32_t> stops,
-             std::vector<uint8_t> depths) {
+             const std::vector<int>& depths) {
             Submission s;
             s.prompt.assign(prompt.data(), prompt.data() + prompt.size());
             s.max_tokens = max_tokens;
@@ -151,7 +162,7 @@ void bind_scheduler(py::module_& m) {
             s.no_exit = no_exit;
             s.score = score;
             s.stops = std::move(stops);
-            s.depths = std::move(depths);
+            s.depths = depths;
             return self.submit(std::move(s));
           },
           py::arg("prompt"), py::kw_only(), py::arg("max_tokens"), py::arg("min_loops"),
@@ -201,12 +212,19 @@ void bind_scheduler(py::module_& m) {
       .def("forget_prefixes", &Scheduler::forget_prefixes)
       .def("buffers", &buffers, "Arrays over the memory that every plan is written to.")
       .def("counters", &counters)
-      .def("queues", &Scheduler::queues)
+      .def("queues",
+           [](const Scheduler& self) {
+             const char* names[] = {"waiting", "prefill",   "ready",  "coda",
+                                    "stalled", "offloaded", "filling"};
+             py::dict found;
+             const std::vector<int> sizes = self.queues();
+             for (size_t i = 0; i < sizes.size(); ++i) found[names[i]] = sizes[i];
+             return found;
+           })
       .def_property_readonly("free_pages", [](Scheduler& self) { return self.pages().available(); })
       .def_property_readonly("published_pages",
                              [](Scheduler& self) { return self.pages().published(); })
       .def_property_readonly("free_slots", [](Scheduler& self) { return self.slots().available(); })
-      .def_property_readonly("bank_size", [](Scheduler& self) { return self.slots().count(); })
       .def(
           "tokens",
           [](const Scheduler& self, int64_t id) {

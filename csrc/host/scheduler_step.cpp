@@ -333,6 +333,7 @@ void Scheduler::chunk_done(Request& r) {
   r.slots.clear();
   prompt_slots_ -= length;
   r.begin += length;
+  if (!r.outputs) counters_.prompt_tokens += length;
   if (!last) return;
   const auto place = std::find(prefill_.begin(), prefill_.end(), &r);
   if (place != prefill_.end()) prefill_.erase(place);
