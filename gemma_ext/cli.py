@@ -14,6 +14,7 @@ COMMANDS = {
     "info": "gemma_ext.info:main",
     "merge": "gemma_ext.souping.recipes.command:main",
     "sae": "gemma_ext.sae.command:app",
+    "serve": "gemma_ext.serve.command:main",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,6 @@ import typer
 
 from gemma_ext.extras import require
 
-Count = Annotated[int | None, typer.Option(min=1)]
 KEY = "GEMMA_EXT_API_KEY"
 
 
@@ -68,12 +66,16 @@ def main(
     api_key: Annotated[
         list[str], typer.Option(envvar=KEY, help="One has to be sent; repeatable.")
     ] = [],  # noqa: B006 (typer)
-    max_open: Annotated[int, typer.Option(min=1, help="Requests at a time; others get a 429.")] = 256,
+    max_open: Annotated[
+        int, typer.Option(min=1, help="Requests at a time; others get a 429.")
+    ] = 256,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of one output, as a client may ask for.")
     ] = None,
     max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 4 * 2**20,
-    request_timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds that an answer may take.")
+    ] = 600.0,
     drain: Annotated[float, typer.Option(help="Seconds for open requests after SIGTERM.")] = 30.0,
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file in place of the tokenizer's template.")
@@ -96,6 +98,7 @@ def main(
     from gemma_ext.serve.http.server import Server
     from gemma_ext.serve.http.settings import Settings
     from gemma_ext.serve.launch import Launch
+    from gemma_ext.serve.replicas import serve_replicas
 
     try:
         launch = Launch(
@@ -131,7 +134,7 @@ def main(
             threads=threads,
         )
         if replicas > 1 or ray is not None:
-            _replicas(launch, replicas, host, port, ray, gpus)
+            serve_replicas(launch, replicas, host=host, port=port, address=ray, gpus=gpus)
             return
         server = Server(launch.app(), host, port, log_level)
     except (ValueError, OSError, ImportError) as error:

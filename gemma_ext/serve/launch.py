@@ -71,10 +71,12 @@ class Launch:
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
+        given = {name: value for name, value in self.engine.items() if value is not None}
+        EngineConfig(**given)  # what is wrong is told before the model is read
+        exits = ExitTest(**self.exits, **_learned(self.exit_weights))
         device = torch.device(_device(self.device))
         model, tokenizer = load_model(self.model, device, _dtype(self.dtype, device))
-        config = self._config(model)
-        exits = ExitTest(**self.exits, **_learned(self.exit_weights))
+        config = self._config(model, given)
         engine = Engine.of_model(model, config, exits=exits)
         served = Served(
             self.name or served_name(self.model),
@@ -87,19 +89,19 @@ class Launch:
                 "exit_threshold": exits.threshold,
             },
         )
-        return build_app(AsyncEngine(lambda: engine, most_open=self.most_open), served, self.settings)
+        return build_app(
+            AsyncEngine(lambda: engine, most_open=self.most_open), served, self.settings
+        )
 
-    def _config(self, model: PreTrainedModel) -> EngineConfig:
-        options = dict(self.engine)
+    def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
         longest = model.config.max_position_embeddings
-        if options.get("max_model_len") is None:
-            options["max_model_len"] = min(longest, DEFAULT_LENGTH)
-        if options["max_model_len"] > longest:
+        length = given.get("max_model_len", min(longest, DEFAULT_LENGTH))
+        if length > longest:
             raise ValueError(
                 f"max_model_len: expected at most the {longest} positions of the model, "
-                f"got {options['max_model_len']}"
+                f"got {length}"
             )
-        config = EngineConfig(**options)
+        config = EngineConfig(**{**given, "max_model_len": length})
         if self.kv_memory is not None:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)
@@ -133,12 +135,12 @@ def load_model(
 
 
 def served_name(model: str) -> str:
-    """"pocket" for the pocket, the folder's own name for a folder, the id for a hub's model."""
+    """ "pocket" for the pocket, the folder's own name for a folder, the id for a hub's model."""
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a text: of the generation config, else of the config, else the tokenizer's."""
+    """Tokens that end a text: of the generation config, the config or the tokenizer."""
     for holder in (model.generation_config, model.config, tokenizer):
         ends = getattr(holder, "eos_token_id", None)
         if ends is not None:
@@ -190,7 +192,5 @@ def _learned(path: str | None) -> dict[str, Any]:
 
     tensors = load_file(path)
     if "weight" not in tensors or not set(tensors) <= {"weight", "bias"}:
-        raise ValueError(
-            f"exit_weights: expected weight and bias in {path}, got {sorted(tensors)}"
-        )
+        raise ValueError(f"exit_weights: expected weight and bias in {path}, got {sorted(tensors)}")
     return tensors

@@ -6,6 +6,8 @@ less busy of two (it looks at requests under way). A stream stays with its repli
 
 from __future__ import annotations
 
+import signal
+import threading
 from typing import Any
 
 from gemma_ext.extras import require
@@ -59,3 +61,15 @@ def deploy(
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
     )(serve.ingress(launch.app)())
     return serve.run(deployment.bind(), name=APP, route_prefix="/")
+
+
+def serve_replicas(launch: Launch, replicas: int, **options: Any) -> None:
+    """`deploy`, until SIGTERM or Ctrl+C."""
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    deploy(launch, replicas, **options)
+    ended.wait()
+    from ray import serve
+
+    serve.shutdown()
