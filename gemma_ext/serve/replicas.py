@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_ext.extras import require
 from gemma_ext.serve.launch import Launch
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 APP = "gemma_ext"
 
@@ -45,9 +48,12 @@ def deploy(
     """
     if replicas < 1:
         raise ValueError(f"replicas: expected at least 1, got {replicas}")
-    require("serving by replicas", "ray", "ray", "grpc")
+    require("serving by replicas", "replicas", "ray", "grpc")
     import ray
     from ray import serve
+
+    def build() -> FastAPI:  # a plain function is called in each replica
+        return launch.app()
 
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=True)
@@ -59,7 +65,7 @@ def deploy(
         max_ongoing_requests=2 * launch.most_open,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10.0,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-    )(serve.ingress(launch.app)())
+    )(serve.ingress(build)())
     return serve.run(deployment.bind(), name=APP, route_prefix="/")
 
 

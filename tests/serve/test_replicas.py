@@ -1,6 +1,9 @@
 """Two replicas behind Ray Serve: one address, answers as of one engine, a dead one replaced."""
 
 import asyncio
+import os
+import signal
+import time
 from importlib.util import find_spec
 
 import openai
@@ -25,8 +28,6 @@ class Scripted(Launch):
     """A launch without weights."""
 
     def app(self):
-        import os
-
         from gemma_ext.pocket import load_text
         from gemma_ext.serve.scripted import ScriptedEngine
 
@@ -74,6 +75,23 @@ def test_replicas_answer_as_one(url):
     assert texts == texts[:5] * 8
     assert text == texts[0]
     assert len(processes) == 2
+
+
+def test_a_dead_replica_is_replaced(url):
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=20, max_retries=10)
+
+    def processes():
+        return {client.models.list().data[0].process for _ in range(10)}
+
+    before = processes()
+    killed = before.pop()
+    os.kill(killed, signal.SIGKILL)
+    answer = client.completions.create(model=NAME, prompt="a", seed=1)
+    assert answer.usage.completion_tokens > 0
+    end = time.monotonic() + 60
+    while len(now := processes()) < 2 or killed in now:
+        assert time.monotonic() < end, f"{killed} was not replaced: {now}"
+        time.sleep(0.5)
 
 
 def test_fewer_than_one():
