@@ -133,11 +133,12 @@ class Sampler:
         self, slots: Tensor, rows: Tensor, positions: Tensor, ids: Tensor, early: Tensor, top: int
     ) -> Sampled:
         """As if `ids` [n] had been drawn, with `top` likeliest tokens each."""
-        device = self.readout.bank.device
-        before = self.readout.needs[rows.numpy()]
-        self.readout.needs[rows.numpy()] = top
+        device, host = self.readout.bank.device, rows.numpy()
+        before = self.readout.needs[host]
+        self.readout.needs[host] = top
+        self.readout.changed(slots.numpy())
         read = self.readout.read(slots, rows, positions, early)
-        self.readout.needs[rows.numpy()] = before
+        self.readout.needs[host] = before
         self.readout.changed(slots.numpy())  # a draw may need more candidates
         asked = np.full(len(rows), top)
         return Sampled(ids, *self._logprobs(ids.to(device), read, slots, early, asked))
@@ -169,10 +170,13 @@ class Sampler:
         if not hot.any():
             return best
         scaled = z / torch.where(heat > 0, heat, 1)
-        order = scaled.sort(-1, descending=True, stable=True)
-        keep, _ = kept(order.values, scaled.logsumexp(-1), *self._cuts(rows), whole=True)
-        drawn = self._best(order.values, order.indices.int(), keep, rows, positions)
-        return torch.where(hot, drawn, best)
+        if self.cuts[rows.numpy()].any():
+            values, ids = scaled.sort(dim=-1, descending=True, stable=True)
+            keep, _ = kept(values, scaled.logsumexp(-1), *self._cuts(rows), whole=True)
+        else:
+            ids = torch.arange(z.shape[1], device=z.device).expand(z.shape)
+            values, keep = scaled, torch.ones_like(z, dtype=torch.bool)
+        return torch.where(hot, self._best(values, ids.int(), keep, rows, positions), best)
 
     def _cuts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.top_k[rows], self.top_p[rows], self.min_p[rows]
