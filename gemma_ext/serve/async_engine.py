@@ -8,14 +8,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
-from gemma_ext.serve.protocol import Engine, Event, Request, Stats
+from gemma_ext.serve.protocol import Engine, Event, Limits, Request, Stats
 
 
 class EngineError(RuntimeError):
-    """The engine cannot answer: it failed, is full, or is being shut down."""
+    """A request cannot be answered, for a reason that is not its own."""
 
 
 class EngineBusy(EngineError):
@@ -23,30 +22,47 @@ class EngineBusy(EngineError):
 
 
 class EngineStopped(EngineError):
-    """The engine failed or was shut down."""
+    """The engine failed or is being shut down."""
 
 
-@dataclass(eq=False)
-class Stream:
-    """The events of one request, in order; at most one per token, so the queue is bounded."""
+class RequestExpired(EngineError):
+    """The time of a request is over."""
 
-    id: int = -1
-    ended: bool = False
-    _queue: asyncio.Queue[Event | EngineError] = field(default_factory=asyncio.Queue)
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        """Events up to the one with a finish reason.
+class Batch:
+    """Requests that were submitted together, and their events as they come.
+
+    At most one event per token waits to be taken, so what a slow reader costs is bounded.
+
+    Attributes:
+        submitted: `time.monotonic()` when.
+    """
+
+    def __init__(self, requests: tuple[Request, ...]) -> None:
+        self.requests = requests
+        self.submitted = time.monotonic()
+        self._ids: list[int | None] = [None] * len(requests)  # None: not submitted, or ended
+        self._left = set(range(len(requests)))
+        self._queue: asyncio.Queue[tuple[int, Event] | EngineError] = asyncio.Queue()
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def take(self) -> list[tuple[int, Event]]:
+        """(place of the request, event) pairs, at least one; empty when all requests have ended.
 
         Raises:
-            EngineError: the engine ended before the request did.
+            EngineError: the batch cannot be answered any further.
         """
-        while True:
+        taken: list[tuple[int, Event]] = []
+        while self._left and (not taken or not self._queue.empty()):
             item = await self._queue.get()
             if isinstance(item, EngineError):
                 raise item
-            yield item
-            if item.finish_reason is not None:
-                return
+            place, event = item
+            if place in self._left:  # else it was cancelled meanwhile
+                taken.append(item)
+            if event.finish_reason is not None:
+                self._left.discard(place)
+        return taken
 
 
 class AsyncEngine:
@@ -62,6 +78,8 @@ class AsyncEngine:
         stats: of the engine after its last step.
     """
 
+    limits: Limits
+
     def __init__(
         self, make: Callable[[], Engine], *, most_open: int = 256, stall_seconds: float = 120.0
     ) -> None:
@@ -70,27 +88,34 @@ class AsyncEngine:
         self.most_open, self.stall_seconds = most_open, stall_seconds
         self.stats = Stats()
         self._make = make
-        self._open: set[Stream] = set()  # of the loop's thread
-        self._unanswered: set[asyncio.Future[None]] = set()  # submissions; of the loop's thread
-        self._streams: dict[int, Stream] = {}  # of the engine's thread
-        self._commands: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
+        self._commands: deque[Callable[[], None]] = deque()
         self._stopping = False
+        self._step_began: float | None = None
+        # of the loop's thread
+        self._batches: set[Batch] = set()
+        self._unanswered: set[asyncio.Future[None]] = set()
         self._draining = False
         self._failure: EngineStopped | None = None
-        self._step_began: float | None = None
+        # of the engine's thread
+        self._places: dict[int, tuple[Batch, int]] = {}
 
     @property
     def open(self) -> int:
-        """Requests that have been submitted and have not ended."""
-        return len(self._open)
+        """Requests of batches that are not closed."""
+        return sum(len(batch.requests) for batch in self._batches)
 
     @property
-    def healthy(self) -> bool:
-        """Whether a request that is submitted now can be expected to be answered."""
+    def trouble(self) -> str | None:
+        """Why a request that is submitted now would not be answered, if it would not."""
+        if self._failure is not None:
+            return str(self._failure)
+        if self._draining:
+            return "the server is shutting down"
         began = self._step_began
-        stalled = began is not None and time.monotonic() - began > self.stall_seconds
-        return not (self._failure or self._draining or stalled)
+        if began is not None and time.monotonic() - began > self.stall_seconds:
+            return f"a step of the engine takes longer than {self.stall_seconds:g} seconds"
+        return None
 
     async def start(self) -> None:
         """Makes the engine; raises what `make` raises."""
@@ -100,64 +125,73 @@ class AsyncEngine:
         self._thread.start()
         await made
 
-    async def submit(self, *requests: Request) -> list[Stream]:
-        """Queues requests together, or none of them.
+    async def submit(self, *requests: Request, seconds: float | None = None) -> Batch:
+        """Queues all of the requests, or none; `close` has to be called for what it returns.
+
+        Args:
+            seconds: after which taking events raises a RequestExpired; None for no end.
 
         Raises:
             ValueError: the engine can never answer one of them.
             EngineBusy: more than `most_open` would be open.
             EngineStopped: the engine failed or is being shut down.
         """
-        if self._failure is not None:
-            raise self._failure
-        if self._draining:
-            raise EngineStopped("the server is shutting down")
+        if self._failure is not None or self._draining:
+            raise EngineStopped(self.trouble)
         if self.open + len(requests) > self.most_open:
-            raise EngineBusy(f"{self.open} of {self.most_open} requests are open; try again later")
-        streams = [Stream() for _ in requests]
-        self._open.update(streams)
+            raise EngineBusy(f"{self.open} of {self.most_open} requests are open, try again later")
+        batch = Batch(requests)
+        self._batches.add(batch)
         done = self._loop.create_future()
         self._unanswered.add(done)
-        self._tell(lambda: self._submit(requests, streams, done))
+        self._tell(lambda: self._submit(batch, done))
         try:
             await done
-        except BaseException:  # a client that left while it waited, too
-            self.close(*streams)
+        except BaseException:  # of a client that left while it waited, too
+            self.close(batch)
             raise
         finally:
             self._unanswered.discard(done)
-        return streams
+        if seconds is not None:
+            expired = RequestExpired(f"the answer took longer than {seconds:g} seconds")
+            batch._timer = self._loop.call_later(seconds, batch._queue.put_nowait, expired)
+        return batch
 
-    def close(self, *streams: Stream) -> None:
-        """Cancels what has not ended; to be called for every stream, also for one that has."""
-        left = [stream for stream in streams if stream in self._open]
-        self._open.difference_update(left)
-        if any(not stream.ended for stream in left):
-            self._tell(lambda: self._cancel(left))
+    def cancel(self, batch: Batch, place: int) -> None:
+        """Ends one request of a batch: no event of it is taken any more."""
+        if place in batch._left:
+            batch._left.discard(place)
+            self._tell(lambda: self._cancel(batch, [place]))
+
+    def close(self, batch: Batch) -> None:
+        """Ends what has not ended, and makes room for others."""
+        self._batches.discard(batch)
+        if batch._timer is not None:
+            batch._timer.cancel()
+        if batch._left:
+            places = list(batch._left)
+            batch._left.clear()
+            self._tell(lambda: self._cancel(batch, places))
 
     async def drain(self, seconds: float) -> bool:
-        """Takes no request any more and waits until all have ended; false if some have not."""
+        """Takes no request any more and waits until all are closed; false if some are not."""
         self._draining = True
         end = time.monotonic() + seconds
-        while self._open and time.monotonic() < end:
+        while self._batches and time.monotonic() < end:
             await asyncio.sleep(0.02)
-        return not self._open
+        return not self._batches
 
     async def stop(self, seconds: float = 10.0) -> None:
         """Ends the thread, and what is open with an EngineStopped."""
-        self._draining = True
         self._end_all(EngineStopped("the server is shutting down"))
         self._stopping = True
         self._tell(lambda: None)
         await asyncio.to_thread(self._thread.join, seconds)
 
     def _end_all(self, error: EngineStopped) -> None:
-        """In the loop's thread."""
         self._failure = self._failure or error
-        for stream in self._open:
-            if not stream.ended:
-                stream.ended = True
-                stream._queue.put_nowait(error)
+        for batch in self._batches:
+            batch._queue.put_nowait(error)
         for done in self._unanswered:
             _settle(done, error)
 
@@ -171,8 +205,7 @@ class AsyncEngine:
     def _run(self, made: asyncio.Future[None]) -> None:
         try:
             self._engine = self._make()
-            self.limits = self._engine.limits
-            self.stats = self._engine.stats()
+            self.limits, self.stats = self._engine.limits, self._engine.stats()
         except BaseException as error:
             self._to_loop(_settle, made, error)
             return
@@ -198,47 +231,50 @@ class AsyncEngine:
             self._deliver(events)
         self.stats = self._engine.stats()
 
-    def _submit(
-        self, requests: tuple[Request, ...], streams: list[Stream], done: asyncio.Future[None]
-    ) -> None:
+    def _submit(self, batch: Batch, done: asyncio.Future[None]) -> None:
         try:
-            for request, stream in zip(requests, streams, strict=True):
-                stream.id = self._engine.submit(request)
-                self._streams[stream.id] = stream
+            for place, request in enumerate(batch.requests):
+                id = self._engine.submit(request)
+                batch._ids[place] = id
+                self._places[id] = (batch, place)
         except ValueError as error:
-            self._cancel(streams)
+            self._cancel(batch, range(len(batch.requests)))
             self._to_loop(_settle, done, error)
         else:
             self._to_loop(_settle, done, None)
 
-    def _cancel(self, streams: list[Stream]) -> None:
-        for stream in streams:
-            if self._streams.pop(stream.id, None) is not None:
-                self._engine.cancel(stream.id)
+    def _cancel(self, batch: Batch, places: list[int] | range) -> None:
+        for place in places:
+            id = batch._ids[place]
+            if id is not None and self._places.pop(id, None) is not None:
+                self._engine.cancel(id)
 
     def _deliver(self, events: list[Event]) -> None:
         found = [
-            (self._streams[event.request], event)
+            (*self._places[event.request], event)
             for event in events
-            if event.request in self._streams  # else cancelled meanwhile
+            if event.request in self._places  # else cancelled in the same step
         ]
-        for stream, event in found:
+        for _, _, event in found:
             if event.finish_reason is not None:
-                del self._streams[stream.id]
+                del self._places[event.request]
         if found:
             self._to_loop(_hand_over, found)
 
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(function, *arguments)
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if not future.done():
-        future.set_exception(error) if error else future.set_result(None)
+    if future.done():
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
-def _hand_over(found: list[tuple[Stream, Event]]) -> None:
-    for stream, event in found:
-        stream.ended = stream.ended or event.finish_reason is not None
-        stream._queue.put_nowait(event)
+def _hand_over(found: list[tuple[Batch, int, Event]]) -> None:
+    for batch, place, event in found:
+        batch._queue.put_nowait((place, event))

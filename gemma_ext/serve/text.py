@@ -68,6 +68,9 @@ class Decoder:
         self._tokenizer = tokenizer
         self._ids = list(context[-4:])
         self._read = len(self._ids)
+        # a character that the context leaves open is told when it is complete
+        while self._read and self._text(self._read).endswith(_REPLACEMENT):
+            self._read -= 1
 
     def push(self, token: int) -> str:
         """What can be told after one more token; empty within a character."""
