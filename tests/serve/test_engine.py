@@ -1,8 +1,5 @@
 """The engine over scripted runners: what is drawn, at which depth, and who holds what afterwards."""
 
-import functools
-import operator
-
 import numpy as np
 import pytest
 from toy_models import CountingRunner, ToyModel, ToyRunner, decode, drain
@@ -24,8 +21,7 @@ def empty(engine):
     assert scheduler.free_slots == config.slots
     assert not any(scheduler.queues().values())
     assert engine.runner.open_rows == {}
-    assert engine._requests == {}
-    assert engine.store.bytes == 0
+    assert engine._requests == {} and engine.store.bytes == 0
 
 
 @pytest.mark.parametrize(
@@ -80,5 +76,5 @@ def test_tokens_and_depths_are_those_of_one_request_after_the_other(policy):
     for id, request in zip(ids, requests, strict=True):
         tokens, depths, _ = decode(model, request, config)
         assert (found[id][0], found[id][1]) == (tokens, depths)
-    assert len(set(functools.reduce(operator.iadd, (found[id][1][1:] for id in ids), []))) > 1
+    assert len(set(sum((found[id][1][1:] for id in ids), []))) > 1
     empty(engine)
