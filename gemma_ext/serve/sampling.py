@@ -15,6 +15,7 @@ is the same whether the kept tokens were found among all, or among the candidate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,8 +95,8 @@ class Sampler:
         self.cuts = np.zeros(requests, bool)  # keeps only some tokens
         self.asked = np.full(requests, -1)  # logprobs; -1 for none
 
-    def open(self, row: int, request: Request, drawn: int = 0) -> None:
-        """A request takes a row; the last `drawn` tokens of its prompt were drawn before."""
+    def open(self, row: int, request: Request, drawn: Sequence[int] = ()) -> None:
+        """A request takes a row; `drawn` are the tokens that an earlier stay has drawn."""
         params = request.params
         self.history.open(row, request.prompt, drawn, params)
         self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p

@@ -34,12 +34,12 @@ def logits_of(sampler: Sampler) -> torch.Tensor:
     return sampler.readout.logits(every, torch.zeros(len(every), dtype=torch.bool))
 
 
-def draw_all(sampler: Sampler, requests: list[Request], drawn: int = 0, positions=None):
+def draw_all(sampler: Sampler, requests: list[Request], drawn=(), positions=None):
     every = torch.arange(len(requests))
     for row, request in enumerate(requests):
         sampler.open(row, request, drawn)
     if positions is None:
-        positions = torch.tensor([len(request.prompt) - 1 for request in requests])
+        positions = torch.tensor([len(request.prompt) + len(drawn) - 1 for request in requests])
     return sampler.draw(every, every, positions, torch.zeros(len(every), dtype=torch.bool))
 
 
@@ -68,7 +68,7 @@ PARAMS = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(PARAMS, st.integers(0, 5)), min_size=1, max_size=6), st.integers(0, 99))
 def test_draws_and_logprobs_are_those_of_plain_softmax_sampling(asked, seed):
-    drawn = 2  # of the prompt below, by an earlier stay
+    drawn = (3, 3)  # by an earlier stay
     requests = [
         Request(_prompt(row), SamplingParams(**own), choice)
         for row, (own, choice) in enumerate(asked)
@@ -77,7 +77,9 @@ def test_draws_and_logprobs_are_those_of_plain_softmax_sampling(asked, seed):
     logits = logits_of(s)
     found = draw_all(s, requests, drawn)
     for row, request in enumerate(requests):
-        assert int(found.ids[row]) == draw(logits[row], request.prompt, drawn, request)
+        assert int(found.ids[row]) == draw(
+            logits[row], (*request.prompt, *drawn), len(drawn), request
+        )
         asked = request.params.logprobs
         if asked is None:
             continue
