@@ -2,7 +2,7 @@
 
 | tensor | a rank has |
 |---|---|
-| q, k, v, gate, up; their lora_b | its rows; whole heads, of k and v the same on some ranks if need be |
+| q, k, v, gate, up; their lora_b | its rows; whole heads, those of k and v twice if too few |
 | out, down; their lora_a | its columns; partial sums are added over the ranks |
 | the other factor of each LoRA, norms, embedding | all of it |
 | head | its rows of the vocabulary |

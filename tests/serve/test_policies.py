@@ -55,11 +55,9 @@ def test_tokens_are_those_of_one_request_at_a_time(policy, keep):
 def test_policies_differ():
     model = tiny("Gemma2", loops=3, rank=3, layers=6, seed=8, layer_types=FULL)
     requests, depths = replayed(1)
+    prompt = list(requests[0].prompt)
     with Double():
-        outputs = {
-            (policy, keep): tuple(Oracle(model, policy, keep).decode(list(requests[0].prompt), depths[0]))
-            for policy, keep in CASES
-        }  # fmt: skip
+        outputs = {case: tuple(Oracle(model, *case).decode(prompt, depths[0])) for case in CASES}
     assert outputs["exact_lazy", 1] == outputs["exact_eager", 1]
     assert len(set(outputs.values())) > 4
 
