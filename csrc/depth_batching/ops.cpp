@@ -2,7 +2,12 @@
 // Depth batching: schemas and the CPU engine.
 #include "common/torch/cpu.h"
 #include "depth_batching/cpu/engine.h"
+#include "depth_batching/cpu/head_engine.h"
+#include "depth_batching/cpu/linear_engine.h"
+#include "depth_batching/head_binding.h"
 #include "depth_batching/kv_binding.h"
+#include "depth_batching/linear_binding.h"
+#include "depth_batching/shortlist_binding.h"
 
 #define GEMMA_EXT_PLACES "Tensor block_tables, Tensor row_req, Tensor row_pos, Tensor row_loop, "
 
@@ -43,8 +48,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
         "Tensor depth_of, Tensor? window, float scale, float softcap) -> Tensor");
   m.def("kv_copy(Tensor(a!) kv_pool, " GEMMA_EXT_PLACES
         "Tensor depths, Tensor(b!)? fill_mark) -> ()");
+  LinearBinding<Cpu>::define_in(m);
+  HeadBinding<Cpu>::define_in(m);
+  ShortlistBinding<Cpu>::define_in(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) { KvBinding<Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) {
+  KvBinding<Cpu>::register_in(m);
+  LinearBinding<Cpu>::register_in(m);
+  HeadBinding<Cpu>::register_in(m);
+  ShortlistBinding<Cpu>::register_in(m);
+}
 
 }  // namespace gemma_ext::depth_batching

@@ -157,3 +157,79 @@ def exits_by_gate(
     else:
         leaves = score > threshold if strict else score >= threshold
     return leaves if last is None else leaves | last
+
+
+def codes_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """int8 codes [V, D], scales [V] and slacks [V] of rows of a head: how far a row is from its
+    codes, and 2^-22 (D + 16) of its norm for the rounding of two float32 sums."""
+    w = weight.double()
+    scale = (w.abs().amax(-1) / 127).float()
+    step = torch.where(scale > 0, scale.double(), 1).unsqueeze(-1)
+    codes = (w / step).round().clamp(-127, 127)
+    off = (w - codes * step).square().sum(-1).sqrt()
+    norm = w.square().sum(-1).sqrt()
+    slack = (off + 2.0**-22 * (w.shape[1] + 16) * norm) * (1 + 2.0**-20)
+    return codes.to(torch.int8), scale, slack.float()
+
+
+def shortlist(
+    h: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    slack: Tensor,
+    candidates: int,
+    *,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    eps: float,
+    plus_one: bool,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(ids, top [n, 2], rest, low, high): the best candidate and the two best logits of them, what
+    no other logit is above, and bounds of lse."""
+    if norm_weight is not None:
+        h = rms_norm(h, norm_weight, eps, plus_one=plus_one).to(weight.dtype)
+    wide = torch.promote_types(h.dtype, torch.float32)
+    x = h.to(wide)
+
+    def cap(a: Tensor) -> Tensor:
+        return a if softcap is None else softcap * torch.tanh(a / softcap)
+
+    middle = logit_scale * (x @ codes.to(wide).T) * scale.to(wide)
+    if bias is not None:
+        middle = middle + bias.to(wide)
+    around = abs(logit_scale) * x.norm(dim=-1, keepdim=True) * slack.to(wide)
+    upper, lower = middle + around, middle - around
+    exact = head_logits(
+        h, weight, bias, None, eps, plus_one=plus_one, softcap=softcap, logit_scale=logit_scale
+    )
+    order = upper.sort(dim=-1, descending=True, stable=True).indices
+    chosen, others = order[:, :candidates], order[:, candidates:]
+    chosen = chosen.sort(dim=-1).values
+    found = exact.gather(-1, chosen)
+    best = found.sort(dim=-1, descending=True, stable=True)
+    least = torch.full_like(found[:, :1], -torch.inf)
+    top = torch.cat([best.values, least], -1)[:, :2]
+    error = 2.0**-18 + (softcap or 0.0) * 2.0**-20
+    ids = chosen.gather(-1, best.indices[:, :1]).squeeze(-1)
+    above = torch.cat([cap(upper).gather(-1, others), least], -1).amax(-1)
+    rest = torch.where(above == -torch.inf, above, above + error)
+    high = torch.cat([found, cap(upper).gather(-1, others)], -1).logsumexp(-1) + error
+    low = torch.maximum(found.logsumexp(-1), cap(lower).logsumexp(-1)) - error
+    return ids.int(), top, rest, low, high
+
+
+def exit_bounds(
+    mode: str, top: Tensor, rest: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least and most that the score of a certified row can be."""
+    first = top[:, 0]
+    if mode == "max_prob":
+        return (first - high).exp(), (first - low).exp()
+    second = torch.maximum(top[:, 1], rest)
+    return (
+        (first - high).exp() - (second - high).exp(),
+        (first - low).exp() - (top[:, 1] - low).exp(),
+    )

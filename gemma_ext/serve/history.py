@@ -30,10 +30,13 @@ class History:
         self.min_tokens = np.zeros(requests, np.int64)  # 0 without stop ids
         self.weighs = np.zeros(requests, bool)  # bias or a penalty
 
-    def open(self, row: int, tokens: Sequence[int], drawn: int, params: SamplingParams) -> None:
-        """A request takes a row; the last `drawn` of its tokens were drawn, the others given."""
-        self.tokens[row, : len(tokens)] = torch.tensor(tokens)
-        self.start[row] = len(tokens) - drawn
+    def open(
+        self, row: int, prompt: Sequence[int], drawn: Sequence[int], params: SamplingParams
+    ) -> None:
+        """A request takes a row, with the tokens that an earlier stay has drawn."""
+        tokens = torch.tensor([*prompt, *drawn])
+        self.tokens[row, : len(tokens)] = tokens.to(self.device)
+        self.start[row] = len(prompt)
         self.params[row] = params
         self.min_tokens[row] = params.min_tokens if params.stop_ids else 0
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)

@@ -6,6 +6,8 @@ pass over the head and not two.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -68,12 +70,7 @@ class Head:
 
     def logits(self, bank: Tensor, slots: Tensor, early: bool) -> Tensor:
         """[n, V], at least float32: for requests that change single logits."""
-        x, weight = self._normed(bank, slots, early)
-        parts = [
-            seg_depth_lora(x, (Projection(tile.to(x.dtype)),), impl=self.impl)[0]
-            for tile in weight.split(_TILE)
-        ]
-        return self._capped(torch.cat(parts, 1))
+        return torch.cat([z for _, z in self._tiles(*self._normed(bank, slots, early))], 1)
 
     def divergence(self, bank: Tensor, slots: Tensor, before: Tensor) -> Tensor:
         """[n] KL of early heads: of bank[slots] from that of the states `before` [n, D].
@@ -81,21 +78,29 @@ class Head:
         sum_v p_v (s_v - t_v) - lse s + lse t over tiles of the vocabulary, each product and sum by
         itself: a row has the bits that it has alone, which the exit must not lose.
         """
-        every = torch.arange(len(before), dtype=torch.int32, device=before.device)
+        every = torch.arange(len(before), device=before.device)
         sides = ((bank, slots), (before, every))
         s_lse, t_lse = (self.rows(*side, None, None, 0, True).lse for side in sides)
-        (x, weight), (y, _) = (self._normed(*side, True) for side in sides)
-        total = torch.zeros_like(s_lse)
-        for tile in weight.split(_TILE):
-            w = (Projection(tile.to(x.dtype)),)
-            s, t = (self._capped(seg_depth_lora(h, w, impl=self.impl)[0]) for h in (x, y))
-            total += ((s - s_lse.unsqueeze(-1)).exp() * (s - t)).sum(-1)
-        return total - s_lse + t_lse
+        return self._divergence_sum(sides, s_lse) - s_lse + t_lse
+
+    def _divergence_sum(self, sides: tuple, lse: Tensor) -> Tensor:
+        """sum_v p_v (s_v - t_v) of the rows of the head that are here."""
+        total = torch.zeros_like(lse)
+        tiles = (self._tiles(*self._normed(*side, True)) for side in sides)
+        for (_, s), (_, t) in zip(*tiles, strict=True):
+            total += ((s - lse.unsqueeze(-1)).exp() * (s - t)).sum(-1)
+        return total
 
     def logits_at(self, bank: Tensor, slots: Tensor, ids: Tensor, early: bool) -> Tensor:
         """[n] logits of one token `ids` [n] each."""
         x, weight = self._normed(bank, slots, early)
         return self._capped((x * weight[ids.long()].to(x.dtype)).sum(-1))
+
+    def _tiles(self, x: Tensor, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Soft-capped logits [n, tile] of x [n, D], each with its first row of `weight`."""
+        for first in range(0, len(weight), _TILE):
+            tile = Projection(weight[first : first + _TILE].to(x.dtype))
+            yield first, self._capped(seg_depth_lora(x, (tile,), impl=self.impl)[0])
 
     def _input(self, bank: Tensor, slots: Tensor, early: bool) -> tuple[Tensor, Tensor]:
         if not early or self._early is None:

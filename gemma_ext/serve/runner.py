@@ -140,15 +140,14 @@ class ModelRunner:
         """Of a page at all depths."""
         return self.kv_pool[:, 0].numel() * self.kv_pool.element_size()
 
-    def open(self, row: int, request: Request, drawn: int = 0) -> None:
+    def open(self, row: int, request: Request, drawn: Sequence[int] = ()) -> None:
         """A request takes a row of the block tables.
 
         Args:
-            request: its prompt is all that is known, with the `drawn` last tokens of it drawn by
-                an earlier stay.
+            drawn: tokens that an earlier stay has drawn.
         """
         self.sampler.open(row, request, drawn)
-        self.exits.open(row, request.params, len(request.prompt) - drawn)
+        self.exits.open(row, request.params, len(request.prompt))
         self.reached[row] = 0
 
     def places(self, rows: Rows) -> np.ndarray:

@@ -15,6 +15,7 @@ is the same whether the kept tokens were found among all, or among the candidate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -94,8 +95,8 @@ class Sampler:
         self.cuts = np.zeros(requests, bool)  # keeps only some tokens
         self.asked = np.full(requests, -1)  # logprobs; -1 for none
 
-    def open(self, row: int, request: Request, drawn: int = 0) -> None:
-        """A request takes a row; the last `drawn` tokens of its prompt were drawn before."""
+    def open(self, row: int, request: Request, drawn: Sequence[int] = ()) -> None:
+        """A request takes a row; `drawn` are the tokens that an earlier stay has drawn."""
         params = request.params
         self.history.open(row, request.prompt, drawn, params)
         self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
@@ -133,11 +134,12 @@ class Sampler:
         self, slots: Tensor, rows: Tensor, positions: Tensor, ids: Tensor, early: Tensor, top: int
     ) -> Sampled:
         """As if `ids` [n] had been drawn, with `top` likeliest tokens each."""
-        device = self.readout.bank.device
-        before = self.readout.needs[rows.numpy()]
-        self.readout.needs[rows.numpy()] = top
+        device, host = self.readout.bank.device, rows.numpy()
+        before = self.readout.needs[host]
+        self.readout.needs[host] = top
+        self.readout.changed(slots.numpy())
         read = self.readout.read(slots, rows, positions, early)
-        self.readout.needs[rows.numpy()] = before
+        self.readout.needs[host] = before
         self.readout.changed(slots.numpy())  # a draw may need more candidates
         asked = np.full(len(rows), top)
         return Sampled(ids, *self._logprobs(ids.to(device), read, slots, early, asked))
@@ -169,10 +171,13 @@ class Sampler:
         if not hot.any():
             return best
         scaled = z / torch.where(heat > 0, heat, 1)
-        order = scaled.sort(-1, descending=True, stable=True)
-        keep, _ = kept(order.values, scaled.logsumexp(-1), *self._cuts(rows), whole=True)
-        drawn = self._best(order.values, order.indices.int(), keep, rows, positions)
-        return torch.where(hot, drawn, best)
+        if self.cuts[rows.numpy()].any():
+            values, ids = scaled.sort(dim=-1, descending=True, stable=True)
+            keep, _ = kept(values, scaled.logsumexp(-1), *self._cuts(rows), whole=True)
+        else:
+            ids = torch.arange(z.shape[1], device=z.device).expand(z.shape)
+            values, keep = scaled, torch.ones_like(z, dtype=torch.bool)
+        return torch.where(hot, self._best(values, ids.int(), keep, rows, positions), best)
 
     def _cuts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.top_k[rows], self.top_p[rows], self.min_p[rows]

@@ -1,7 +1,8 @@
 """One request at a time through the model's own modules: what an engine must not differ from.
 
 Every token runs every loop, so that its keys and values are there for all later ones; it is read
-after the first loop whose exit test passes. That is what the exact policies of an engine promise
+after the first loop whose exit test passes, the first token of an output, which the prompt gives,
+after all the loops that the request may run. That is what the exact policies of an engine promise
 (`gemma_ext.serve.policies`), whatever else runs beside a request.
 
 Nothing of the engine is used here but the noise of a draw: masks, caches and layers are those of
@@ -56,13 +57,16 @@ class Sequential:
         """The output of a request, with exit depths and log-probabilities as it asks for them.
 
         Args:
-            depths: of every output token; None for those of the exit test.
+            depths: of every output token but the first; None for those of the exit test.
         """
         params, tokens, output = request.params, list(request.prompt), []
         states, cache = self._run(tokens, None)
         while len(output) < params.max_tokens:
             given = depths[len(output)] if depths is not None else None
-            loop = self._depth(states, len(output), params) if given is None else given
+            if not output:
+                loop = min(params.max_loops or self.loops, self.loops)
+            else:
+                loop = self._depth(states, len(output), params) if given is None else given
             logits = self._logits(states[self.ends[loop - 1]], loop)
             id = draw(logits, tokens, len(output), request)
             output.append(_token(id, logits, params.logprobs, loop))

@@ -46,8 +46,11 @@ class Job:
 class Driver:
     """Serves requests on a runner; `seed` decides what runs beside what."""
 
-    def __init__(self, runner: ModelRunner, seed: int = 0, depths=None) -> None:
+    def __init__(
+        self, runner: ModelRunner, seed: int = 0, depths=None, whole_prompts: bool = False
+    ) -> None:
         self.runner, self.random, self.depths = runner, random.Random(seed), depths
+        self.whole_prompts = whole_prompts
         sizes = runner.sizes
         self.free = list(range(sizes.slots))
         pages = list(range(sizes.pages))
@@ -75,19 +78,24 @@ class Driver:
         taken = [self.pages.pop() for _ in range(count)]
         self.tables[row, :count] = int32(taken)
         self.runner.open(row, request)
-        begin, end = 0, len(job.tokens) - 1
+        begin, end = 0, len(job.tokens)
+        if self.whole_prompts:
+            self.prefill(job, 0, end)
+            return job
         while begin < end:
             size = self.random.randint(1, end - begin)
             self.prefill(job, begin, begin + size)
             begin += size
-        self.begin(job)
         return job
 
     def prefill(self, job: Job, begin: int, end: int) -> None:
         items = [Item(pos, self.free.pop()) for pos in range(begin, end)]
         self.embed(job, items)
-        for _ in range(self.runner.loops):
+        most = min(job.request.params.max_loops or self.runner.loops, self.runner.loops)
+        for _ in range(most):
             self.launch([(job, item, PROMPT) for item in items])
+        if end == len(job.tokens):
+            job.current, job.waits = items.pop(), True
         self.free += [item.slot for item in items]
 
     def begin(self, job: Job) -> None:
@@ -132,9 +140,9 @@ class Driver:
 
     def leaves(self, job: Job, item: Item, passed: bool) -> bool:
         params, loops = job.request.params, self.runner.loops
+        most = min(params.max_loops or loops, loops)
         if self.depths is not None:
             return item.loop == self.depths[job.row][len(job.depths)]
-        most = min(params.max_loops or loops, loops)
         return item.loop == most or (passed and item.loop >= params.min_loops)
 
     def drop_filled(self, job: Job) -> None:

@@ -2,50 +2,20 @@
 // Products of rows with rows, both along K as they lie in memory: nothing is packed, so that a weight is read once
 // and a few rows against it cost what reading it costs.
 //
-// An output is a sum over K in blocks of kBlock; a block is one chain of products per lane, and the lanes are added
+// An output is a sum over K in blocks of kChain; a block is one chain of products per lane, and the lanes are added
 // in one order. So its bits depend on its row and column alone, not on who stands beside them.
 #pragma once
 
 #include <string.h>
 
-#include "../../common/cpu/vec.h"
-#include "../../common/dtype.h"
+#include "../../common/cpu/storage.h"
 
 namespace gemma_ext::depth_batching::GEMMA_EXT_ISA {
 namespace {
 
 using namespace gemma_ext::cpu::GEMMA_EXT_ISA;
 
-struct half {
-  uint16_t bits;
-};
-
-// Vectors of any storage type. gcc 12 takes __builtin_convertvector apart into single elements.
-GEMMA_EXT_INLINE Vf wide(const float* p) { return load(p); }
-GEMMA_EXT_INLINE Vf wide(const bf16* p) {
-#if defined(__AVX512F__)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vf)((Vu)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
-#elif defined(__AVX2__) && !defined(GEMMA_EXT_EMULATED_AMX)
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Vf)((Vu)_mm256_cvtepu16_epi32(bits) << 16);
-#else
-  return load(p);
-#endif
-}
-GEMMA_EXT_INLINE Vf wide(const half* p) {
-#if defined(__AVX512F__)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vf)_mm512_maskz_cvtph_ps(0xffff, bits);
-#elif defined(__F16C__) && !defined(GEMMA_EXT_EMULATED_AMX)
-  return (Vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vf x;
-  for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(p[i].bits);
-  return x;
-#endif
-}
-GEMMA_EXT_INLINE Vf wide(const int8_t* p) {
+GEMMA_EXT_INLINE Vf load_row(const int8_t* p) {
 #if defined(__AVX512F__)
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return (Vf)_mm512_maskz_cvtepi32_ps(0xffff, _mm512_maskz_cvtepi8_epi32(0xffff, bytes));
@@ -58,10 +28,10 @@ GEMMA_EXT_INLINE Vf wide(const int8_t* p) {
 
 // The first n of a vector, 0 behind.
 template <class T>
-GEMMA_EXT_INLINE Vf wide_some(const T* p, int n) {
+GEMMA_EXT_INLINE Vf some_of(const T* p, int n) {
   T some[kLanes] = {};
   memcpy(some, p, n * sizeof(T));
-  return wide(some);
+  return load_row(some);
 }
 
 // How rows x are held for a weight of T: padded with zeros to whole vectors.
@@ -71,8 +41,8 @@ struct Operand {
   using V = Vf;
   static constexpr int kStep = kLanes;
   static GEMMA_EXT_INLINE V of_x(const X* p) { return load(p); }
-  static GEMMA_EXT_INLINE V of_w(const T* p) { return wide(p); }
-  static GEMMA_EXT_INLINE V of_w(const T* p, int n) { return wide_some(p, n); }
+  static GEMMA_EXT_INLINE V of_w(const T* p) { return load_row(p); }
+  static GEMMA_EXT_INLINE V of_w(const T* p, int n) { return some_of(p, n); }
   static GEMMA_EXT_INLINE Vf add(Vf sum, V x, V w) { return sum + x * w; }
 };
 
@@ -95,7 +65,7 @@ struct Operand<bf16> {
 
 
 // 8 KiB of each of four columns' floats stay in L1, and 64 rows' in L2.
-constexpr int64_t kBlock = 2048;
+constexpr int64_t kChain = 2048;
 
 // 6 x 4 accumulators + 4 of w + 1 of x = 29 of the 32 AVX-512 registers; 2 x 4 + 5 = 13 of 16.
 constexpr int kRowsAtOnce = kLanes == 16 ? 6 : 2;
@@ -109,6 +79,11 @@ struct CountLanes<0, J...> {
   static GEMMA_EXT_INLINE Vf run(F f) {
     return f.template operator()<J...>();
   }
+};
+
+template <int N>
+struct Constant {
+  static constexpr int kValue = N;
 };
 
 typedef float V4 __attribute__((vector_size(16)));
@@ -128,13 +103,13 @@ GEMMA_EXT_INLINE V4 sums(Vf a, Vf b, Vf c, Vf d) {
     return __builtin_shufflevector(ab, cd, (J / 4 * 4 + J % 2 + (J % 4 > 1 ? kLanes : 0))...) +
            __builtin_shufflevector(ab, cd, (J / 4 * 4 + J % 2 + 2 + (J % 4 > 1 ? kLanes : 0))...);
   });
-  V4 total = __builtin_shufflevector(all, all, 0, 1, 2, 3);
-  if constexpr (kLanes >= 8) total += __builtin_shufflevector(all, all, 4, 5, 6, 7);
-  if constexpr (kLanes == 16) {
-    V4 high = __builtin_shufflevector(all, all, 8, 9, 10, 11);
-    high += __builtin_shufflevector(all, all, 12, 13, 14, 15);
-    total += high;
-  }
+  const auto group = [&](auto at) __attribute__((always_inline)) {
+    constexpr int k = decltype(at)::kValue < kLanes ? decltype(at)::kValue : 0;
+    return __builtin_shufflevector(all, all, k, k + 1, k + 2, k + 3);
+  };
+  V4 total = group(Constant<0>());
+  if constexpr (kLanes >= 8) total += group(Constant<4>());
+  if constexpr (kLanes == 16) total += group(Constant<8>()) + group(Constant<12>());
   return total;
 }
 
@@ -194,8 +169,8 @@ void products(int64_t rows, int64_t columns, int64_t K, const typename Operand<T
   if (K == 0 && !accumulate)
     for (int64_t m = 0; m < rows; ++m) memset(out + m * ld, 0, columns * sizeof(float));
   const int64_t groups = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
-  for (int64_t k = 0; k < K; k += kBlock) {
-    const int64_t depth = K - k < kBlock ? K - k : kBlock;
+  for (int64_t k = 0; k < K; k += kChain) {
+    const int64_t depth = K - k < kChain ? K - k : kChain;
     for (int64_t f = 0; f < columns; f += kColumnsAtOnce) {
       const int count = int(columns - f < kColumnsAtOnce ? columns - f : kColumnsAtOnce);
       const T* w[kColumnsAtOnce];

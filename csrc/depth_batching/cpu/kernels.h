@@ -4,6 +4,8 @@
 
 #include "../../common/cpu/scratch.h"
 #include "../contract.h"
+#include "head_table.h"
+#include "linear_table.h"
 
 namespace gemma_ext::depth_batching {
 
@@ -33,6 +35,8 @@ struct KvKernels {
 
 struct Kernels {
   KvKernels kv;
+  LinearKernels linear;
+  HeadKernels head;
 };
 
 // Of the chosen instruction set.

@@ -90,7 +90,7 @@ void run(const Linear& call, Workers& workers) {
   if (call.n == 0) return;
   const LinearKernels& k = kernels().linear;
   const int64_t size = k.packed_size(call.type);
-  const bool in_place = size == size_of(call.type) && call.D % kPad == 0;
+  const bool in_place = size == size_of(call.type) && call.D % kWhole == 0;
   PackedRows x(in_place ? 0 : call.n, call.D, size);
   Packed packed = x.rows();
   if (in_place) {

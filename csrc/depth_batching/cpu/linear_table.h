@@ -33,7 +33,7 @@ struct LinearKernels {
 };
 
 // Whole vectors of every instruction set are read.
-constexpr int64_t kPad = 32;
-constexpr int64_t padded_width(int64_t k) { return (k + kPad - 1) / kPad * kPad; }
+constexpr int64_t kWhole = 32;
+constexpr int64_t padded_width(int64_t k) { return (k + kWhole - 1) / kWhole * kWhole; }
 
 }  // namespace gemma_ext::depth_batching

@@ -24,7 +24,7 @@ template <class T, class W>
 void norm_row(const T* x, const W* weight, int64_t D, const NormRule& rule, W* out) {
   const float inverse = inverse_rms(x, D, rule.eps);
   each_vector(weight, D, [&](int64_t i, Vf w, int count) __attribute__((always_inline)) {
-    const Vf v = count == kLanes ? wide(x + i) : wide_some(x + i, count);
+    const Vf v = count == kLanes ? load_row(x + i) : some_of(x + i, count);
     put_some(out + i, normed(v, inverse, w, rule.plus_one), count);
   });
 }

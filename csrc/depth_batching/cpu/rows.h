@@ -18,17 +18,6 @@ inline float* strip_of(gemma_ext::cpu::Scratch& s, int slot, int64_t floats) {
 GEMMA_EXT_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 GEMMA_EXT_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// f(like), `like` of the type that stores t.
-template <class F>
-GEMMA_EXT_INLINE void with_type(DType t, const F& f) {
-  if (t == DType::kFloat32)
-    f(float{});
-  else if (t == DType::kBFloat16)
-    f(bf16{});
-  else
-    f(half{});
-}
-
 GEMMA_EXT_INLINE void put(float* p, Vf x) { store(p, x); }
 GEMMA_EXT_INLINE void put(bf16* p, Vf x) { store(p, x); }
 GEMMA_EXT_INLINE void put(half* p, Vf x) {
@@ -57,7 +46,7 @@ GEMMA_EXT_INLINE void put_rounded(typename Operand<T>::X* p, Vf x, int n) {
   } else {
     T rounded[kLanes];
     put(rounded, x);
-    put_some(p, wide(rounded), n);
+    put_some(p, load_row(rounded), n);
   }
 }
 
@@ -65,8 +54,8 @@ GEMMA_EXT_INLINE void put_rounded(typename Operand<T>::X* p, Vf x, int n) {
 template <class T, class Step>
 GEMMA_EXT_INLINE void each_vector(const T* row, int64_t n, const Step& step) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) step(i, wide(row + i), kLanes);
-  if (i < n) step(i, wide_some(row + i, int(n - i)), int(n - i));
+  for (; i + kLanes <= n; i += kLanes) step(i, load_row(row + i), kLanes);
+  if (i < n) step(i, some_of(row + i, int(n - i)), int(n - i));
 }
 
 }  // namespace

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_ext.ops.depth_batching import head_op
 from gemma_ext.ops.depth_batching.head import check_exit
+from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
 from gemma_ext.ops.depth_batching.linear_inputs import (
     check_index,
     check_like,
-    check_shape,
     check_storage,
-    is_reference,
     per_row,
 )
 from gemma_ext.reference import depth_batching_head as formulas
@@ -99,8 +99,6 @@ def gate_exit(
         scores, after = formulas.gate_scores(mode, h, previous, weight, bias, survival)
         exits = formulas.exits_by_gate(mode, scores, limit, last, strict=strict)
     else:
-        from gemma_ext.ops.depth_batching import head_op
-
         exits, scores, after = head_op.gate_exit(
             h, previous, weight, bias, survival, limit, last, mode, strict
         )

@@ -7,13 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.depth_batching.linear_inputs import (
-    check_like,
-    check_shape,
-    check_storage,
-    is_reference,
-    per_row,
-)
+from gemma_ext.ops.depth_batching import head_op
+from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_like, check_storage, per_row
 from gemma_ext.reference import depth_batching_head as formulas
 
 MODES = ("max_prob", "margin", "entropy")
@@ -97,7 +93,7 @@ def head_exit(
         NotImplementedError: a derivative is asked for.
     """
     reference = is_reference(impl, h, "depth_head_exit")
-    _check_head(h, weight, bias, norm_weight, softcap, reference=reference)
+    check_head(h, weight, bias, norm_weight, softcap, reference=reference)
     n = h.shape[0]
     limit, strict = check_exit(mode, threshold, strict, n, h, modes=MODES, strict_by=STRICT)
     if (temperature is None) != (keys is None):
@@ -119,8 +115,6 @@ def head_exit(
             exits, _ = formulas.exits_by_head(mode, rows, limit, strict=strict)
         fields = (*rows[:4], exits, rows.samples, rows.tempered, rows.values, rows.indices)
     else:
-        from gemma_ext.ops.depth_batching import head_op
-
         fields = head_op.head_exit(
             h, weight, bias, norm_weight, limit, heat, keys, eps, plus_one, softcap, logit_scale,
             mode, strict, count,
@@ -147,8 +141,6 @@ def gumbel(ids: Tensor, keys: Tensor, *, impl: str = "auto") -> Tensor:
     check_keys(keys, ids.shape[0], ids)
     if reference:
         return formulas.gumbel(ids, keys)
-    from gemma_ext.ops.depth_batching import head_op
-
     return head_op.gumbel(ids, keys)
 
 
@@ -183,7 +175,7 @@ def check_exit(
     return per_row("threshold", threshold, n, like), strict
 
 
-def _check_head(
+def check_head(
     h: Tensor,
     weight: Tensor,
     bias: Tensor | None,

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gemma_ext.ops.depth_batching.linear_inputs import (
-    check_index,
-    check_like,
-    check_shape,
-    check_storage,
-    is_reference,
-)
+from gemma_ext.ops.depth_batching import linear_op
+from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_index, check_like, check_storage
 from gemma_ext.reference import depth_batching_linear as formulas
 
 ACTIVATIONS = formulas.ACTIVATIONS
@@ -93,8 +89,6 @@ def seg_depth_lora(
     if reference:
         given = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in projections]
         return tuple(formulas.seg_depth_lora(x, given, seg_offsets, scale, None))
-    from gemma_ext.ops.depth_batching import linear_op
-
     y = linear_op.depth_linear(x, projections, seg_offsets, scale, None)
     return y.split([p.weight.shape[0] for p in projections], dim=1)
 
@@ -130,8 +124,6 @@ def seg_depth_gated(
     if reference:
         given = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in (gate, up)]
         return formulas.seg_depth_lora(x, given, seg_offsets, scale, activation)[0]
-    from gemma_ext.ops.depth_batching import linear_op
-
     return linear_op.depth_linear(x, (gate, up), seg_offsets, scale, activation)
 
 

@@ -5,39 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma_ext import _loader
-
-STORAGE = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def is_reference(impl: str, like: Tensor, op: str) -> bool:
-    """Whether plain torch serves the call: asked for, or for float64, which has no kernels."""
-    if impl not in ("auto", "reference"):
-        raise ValueError(f"expected impl to be 'auto' or 'reference', got {impl!r}")
-    if impl == "reference" or like.dtype == torch.float64:
-        return True
-    device = like.device
-    if device.type not in ("cpu", "meta", "cuda"):
-        raise ValueError(f"expected tensors on cpu, meta or cuda with impl='auto', got {device}")
-    if device.type == "cuda" and (refusal := _loader.cuda_refusal(op)):
-        raise NotImplementedError(refusal)
-    return False
+from gemma_ext.ops.depth_batching.inputs import STORAGE, check_shape
 
 
 def check_storage(name: str, x: Tensor, *, reference: bool) -> None:
     if x.dtype not in STORAGE and not (reference and x.dtype == torch.float64):
         raise TypeError(f"expected {name} to be float32, bfloat16 or float16, got {x.dtype}")
-
-
-def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    """Sizes; a letter stands for any."""
-    sizes = [want for want in shape if isinstance(want, int)]
-    fits = x.dim() == len(shape) and all(
-        got == want for got, want in zip(x.shape, shape, strict=True) if isinstance(want, int)
-    )
-    if not fits or len(sizes) > len(shape):
-        wanted = ", ".join(str(want) for want in shape)
-        raise ValueError(f"expected {name} to be [{wanted}], got {list(x.shape)}")
 
 
 def check_like(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gemma_ext.ops.depth_batching.linear_inputs import (
-    check_index,
-    check_like,
-    check_shape,
-    check_storage,
-    is_reference,
-)
+from gemma_ext.ops.depth_batching import linear_op
+from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_index, check_like, check_storage
 from gemma_ext.reference import depth_batching_linear as formulas
 
 
@@ -43,8 +39,6 @@ def gather_rms_norm(
     _check_bank(bank, slots, weight, reference=reference)
     if reference:
         return formulas.gather_rms_norm(bank, slots, weight, eps, plus_one=plus_one)
-    from gemma_ext.ops.depth_batching import linear_op
-
     return linear_op.gather_rms_norm(bank, slots, weight, eps, plus_one)
 
 
@@ -89,8 +83,6 @@ def scatter_rms_norm(
         return formulas.scatter_rms_norm(
             bank, slots, y, weight, next_weight, eps, plus_one=plus_one
         )
-    from gemma_ext.ops.depth_batching import linear_op
-
     found = linear_op.scatter_rms_norm(bank, slots, y, weight, next_weight, eps, plus_one)
     return None if next_weight is None else found
 
