@@ -70,6 +70,7 @@ class AsyncEngine:
 
     Args:
         make: gives the engine; called in the thread, since some device state belongs to a thread.
+        finish: called in the thread when no step will come any more.
         most_open: requests that may be open at a time.
         stall_seconds: a step that takes longer makes `healthy` false.
 
@@ -81,13 +82,18 @@ class AsyncEngine:
     limits: Limits
 
     def __init__(
-        self, make: Callable[[], Engine], *, most_open: int = 256, stall_seconds: float = 120.0
+        self,
+        make: Callable[[], Engine],
+        *,
+        finish: Callable[[], None] = lambda: None,
+        most_open: int = 256,
+        stall_seconds: float = 120.0,
     ) -> None:
         if most_open < 1:
             raise ValueError(f"most_open: expected at least 1, got {most_open}")
         self.most_open, self.stall_seconds = most_open, stall_seconds
         self.stats = Stats()
-        self._make = make
+        self._make, self._finish = make, finish
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = False
@@ -217,6 +223,8 @@ class AsyncEngine:
             logging.getLogger(__name__).exception("the engine failed")
             sentence = f"the engine failed: {type(error).__name__}: {error}"
             self._to_loop(self._end_all, EngineStopped(sentence))
+        finally:
+            self._finish()
 
     def _turn(self) -> None:
         with self._wake:

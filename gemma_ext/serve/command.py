@@ -80,6 +80,9 @@ def main(
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file in place of the tokenizer's template.")
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that share the model; on cards, one each.")
+    ] = 1,
     replicas: Annotated[
         int, typer.Option(min=1, help="Engines behind Ray Serve; 1 needs no Ray.")
     ] = 1,
@@ -132,6 +135,7 @@ def main(
             ),
             most_open=max_open,
             threads=threads,
+            ranks=tensor_parallel,
         )
         if replicas > 1 or ray is not None:
             serve_replicas(launch, replicas, host=host, port=port, address=ray, gpus=gpus)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,9 @@ from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.http.app import build_app
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
+from gemma_ext.serve.protocol import SamplingParams
+from gemma_ext.serve.runner import Sizes
+from gemma_ext.serve.weights import Weights, read_weights
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,6 +52,7 @@ class Launch:
         settings: bounds of requests.
         most_open: requests at a time.
         threads: of torch on a CPU; None for its own choice.
+        ranks: processes that share one model; on cards, one each.
     """
 
     model: str = "pocket"
@@ -62,6 +67,7 @@ class Launch:
     settings: Settings = field(default_factory=Settings)
     most_open: int = 256
     threads: int | None = None
+    ranks: int = 1
 
     def app(self) -> FastAPI:
         """Loads the model and makes its engine.
@@ -74,10 +80,10 @@ class Launch:
         given = {name: value for name, value in self.engine.items() if value is not None}
         EngineConfig(**given)  # what is wrong is told before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
-        device = torch.device(_device(self.device))
-        model, tokenizer = load_model(self.model, device, _dtype(self.dtype, device))
+        exits.own_threshold(SamplingParams())
+        model, tokenizer = self._load(0)
         config = self._config(model, given)
-        engine = Engine.of_model(model, config, exits=exits)
+        engine, finish = self._engine(model, config, exits)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -89,9 +95,36 @@ class Launch:
                 "exit_threshold": exits.threshold,
             },
         )
-        return build_app(
-            AsyncEngine(lambda: engine, most_open=self.most_open), served, self.settings
-        )
+        asked = AsyncEngine(lambda: engine, finish=finish, most_open=self.most_open)
+        return build_app(asked, served, self.settings)
+
+    def weights(self, rank: int) -> Weights:
+        """Of the whole model, where `rank` computes."""
+        model, _ = self._load(rank)
+        return read_weights(model)
+
+    def _load(self, rank: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        device = torch.device(_device(self.device))
+        if device.type == "cuda" and self.ranks > 1:
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        return load_model(self.model, device, _dtype(self.dtype, device))
+
+    def _engine(
+        self, model: PreTrainedModel, config: EngineConfig, exits: ExitTest
+    ) -> tuple[Engine, Callable[[], None]]:
+        if self.ranks == 1:
+            return Engine.of_model(model, config, exits=exits), lambda: None
+        if config.kv_pressure == "offload":
+            raise ValueError("kv_pressure: expected another with more than one rank, got offload")
+        from gemma_ext.serve.ranks import Ranks
+
+        whole = read_weights(model)
+        backend = "nccl" if whole.device.type == "cuda" else "gloo"
+        sizes = Sizes(config.requests, config.slots, config.pages, config.max_model_len)
+        options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
+        ranks = Ranks(whole, self.weights, self.ranks, backend, sizes, options)
+        return Engine(ranks.runner, config), ranks.close
 
     def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
         longest = model.config.max_position_embeddings

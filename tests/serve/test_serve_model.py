@@ -65,16 +65,8 @@ def alone(model, tokenizer, text, **params):
     ids = tokenizer(text)["input_ids"]
     stops = ends_of_text(model, tokenizer)
     params = SamplingParams(**{"stop_ids": stops, "max_tokens": 16, **params})
-    decoder = Sequential(model, ExitTest(**EXITS))
-    full = params.max_loops or 2  # of the first token, which comes out of the prompt
     with Double():
-        first = decoder.decode(
-            Request(tuple(ids), dataclasses.replace(params, max_tokens=1, min_loops=full))
-        )
-        if first[0].id in stops:
-            return first
-        rest = dataclasses.replace(params, max_tokens=params.max_tokens - 1)
-        return first + decoder.decode(Request((*ids, first[0].id), rest))
+        return Sequential(model, ExitTest(**EXITS)).decode(Request(tuple(ids), params))
 
 
 def ask(server, requests):
@@ -180,6 +172,40 @@ def test_the_model_says_what_it_is(server):
     assert told.exit_threshold == 0.4
 
 
+@pytest.mark.slow
+def test_two_ranks_draw_the_tokens_of_one(server, launch):
+    requests = [
+        {"prompt": prompt, "seed": 3, "extra_body": {"return_exit_depths": True}, "logprobs": 0}
+        for prompt in PROMPTS
+    ]
+    expected = ask(server, requests)
+    app = dataclasses.replace(launch, ranks=2).app()
+    processes = app.state.service.engine._finish.__self__._processes
+    with running(app) as two:
+        told = ask(Live(two, app.state.service.engine, []), requests)
+        assert all(process.is_alive() for process in processes)
+    assert [process.exitcode for process in processes] == [0]
+    for mine, other in zip(told, expected, strict=True):
+        assert mine.choices[0].text == other.choices[0].text
+        assert mine.choices[0].exit_depths == other.choices[0].exit_depths
+        assert mine.choices[0].logprobs.token_logprobs == pytest.approx(
+            other.choices[0].logprobs.token_logprobs, rel=1e-9
+        )
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_engine_and_not_the_server(launch):
+    app = dataclasses.replace(launch, ranks=2).app()
+    (process,) = app.state.service.engine._finish.__self__._processes
+    with running(app) as two:
+        live = Live(two, app.state.service.engine, [])
+        process.kill()
+        process.join()
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            ask(live, [{"prompt": "a"}])
+        assert httpx.get(f"{live.url}/health").status_code == 503
+
+
 def test_a_vanilla_model_is_one_loop(pocket_nano):
     app = Launch("pocket:nano", dtype="float64", engine={"max_model_len": 64}).app()
     with running(app) as server:
@@ -204,6 +230,15 @@ def test_a_vanilla_model_is_one_loop(pocket_nano):
         ({"kv_memory": 1.5}, r"kv_memory: expected a share in \(0, 1\), got 1.5"),
         ({"kv_memory": 1e-12}, "kv_memory: expected room for a page of"),
         ({"exits": {"name": "guess"}}, "name: expected one of none, max_prob"),
+        (
+            {"exits": {"name": "margin"}},
+            "exit_threshold: expected a number with exit test margin, got None",
+        ),
+        ({"ranks": 3}, "ranks: expected a divisor of the 4 heads, got 3"),
+        (
+            {"ranks": 2, "engine": {"kv_pressure": "offload"}},
+            "kv_pressure: expected another with more than one rank, got offload",
+        ),
     ],
 )
 def test_options_that_do_not_fit(pocket_nano, options, sentence):
