@@ -115,6 +115,32 @@ def test_tokens_are_those_of_sequential_decoding(server, model, temperature):
     server.wait_idle()
 
 
+def test_company_changes_no_bit_in_float32(launch):
+    requests = [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "max_tokens": 12,
+            "logprobs": 2,
+            "extra_body": {"return_exit_depths": True},
+        }
+        for prompt in PROMPTS
+        for seed in range(2)
+    ]
+    told = []
+    for width in (8, 1):
+        engine = {**launch.engine, "width": width, "requests": 2 * width}
+        app = dataclasses.replace(launch, dtype="float32", engine=engine).app()
+        with running(app) as server:
+            live = Live(server, app.state.service.engine, [])
+            if width > 1:
+                told.append(ask(live, requests))
+            else:
+                told.append([ask(live, [one])[0] for one in requests])
+    for one, other in zip(*told, strict=True):
+        assert one.choices[0].to_dict() == other.choices[0].to_dict()
+
+
 def test_loops_are_bounded_by_the_request(server, model):
     loops, tokenizer = model
     for bounds in ({"max_loops": 1}, {"min_loops": 2}, {"exit_threshold": 0.05}):
