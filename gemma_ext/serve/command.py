@@ -9,6 +9,7 @@ import typer
 
 from gemma_ext.extras import require
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 KEY = "GEMMA_EXT_API_KEY"
 
 
@@ -143,4 +144,8 @@ def main(
         server = Server(launch.app(), host, port, log_level)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"gemma-ext serve: {error}") from None
+    if host not in LOCAL and not api_key:
+        typer.echo(
+            f"gemma-ext serve: whoever reaches {host} may ask; {KEY} asks for a key", err=True
+        )
     server.run()

@@ -58,6 +58,9 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
+FAULT = ApiError(500, "the server failed, its log says why")
+
+
 def of_engine(error: EngineError) -> ApiError:
     """What the engine's trouble is to a client."""
     if isinstance(error, EngineBusy):
@@ -121,4 +124,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)  # raised again behind the answer, so the log has it
     async def fault(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server failed, its log says why").response()
+        return FAULT.response()
