@@ -121,7 +121,7 @@ class EngineConfig:
 
     @property
     def slots(self) -> int:
-        """Hidden states at a time: of prompts, tokens that run, and the backlogs of all requests."""
+        """Hidden states at a time: of prompts, tokens that run, and backlogs."""
         deferred = self.backlog + 1 if self.kv_policy in EXACT else 0
         return self.requests * (deferred + 1) + self.prefill_tokens
 

@@ -140,9 +140,9 @@ class Engine:
         return id
 
     def cancel(self, request: int) -> None:
-        if self.scheduler.cancel(request):
-            self._forget(request)
-            self.latencies.dropped(request)
+        self.scheduler.cancel(request)
+        self._forget(request)
+        self.latencies.dropped(request)
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -179,7 +179,7 @@ class Engine:
             self.runner.close(row)
         for id, row in opened:
             self.runner.open(row, self._requests[id])
-        return [self._end(id, _REASONS[how]) for id, how in ended]
+        return [self._end(id, _REASONS[how]) for id, how in ended if id in self._requests]
 
     def _end(self, id: int, reason: str) -> Event:
         error = "the KV pool has no page left for this request" if reason == "error" else None

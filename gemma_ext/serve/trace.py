@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ class Trace:
         line: dict[str, Any] = {"tick": self._ticks, "stage": stage, "rows": n}
         if stage == "block":
             segments = engine._tensors["seg_offsets"].tolist()
-            line["loops"] = [b - a for a, b in zip(segments, segments[1:], strict=False)]
+            line["loops"] = [b - a for a, b in itertools.pairwise(segments)]
             kinds = engine._tensors["kind"][:n].tolist()
             line["kinds"] = {
                 name: kinds.count(i) for i, name in enumerate(("current", "fill", "prompt"))

@@ -1,4 +1,4 @@
-"""The engine over scripted runners: what is drawn, at which depth, and who holds what afterwards."""
+"""The engine over scripted runners: tokens, depths, and who holds what afterwards."""
 
 import numpy as np
 import pytest
@@ -21,12 +21,13 @@ def empty(engine):
     assert scheduler.free_slots == config.slots
     assert not any(scheduler.queues().values())
     assert engine.runner.open_rows == {}
-    assert engine._requests == {} and engine.store.bytes == 0
+    assert engine._requests == {}
+    assert engine.store.bytes == 0
 
 
 @pytest.mark.parametrize(
     ("depth", "ran", "outputs"),
-    [(1, 4, [[5, 6, 7], [8, 9, 10]]), (3, 12, [[5, 8, 11], [8, 11, 14]])],
+    ((1, 4, [[5, 6, 7], [8, 9, 10]]), (3, 12, [[5, 8, 11], [8, 11, 14]])),
 )
 def test_replayed_exits_of_the_counting_model(depth, ran, outputs):
     model, config = ToyModel(loops=3, vocabulary=16), EngineConfig(width=4, verify=True)
@@ -76,5 +77,5 @@ def test_tokens_and_depths_are_those_of_one_request_after_the_other(policy):
     for id, request in zip(ids, requests, strict=True):
         tokens, depths, _ = decode(model, request, config)
         assert (found[id][0], found[id][1]) == (tokens, depths)
-    assert len(set(sum((found[id][1][1:] for id in ids), []))) > 1
+    assert len({depth for id in ids for depth in found[id][1][1:]}) > 1
     empty(engine)

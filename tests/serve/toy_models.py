@@ -87,9 +87,9 @@ def decode(model, request, config, depths=None):
         for s in range(model.stored):
             depth, at = loop * model.stored + s, (place(loop), s)
             for pos in positions:
-                kv[*at, pos] = model.keys(states[pos], depth, pos)
+                kv[(*at, pos)] = model.keys(states[pos], depth, pos)
             for pos in positions:
-                seen = [kv[*at, i] for i in range(pos + 1) if (*at, i) in kv]
+                seen = [kv[(*at, i)] for i in range(pos + 1) if (*at, i) in kv]
                 k, v = (np.stack(part) for part in zip(*seen, strict=True))
                 states[pos] = model.layer(states[pos], depth, pos, k, v)
 
@@ -120,7 +120,7 @@ def decode(model, request, config, depths=None):
                 depth, kept = loop + 1, states[pos]
                 if config.kv_policy.startswith("exact"):
                     continue  # the rest of the loops, for keys and values
-                fill(model, kv, config, pos, kept, depth)
+                fill(model, kv, config, pos, kept, depth, most)
                 break
         states[pos] = kept
     return tokens[len(request.prompt) :], exits, kv
@@ -129,10 +129,10 @@ def decode(model, request, config, depths=None):
 COPIES = ("copy", "first_then_shared", "modulo")
 
 
-def fill(model, kv, config, pos, h, depth):
-    """Keys and values of the loops that a token did not run."""
+def fill(model, kv, config, pos, h, depth, most):
+    """Keys and values of the loops that a token did not run, of `most` that it may."""
     place = place_of(config.kv_policy, config.keep)
-    for loop in range(depth, model.loops):
+    for loop in range(depth, most):
         for s in range(model.stored):
             if config.kv_policy in COPIES:
                 kv[place(loop), s, pos] = kv[place(depth - 1), s, pos]
@@ -176,10 +176,10 @@ class ToyRunner:
         assert len({row[0] for row in every}) == len(every)
         self.ran += sum(kind != 2 for *_, kind in every)
         for s in range(model.stored):
-            for slot, pos, req, loop, _ in every:
+            for slot, pos, req, loop, kind in every:
                 page = self.pool[self._depth(loop, s), tables[req, pos // PAGE]]
                 page[:, 0, pos % PAGE] = model.keys(self.hidden[slot], loop * model.stored + s, pos)
-                self.present[req, loop].add(pos)
+                self.present[req, loop].update(range(pos + 1) if kind == 2 else (pos,))
             for slot, pos, req, loop, _ in every:
                 pages = self.pool[self._depth(loop, s), tables[req, : pos // PAGE + 1]]
                 kv = pages[:, :, 0].transpose(1, 0, 2, 3).reshape(2, -1, model.width)[:, : pos + 1]
@@ -203,16 +203,17 @@ class ToyRunner:
             *(x.tolist() for x in (slots, requests, positions, loops)), strict=True
         ):
             ids.append(self.model.draw(self.hidden[slot], self.open_rows[req], pos + 1))
-            self._fill(slot, pos, depth, int(tables[req, pos // PAGE]))
+            most = self.open_rows[req].params.max_loops or self.loops
+            self._fill(slot, pos, range(depth, most), int(tables[req, pos // PAGE]))
         return Sampled(torch.tensor(ids, dtype=torch.int32), None, None, None)
 
-    def _fill(self, slot, pos, depth, page):
+    def _fill(self, slot, pos, skipped, page):
         at = (page, slice(None), 0, pos % PAGE)
-        for loop in range(depth, self.loops):
+        for loop in skipped:
             for s in range(self.model.stored):
                 where = self._depth(loop, s)
                 if self.config.kv_policy in COPIES:
-                    self.pool[where][at] = self.pool[self._depth(depth - 1, s)][at]
+                    self.pool[where][at] = self.pool[self._depth(skipped[0] - 1, s)][at]
                 elif self.config.kv_policy == "propagate":
                     self.pool[where][at] = self.model.keys(self.hidden[slot], where, pos)
 
