@@ -68,6 +68,11 @@ GEMMA_EXT_DEPTH_BOTH static inline bool is_place(const Places& p, int64_t i) {
          p.pos[i] < p.max_pages * kPage && p.loop[i] >= 0 && p.loop[i] < p.loops;
 }
 
+// Whether rows i - 1 and i read the same keys but for the last: rows of one chunk.
+GEMMA_EXT_DEPTH_BOTH static inline bool follows(const Places& p, int64_t i) {
+  return p.req[i] == p.req[i - 1] && p.loop[i] == p.loop[i - 1] && p.pos[i] == p.pos[i - 1] + 1;
+}
+
 struct Rows {
   const void* data;  // [n, heads, width]
   int64_t stride;    // of rows, in elements; heads lie one behind the other

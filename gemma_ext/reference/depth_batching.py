@@ -77,7 +77,7 @@ def rope_kv_write(
     wide = torch.promote_types(q.dtype, torch.float32)
 
     def turned(x: Tensor, norm: Tensor | None, loop: int, position: int) -> Tensor:
-        x = x.to(wide)
+        x = x.contiguous().to(wide)
         if norm is not None:
             own = norm[loop if norm.shape[0] > 1 else 0].to(wide)
             x = rms_norm(x, own, eps, plus_one)
@@ -133,7 +133,7 @@ def paged_attn_mixed_depth(
         tokens = slice(first % PAGE, position + 1 - first // PAGE * PAGE)
         own = kv_pool[int(depth_of[loop]), pages].to(wide)  # [pages, 2, n_kv, 16, hd]
         k, v = own.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, 1, -1, width)[:, :, :, tokens]
-        x = q[n].to(wide).reshape(kv_heads, heads // kv_heads, 1, width)
+        x = q[n].contiguous().to(wide).reshape(kv_heads, heads // kv_heads, 1, width)
         scores = (x * k).sum(-1) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)

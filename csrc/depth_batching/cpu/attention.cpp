@@ -13,11 +13,6 @@ namespace {
 
 constexpr int64_t kQueries = 32;  // of a task: their scores of a split are 32 KiB
 
-// Rows that may share the reading of K and V.
-bool follows(const Places& p, int64_t i) {
-  return p.req[i] == p.req[i - 1] && p.loop[i] == p.loop[i - 1] && p.pos[i] == p.pos[i - 1] + 1;
-}
-
 int64_t part_floats(const AttendTask& t) {
   const Attention& a = *t.call;
   const int64_t width = (a.pool.width + kPad - 1) / kPad * kPad;

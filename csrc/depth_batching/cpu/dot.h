@@ -113,10 +113,11 @@ GEMMA_EXT_INLINE V4 sums(Vf a, Vf b, Vf c, Vf d) {
   return total;
 }
 
-// out[m * ld + f] (+)= x_m . w_f over k: M rows, `columns` <= kColumnsAtOnce of w.
+// out[m * ld + f] (+)= x_m . w_f over k: M rows, `columns` <= kColumnsAtOnce of w. What lies `ahead` elements behind
+// those is on its way to the cache meanwhile, if that is not 0.
 template <int M, class T>
 void product(const typename Operand<T>::X* x, int64_t ldx, const T* const* w, int columns,
-             int64_t k, float* out, int64_t ld, bool accumulate) {
+             int64_t k, int64_t ahead, float* out, int64_t ld, bool accumulate) {
   using Op = Operand<T>;
   Vf sum[M][kColumnsAtOnce] = {};
   int64_t i = 0;
@@ -131,8 +132,14 @@ void product(const typename Operand<T>::X* x, int64_t ldx, const T* const* w, in
       for (int f = 0; f < kColumnsAtOnce; ++f) sum[m][f] = Op::add(sum[m][f], left, right[f]);
     }
   };
-  for (; i + Op::kStep <= k; i += Op::kStep)
-    step([](const T* p) __attribute__((always_inline)) { return Op::of_w(p); });
+  const auto whole = [](const T* p) __attribute__((always_inline)) { return Op::of_w(p); };
+  if (ahead)
+    for (; i + Op::kStep <= k; i += Op::kStep) {
+#pragma GCC unroll 4
+      for (int f = 0; f < kColumnsAtOnce; ++f) __builtin_prefetch(w[f] + i + ahead);
+      step(whole);
+    }
+  for (; i + Op::kStep <= k; i += Op::kStep) step(whole);
   if (i < k) {
     const int rest = int(k - i);
     step([rest](const T* p) __attribute__((always_inline)) { return Op::of_w(p, rest); });
@@ -152,20 +159,22 @@ void product(const typename Operand<T>::X* x, int64_t ldx, const T* const* w, in
 
 template <int M, class T>
 GEMMA_EXT_INLINE void product_of(int m, const typename Operand<T>::X* x, int64_t ldx,
-                                 const T* const* w, int columns, int64_t k, float* out, int64_t ld,
-                                 bool accumulate) {
+                                 const T* const* w, int columns, int64_t k, int64_t ahead,
+                                 float* out, int64_t ld, bool accumulate) {
   if constexpr (M > 0) {
     if (m == M)
-      product<M, T>(x, ldx, w, columns, k, out, ld, accumulate);
+      product<M, T>(x, ldx, w, columns, k, ahead, out, ld, accumulate);
     else
-      product_of<M - 1, T>(m, x, ldx, w, columns, k, out, ld, accumulate);
+      product_of<M - 1, T>(m, x, ldx, w, columns, k, ahead, out, ld, accumulate);
   }
 }
 
-// out[m * ld + f] (+)= x_m . row(f) over K; x padded, ldx elements apart.
+// out[m * ld + f] (+)= x_m . row(f) over K; x padded, ldx elements apart. `ahead`: of a pass over rows that will be
+// followed by the next ones, the distance of kColumnsAtOnce.
 template <class T, class RowAt>
 void products(int64_t rows, int64_t columns, int64_t K, const typename Operand<T>::X* x,
-              int64_t ldx, const RowAt& row, float* out, int64_t ld, bool accumulate) {
+              int64_t ldx, const RowAt& row, float* out, int64_t ld, bool accumulate,
+              int64_t ahead = 0) {
   if (K == 0 && !accumulate)
     for (int64_t m = 0; m < rows; ++m) memset(out + m * ld, 0, columns * sizeof(float));
   const int64_t groups = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
@@ -178,7 +187,8 @@ void products(int64_t rows, int64_t columns, int64_t K, const typename Operand<T
       for (int64_t g = 0; g < groups; ++g) {
         const int64_t begin = rows * g / groups, end = rows * (g + 1) / groups;
         product_of<kRowsAtOnce, T>(int(end - begin), x + begin * ldx + k, ldx, w, count, depth,
-                                   out + begin * ld + f, ld, accumulate || k > 0);
+                                   g == 0 ? ahead : 0, out + begin * ld + f, ld,
+                                   accumulate || k > 0);
       }
     }
   }

@@ -76,7 +76,7 @@ void tile_products(const Packed& x, int64_t row0, int64_t rows, const void* weig
       products<W>(least(rows - m, kRows), columns, D,
                   static_cast<const X*>(x.at) + (row0 + m) * x.width, x.width,
                   [&](int64_t f) { return w + f * stride; }, strips + m * kTile + column, kTile,
-                  false);
+                  false, row0 + m == 0 ? kColumnsAtOnce * stride : 0);
   }
 }
 

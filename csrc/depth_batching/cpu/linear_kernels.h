@@ -69,7 +69,8 @@ void project(const Linear& call, const Projection& p, int64_t row0, int64_t rows
   using X = typename Operand<T>::X;
   const T* w = rows_of<T>(p.weight, column, p.stride);
   products<T>(rows, columns, call.D, static_cast<const X*>(x.at) + row0 * x.width, x.width,
-              [&](int64_t f) { return w + f * p.stride; }, strip, kColumns, false);
+              [&](int64_t f) { return w + f * p.stride; }, strip, kColumns, false,
+              row0 == 0 ? kColumnsAtOnce * p.stride : 0);
   for (int64_t j = 0; p.rank > 0 && j < call.loops; ++j) {
     const int64_t begin = most(call.seg_offsets[j], row0);
     const int64_t end = least(call.seg_offsets[j + 1], row0 + rows);

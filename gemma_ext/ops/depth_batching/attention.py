@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gemma_ext.ops.depth_batching import kv_op
 from gemma_ext.ops.depth_batching.inputs import (
     check_ints,
     check_like,
@@ -66,7 +67,10 @@ def paged_attn_mixed_depth(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected softcap to be positive, got {softcap}")
     scale = width**-0.5 if scale is None else scale
-    is_reference(impl, q, "paged_attn_mixed_depth")
-    return formulas.paged_attn_mixed_depth(
-        q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale, softcap
+    if is_reference(impl, q, "paged_attn_mixed_depth"):
+        return formulas.paged_attn_mixed_depth(
+            q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale, softcap
+        )
+    return kv_op.paged_attn_mixed_depth(
+        q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale, softcap or 0
     )

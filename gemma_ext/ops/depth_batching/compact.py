@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_ext.ops.depth_batching import kv_op
 from gemma_ext.ops.depth_batching.inputs import check_ints, is_reference
 from gemma_ext.reference import depth_batching as formulas
 
@@ -65,5 +66,6 @@ def depth_compact(
             )
     if not 1 <= loops <= MOST_LOOPS:
         raise ValueError(f"expected loops in [1, {MOST_LOOPS}], got {loops}")
-    is_reference(impl, loop, "depth_compact")
-    return Compacted(*formulas.depth_compact(loop, leave, drop, loops))
+    if is_reference(impl, loop, "depth_compact"):
+        return Compacted(*formulas.depth_compact(loop, leave, drop, loops))
+    return Compacted(*kv_op.depth_compact(loop, leave, drop, loops))

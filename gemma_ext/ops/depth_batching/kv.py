@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gemma_ext.ops.depth_batching import kv_op
 from gemma_ext.ops.depth_batching.inputs import check_ints, check_marks, check_rows, is_reference
 from gemma_ext.reference import depth_batching as formulas
 from gemma_ext.reference.depth_batching import PAGE
@@ -67,8 +68,9 @@ def kv_copy(
     check_rows(kv_pool, block_tables, row_req, row_pos, row_loop)
     check_ints("depths", depths, ("K", "B"), kv_pool)
     check_marks(fill_mark, kv_pool)
-    is_reference(impl, kv_pool, "kv_copy")
-    formulas.kv_copy(kv_pool, block_tables, row_req, row_pos, row_loop, depths, fill_mark)
+    reference = is_reference(impl, kv_pool, "kv_copy")
+    copy = formulas.kv_copy if reference else kv_op.kv_copy
+    copy(kv_pool, block_tables, row_req, row_pos, row_loop, depths, fill_mark)
 
 
 def unfilled(

@@ -13,6 +13,7 @@ from gemma_ext.ops.depth_batching.linear_inputs import check_index, check_like, 
 from gemma_ext.reference import depth_batching_linear as formulas
 
 ACTIVATIONS = formulas.ACTIVATIONS
+MOST_PROJECTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ def _check(
     check_storage("x", x, reference=reference)
     if not projections:
         raise ValueError("expected at least one projection, got none")
+    if len(projections) > MOST_PROJECTIONS:
+        raise ValueError(f"expected 1 to {MOST_PROJECTIONS} projections, got {len(projections)}")
     for p in projections:
         check_shape("a projection's weight", p.weight, ("F", x.shape[1]))
         check_like("a projection's weight", p.weight, x)

@@ -74,6 +74,8 @@ def scatter_rms_norm(
     """
     reference = is_reference(impl, bank, "depth_scatter_rms_norm")
     _check_bank(bank, slots, next_weight, name="next_weight", reference=reference)
+    if not bank.is_contiguous():
+        raise ValueError("expected bank to be contiguous: it is written in place")
     check_shape("y", y, (slots.shape[0], bank.shape[1]))
     check_like("y", y, bank, dtype=False)
     check_storage("y", y, reference=reference)

@@ -9,23 +9,9 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.depth_batching.inputs import check_like, check_rows, check_shape
+from gemma_ext.ops.depth_batching.linear import Projection, seg_depth_lora
+from gemma_ext.ops.depth_batching.norm import gather_rms_norm
 from gemma_ext.ops.depth_batching.rope import rope_kv_write
-from gemma_ext.reference import depth_batching as formulas
-
-
-@dataclass(frozen=True)
-class Projection:
-    """x W^T + b + (x A_j^T) B_j^T at loop j.
-
-    Attributes:
-        weight: W [out, D]. bias: b [out] or None.
-        lora_a, lora_b: [B, r, D] and [B, out, r], or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    lora_a: Tensor | None = None
-    lora_b: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -81,34 +67,35 @@ def kv_propagate(
     check_shape("h", h, (n, "D"))
     check_like("h", h, "kv_pool", kv_pool)
     no_queries = h.new_empty(n, 0, kv_pool.shape[5])
+    every = torch.arange(n, dtype=torch.int32, device=h.device)
     for at, layer in enumerate(layers):
-        loops = layer.depth_of.shape[0]
+        loops, adapted = layer.depth_of.shape[0], any(p.loops for p in (layer.k, layer.v))
+        k = v = None
         for loop in range(1, loops):
-            x = _normed(h, layer.norm, loop, eps, plus_one)
-            k, v = (
-                _projected(x, p, loop).reshape(n, *kv_pool.shape[3:6:2]) for p in (layer.k, layer.v)
-            )
-            skipped = torch.where(row_loop < loop, row_req, -1)
+            if k is None or adapted or layer.norm.dim() == 2:
+                norm = layer.norm[loop] if layer.norm.dim() == 2 else layer.norm
+                x = gather_rms_norm(h, every, norm, eps=eps, plus_one=plus_one, impl=impl)
+                bounds = _all_at(loop, loops, n, h.device) if adapted else None
+                k, v = seg_depth_lora(x.to(h.dtype), (layer.k, layer.v), bounds, impl=impl)
             rope_kv_write(
-                no_queries, k, v, kv_pool, block_tables, skipped, row_pos,
-                torch.full_like(row_loop, loop), layer.depth_of, rope=rope, rope_of=layer.rope_of,
-                k_norm=layer.k_norm, eps=eps, plus_one=plus_one,
-                fill_mark=fill_mark if at + 1 == len(layers) else None, impl=impl,
-            )  # fmt: skip
+                no_queries,
+                *(y.unflatten(1, kv_pool.shape[3:6:2]) for y in (k, v)),
+                kv_pool,
+                block_tables,
+                torch.where(row_loop < loop, row_req, -1),
+                row_pos,
+                torch.full_like(row_loop, loop),
+                layer.depth_of,
+                rope=rope,
+                rope_of=layer.rope_of,
+                k_norm=layer.k_norm,
+                eps=eps,
+                plus_one=plus_one,
+                fill_mark=fill_mark if at + 1 == len(layers) else None,
+                impl=impl,
+            )
 
 
-def _normed(h: Tensor, weight: Tensor, loop: int, eps: float, plus_one: bool) -> Tensor:
-    own = weight[loop] if weight.dim() == 2 else weight
-    wide = torch.promote_types(h.dtype, torch.float32)
-    return formulas.rms_norm(h.to(wide), own.to(wide), eps, plus_one).to(h.dtype)
-
-
-def _projected(x: Tensor, p: Projection, loop: int) -> Tensor:
-    """Row by row: a product's bits depend on how many rows share it."""
-    rows = []
-    for row in x:
-        y = torch.nn.functional.linear(row, p.weight, p.bias)
-        if p.lora_a is not None:
-            y = y + (row @ p.lora_a[loop].T) @ p.lora_b[loop].T
-        rows.append(y)
-    return torch.stack(rows) if rows else x.new_empty(0, p.weight.shape[0])
+def _all_at(loop: int, loops: int, n: int, device: torch.device) -> Tensor:
+    """Bounds of segments, all rows in one."""
+    return (torch.arange(loops + 1, device=device) > loop).to(torch.int32) * n

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma_ext.ops.depth_batching import kv_op
 from gemma_ext.ops.depth_batching.inputs import (
     check_floats,
     check_ints,
@@ -93,8 +94,9 @@ def rope_kv_write(
     q_norm = _weights("q_norm", q_norm, loops, width)
     k_norm = _weights("k_norm", k_norm, loops, width)
     check_marks(fill_mark, kv_pool)
-    is_reference(impl, q, "rope_kv_write")
-    return formulas.rope_kv_write(
+    reference = is_reference(impl, q, "rope_kv_write")
+    write = formulas.rope_kv_write if reference else kv_op.rope_kv_write
+    return write(
         q, k, v, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of,
         rope, rope_of, q_norm, k_norm, eps, plus_one, fill_mark,
     )  # fmt: skip
