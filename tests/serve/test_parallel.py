@@ -70,7 +70,7 @@ def test_shards_are_the_model():
         ({}, 3, "ranks: expected a divisor of the 4 heads, got 3"),
         ({"intermediate_size": 43}, 2, "ranks: expected a divisor of the 43 MLP width, got 2"),
         (
-            {"num_attention_heads": 6, "num_key_value_heads": 3},
+            {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 36},
             2,
             "ranks: expected a divisor or a multiple of the 3 heads of keys, got 2",
         ),
