@@ -27,7 +27,7 @@ def empty(engine):
 
 @pytest.mark.parametrize(
     ("depth", "ran", "outputs"),
-    ((1, 4, [[5, 6, 7], [8, 9, 10]]), (3, 12, [[5, 8, 11], [8, 11, 14]])),
+    [(1, 4, [[5, 6, 7], [8, 9, 10]]), (3, 12, [[5, 8, 11], [8, 11, 14]])],
 )
 def test_replayed_exits_of_the_counting_model(depth, ran, outputs):
     model, config = ToyModel(loops=3, vocabulary=16), EngineConfig(width=4, verify=True)
