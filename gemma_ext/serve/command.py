@@ -34,8 +34,8 @@ def main(
     ] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Of 16 tokens, of the KV pool.")] = None,
     kv_memory: Annotated[
-        float | None, typer.Option(help="Share of the free memory for the KV pool.")
-    ] = None,
+        float, typer.Option(help="Share of the free memory that the KV pool has at most.")
+    ] = 0.5,
     kv_policy: Annotated[
         str, typer.Option(help="Keys and values of loops that a token skipped.")
     ] = "exact_lazy",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.http.app import build_app
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
+from gemma_ext.serve.memory import pages_for
 from gemma_ext.serve.protocol import SamplingParams
 from gemma_ext.serve.runner import Sizes
 from gemma_ext.serve.weights import Weights, read_weights
@@ -45,7 +45,8 @@ class Launch:
         device: "cpu", "cuda", "cuda:1", or "auto" for a card if there is one.
         dtype: of `DTYPES`, or "auto" for float32 on a CPU and the stored one on a card.
         engine: fields of `EngineConfig`.
-        kv_memory: share of the free memory for the KV pool; None leaves it to `engine`.
+        kv_memory: share of the free memory that the KV pool has at most, unless `engine` says how
+            many pages it has.
         exits: fields of `ExitTest`.
         exit_weights: safetensors file with `weight` and `bias` of a learned exit test.
         chat_template: used in place of the tokenizer's.
@@ -60,7 +61,7 @@ class Launch:
     device: str = "auto"
     dtype: str = "auto"
     engine: dict[str, Any] = field(default_factory=dict)
-    kv_memory: float | None = None
+    kv_memory: float = 0.5
     exits: dict[str, Any] = field(default_factory=dict)
     exit_weights: str | None = None
     chat_template: str | None = None
@@ -135,7 +136,7 @@ class Launch:
                 f"got {length}"
             )
         config = EngineConfig(**{**given, "max_model_len": length})
-        if self.kv_memory is not None:
+        if "pages" not in given:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)
         return config
@@ -179,29 +180,6 @@ def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         if ends is not None:
             return tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
     return ()
-
-
-def pages_for(model: PreTrainedModel, share: float) -> int:
-    """Pages of 16 tokens that fit into a share of the free memory, with all depths.
-
-    Raises:
-        ValueError: a share outside (0, 1), or one without room for a page.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"kv_memory: expected a share in (0, 1), got {share}")
-    config, weight = model.config, next(model.parameters())
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page = 16 * config.num_hidden_layers * 2 * heads * size * weight.element_size()
-    if weight.is_cuda:
-        free, _ = torch.cuda.mem_get_info(weight.device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if share * free < page:
-        raise ValueError(
-            f"kv_memory: expected room for a page of {page} bytes, got {share} of {free}"
-        )
-    return int(share * free / page)
 
 
 def _device(name: str) -> str:

@@ -19,7 +19,7 @@ from gemma_ext.nn import recursive
 from gemma_ext.papers.recursive import Recipe, convert
 from gemma_ext.serve import launch as launching
 from gemma_ext.serve.exits import ExitTest
-from gemma_ext.serve.launch import Launch, ends_of_text, load_model, pages_for, served_name
+from gemma_ext.serve.launch import Launch, ends_of_text, load_model, served_name
 from gemma_ext.serve.protocol import Request, SamplingParams
 from gemma_ext.serve.sequential import Sequential
 
@@ -282,16 +282,6 @@ def test_exit_weights_are_read(pocket_nano, tmp_path):
         launch.app()
     save_file({"weight": torch.ones(128), "bias": torch.zeros(())}, path)
     assert launching._learned(str(path))["weight"].shape == (128,)
-
-
-def test_pages_are_what_fits(pocket_nano, monkeypatch):
-    config = pocket_nano.model.config
-    page = 16 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
-    monkeypatch.setattr(
-        launching.os, "sysconf", {"SC_AVPHYS_PAGES": 10 * page, "SC_PAGE_SIZE": 2}.get
-    )
-    assert pages_for(pocket_nano.model, 0.5) == 10
-    assert pages_for(pocket_nano.model, 0.26) == 5
 
 
 def test_names(tmp_path):

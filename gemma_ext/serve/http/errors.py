@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from gemma_ext.serve.async_engine import EngineBusy, EngineError, EngineStopped, RequestExpired
+from gemma_ext.serve.batch import EngineBusy, EngineError, EngineStopped, RequestExpired
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _FIELDS = {"stop_ids": "stop_token_ids"}  # of an engine's request to those of the API

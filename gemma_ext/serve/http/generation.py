@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_ext._version import __version__
-from gemma_ext.serve.async_engine import AsyncEngine, EngineError
+from gemma_ext.serve.async_engine import AsyncEngine
+from gemma_ext.serve.batch import EngineError
 from gemma_ext.serve.http.errors import FAULT, ApiError, of_engine, of_value
 from gemma_ext.serve.http.metrics import Metrics
 from gemma_ext.serve.http.output import Output, Piece
