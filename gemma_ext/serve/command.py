@@ -98,7 +98,12 @@ def main(
     \b
     Example: gemma-ext serve out/gemma-2-2b-r64 --exit max_prob --exit-threshold 0.9
     """
-    require("gemma-ext serve", "serve", "fastapi", "uvicorn", "prometheus_client", "transformers")
+    try:
+        require(
+            "gemma-ext serve", "serve", "fastapi", "uvicorn", "prometheus_client", "transformers"
+        )
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
     from gemma_ext.serve.http.server import Server
     from gemma_ext.serve.http.settings import Settings
     from gemma_ext.serve.launch import Launch
