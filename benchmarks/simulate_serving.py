@@ -1,7 +1,9 @@
-"""What the exits of a recursive model are worth, in simulated time: the paper's count, then all of it.
+"""What exits are worth in simulated time: as the paper counts, then with all that it leaves out.
 
-python benchmarks/simulate_serving.py                   # tables, in a minute or two
-python benchmarks/simulate_serving.py --figure FILE     # and the ladder as SVG
+    python benchmarks/simulate_serving.py                   # tables, in a minute or two
+    python benchmarks/simulate_serving.py --figure FILE     # and the ladder as SVG
+
+The scheduler is the engine's own; only time is made up.
 """
 
 from __future__ import annotations
