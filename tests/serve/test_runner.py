@@ -133,3 +133,47 @@ def test_filled_keys_are_those_of_a_full_pass():
             for r, d in ((runner, driver), (full, again))
         )
         torch.testing.assert_close(mine[:, :, :count], other[:, :, :count], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_as_near_to_float64_as_the_models_own_forward(dtype):
+    model = tiny("Gemma2", loops=2, rank=3, dtype=dtype)
+    ids = random_ids(4 * WINDOW)
+    got = prefilled_logits(model, ids, [7, 8, 15])
+    with torch.no_grad():
+        own = model(torch.tensor([ids])).logits[0]
+    exact = own_logits(model.double(), ids)
+    assert (got - exact).abs().max() <= 2 * (own - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "threshold"), [("Gemma2", 2.5), ("Qwen3", 3.6)])
+def test_schedules_give_the_same_bits(name, threshold, dtype):
+    """Tokens, exits, log-probabilities and keys, whatever runs beside them in which chunks."""
+    model = tiny(name, loops=2, rank=3, dtype=dtype)
+    exits = ExitTest("entropy", threshold=threshold)
+    asked = requests(temperature=0.7, logprobs=2)
+    outcomes = []
+    for seed in range(3):
+        driver = Driver(runner_of(model, exits=exits), seed)
+        jobs = driver.run(asked)
+        for job in jobs:
+            driver.fill(job)
+        outcomes.append((driver, jobs))
+    first, jobs = outcomes[0]
+    assert len({depth for job in jobs for depth in job.depths}) == 2
+    for driver, others in outcomes[1:]:
+        for job, other in zip(jobs, others, strict=True):
+            assert (job.tokens, job.depths) == (other.tokens, other.depths)
+            for (mine, i), (its, j) in zip(job.sampled, other.sampled, strict=True):
+                assert torch.equal(mine.logprobs[i], its.logprobs[j])
+                assert torch.equal(mine.top_logprobs[i], its.top_logprobs[j])
+            count = len(job.tokens) - 1
+            assert torch.equal(keys(first, job.row, count), keys(driver, other.row, count))
+
+
+def keys(driver: Driver, row: int, count: int) -> torch.Tensor:
+    """[L, 2, heads, count, hd] of the first tokens of a request."""
+    pages = driver.tables[row, : -(-count // 16)].long()
+    held = driver.runner.kv_pool[:, pages]  # [L, pages, 2, heads, 16, hd]
+    return held.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :count]
