@@ -58,6 +58,11 @@ class Latencies:
     def dropped(self, id: int) -> None:
         self._open.pop(id, None)
 
+    def forget(self) -> None:
+        """Drops what was measured; requests stay open."""
+        for values in (self.to_first, self.between, self.per_token, self.ends, self.tokens):
+            del values[:]
+
     def summary(self) -> dict[str, float]:
         """Quantiles in seconds; NaN where nothing was measured."""
         found = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import openai
 import pytest
+from fastapi import FastAPI
 
 from gemma_ext.serve.async_engine import AsyncEngine
 from gemma_ext.serve.http.app import build_app
@@ -56,6 +57,25 @@ class Live:
 
 
 @contextlib.contextmanager
+def running(app: FastAPI) -> Iterator[Server]:
+    """The app behind a free port, in a thread."""
+    server = Server(app, port=0, log_level="warning")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    end = time.monotonic() + 20
+    while not server.started:
+        assert thread.is_alive(), "the server did not start"
+        assert time.monotonic() < end, "the server did not start"
+        time.sleep(0.01)
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive(), "the server did not end"
+
+
+@contextlib.contextmanager
 def live(
     tokenizer, make=None, *, settings: Settings | None = None, stop_ids=(EOS,), **engine_options
 ) -> Iterator[Live]:
@@ -67,20 +87,8 @@ def live(
 
     engine = AsyncEngine(keep, **engine_options)
     served = Served(NAME, tokenizer, stop_ids, chat_template=TEMPLATE)
-    server = Server(build_app(engine, served, settings), port=0, log_level="warning")
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    end = time.monotonic() + 20
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        assert time.monotonic() < end, "the server did not start"
-        time.sleep(0.01)
-    try:
+    with running(build_app(engine, served, settings)) as server:
         yield Live(server, engine, made)
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        assert not thread.is_alive(), "the server did not end"
 
 
 @pytest.fixture(scope="session")

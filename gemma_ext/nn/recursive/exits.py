@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.nn._defer_head import defer_head
+from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.nn.recursive.plan import Plan
 
+_OF_THE_HEAD = ("e", "c", "bias", "softcap", "logit_scale")
 _NORMS = ("norm", "final_layer_norm", "ln_f")
 
 
@@ -36,12 +41,47 @@ def exit_states(model: Any, input_ids: Tensor, **inputs: Any) -> list[Tensor]:
         ValueError: a plan whose loops have no ends.
     """
     ends = Plan.of_model(model).exits()[:-1]
-    inputs = {"use_cache": False, **inputs}
-    if not ends:
-        return [model.base_model(input_ids, **inputs).last_hidden_state]
-    seen = model.base_model(input_ids, output_hidden_states=True, **inputs)
-    norm = final_norm(model)
-    return [*(norm(seen.hidden_states[end]) for end in ends), seen.last_hidden_state]
+    inputs = {"use_cache": False, "output_hidden_states": bool(ends), **inputs}
+    seen = model.base_model(input_ids, **inputs)
+    return [*_early(model, ends, seen.hidden_states), seen.last_hidden_state]
+
+
+def exit_heads(
+    model: nn.Module, batch: Mapping[str, Any], *, early: bool = True
+) -> list[dict[str, Any]]:
+    """What stands for the logits of every loop; none is computed.
+
+    The model's own forward runs up to its head, so that scales, soft-caps, biases and adapters of
+    the head are the model's own.
+
+    Args:
+        model: causal language model of transformers, also wrapped.
+        batch: what its forward takes, without labels.
+        early: False for the last loop alone.
+
+    Returns:
+        for each loop e [batch, T, D], c [V, D], bias, softcap, logit_scale, as
+        `gemma_ext.linear_cross_entropy` takes them.
+
+    Raises:
+        ValueError: a plan whose loops have no ends.
+        TypeError, DeferredLogitsError: a model whose head cannot be deferred.
+    """
+    inner = unwrap(model)
+    ends = Plan.of_model(inner).exits()[:-1] if early else []
+    options = LossOptions(type(inner).__name__, remedy="train it on its last loop alone")
+    with defer_head(output_head(inner), options):
+        output = model(**batch, use_cache=False, output_hidden_states=bool(ends))
+    logits = output.logits
+    if not isinstance(logits, DeferredLogits) or (ends and len(logits.terms) > 1):
+        raise TypeError(f"expected {options.owner} to return the logits of its plain head")
+    states = _early(inner, ends, output.hidden_states)
+    described = [logits.of_hidden(state).head() for state in states] + [logits.head()]
+    return [{name: head[name] for name in _OF_THE_HEAD} for head in described]
+
+
+def _early(model: Any, ends: Sequence[int], hidden: Sequence[Tensor] | None) -> list[Tensor]:
+    return [final_norm(model)(hidden[end]) for end in ends]
 
 
 class ExitHead(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.nn.recursive._build import build, quiet
 from gemma_ext.nn.recursive.exits import ExitHead
 from gemma_ext.nn.recursive.plan import Plan
 from gemma_ext.nn.recursive.prefix import attention_of, use_prefixes
@@ -31,6 +32,8 @@ _PEFT = "base_model.model."
 
 def save(model: Any, folder: str | Path) -> Path:
     """Writes a recursive model; every file beside its place, then renamed.
+
+    A recursive model that the folder held is replaced.
 
     Raises:
         ValueError: the model is not recursive.
@@ -63,14 +66,17 @@ def save(model: Any, folder: str | Path) -> Path:
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
     write_tensors(folder / WEIGHTS, state)
+    for path, tensors in (
+        (folder / LORA / ADAPTER, lora),
+        (folder / PREFIX, prefix),
+        (folder / EXIT_HEAD, head),
+    ):
+        path.unlink(missing_ok=True)
+        if tensors:
+            path.parent.mkdir(exist_ok=True)
+            write_tensors(path, tensors)
     if lora:
-        (folder / LORA).mkdir(exist_ok=True)
-        write_tensors(folder / LORA / ADAPTER, lora)
         write_adapter_config(folder, plan, name)
-    if prefix:
-        write_tensors(folder / PREFIX, prefix)
-    if head:
-        write_tensors(folder / EXIT_HEAD, head)
     return folder
 
 
@@ -94,7 +100,10 @@ def load(
     folder = Path(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "recursive", None) is None:
-        vanilla = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+        with quiet():
+            vanilla = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto"
+            )
         return vanilla.to(device).eval()
     plan = Plan.from_dict(config.recursive)
     stored = {k: t if dtype is None else t.to(dtype) for k, t in read_weights(folder).items()}
@@ -128,22 +137,11 @@ def assemble(config: Any, plan: Plan, stored: Mapping[str, Tensor]) -> Any:
         start = f"{name}.{s}."
         for key in (key for key in stored if key.startswith(start)):
             state[f"{name}.{depth}.{key.removeprefix(start)}"] = stored[key]
-    left = [f"{name}.{s}." for s in range(plan.stored_layers)]
-    model, found = cls.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=next(iter(stored.values())).dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-    )
-    odd = [key for key in stored if key.startswith(f"{name}.") and not key.startswith(tuple(left))]
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        odd += [str(key) for key in sorted(found[problem], key=str)]
-    if odd:
-        raise ValueError(
-            f"weights: expected exactly the tensors of the plan, got a fault in {odd[0]}"
-        )
+    known = tuple(f"{name}.{s}." for s in range(plan.stored_layers))
+    for key in stored:
+        if key.startswith(f"{name}.") and not key.startswith(known):
+            raise ValueError(f"weights: expected {plan.stored_layers} stored layers, got {key}")
+    model = build(cls, config, state)
     return make_recursive(model, plan)
 
 
@@ -203,6 +201,7 @@ def write_adapter_config(folder: Path, plan: Plan, layers: str) -> None:
         "layers_pattern": layers.rsplit(".", 1)[-1],
     }
     path = folder / LORA / ADAPTER_CONFIG
+    path.parent.mkdir(exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(beside, path)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemma_ext.nn.recursive._build import build
 from gemma_ext.nn.recursive.linear import DepthLinear
 from gemma_ext.nn.recursive.plan import Plan
 from gemma_ext.nn.recursive.tying import decoder_layers
@@ -28,15 +29,12 @@ def merged(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     if hasattr(config, "recursive"):
         del config.recursive
-    config.dtype = model.dtype
     name, layers = decoder_layers(model)
     state = {key: t for key, t in model.state_dict().items() if not key.startswith(f"{name}.")}
     for depth, layer in enumerate(layers):
         state |= {f"{name}.{depth}.{key}": t for key, t in vanilla_state(layer).items()}
-    # from_pretrained takes tensors as they are
     state = {key: t.clone() for key, t in state.items()}
-    made = type(model).from_pretrained(None, config=config, state_dict=state, dtype=model.dtype)
-    return made.to(model.device).train(model.training)
+    return build(type(model), config, state).to(model.device).train(model.training)
 
 
 def vanilla_state(layer: nn.Module) -> dict[str, torch.Tensor]:

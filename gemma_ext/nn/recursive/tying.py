@@ -79,7 +79,7 @@ def make_recursive(model: Any, plan: Plan) -> Any:
 
 
 def _share(layer: nn.Module, first: nn.Module) -> None:
-    """Gives a layer the Parameters and buffers of another."""
+    """Gives a layer the Parameters of another."""
     mine = {name: part.shape for name, part in layer.named_parameters()}
     theirs = {name: part.shape for name, part in first.named_parameters()}
     if mine != theirs:

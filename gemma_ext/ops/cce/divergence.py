@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_ext.ops.cce import divergence_op as op
+from gemma_ext.ops.cce.divergence_op import KINDS
 from gemma_ext.ops.cce.head import Head
 from gemma_ext.ops.cce.inputs import (
     Method,
@@ -36,7 +38,6 @@ from gemma_ext.ops.cce.inputs import (
 from gemma_ext.ops.cce.loss import FilterStats, LossTerms, Tokens, weigh
 from gemma_ext.reference import cce_divergence as reference
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "tvd")
 SAME = "same"
 
 
@@ -263,6 +264,7 @@ def linear_divergence(
         teacher,
         divergence,
         method,
+        want_stats=return_parts,
     )
     return _assemble(tokens, rows, terms, ce_weight, labelled, return_parts)
 
@@ -300,23 +302,44 @@ def _rows(
     teacher: Head,
     divergence: Divergence,
     method: Method,
+    want_stats: bool = False,
 ) -> DivergenceRows:
-    return DivergenceRows(
-        *reference.rows(
-            e,
-            c,
-            teacher_e,
-            teacher_c,
-            targets,
-            bias,
-            teacher_bias,
-            kind=divergence.proper,
-            beta=divergence.beta,
-            student=head.map(),
-            teacher=teacher.map(),
-            ignore_index=head.ignore_index,
+    teacher_e, teacher_c = teacher_e.detach(), teacher_c.detach()
+    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    if method.materialises:
+        return DivergenceRows(
+            *reference.rows(
+                e,
+                c,
+                teacher_e,
+                teacher_c,
+                targets,
+                bias,
+                teacher_bias,
+                kind=divergence.proper,
+                beta=divergence.beta,
+                student=head.map(),
+                teacher=teacher.map(),
+                ignore_index=head.ignore_index,
+            )
         )
+    out = op.rows(
+        e,
+        c,
+        bias,
+        teacher_e,
+        teacher_c,
+        teacher_bias,
+        targets,
+        head,
+        teacher,
+        kind=divergence.proper,
+        beta=divergence.beta,
+        tau=method.tau(e.dtype),
+        seed=method.seed,
+        want_stats=want_stats,
     )
+    return DivergenceRows(out.divergence, out.nll, out.lse, out.teacher_nll, out.summary)
 
 
 def _no_targets(e: Tensor) -> Tensor:
@@ -391,9 +414,8 @@ def _check(
             f"expected teacher_c to be {teacher_e.dtype} like teacher_e, got {teacher_c.dtype}"
         )
     if teacher_e.dim() < 1 or teacher_e.shape[:-1] != e.shape[:-1]:
-        raise ValueError(
-            f"expected teacher_e to be {[*e.shape[:-1], 'D']}, got {list(teacher_e.shape)}"
-        )
+        expected = ", ".join(str(size) for size in (*e.shape[:-1], "D"))
+        raise ValueError(f"expected teacher_e to be [{expected}], got {list(teacher_e.shape)}")
     width = teacher_e.shape[-1]
     if teacher_c.dim() != 2 or teacher_c.shape[1] != width:
         raise ValueError(f"expected teacher_c to be [V, {width}], got {list(teacher_c.shape)}")

@@ -9,9 +9,10 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from gemma_ext.serve.async_engine import EngineBusy, EngineError, EngineStopped, RequestExpired
+from gemma_ext.serve.batch import EngineBusy, EngineError, EngineStopped, RequestExpired
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_FIELDS = {"stop_ids": "stop_token_ids"}  # of an engine's request to those of the API
 CLIENT_LEFT = 499  # nobody reads it; it is counted
 _BUSY_SECONDS = "1"  # of the Retry-After header
 
@@ -57,6 +58,9 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, headers)
 
 
+FAULT = ApiError(500, "the server failed, its log says why")
+
+
 def of_engine(error: EngineError) -> ApiError:
     """What the engine's trouble is to a client."""
     if isinstance(error, EngineBusy):
@@ -69,8 +73,11 @@ def of_engine(error: EngineError) -> ApiError:
 
 def of_value(error: ValueError | TypeError) -> ApiError:
     """Of a sentence that begins with the name of what is wrong."""
-    name, colon, _ = str(error).partition(": ")
-    return ApiError(400, str(error), param=name if colon and name.isidentifier() else None)
+    name, colon, rest = str(error).partition(": ")
+    if not (colon and name.isidentifier()):
+        return ApiError(400, str(error))
+    name = _FIELDS.get(name, name)
+    return ApiError(400, f"{name}: {rest}", param=name)
 
 
 def of_validation(error: ValidationError) -> ApiError:
@@ -117,4 +124,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)  # raised again behind the answer, so the log has it
     async def fault(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server failed, its log says why").response()
+        return FAULT.response()

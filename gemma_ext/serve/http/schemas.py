@@ -45,8 +45,8 @@ def _stops(value: Any) -> tuple[str, ...]:
 def _prompts(value: Any) -> list[str | list[int]]:
     """Prompts of one to many, each a text or token ids."""
     prompts = value if isinstance(value, list) else [value]
-    if prompts and all(type(item) is int for item in prompts):
-        prompts = [prompts]
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        prompts = [value]
     for prompt in prompts:
         ids = isinstance(prompt, list) and prompt and all(type(item) is int for item in prompt)
         if not (ids or isinstance(prompt, str)):

@@ -8,10 +8,25 @@ import socket
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_ext.serve.http.generation import Service
 
 _MARGIN = 5.0  # seconds between the last answers and the end of their connections
+_IDLE_SECONDS = 30  # of a connection between two requests
+_HEAD_SECONDS = 15.0  # that a client may take to say what it wants
+
+
+class _Patient(H11Protocol):
+    """HTTP/1.1 that closes a connection whose first request does not come."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_HEAD_SECONDS, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -34,9 +49,11 @@ class Server(uvicorn.Server):
                 app,
                 host=host,
                 port=port,
+                http=_Patient,
                 log_level=log_level,
                 limit_concurrency=settings.most_connections,
                 timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _MARGIN),
+                timeout_keep_alive=_IDLE_SECONDS,
                 server_header=False,
             )
         )
