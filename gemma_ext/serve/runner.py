@@ -25,7 +25,7 @@ from gemma_ext.ops.depth_batching import (
 )
 from gemma_ext.ops.depth_batching.kv import PAGE
 from gemma_ext.serve.exits import Exits, ExitTest
-from gemma_ext.serve.policies import pool_depths
+from gemma_ext.serve.policies import WRITTEN, pool_depths
 from gemma_ext.serve.protocol import Request
 from gemma_ext.serve.readout import Head, Readout
 from gemma_ext.serve.sampling import CANDIDATES, Sampled, Sampler
@@ -183,7 +183,7 @@ class ModelRunner:
             tables: the block tables.
         """
         early = loops < self.loops
-        if self.policy in ("propagate", "copy") and bool(early.any()):
+        if self.policy in WRITTEN and bool(early.any()):
             at = early.nonzero().squeeze(1)
             self._skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
         return self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
@@ -203,7 +203,7 @@ class ModelRunner:
         """Keys and values of the loops after `last` [n], from 0, of tokens that leave."""
         where = (self.kv_pool, *(x.to(self.kv_pool.device) for x in (tables, requests, positions)))
         last = last.to(self.kv_pool.device)
-        if self.policy == "copy":
+        if self.policy != "propagate":
             kv_copy(*where, last, self.depths.rows, impl=self.impl)
             return
         h = self.bank[slots.long()].to(self.kv_pool.dtype)
