@@ -25,11 +25,12 @@ from gemma_ext.ops.depth_batching import (
 )
 from gemma_ext.ops.depth_batching.kv import PAGE
 from gemma_ext.serve.exits import Exits, ExitTest
+from gemma_ext.serve.graphs import Graphs
 from gemma_ext.serve.policies import WRITTEN, pool_depths
 from gemma_ext.serve.protocol import Request
 from gemma_ext.serve.readout import Head, Readout
 from gemma_ext.serve.sampling import CANDIDATES, Sampled, Sampler
-from gemma_ext.serve.step import CURRENT, FILL, PROMPT, Rows, Step
+from gemma_ext.serve.step import CURRENT, FILL, PROMPT, Part, Rows, Step
 from gemma_ext.serve.weights import Weights
 
 __all__ = ["CURRENT", "FILL", "PROMPT", "ModelRunner", "Rows", "Sizes"]
@@ -61,6 +62,9 @@ class ModelRunner:
         policy, keep: where keys and values lie (`gemma_ext.serve.policies`).
         exits: the exit test.
         impl: of the ops; the formulas in float64.
+        head: in the place of the model's own.
+        graphs: whether a block is run from fixed buffers, captured on a card
+            (`gemma_ext.serve.graphs`); by default on a card where the model allows it.
 
     Raises:
         ValueError: sizes that no request fits, a policy or exit test that does not fit the model.
@@ -76,6 +80,7 @@ class ModelRunner:
         exits: ExitTest | None = None,
         impl: str = "auto",
         head: Head | None = None,
+        graphs: bool | None = None,
     ) -> None:
         for name in ("requests", "slots", "pages", "max_length"):
             if getattr(sizes, name) < 1:
@@ -106,6 +111,11 @@ class ModelRunner:
         )
         self.sampler = Sampler(self.readout, sizes.requests, sizes.max_length, self.impl)
         self.exits = Exits(exits or ExitTest(), self.readout, self.loops, sizes.requests, self.impl)
+        alone = not (weights.prelude or weights.coda)
+        if graphs and not alone:
+            raise ValueError("graphs: expected a model whose layers are all in its loops, got more")
+        on_card = weights.device.type == "cuda"
+        self.graphs = Graphs(self) if alone and (on_card if graphs is None else graphs) else None
         self.last_loop = np.zeros(sizes.requests, np.int64)
         self.read_from = np.zeros(sizes.requests, np.int64)  # the first position that is read
         self.reached = np.zeros((sizes.requests, self.loops), np.int32)  # of active_only
@@ -129,15 +139,17 @@ class ModelRunner:
         self.read_from[row] = known - 1 if request.prompt_logprobs is None else 0
         self.reached[row] = 0
 
-    def places(self, rows: Rows) -> np.ndarray:
+    def places(self, rows: Rows) -> Tensor:
         """int32 [n] place of each row among the tokens of its request that ran its loop."""
+        if self.policy != "active_only":
+            return rows.pos
         req, loop, pos = rows.req.numpy(), rows.loop.numpy(), rows.pos.numpy()
         current = rows.kind.numpy() == CURRENT
         places = np.where(current, self.reached[req, loop], pos).astype(np.int32)
         np.maximum.at(self.reached, (req, loop), places + 1)
-        return places
+        return torch.from_numpy(places)
 
-    def quiet(self, rows: Rows) -> np.ndarray:
+    def _quiet(self, rows: Rows) -> np.ndarray:
         """bool [n] rows at their last loop whose state behind it nobody reads."""
         req, kind = rows.req.numpy(), rows.kind.numpy()
         unread = (kind == FILL) | ((kind == PROMPT) & (rows.pos.numpy() < self.read_from[req]))
@@ -166,10 +178,35 @@ class ModelRunner:
         Returns:
             bool [n] on the host, rows whose exit test passed; None where no row is tested.
         """
-        step = Step(self, rows)
-        step.run()
+        tested = self.exits.tested(rows.kind.numpy() == CURRENT, rows.req, rows.loop)
+        if self.graphs is not None:
+            states = self.graphs.run(rows)
+            before = None if states is None else states[torch.from_numpy(tested)]
+        else:
+            before = self._run(rows, tested)
         self.readout.changed(rows.slot.numpy())
-        return step.signals()
+        return self._signals(rows, tested, before)
+
+    def _run(self, rows: Rows, tested: np.ndarray) -> Tensor | None:
+        """The states of tested rows that their test compares with, if it does."""
+        device = self.bank.device
+        columns = (rows.slot, rows.pos, rows.req, rows.loop, self.places(rows), rows.seg_offsets)
+        watched = None
+        if self.exits.wants_before and len(tested):
+            watched = rows.slot[torch.from_numpy(tested)].long().to(device)
+        part = Part(*(column.to(device) for column in columns))
+        step = Step(self, part, rows.block_tables.to(device), watched)
+        step.run(rows.seg_offsets.tolist(), self._quiet(rows))
+        return step.before
+
+    def _signals(self, rows: Rows, tested: np.ndarray, before: Tensor | None) -> Tensor | None:
+        if len(tested) == 0:
+            return None
+        at = torch.from_numpy(tested)
+        where = (rows.slot[at].long(), rows.req[at].long(), rows.pos[at].long())
+        out = torch.zeros(len(rows.slot), dtype=torch.bool)
+        out[at] = self.exits.signals(*where, rows.loop[at], before).cpu()
+        return out
 
     @torch.inference_mode()
     def coda(

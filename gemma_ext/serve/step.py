@@ -63,54 +63,48 @@ class Part(NamedTuple):
 class Step:
     """One run of the block.
 
-    The last layer that a row will ever run is cut short where nobody reads the state behind it: of
-    fills, and of prompt tokens but the last one, only keys and values are left to compute.
+    Args:
+        part: all rows of it.
+        tables: the block tables, on the device.
+        watched: int64 slots whose states the exit test compares with later ones, or None.
+
+    Attributes:
+        before: the states of `watched` [m, D] before the block, or before its last layer.
     """
 
-    def __init__(self, runner: ModelRunner, rows: Rows) -> None:
-        self.runner, self.rows = runner, rows
-        place = rows.pos
-        if runner.policy == "active_only":
-            place = torch.from_numpy(runner.places(rows))
-        columns = (rows.slot, rows.pos, rows.req, rows.loop, place, rows.seg_offsets)
-        device = runner.bank.device
-        self.all = Part(*(x.to(device) for x in columns))
-        self.tables = rows.block_tables.to(device)
-        self.quiet = runner.quiet(rows)
-        self.tested = runner.exits.tested(rows.kind.numpy() == CURRENT, rows.req, rows.loop)
+    def __init__(
+        self, runner: ModelRunner, part: Part, tables: Tensor, watched: Tensor | None = None
+    ) -> None:
+        self.runner, self.all, self.tables, self.watched = runner, part, tables, watched
         self.before: Tensor | None = None
 
-    def run(self) -> None:
+    def run(self, segments: Sequence[int] = (), quiet: np.ndarray | None = None) -> None:
+        """Runs every row's loop.
+
+        Args:
+            segments: bounds of the loops, of a model with layers in front of or behind its loops.
+            quiet: bool [n], rows whose last layer this is and whose state behind it nobody reads,
+                so that only its keys and values are computed.
+        """
         model, depths = self.runner.weights, self.runner.depths
-        segments, loops = self.rows.seg_offsets.tolist(), self.runner.loops
-        self._keep_before(by_layer=False)
-        self._layers(model.prelude, depths.prelude, self._span(0, segments[1]))
+        self._watch(by_layer=False)
+        if model.prelude:
+            self._layers(model.prelude, depths.prelude, self._span(0, segments[1]))
         self._layers(model.block[:-1], depths.block[:-1], self.all)
-        self._keep_before(by_layer=True)
+        self._watch(by_layer=True)
         if not model.coda:
-            self._last(model.block[-1], depths.block[-1], self.all, self.quiet)
+            self._last(model.block[-1], depths.block[-1], self.all, quiet)
             return
-        begin, end = segments[loops - 1], segments[loops]
+        begin, end = segments[-2:]
         self._layers(model.block[-1:], depths.block[-1:], self.all)
         behind = self._span(begin, end)
         self._layers(model.coda[:-1], depths.coda[:-1], behind)
-        self._last(model.coda[-1], depths.coda[-1], behind, self.quiet[begin:end])
+        quiet = None if quiet is None else quiet[begin:end]
+        self._last(model.coda[-1], depths.coda[-1], behind, quiet)
 
-    def signals(self) -> Tensor | None:
-        """bool [n] on the host, or None."""
-        if len(self.tested) == 0:
-            return None
-        rows, at = self.rows, torch.from_numpy(self.tested)
-        where = (rows.slot[at].long(), rows.req[at].long(), rows.pos[at].long())
-        passed = self.runner.exits.signals(*where, rows.loop[at], self.before)
-        out = torch.zeros(len(rows.slot), dtype=torch.bool)
-        out[at] = passed.cpu()
-        return out
-
-    def _keep_before(self, *, by_layer: bool) -> None:
-        exits = self.runner.exits
-        if len(self.tested) and exits.wants_before and exits.by_layer == by_layer:
-            self.before = self.runner.bank[self.rows.slot[torch.from_numpy(self.tested)].long()]
+    def _watch(self, *, by_layer: bool) -> None:
+        if self.watched is not None and self.runner.exits.by_layer == by_layer:
+            self.before = self.runner.bank[self.watched]
 
     def _span(self, begin: int, end: int) -> Part:
         """Rows of one loop, for layers that only this loop runs."""
@@ -121,13 +115,13 @@ class Step:
         at = torch.from_numpy(np.flatnonzero(chosen)).to(part.slot.device)
         seg = part.seg
         if seg is not None:
-            ends = np.append(0, np.cumsum(chosen))[self.rows.seg_offsets.numpy()]
+            ends = np.append(0, np.cumsum(chosen))[seg.cpu().numpy()]
             seg = torch.from_numpy(ends.astype(np.int32)).to(seg.device)
         return Part(*(column[at] for column in part[:-1]), seg)
 
-    def _last(self, layer: Layer, places: Tensor, part: Part, quiet: np.ndarray) -> None:
+    def _last(self, layer: Layer, places: Tensor, part: Part, quiet: np.ndarray | None) -> None:
         """The last layer; of quiet rows only its keys and values."""
-        if quiet.any():
+        if quiet is not None and quiet.any():
             silent, part = self._some(part, quiet), self._some(part, ~quiet)
             self._write(layer, places, self._normed(layer, silent), silent, queries=False)
         self._layers((layer,), (places,), part)

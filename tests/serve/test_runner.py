@@ -177,3 +177,37 @@ def keys(driver: Driver, row: int, count: int) -> torch.Tensor:
     pages = driver.tables[row, : -(-count // 16)].long()
     held = driver.runner.kv_pool[:, pages]  # [L, pages, 2, heads, 16, hd]
     return held.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :count]
+
+
+@pytest.mark.parametrize(
+    ("exits", "policy"),
+    [
+        (ExitTest("latent_diff", threshold=0.7), "exact_lazy"),
+        (ExitTest("max_prob", threshold=0.35), "copy"),
+        (ExitTest("entropy", threshold=2.5), "propagate"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fixed_buffers_give_the_same_bits(exits, policy, dtype):
+    """Rows that fill a launch up, without the graph that a card makes of it."""
+    model = tiny("Gemma2", loops=2, rank=3, dtype=dtype)
+    asked = requests(4, temperature=0.7, logprobs=2)
+    given = {"exits": exits, "policy": policy}
+    drivers = [Driver(runner_of(model, graphs=fixed, **given), 1) for fixed in (False, True)]
+    plain, filled = (driver.run(asked) for driver in drivers)
+    assert len({depth for job in plain for depth in job.depths}) == 2
+    for job, other in zip(plain, filled, strict=True):
+        assert (job.tokens, job.depths) == (other.tokens, other.depths)
+        count = len(job.tokens) - 1
+        own, its = (keys(driver, job.row, count) for driver in drivers)
+        assert torch.allclose(own, its, rtol=1e-12 if dtype == torch.float64 else 0, atol=0)
+
+
+def test_what_does_not_fit_is_refused():
+    model = tiny("Gemma2", loops=2, layers=6, order="middle-cycle")
+    with pytest.raises(ValueError, match=r"^graphs: expected a model whose layers are all in its"):
+        runner_of(model, graphs=True)
+    with pytest.raises(ValueError, match=r"^max_length: expected at most the 128 positions of"):
+        runner_of(model, Sizes(1, 1, 1, 129))
+    with pytest.raises(ValueError, match=r"^pages: expected at least 1, got 0"):
+        runner_of(model, Sizes(1, 1, 0, 64))
