@@ -160,17 +160,19 @@ def test_loops_are_bounded_by_the_request(server, model):
         assert answer.choices[0].text == tokenizer.decode(told, skip_special_tokens=True)
 
 
-def test_prompts_are_scored_as_by_the_model(server, model):
+@pytest.mark.parametrize("most", [1, 2])
+def test_prompts_are_scored_as_by_the_model(server, model, most):
     loops, tokenizer = model
     texts = PROMPTS[:3]
-    answers = ask(
-        server,
-        [{"prompt": text, "echo": True, "logprobs": 2, "max_tokens": 0} for text in texts],
-    )
+    options = {"echo": True, "logprobs": 2, "max_tokens": 0, "extra_body": {"max_loops": most}}
+    answers = ask(server, [{"prompt": text, **options} for text in texts])
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.inference_mode(), Double():
-            logprobs = loops(ids).logits[0].double().log_softmax(-1)
+            state = recursive.exit_states(loops, ids)[most - 1][0]
+            logits = loops.get_output_embeddings()(state).double()
+        cap = loops.config.final_logit_softcapping
+        logprobs = (cap * torch.tanh(logits / cap)).log_softmax(-1)
         expected = logprobs[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
         told = answer.choices[0].logprobs
         assert told.token_logprobs[0] is None

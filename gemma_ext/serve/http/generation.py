@@ -65,7 +65,7 @@ class Generation:
         kind: str,
     ) -> None:
         self.service, self.body, self.prompts, self.params = service, body, prompts, params
-        most = service.settings.most_choices
+        most = min(service.settings.most_choices, service.engine.most_open)
         if len(prompts) * choices > most:
             raise ApiError(400, f"n: expected at most {most} choices in all", param="n")
         try:
