@@ -10,59 +10,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 
+from gemma_ext.serve.batch import Batch, EngineBusy, EngineStopped, RequestExpired
 from gemma_ext.serve.protocol import Engine, Event, Limits, Request, Stats
-
-
-class EngineError(RuntimeError):
-    """A request cannot be answered, for a reason that is not its own."""
-
-
-class EngineBusy(EngineError):
-    """As many requests are open as may be; try again later."""
-
-
-class EngineStopped(EngineError):
-    """The engine failed or is being shut down."""
-
-
-class RequestExpired(EngineError):
-    """The time of a request is over."""
-
-
-class Batch:
-    """Requests that were submitted together, and their events as they come.
-
-    At most one event per token waits to be taken, so what a slow reader costs is bounded.
-
-    Attributes:
-        submitted: `time.monotonic()` when.
-    """
-
-    def __init__(self, requests: tuple[Request, ...]) -> None:
-        self.requests = requests
-        self.submitted = time.monotonic()
-        self._ids: list[int | None] = [None] * len(requests)  # None: not submitted, or ended
-        self._left = set(range(len(requests)))
-        self._queue: asyncio.Queue[tuple[int, Event] | EngineError] = asyncio.Queue()
-        self._timer: asyncio.TimerHandle | None = None
-
-    async def take(self) -> list[tuple[int, Event]]:
-        """(place of the request, event) pairs, at least one; empty when all requests have ended.
-
-        Raises:
-            EngineError: the batch cannot be answered any further.
-        """
-        taken: list[tuple[int, Event]] = []
-        while self._left and (not taken or not self._queue.empty()):
-            item = await self._queue.get()
-            if isinstance(item, EngineError):
-                raise item
-            place, event = item
-            if place in self._left:  # else it was cancelled meanwhile
-                taken.append(item)
-            if event.finish_reason is not None:
-                self._left.discard(place)
-        return taken
 
 
 class AsyncEngine:
@@ -70,6 +19,7 @@ class AsyncEngine:
 
     Args:
         make: gives the engine; called in the thread, since some device state belongs to a thread.
+        finish: called in the thread when no step will come any more.
         most_open: requests that may be open at a time.
         stall_seconds: a step that takes longer makes `healthy` false.
 
@@ -81,13 +31,18 @@ class AsyncEngine:
     limits: Limits
 
     def __init__(
-        self, make: Callable[[], Engine], *, most_open: int = 256, stall_seconds: float = 120.0
+        self,
+        make: Callable[[], Engine],
+        *,
+        finish: Callable[[], None] = lambda: None,
+        most_open: int = 256,
+        stall_seconds: float = 120.0,
     ) -> None:
         if most_open < 1:
             raise ValueError(f"most_open: expected at least 1, got {most_open}")
         self.most_open, self.stall_seconds = most_open, stall_seconds
         self.stats = Stats()
-        self._make = make
+        self._make, self._finish = make, finish
         self._wake = threading.Condition()
         self._commands: deque[Callable[[], None]] = deque()
         self._stopping = False
@@ -217,6 +172,8 @@ class AsyncEngine:
             logging.getLogger(__name__).exception("the engine failed")
             sentence = f"the engine failed: {type(error).__name__}: {error}"
             self._to_loop(self._end_all, EngineStopped(sentence))
+        finally:
+            self._finish()
 
     def _turn(self) -> None:
         with self._wake:

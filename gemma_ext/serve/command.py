@@ -9,6 +9,7 @@ import typer
 
 from gemma_ext.extras import require
 
+LOCAL = ("127.0.0.1", "localhost", "::1")
 KEY = "GEMMA_EXT_API_KEY"
 
 
@@ -33,8 +34,8 @@ def main(
     ] = None,
     pages: Annotated[int | None, typer.Option(min=1, help="Of 16 tokens, of the KV pool.")] = None,
     kv_memory: Annotated[
-        float | None, typer.Option(help="Share of the free memory for the KV pool.")
-    ] = None,
+        float, typer.Option(help="Share of the free memory that the KV pool has at most.")
+    ] = 0.5,
     kv_policy: Annotated[
         str, typer.Option(help="Keys and values of loops that a token skipped.")
     ] = "exact_lazy",
@@ -80,6 +81,9 @@ def main(
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file in place of the tokenizer's template.")
     ] = None,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Processes that share the model; on cards, one each.")
+    ] = 1,
     replicas: Annotated[
         int, typer.Option(min=1, help="Engines behind Ray Serve; 1 needs no Ray.")
     ] = 1,
@@ -132,6 +136,7 @@ def main(
             ),
             most_open=max_open,
             threads=threads,
+            ranks=tensor_parallel,
         )
         if replicas > 1 or ray is not None:
             serve_replicas(launch, replicas, host=host, port=port, address=ray, gpus=gpus)
@@ -139,4 +144,8 @@ def main(
         server = Server(launch.app(), host, port, log_level)
     except (ValueError, OSError, ImportError) as error:
         raise SystemExit(f"gemma-ext serve: {error}") from None
+    if host not in LOCAL and not api_key:
+        typer.echo(
+            f"gemma-ext serve: whoever reaches {host} may ask; {KEY} asks for a key", err=True
+        )
     server.run()

@@ -61,6 +61,7 @@ class Engine:
         self.latencies = Latencies()
         self.store = HostStore(runner)
         self._requests: dict[int, Request] = {}
+        self._drawn: dict[int, list[int]] = {}
         self._scored: dict[int, list[Token]] = {}
         memory = self.scheduler.buffers()
         self._seen = {name: memory[name] for name in ("id", "depth", "output", "end", "exits")}
@@ -133,7 +134,7 @@ class Engine:
             stops=list(params.stop_ids),
             depths=list(exit_depths or ()),
         )
-        self._requests[id] = request
+        self._requests[id], self._drawn[id] = request, []
         if request.prompt_logprobs is not None:
             self._scored[id] = [Token(request.prompt[0])]
         self.latencies.submitted(id, self.clock())
@@ -178,7 +179,7 @@ class Engine:
         for row in closed:
             self.runner.close(row)
         for id, row in opened:
-            self.runner.open(row, self._requests[id])
+            self.runner.open(row, self._requests[id], self._drawn[id])
         return [self._end(id, _REASONS[how]) for id, how in ended if id in self._requests]
 
     def _end(self, id: int, reason: str) -> Event:
@@ -190,6 +191,7 @@ class Engine:
 
     def _forget(self, id: int) -> None:
         self._requests.pop(id, None)
+        self._drawn.pop(id, None)
         self._scored.pop(id, None)
         self.store.forget(id)
 
@@ -221,6 +223,7 @@ class Engine:
             request = self._requests.get(id)
             if request is None:
                 continue
+            self._drawn[id].append(drawn[i])
             asked = request.params.logprobs
             logprob, top = (None, ()) if asked is None else _likeliest(sampled, i, asked)
             prompt = self._scored.pop(id, None) if outputs[i] == 0 else None

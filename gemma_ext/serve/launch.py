@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,10 @@ from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.http.app import build_app
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
+from gemma_ext.serve.memory import pages_for
+from gemma_ext.serve.protocol import SamplingParams
+from gemma_ext.serve.runner import Sizes
+from gemma_ext.serve.weights import Weights, read_weights
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -41,13 +45,15 @@ class Launch:
         device: "cpu", "cuda", "cuda:1", or "auto" for a card if there is one.
         dtype: of `DTYPES`, or "auto" for float32 on a CPU and the stored one on a card.
         engine: fields of `EngineConfig`.
-        kv_memory: share of the free memory for the KV pool; None leaves it to `engine`.
+        kv_memory: share of the free memory that the KV pool has at most, unless `engine` says how
+            many pages it has.
         exits: fields of `ExitTest`.
         exit_weights: safetensors file with `weight` and `bias` of a learned exit test.
         chat_template: used in place of the tokenizer's.
         settings: bounds of requests.
         most_open: requests at a time.
         threads: of torch on a CPU; None for its own choice.
+        ranks: processes that share one model; on cards, one each.
     """
 
     model: str = "pocket"
@@ -55,13 +61,14 @@ class Launch:
     device: str = "auto"
     dtype: str = "auto"
     engine: dict[str, Any] = field(default_factory=dict)
-    kv_memory: float | None = None
+    kv_memory: float = 0.5
     exits: dict[str, Any] = field(default_factory=dict)
     exit_weights: str | None = None
     chat_template: str | None = None
     settings: Settings = field(default_factory=Settings)
     most_open: int = 256
     threads: int | None = None
+    ranks: int = 1
 
     def app(self) -> FastAPI:
         """Loads the model and makes its engine.
@@ -74,10 +81,10 @@ class Launch:
         given = {name: value for name, value in self.engine.items() if value is not None}
         EngineConfig(**given)  # what is wrong is told before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
-        device = torch.device(_device(self.device))
-        model, tokenizer = load_model(self.model, device, _dtype(self.dtype, device))
+        exits.own_threshold(SamplingParams())
+        model, tokenizer = self._load(0)
         config = self._config(model, given)
-        engine = Engine.of_model(model, config, exits=exits)
+        engine, finish = self._engine(model, config, exits)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -89,9 +96,36 @@ class Launch:
                 "exit_threshold": exits.threshold,
             },
         )
-        return build_app(
-            AsyncEngine(lambda: engine, most_open=self.most_open), served, self.settings
-        )
+        asked = AsyncEngine(lambda: engine, finish=finish, most_open=self.most_open)
+        return build_app(asked, served, self.settings)
+
+    def weights(self, rank: int) -> Weights:
+        """Of the whole model, where `rank` computes."""
+        model, _ = self._load(rank)
+        return read_weights(model)
+
+    def _load(self, rank: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        device = torch.device(_device(self.device))
+        if device.type == "cuda" and self.ranks > 1:
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        return load_model(self.model, device, _dtype(self.dtype, device))
+
+    def _engine(
+        self, model: PreTrainedModel, config: EngineConfig, exits: ExitTest
+    ) -> tuple[Engine, Callable[[], None]]:
+        if self.ranks == 1:
+            return Engine.of_model(model, config, exits=exits), lambda: None
+        if config.kv_pressure == "offload":
+            raise ValueError("kv_pressure: expected another with more than one rank, got offload")
+        from gemma_ext.serve.ranks import Ranks
+
+        whole = read_weights(model)
+        backend = "nccl" if whole.device.type == "cuda" else "gloo"
+        sizes = Sizes(config.requests, config.slots, config.pages, config.max_model_len)
+        options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
+        ranks = Ranks(whole, self.weights, self.ranks, backend, sizes, options)
+        return Engine(ranks.runner, config), ranks.close
 
     def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
         longest = model.config.max_position_embeddings
@@ -102,7 +136,7 @@ class Launch:
                 f"got {length}"
             )
         config = EngineConfig(**{**given, "max_model_len": length})
-        if self.kv_memory is not None:
+        if "pages" not in given:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)
         return config
@@ -146,29 +180,6 @@ def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
         if ends is not None:
             return tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
     return ()
-
-
-def pages_for(model: PreTrainedModel, share: float) -> int:
-    """Pages of 16 tokens that fit into a share of the free memory, with all depths.
-
-    Raises:
-        ValueError: a share outside (0, 1), or one without room for a page.
-    """
-    if not 0 < share < 1:
-        raise ValueError(f"kv_memory: expected a share in (0, 1), got {share}")
-    config, weight = model.config, next(model.parameters())
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page = 16 * config.num_hidden_layers * 2 * heads * size * weight.element_size()
-    if weight.is_cuda:
-        free, _ = torch.cuda.mem_get_info(weight.device)
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if share * free < page:
-        raise ValueError(
-            f"kv_memory: expected room for a page of {page} bytes, got {share} of {free}"
-        )
-    return int(share * free / page)
 
 
 def _device(name: str) -> str:

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from gemma_ext.serve.async_engine import AsyncEngine, EngineBusy, EngineStopped, RequestExpired
+from gemma_ext.serve.async_engine import AsyncEngine
+from gemma_ext.serve.batch import EngineBusy, EngineStopped, RequestExpired
 from gemma_ext.serve.protocol import Limits, Request, SamplingParams
 from gemma_ext.serve.scripted import ScriptedEngine
 

@@ -281,7 +281,8 @@ def test_too_many_open_requests(slow):
     refused = next(answer for answer in results if answer.status_code == 429)
     assert refusal(refused) == (429, None, "queue_full")
     assert refused.headers["Retry-After"] == "1"
-    assert refusal(post(slow, {**LONG, "n": 5})) == (429, None, "queue_full")
+    # more than ever can be open is no matter of waiting
+    assert refusal(post(slow, {**LONG, "n": 5})) == (400, "n", None)
     slow.wait_idle()
 
 
@@ -425,3 +426,51 @@ def test_more_connections_than_may_be(nano_tokenizer):  # noqa: F811
             raw.close()
         time.sleep(0.1)
         assert httpx.get(f"{running.url}/health").status_code == 200
+
+
+def test_a_fault_within_a_stream_is_told(server, monkeypatch, caplog):
+    monkeypatch.setattr("gemma_ext.serve.http.completions.Completion._chunks", lambda *_: 1 / 0)
+    events = post(server, {**ASK, "stream": True}).text.strip().split("\n\n")
+    (error,) = (json.loads(event.removeprefix("data: "))["error"] for event in events)
+    assert error["message"] == "the server failed, its log says why"
+    assert "ZeroDivisionError" in caplog.text
+    server.wait_idle()
+
+
+def test_a_fault_is_an_answer(server, monkeypatch):
+    monkeypatch.setattr("gemma_ext.serve.http.completions.Completion.whole", lambda *_: 1 / 0)
+    assert refusal(post(server, ASK)) == (500, None, None)
+    server.wait_idle()
+
+
+def test_texts_that_cannot_fit_are_not_encoded(nano_tokenizer, monkeypatch):  # noqa: F811
+    with live(nano_tokenizer) as running:
+        served = running.server._service.served
+        monkeypatch.setattr(served, "ids", lambda *_: 1 / 0)
+        letters = 257 * max(map(len, nano_tokenizer.get_vocab()))
+        body = {**ASK, "prompt": "a" * letters}
+        assert refusal(post(running, body)) == (400, "prompt", "context_length_exceeded")
+        body = {**CHAT, "messages": [{"role": "user", "content": "a" * letters}]}
+        answer = post(running, body, "/v1/chat/completions")
+        assert refusal(answer) == (400, "messages", "context_length_exceeded")
+
+
+def test_tokens_there_and_back(server, nano_tokenizer):  # noqa: F811
+    text = "héllo <eos> wörld"
+    for special in (True, False):
+        body = {"prompt": text, "add_special_tokens": special}
+        told = post(server, body, "/tokenize").json()
+        assert told["tokens"] == nano_tokenizer(text, add_special_tokens=special)["input_ids"]
+        assert told["count"] == len(told["tokens"])
+    back = post(server, {"tokens": told["tokens"]}, "/detokenize").json()
+    assert back == {"prompt": text}
+    info = httpx.get(f"{server.url}/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == ("<bos>", "<eos>")
+    for path, body in (
+        ("/tokenize", {}),
+        ("/tokenize", {"prompt": 3}),
+        ("/tokenize", {"prompt": "a", "model": "x"}),
+        ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [2**70]}),
+    ):
+        assert refusal(post(server, body, path))[0] in (400, 404)

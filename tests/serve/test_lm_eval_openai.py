@@ -74,6 +74,18 @@ def test_lm_eval_scores_and_writes(server, nano_tokenizer, tmp_path, concurrent)
 
 
 @api
+def test_lm_eval_finds_the_tokenizer_of_the_server(server):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    model = LocalCompletionsAPI(base_url=f"{server.url}/v1/completions", model=NAME)
+    assert model.tokenizer_backend == "remote"
+    ((value, _),) = model.loglikelihood([Instance("loglikelihood", {}, ("import ", "os"), 0)])
+    expected, _ = logprob(*model._encode_pair("import ", "os"))
+    assert value == pytest.approx(expected, rel=1e-12)
+
+
+@api
 def test_a_greedy_continuation_is_seen(server, nano_tokenizer, tmp_path):  # noqa: F811
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 

@@ -19,7 +19,7 @@ from gemma_ext.nn import recursive
 from gemma_ext.papers.recursive import Recipe, convert
 from gemma_ext.serve import launch as launching
 from gemma_ext.serve.exits import ExitTest
-from gemma_ext.serve.launch import Launch, ends_of_text, load_model, pages_for, served_name
+from gemma_ext.serve.launch import Launch, ends_of_text, load_model, served_name
 from gemma_ext.serve.protocol import Request, SamplingParams
 from gemma_ext.serve.sequential import Sequential
 
@@ -65,16 +65,8 @@ def alone(model, tokenizer, text, **params):
     ids = tokenizer(text)["input_ids"]
     stops = ends_of_text(model, tokenizer)
     params = SamplingParams(**{"stop_ids": stops, "max_tokens": 16, **params})
-    decoder = Sequential(model, ExitTest(**EXITS))
-    full = params.max_loops or 2  # of the first token, which comes out of the prompt
     with Double():
-        first = decoder.decode(
-            Request(tuple(ids), dataclasses.replace(params, max_tokens=1, min_loops=full))
-        )
-        if first[0].id in stops:
-            return first
-        rest = dataclasses.replace(params, max_tokens=params.max_tokens - 1)
-        return first + decoder.decode(Request((*ids, first[0].id), rest))
+        return Sequential(model, ExitTest(**EXITS)).decode(Request(tuple(ids), params))
 
 
 def ask(server, requests):
@@ -123,6 +115,32 @@ def test_tokens_are_those_of_sequential_decoding(server, model, temperature):
     server.wait_idle()
 
 
+def test_company_changes_no_bit_in_float32(launch):
+    requests = [
+        {
+            "prompt": prompt,
+            "seed": seed,
+            "max_tokens": 12,
+            "logprobs": 2,
+            "extra_body": {"return_exit_depths": True},
+        }
+        for prompt in PROMPTS
+        for seed in range(2)
+    ]
+    told = []
+    for width in (8, 1):
+        engine = {**launch.engine, "width": width, "requests": 2 * width}
+        app = dataclasses.replace(launch, dtype="float32", engine=engine).app()
+        with running(app) as server:
+            live = Live(server, app.state.service.engine, [])
+            if width > 1:
+                told.append(ask(live, requests))
+            else:
+                told.append([ask(live, [one])[0] for one in requests])
+    for one, other in zip(*told, strict=True):
+        assert one.choices[0].to_dict() == other.choices[0].to_dict()
+
+
 def test_loops_are_bounded_by_the_request(server, model):
     loops, tokenizer = model
     for bounds in ({"max_loops": 1}, {"min_loops": 2}, {"exit_threshold": 0.05}):
@@ -142,17 +160,19 @@ def test_loops_are_bounded_by_the_request(server, model):
         assert answer.choices[0].text == tokenizer.decode(told, skip_special_tokens=True)
 
 
-def test_prompts_are_scored_as_by_the_model(server, model):
+@pytest.mark.parametrize("most", [1, 2])
+def test_prompts_are_scored_as_by_the_model(server, model, most):
     loops, tokenizer = model
     texts = PROMPTS[:3]
-    answers = ask(
-        server,
-        [{"prompt": text, "echo": True, "logprobs": 2, "max_tokens": 0} for text in texts],
-    )
+    options = {"echo": True, "logprobs": 2, "max_tokens": 0, "extra_body": {"max_loops": most}}
+    answers = ask(server, [{"prompt": text, **options} for text in texts])
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.inference_mode(), Double():
-            logprobs = loops(ids).logits[0].double().log_softmax(-1)
+            state = recursive.exit_states(loops, ids)[most - 1][0]
+            logits = loops.get_output_embeddings()(state).double()
+        cap = loops.config.final_logit_softcapping
+        logprobs = (cap * torch.tanh(logits / cap)).log_softmax(-1)
         expected = logprobs[:-1].gather(1, ids[0, 1:, None]).squeeze(1)
         told = answer.choices[0].logprobs
         assert told.token_logprobs[0] is None
@@ -180,6 +200,40 @@ def test_the_model_says_what_it_is(server):
     assert told.exit_threshold == 0.4
 
 
+@pytest.mark.slow
+def test_two_ranks_draw_the_tokens_of_one(server, launch):
+    requests = [
+        {"prompt": prompt, "seed": 3, "extra_body": {"return_exit_depths": True}, "logprobs": 0}
+        for prompt in PROMPTS
+    ]
+    expected = ask(server, requests)
+    app = dataclasses.replace(launch, ranks=2).app()
+    processes = app.state.service.engine._finish.__self__._processes
+    with running(app) as two:
+        told = ask(Live(two, app.state.service.engine, []), requests)
+        assert all(process.is_alive() for process in processes)
+    assert [process.exitcode for process in processes] == [0]
+    for mine, other in zip(told, expected, strict=True):
+        assert mine.choices[0].text == other.choices[0].text
+        assert mine.choices[0].exit_depths == other.choices[0].exit_depths
+        assert mine.choices[0].logprobs.token_logprobs == pytest.approx(
+            other.choices[0].logprobs.token_logprobs, rel=1e-9
+        )
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_engine_and_not_the_server(launch):
+    app = dataclasses.replace(launch, ranks=2).app()
+    (process,) = app.state.service.engine._finish.__self__._processes
+    with running(app) as two:
+        live = Live(two, app.state.service.engine, [])
+        process.kill()
+        process.join()
+        with pytest.raises(openai.InternalServerError, match="the engine failed"):
+            ask(live, [{"prompt": "a"}])
+        assert httpx.get(f"{live.url}/health").status_code == 503
+
+
 def test_a_vanilla_model_is_one_loop(pocket_nano):
     app = Launch("pocket:nano", dtype="float64", engine={"max_model_len": 64}).app()
     with running(app) as server:
@@ -204,6 +258,15 @@ def test_a_vanilla_model_is_one_loop(pocket_nano):
         ({"kv_memory": 1.5}, r"kv_memory: expected a share in \(0, 1\), got 1.5"),
         ({"kv_memory": 1e-12}, "kv_memory: expected room for a page of"),
         ({"exits": {"name": "guess"}}, "name: expected one of none, max_prob"),
+        (
+            {"exits": {"name": "margin"}},
+            "exit_threshold: expected a number with exit test margin, got None",
+        ),
+        ({"ranks": 3}, "ranks: expected a divisor of the 4 heads, got 3"),
+        (
+            {"ranks": 2, "engine": {"kv_pressure": "offload"}},
+            "kv_pressure: expected another with more than one rank, got offload",
+        ),
     ],
 )
 def test_options_that_do_not_fit(pocket_nano, options, sentence):
@@ -221,16 +284,6 @@ def test_exit_weights_are_read(pocket_nano, tmp_path):
         launch.app()
     save_file({"weight": torch.ones(128), "bias": torch.zeros(())}, path)
     assert launching._learned(str(path))["weight"].shape == (128,)
-
-
-def test_pages_are_what_fits(pocket_nano, monkeypatch):
-    config = pocket_nano.model.config
-    page = 16 * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 4
-    monkeypatch.setattr(
-        launching.os, "sysconf", {"SC_AVPHYS_PAGES": 10 * page, "SC_PAGE_SIZE": 2}.get
-    )
-    assert pages_for(pocket_nano.model, 0.5) == 10
-    assert pages_for(pocket_nano.model, 0.26) == 5
 
 
 def test_names(tmp_path):

@@ -36,15 +36,24 @@ struct Queries {
   }
 };
 
-// The tokens of a page as rows of floats: where they lie, if they already are.
-inline const float* page_of(const Queries& q, int64_t page, int64_t half, Scratch& s) {
+inline const char* memory_of(const Queries& q, int64_t page, int64_t half) {
   const Attention& a = *q.call;
   const Pool& pool = a.pool;
   const Places& p = a.places;
   const int64_t id = p.block_tables[p.req[q.row0] * p.max_pages + page];
-  const int64_t depth = a.depth_of[p.loop[q.row0]];
-  const int64_t begin = page_at(pool, depth, id, half, q.head);
-  const char* from = static_cast<const char*>(pool.data) + begin * size_of(pool.type);
+  const int64_t begin = page_at(pool, a.depth_of[p.loop[q.row0]], id, half, q.head);
+  return static_cast<const char*>(pool.data) + begin * size_of(pool.type);
+}
+
+// Pages lie anywhere, and processors follow no stream across their own.
+GEMMA_EXT_INLINE void prefetch_page(const Pool& pool, const char* from) {
+  const int64_t bytes = kPage * pool.width * size_of(pool.type);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(from + at);
+}
+
+// The tokens of a page as rows of floats: where they lie, if they already are.
+inline const float* rows_of_page(const Queries& q, const char* from, Scratch& s) {
+  const Pool& pool = q.call->pool;
   if (pool.type == DType::kFloat32 && q.stride == pool.width)
     return reinterpret_cast<const float*>(from);
   float* to = floats_of(s, kPageSlot, kPage * q.stride);
@@ -57,7 +66,13 @@ inline const float* page_of(const Queries& q, int64_t page, int64_t half, Scratc
   return to;
 }
 
-constexpr int kTokens = kLanes >= 16 ? 4 : 2;  // of a block of products, which stay in registers
+template <int kValue>
+struct Count {
+  static constexpr int value = kValue;
+};
+
+constexpr int kMost = 4;  // queries of a block of products, which stays in registers
+constexpr int kTokens = kLanes >= 16 ? 4 : 2;
 
 // scores[i][t] = <x_i, k_t> of kQ queries and a page.
 template <int kQ>
@@ -77,29 +92,44 @@ inline void score_page(const float* x, const float* k, int64_t stride, float* sc
   }
 }
 
+// add_page of the vectors at d, which stay in registers.
+template <int kQ, int kVectors>
+GEMMA_EXT_INLINE void add_vectors(const float* p, const float* v, Seen seen, int64_t stride,
+                                  int64_t d, float* sums, int64_t sums_stride) {
+  Vf acc[kQ][kVectors];
+  for (int i = 0; i < kQ; ++i)
+    for (int j = 0; j < kVectors; ++j) acc[i][j] = load(sums + i * sums_stride + d + j * kLanes);
+  for (int t = seen.begin; t < seen.end; ++t) {
+    Vf values[kVectors];
+    for (int j = 0; j < kVectors; ++j) values[j] = load(v + t * stride + d + j * kLanes);
+    for (int i = 0; i < kQ; ++i) {
+      const Vf weight = set1(p[i * kSplit + t]);
+      for (int j = 0; j < kVectors; ++j) acc[i][j] += weight * values[j];
+    }
+  }
+  for (int i = 0; i < kQ; ++i)
+    for (int j = 0; j < kVectors; ++j) store(sums + i * sums_stride + d + j * kLanes, acc[i][j]);
+}
+
 // sums[i] += sum_t p[i][t] v_t of kQ queries and the tokens begin .. end of a page.
 template <int kQ>
 inline void add_page(const float* p, const float* v, Seen seen, int64_t stride, float* sums,
                      int64_t sums_stride) {
-  constexpr int kStep = kPad / kLanes < 4 ? kPad / kLanes : 4;
-  for (int64_t d = 0; d < stride; d += kStep * kLanes) {
-    Vf acc[kQ][kStep];
-    for (int i = 0; i < kQ; ++i)
-      for (int j = 0; j < kStep; ++j) acc[i][j] = load(sums + i * sums_stride + d + j * kLanes);
-    for (int t = seen.begin; t < seen.end; ++t) {
-      Vf values[kStep];
-      for (int j = 0; j < kStep; ++j) values[j] = load(v + t * stride + d + j * kLanes);
-      for (int i = 0; i < kQ; ++i) {
-        const Vf weight = set1(p[i * kSplit + t]);
-        for (int j = 0; j < kStep; ++j) acc[i][j] += weight * values[j];
-      }
-    }
-    for (int i = 0; i < kQ; ++i)
-      for (int j = 0; j < kStep; ++j) store(sums + i * sums_stride + d + j * kLanes, acc[i][j]);
-  }
+  constexpr int kVectors = kLanes >= 16 ? 4 : 2;
+  int64_t d = 0;
+  for (; d + kVectors * kLanes <= stride; d += kVectors * kLanes)
+    add_vectors<kQ, kVectors>(p, v, seen, stride, d, sums, sums_stride);
+  for (; d < stride; d += kLanes) add_vectors<kQ, 1>(p, v, seen, stride, d, sums, sums_stride);
 }
 
-constexpr int kBlock = 4;  // queries that share a load
+// f(number) with a number of 1 to 4 as a constant.
+template <class F>
+GEMMA_EXT_INLINE void with_count(int64_t count, const F& f) {
+  if (count >= 4) return f(Count<4>());
+  if (count == 3) return f(Count<3>());
+  if (count == 2) return f(Count<2>());
+  f(Count<1>());
+}
 
 // Scores of a split, [count, kSplit], become weights exp(score - maximum); the part's head is filled in.
 inline void weigh(const Attention& a, float* scores, Seen seen, float* part) {
@@ -138,22 +168,23 @@ void attend_split(const Queries& q, int64_t split, float* parts, Scratch& s) {
       last = seen.end > last ? seen.end : last;
     }
   }
+  const int32_t page0 = first / kPage * kPage;
   const auto each_page = [&](int64_t half, auto visit) {
-    for (int32_t t = first / kPage * kPage; t < last; t += kPage)
-      visit(t, page_of(q, (begin + t) / kPage, half, s));
+    for (int32_t t = page0; t < last; t += kPage) {
+      const char* from = memory_of(q, (begin + t) / kPage, half);
+      if (t + kPage < last)
+        prefetch_page(q.call->pool, memory_of(q, (begin + t) / kPage + 1, half));
+      else if (half == 0)
+        prefetch_page(q.call->pool, memory_of(q, (begin + page0) / kPage, 1));
+      visit(t, rows_of_page(q, from, s));
+    }
   };
   each_page(0, [&](int32_t t, const float* k) {
-    for (int64_t i = 0; i < q.count;) {
-      const float* x = q.x + i * q.stride;
-      float* to = scores + i * kSplit + t;
-      if (i + kBlock <= q.count) {
-        score_page<kBlock>(x, k, q.stride, to);
-        i += kBlock;
-      } else {
-        score_page<1>(x, k, q.stride, to);
-        ++i;
-      }
-    }
+    for (int64_t i = 0; i < q.count;)
+      with_count(q.count - i, [&](auto block) {
+        score_page<block.value>(q.x + i * q.stride, k, q.stride, scores + i * kSplit + t);
+        i += block.value;
+      });
   });
   for (int64_t i = 0; i < q.count; ++i) {
     memset(parts + i * part, 0, part * sizeof(float));
@@ -161,21 +192,17 @@ void attend_split(const Queries& q, int64_t split, float* parts, Scratch& s) {
   }
   each_page(1, [&](int32_t t, const float* v) {
     for (int64_t i = 0; i < q.count;) {
-      const float* p = scores + i * kSplit + t;
-      float* sums = parts + i * part + kPartHead;
       const Seen seen = q.seen(i, begin + t, kPage);
-      bool alike = i + kBlock <= q.count;
-      for (int64_t j = 1; alike && j < kBlock; ++j) {
-        const Seen other = q.seen(i + j, begin + t, kPage);
-        alike = other.begin == seen.begin && other.end == seen.end;
+      int64_t alike = 1;
+      for (; i + alike < q.count && alike < kMost; ++alike) {
+        const Seen other = q.seen(i + alike, begin + t, kPage);
+        if (other.begin != seen.begin || other.end != seen.end) break;
       }
-      if (alike) {
-        add_page<kBlock>(p, v, seen, q.stride, sums, part);
-        i += kBlock;
-      } else {
-        add_page<1>(p, v, seen, q.stride, sums, part);
-        ++i;
-      }
+      with_count(alike, [&](auto block) {
+        add_page<block.value>(scores + i * kSplit + t, v, seen, q.stride,
+                              parts + i * part + kPartHead, part);
+        i += block.value;
+      });
     }
   });
 }

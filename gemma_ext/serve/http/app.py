@@ -5,27 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from gemma_ext._version import __version__
 from gemma_ext.serve.async_engine import AsyncEngine
 from gemma_ext.serve.http.chat import Chat
 from gemma_ext.serve.http.completions import Completion
-from gemma_ext.serve.http.connection import EventStream, read_body, unless_client_leaves
-from gemma_ext.serve.http.errors import ApiError, install, of_validation
+from gemma_ext.serve.http.connection import EventStream, unless_client_leaves
+from gemma_ext.serve.http.errors import ApiError, install
 from gemma_ext.serve.http.gate import Gate
 from gemma_ext.serve.http.generation import Service
 from gemma_ext.serve.http.metrics import CONTENT_TYPE, Metrics
+from gemma_ext.serve.http.reading import read
 from gemma_ext.serve.http.schemas import ChatBody, CompletionBody
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
+from gemma_ext.serve.http.tokenizer import router
 
-Body = TypeVar("Body", bound=BaseModel)
-ROUTES = frozenset(("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics"))
+ROUTES = frozenset(
+    (
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/models",
+        "/health",
+        "/metrics",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+    )
+)
 
 
 def build_app(engine: AsyncEngine, served: Served, settings: Settings | None = None) -> FastAPI:
@@ -58,20 +70,23 @@ def build_app(engine: AsyncEngine, served: Served, settings: Settings | None = N
     install(app)
     app.add_middleware(Gate, metrics=service.metrics, keys=settings.api_keys, routes=ROUTES)
 
+    app.include_router(router(service))
+
     @app.post("/v1/completions", openapi_extra=_described(CompletionBody))
     async def completions(request: Request) -> Response:
-        body = await _body(request, service, CompletionBody)
-        prompts = await served.encode(body.prompt, body.add_special_tokens)
+        body = await read(request, service, CompletionBody)
+        most = engine.limits.max_model_len
+        prompts = await served.encode(body.prompt, body.add_special_tokens, most)
         return await _answer(request, service, Completion(service, body, prompts), body.stream)
 
     @app.post("/v1/chat/completions", openapi_extra=_described(ChatBody))
     async def chat(request: Request) -> Response:
-        body = await _body(request, service, ChatBody)
+        body = await read(request, service, ChatBody)
         try:
             messages = [message.plain() for message in body.messages]
         except ValueError as error:
             raise ApiError(400, str(error), param="messages") from None
-        prompt = await served.encode_chat(messages)
+        prompt = await served.encode_chat(messages, engine.limits.max_model_len)
         return await _answer(request, service, Chat(service, body, prompt), body.stream)
 
     @app.get("/v1/models")
@@ -95,18 +110,6 @@ def build_app(engine: AsyncEngine, served: Served, settings: Settings | None = N
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return app
-
-
-async def _body(request: Request, service: Service, kind: type[Body]) -> Body:
-    if service.engine.trouble is not None:
-        raise ApiError(503, service.engine.trouble, code="engine_stopped")
-    raw = await read_body(request, service.settings.most_body, service.settings.body_seconds)
-    try:
-        body = kind.model_validate_json(raw)
-    except ValidationError as error:
-        raise of_validation(error) from None
-    service.served.check_name(body.model)
-    return body
 
 
 async def _answer(

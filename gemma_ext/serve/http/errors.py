@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from gemma_ext.serve.async_engine import EngineBusy, EngineError, EngineStopped, RequestExpired
+from gemma_ext.serve.batch import EngineBusy, EngineError, EngineStopped, RequestExpired
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _FIELDS = {"stop_ids": "stop_token_ids"}  # of an engine's request to those of the API
@@ -56,6 +56,9 @@ class ApiError(Exception):
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status, headers)
+
+
+FAULT = ApiError(500, "the server failed, its log says why")
 
 
 def of_engine(error: EngineError) -> ApiError:
@@ -121,4 +124,4 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)  # raised again behind the answer, so the log has it
     async def fault(_: Request, error: Exception) -> JSONResponse:
-        return ApiError(500, "the server failed, its log says why").response()
+        return FAULT.response()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_ext._version import __version__
-from gemma_ext.serve.async_engine import AsyncEngine, EngineError
-from gemma_ext.serve.http.errors import ApiError, of_engine, of_value
+from gemma_ext.serve.async_engine import AsyncEngine
+from gemma_ext.serve.batch import EngineError
+from gemma_ext.serve.http.errors import FAULT, ApiError, of_engine, of_value
 from gemma_ext.serve.http.metrics import Metrics
 from gemma_ext.serve.http.output import Output, Piece
 from gemma_ext.serve.http.schemas import Sampled
@@ -63,7 +65,7 @@ class Generation:
         kind: str,
     ) -> None:
         self.service, self.body, self.prompts, self.params = service, body, prompts, params
-        most = service.settings.most_choices
+        most = min(service.settings.most_choices, service.engine.most_open)
         if len(prompts) * choices > most:
             raise ApiError(400, f"n: expected at most {most} choices in all", param="n")
         try:
@@ -173,7 +175,10 @@ class Generation:
                 choices = [one for place, piece in found for one in chunk(place, piece)]
                 if choices:
                     yield b"".join(_event(self.answer(kind, [one], **more)) for one in choices)
-        except ApiError as error:
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                logging.getLogger(__name__).exception("a stream failed")
+                error = FAULT
             yield _event(error.body)
             return
         if usage:

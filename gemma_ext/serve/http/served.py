@@ -39,6 +39,7 @@ class Served:
     def __post_init__(self) -> None:
         self.created = int(time.time())
         self.vocabulary = Vocabulary(self.tokenizer)
+        self._longest = max(map(len, self.tokenizer.get_vocab()), default=1)  # letters of a token
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
 
     def check_name(self, name: str) -> None:
@@ -47,23 +48,32 @@ class Served:
             message = f"model: expected {self.name!r}, got {name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def encode(self, prompts: Sequence[str | list[int]], special: bool) -> list[list[int]]:
-        """Ids of prompts; a text gets the tokens that the tokenizer puts around one if `special`.
+    async def encode(
+        self, prompts: Sequence[str | list[int]], special: bool, most: int
+    ) -> list[list[int]]:
+        """Ids of prompts.
+
+        Args:
+            special: put the tokens around a text that the tokenizer puts there.
+            most: tokens of a prompt; longer ones may be refused before they are encoded.
 
         Raises:
-            ApiError: 400, a text without any token.
+            ApiError: 400, a text without any token, or one of more than `most`.
         """
-        encoded = await self.apart(lambda: [self._ids(prompt, special) for prompt in prompts])
+        for prompt in prompts:
+            self._refuse_long(prompt, most, "prompt")
+        encoded = await self.apart(lambda: [self.ids(prompt, special) for prompt in prompts])
         if not all(encoded):
             raise ApiError(400, "prompt: expected at least one token, got none", param="prompt")
         return encoded
 
-    async def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Ids of a conversation that the model is to continue.
+    async def encode_chat(self, messages: list[dict[str, str]], most: int) -> list[int]:
+        """Ids of a conversation that the model is to continue; `most` as of `encode`.
 
         Raises:
             ApiError: 400, there is no chat template or it refuses the messages.
         """
+        self._refuse_long("".join(message["content"] for message in messages), most, "messages")
         if not (self.chat_template or self.tokenizer.chat_template):
             raise ApiError(400, "messages: this model has no chat template", param="messages")
 
@@ -74,7 +84,7 @@ class Served:
                 tokenize=False,
                 add_generation_prompt=True,
             )
-            return self._ids(text, special=False)  # the template writes them
+            return self.ids(text, special=False)  # the template writes them
 
         try:
             ids = await self.apart(render)
@@ -89,7 +99,21 @@ class Served:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _ids(self, prompt: str | list[int], special: bool) -> list[int]:
+    def _refuse_long(self, prompt: str | list[int], most: int, name: str) -> None:
+        """Of a text, by the letters of its longest possible tokens: encoding it takes seconds."""
+        least = len(prompt)
+        if isinstance(prompt, str):
+            least = -(-least // self._longest)
+        if least > most:
+            raise ApiError(
+                400,
+                f"{name}: the context has {most} tokens, the prompt at least {least}",
+                param=name,
+                code="context_length_exceeded",
+            )
+
+    def ids(self, prompt: str | list[int], special: bool) -> list[int]:
+        """Of a prompt; to be called through `apart`."""
         if not isinstance(prompt, str):
             return prompt
         return self.tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]

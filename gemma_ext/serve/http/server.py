@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gemma_ext.serve.http.generation import Service
 
 _MARGIN = 5.0  # seconds between the last answers and the end of their connections
+_IDLE_SECONDS = 30  # of a connection between two requests
 _HEAD_SECONDS = 15.0  # that a client may take to say what it wants
 
 
@@ -52,6 +53,7 @@ class Server(uvicorn.Server):
                 log_level=log_level,
                 limit_concurrency=settings.most_connections,
                 timeout_graceful_shutdown=math.ceil(settings.drain_seconds + _MARGIN),
+                timeout_keep_alive=_IDLE_SECONDS,
                 server_header=False,
             )
         )
