@@ -1,18 +1,26 @@
-"""A model of half the layers that runs them twice: convert, uptrain, compare.
+"""A model of half the layers that runs them twice: convert, uptrain, serve, compare.
 
     python python_examples/recursive_gemma.py
     python python_examples/recursive_gemma.py --full --seeds 3 --steps 50
-    python python_examples/recursive_gemma.py --model models/gemma-3-270m --ranks 64 --freeze
+    python python_examples/recursive_gemma.py --model models/gemma-3-270m --ranks 64 --freeze \
+        --rows "stepwise r=0" --rows "average r=64" --steps 20 --batch 4 --no-serving
 
 Conversions of the model with several initialisations are uptrained on the same tokens, with and
 without the full-size model as teacher, beside a model of the same size that is trained from
 nothing; then the loops learn to answer early. Held-out perplexity of every loop is on the page.
+What came of it is served, asked by several clients at a time, and compared with decoding one
+request after another: the tokens are the same.
 
 Finished pieces are kept in the output folder; a run that was interrupted goes on behind them.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +29,7 @@ import typer
 from torch import Tensor
 
 from gemma_ext import pocket
+from gemma_ext.extras import require
 from gemma_ext.papers.recursive import grid, page
 from gemma_ext.papers.recursive.study import Bench
 from gemma_ext.progress import progress_bar
@@ -42,6 +51,9 @@ def main(
     rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 1e-3,
     held_out: Annotated[int, typer.Option(min=1, help="Windows to measure on.")] = 160,
     freeze: Annotated[bool, typer.Option("--freeze", help="Embedding and head stay.")] = False,
+    rows: Annotated[list[str], typer.Option(help="Only rows that begin so; repeatable.")] = [],  # noqa: B006
+    serving: Annotated[bool, typer.Option(help="Serve what came of it.")] = True,
+    requests: Annotated[int, typer.Option(min=1, help="Asked at a time, when served.")] = 12,
 ) -> None:
     """Tie the layers of MODEL and see what uptraining repairs."""
     source, tokenizer = load(model, device)
@@ -73,9 +85,11 @@ def main(
     kept = Kept(out / "results.json", settings)
     start = kept("start", lambda: bench.measure(source))
     tables: page.Tables = {}
+    sizes = tuple(int(rank) for rank in ranks.split(","))
     for seed in range(seeds):
-        sizes = tuple(int(rank) for rank in ranks.split(","))
         for table, row, count, make in grid.runs(bench, loops, sizes, seed, out / "models", full):
+            if rows and not row.startswith(tuple(rows)):
+                continue
             with progress_bar(f"{row}, seed {seed}", count, True) as advance:
                 record = kept(
                     f"{table}: {row}, seed {seed}", lambda make=make, advance=advance: make(advance)
@@ -83,10 +97,98 @@ def main(
             tables.setdefault(table, {}).setdefault(row, []).append(record)
     facts = {name: str(value) for name, value in settings.items()}
     facts |= {"seeds": str(seeds), "tokens of uptraining": f"{steps * batch * context:,}"}
+    served = []
+    if serving:
+        middle = grid.middle_rank(sizes)
+        for label, folder in (("tied", "r=0"), ("relaxed", f"r={middle}")):
+            folder = out / "models" / f"{folder}-0"
+            tokenizer.save_pretrained(folder)
+            served.append([label, *serve(folder, requests)])
     text = page.markdown(tables, start)
-    page.write(out / "report.html", tables, start, facts)
+    page.write(out / "report.html", tables, start, facts, served)
     (out / "table.md").write_text(text, encoding="utf-8")
     print(f"{text}\n{out / 'report.html'}")
+
+
+PROMPTS = ("def main(", "import os", "The value of", "class Node(", "    return self.", "for i in")
+EXIT = {"name": "max_prob", "threshold": 0.4}
+
+
+def serve(folder: Path, requests: int, tokens: int = 32) -> list[str]:
+    """A server of the model asked by OpenAI clients at a time, with early exits.
+
+    Returns:
+        requests, tokens a second, loops of a token in the mean, and how many answers are those of
+        one request after another.
+    """
+    require("serving", "serve", "fastapi", "uvicorn", "openai")
+    from gemma_ext.serve.exits import ExitTest
+    from gemma_ext.serve.launch import Launch, ends_of_text, load_model
+    from gemma_ext.serve.protocol import Request, SamplingParams
+    from gemma_ext.serve.sequential import Sequential
+
+    launch = Launch(
+        str(folder),
+        device="cpu",
+        dtype="float32",
+        engine={"width": 8, "max_model_len": 128},
+        exits=EXIT,
+    )
+    app = launch.app()
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(requests)]
+    with running(app) as port:
+        begin = time.perf_counter()
+        answers = asyncio.run(ask(port, folder.name, prompts, tokens))
+        seconds = time.perf_counter() - begin
+        exits = app.state.service.engine.stats.exits
+    model, tokenizer = load_model(str(folder), torch.device("cpu"), torch.float32)
+    alone = Sequential(model, ExitTest(**EXIT))
+    stops = ends_of_text(model, tokenizer)
+    same = 0
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        params = SamplingParams(max_tokens=tokens, temperature=0.8, seed=number, stop_ids=stops)
+        found = alone.decode(Request(tuple(tokenizer(prompt)["input_ids"]), params))
+        ids = [token.id for token in found if token.id not in stops]
+        same += tokenizer.decode(ids) == answer
+    loops = sum(n * count for n, count in enumerate(exits, 1)) / sum(exits)
+    count = sum(exits)
+    return [str(requests), f"{count / seconds:.0f}", f"{loops:.2f}", f"{same} of {requests}"]
+
+
+async def ask(port: int, name: str, prompts: list[str], tokens: int) -> list[str]:
+    """The texts that all clients get, each with a seed of its own."""
+    import openai
+
+    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    async with client:
+        made = await asyncio.gather(
+            *(
+                client.completions.create(
+                    model=name, prompt=prompt, max_tokens=tokens, temperature=0.8, seed=number
+                )
+                for number, prompt in enumerate(prompts)
+            )
+        )
+    return [answer.choices[0].text for answer in made]
+
+
+@contextlib.contextmanager
+def running(app: Any) -> Iterator[int]:
+    """The app behind a free port, in a thread."""
+    from gemma_ext.serve.http.server import Server
+
+    server = Server(app, port=0, log_level="warning")
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server did not start")
+        time.sleep(0.01)
+    try:
+        yield server.port
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def load(name: str, device: str) -> tuple[Any, Any]:

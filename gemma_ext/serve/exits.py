@@ -194,20 +194,21 @@ class Exits:
         """bool [n] of tokens that have run `loop` [n], from 0, below the last one.
 
         Args:
-            slots, rows, positions: int64 [n] of the tokens; rows are those of the block tables.
+            slots, rows, positions: int64 [n] of the tokens, on the host; rows of the block tables.
+            loop: int32 [n] on the host.
             before: [n, D], see `wants_before`.
         """
         score = self._score(slots, rows, positions, loop, before)
         passes = self.test.passes(score, self._threshold(rows, positions))
         if self.wants_before and not self.by_layer:
-            passes &= loop > 0
+            passes &= (loop > 0).to(passes.device)
         return passes
 
     def _threshold(self, rows: Tensor, positions: Tensor) -> Tensor:
         t = self.threshold[rows]
         if self.test.decay == 0:
             return t
-        done = (positions - self.start[rows]) / self.horizon[rows]
+        done = (positions.to(t.device) - self.start[rows]) / self.horizon[rows]
         return (0.9 * t + 0.1 * t * torch.exp(-self.test.decay * done)).clamp(0.0, 1.0)
 
     def _score(

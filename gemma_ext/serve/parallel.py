@@ -231,7 +231,8 @@ class ShardedRunner(ModelRunner):
         self, weights: Weights, sizes: Sizes, group: dist.ProcessGroup, **options: Any
     ) -> None:
         impl = "reference" if weights.dtype == torch.float64 else options.get("impl", "auto")
-        super().__init__(weights, sizes, head=ShardedHead(weights, group, impl), **options)
+        head = ShardedHead(weights, group, impl)
+        super().__init__(weights, sizes, head=head, graphs=False, **options)
         self.group = group
 
     def summed(self, y: Tensor) -> Tensor:

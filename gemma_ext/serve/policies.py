@@ -6,8 +6,8 @@
 | propagate (CALM) | one for each loop | projected from the state the token left with |
 | copy (DREX, Ouro) | one for each loop | copies of the last loop that ran |
 | single (Huginn) | one, overwritten at each loop | nobody |
-| first_then_shared | loop min(j, keep) | nobody |
-| modulo (Huginn) | loop j mod keep | nobody |
+| first_then_shared | loop min(j, keep) | copies of the last loop that ran |
+| modulo (Huginn) | loop j mod keep | copies of the last loop that ran |
 | active_only (MoR) | one for each loop | nobody: later tokens do not see the token there |
 
 Only the exact ones give what a model that runs every loop of every token would give.
@@ -34,6 +34,7 @@ POLICIES = (
     "active_only",
 )
 EXACT = ("exact_lazy", "exact_eager")
+WRITTEN = ("propagate", "copy", "first_then_shared", "modulo")  # when a token leaves
 _SHARED = ("single", "first_then_shared", "modulo")
 
 

@@ -119,7 +119,7 @@ class Head:
         model = self.weights
         return gather_rms_norm(
             bank,
-            slots.int(),
+            slots.to(bank.device, torch.int32),
             model.final_norm,
             eps=model.eps,
             plus_one=model.plus_one,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,44 +21,19 @@ from gemma_ext.ops.depth_batching import (
     DeeperLayer,
     kv_copy,
     kv_propagate,
-    paged_attn_mixed_depth,
-    rope_kv_write,
     rope_table,
 )
 from gemma_ext.ops.depth_batching.kv import PAGE
-from gemma_ext.ops.depth_batching.linear import seg_depth_gated, seg_depth_lora
-from gemma_ext.ops.depth_batching.norm import gather_rms_norm, scatter_rms_norm
-from gemma_ext.reference.depth_batching import rms_norm, rotate
 from gemma_ext.serve.exits import Exits, ExitTest
-from gemma_ext.serve.policies import pool_depths
+from gemma_ext.serve.graphs import Graphs
+from gemma_ext.serve.policies import WRITTEN, pool_depths
 from gemma_ext.serve.protocol import Request
 from gemma_ext.serve.readout import Head, Readout
 from gemma_ext.serve.sampling import CANDIDATES, Sampled, Sampler
-from gemma_ext.serve.weights import Layer, Weights
+from gemma_ext.serve.step import CURRENT, FILL, PROMPT, Part, Rows, Step
+from gemma_ext.serve.weights import Weights
 
-CURRENT, FILL, PROMPT = 0, 1, 2
-
-
-class Rows(NamedTuple):
-    """Rows of one run of the block, int32 on the host, sorted by loop.
-
-    Attributes:
-        slot: [n] of the hidden bank, all different.
-        pos: [n] position in the request.
-        req: [n] row of the block tables.
-        loop: [n] from 0.
-        seg_offsets: [B + 1], where each loop begins.
-        kind: [n] `CURRENT`, `FILL` or `PROMPT`.
-        block_tables: [R, max_pages] pages of 16 tokens.
-    """
-
-    slot: Tensor
-    pos: Tensor
-    req: Tensor
-    loop: Tensor
-    seg_offsets: Tensor
-    kind: Tensor
-    block_tables: Tensor
+__all__ = ["CURRENT", "FILL", "PROMPT", "ModelRunner", "Rows", "Sizes"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +62,9 @@ class ModelRunner:
         policy, keep: where keys and values lie (`gemma_ext.serve.policies`).
         exits: the exit test.
         impl: of the ops; the formulas in float64.
+        head: in the place of the model's own.
+        graphs: whether a block is run from fixed buffers, captured on a card
+            (`gemma_ext.serve.graphs`); by default on a card where the model allows it.
 
     Raises:
         ValueError: sizes that no request fits, a policy or exit test that does not fit the model.
@@ -103,6 +80,7 @@ class ModelRunner:
         exits: ExitTest | None = None,
         impl: str = "auto",
         head: Head | None = None,
+        graphs: bool | None = None,
     ) -> None:
         for name in ("requests", "slots", "pages", "max_length"):
             if getattr(sizes, name) < 1:
@@ -133,6 +111,13 @@ class ModelRunner:
         )
         self.sampler = Sampler(self.readout, sizes.requests, sizes.max_length, self.impl)
         self.exits = Exits(exits or ExitTest(), self.readout, self.loops, sizes.requests, self.impl)
+        alone = not (weights.prelude or weights.coda)
+        if graphs and not alone:
+            raise ValueError("graphs: expected a model whose layers are all in its loops, got more")
+        on_card = weights.device.type == "cuda"
+        self.graphs = Graphs(self) if alone and (on_card if graphs is None else graphs) else None
+        self.last_loop = np.zeros(sizes.requests, np.int64)
+        self.read_from = np.zeros(sizes.requests, np.int64)  # the first position that is read
         self.reached = np.zeros((sizes.requests, self.loops), np.int32)  # of active_only
 
     @property
@@ -148,15 +133,27 @@ class ModelRunner:
         """
         self.sampler.open(row, request, drawn)
         self.exits.open(row, request.params, len(request.prompt))
+        params = request.params
+        self.last_loop[row] = min(params.max_loops or self.loops, self.loops) - 1
+        known = len(request.prompt) + len(drawn)
+        self.read_from[row] = known - 1 if request.prompt_logprobs is None else 0
         self.reached[row] = 0
 
-    def places(self, rows: Rows) -> np.ndarray:
+    def places(self, rows: Rows) -> Tensor:
         """int32 [n] place of each row among the tokens of its request that ran its loop."""
+        if self.policy != "active_only":
+            return rows.pos
         req, loop, pos = rows.req.numpy(), rows.loop.numpy(), rows.pos.numpy()
         current = rows.kind.numpy() == CURRENT
         places = np.where(current, self.reached[req, loop], pos).astype(np.int32)
         np.maximum.at(self.reached, (req, loop), places + 1)
-        return places
+        return torch.from_numpy(places)
+
+    def _quiet(self, rows: Rows) -> np.ndarray:
+        """bool [n] rows at their last loop whose state behind it nobody reads."""
+        req, kind = rows.req.numpy(), rows.kind.numpy()
+        unread = (kind == FILL) | ((kind == PROMPT) & (rows.pos.numpy() < self.read_from[req]))
+        return unread & (rows.loop.numpy() == self.last_loop[req])
 
     def summed(self, y: Tensor) -> Tensor:
         """y [n, D] of this process, which has all of it."""
@@ -181,10 +178,35 @@ class ModelRunner:
         Returns:
             bool [n] on the host, rows whose exit test passed; None where no row is tested.
         """
-        step = _Step(self, rows)
-        step.run()
+        tested = self.exits.tested(rows.kind.numpy() == CURRENT, rows.req, rows.loop)
+        if self.graphs is not None:
+            states = self.graphs.run(rows)
+            before = None if states is None else states[torch.from_numpy(tested)]
+        else:
+            before = self._run(rows, tested)
         self.readout.changed(rows.slot.numpy())
-        return step.signals()
+        return self._signals(rows, tested, before)
+
+    def _run(self, rows: Rows, tested: np.ndarray) -> Tensor | None:
+        """The states of tested rows that their test compares with, if it does."""
+        device = self.bank.device
+        columns = (rows.slot, rows.pos, rows.req, rows.loop, self.places(rows), rows.seg_offsets)
+        watched = None
+        if self.exits.wants_before and len(tested):
+            watched = rows.slot[torch.from_numpy(tested)].long().to(device)
+        part = Part(*(column.to(device) for column in columns))
+        step = Step(self, part, rows.block_tables.to(device), watched)
+        step.run(rows.seg_offsets.tolist(), self._quiet(rows))
+        return step.before
+
+    def _signals(self, rows: Rows, tested: np.ndarray, before: Tensor | None) -> Tensor | None:
+        if len(tested) == 0:
+            return None
+        at = torch.from_numpy(tested)
+        where = (rows.slot[at].long(), rows.req[at].long(), rows.pos[at].long())
+        out = torch.zeros(len(rows.slot), dtype=torch.bool)
+        out[at] = self.exits.signals(*where, rows.loop[at], before).cpu()
+        return out
 
     @torch.inference_mode()
     def coda(
@@ -198,7 +220,7 @@ class ModelRunner:
             tables: the block tables.
         """
         early = loops < self.loops
-        if self.policy in ("propagate", "copy") and bool(early.any()):
+        if self.policy in WRITTEN and bool(early.any()):
             at = early.nonzero().squeeze(1)
             self._skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
         return self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
@@ -218,7 +240,7 @@ class ModelRunner:
         """Keys and values of the loops after `last` [n], from 0, of tokens that leave."""
         where = (self.kv_pool, *(x.to(self.kv_pool.device) for x in (tables, requests, positions)))
         last = last.to(self.kv_pool.device)
-        if self.policy == "copy":
+        if self.policy != "propagate":
             kv_copy(*where, last, self.depths.rows, impl=self.impl)
             return
         h = self.bank[slots.long()].to(self.kv_pool.dtype)
@@ -242,111 +264,3 @@ class ModelRunner:
             plus_one=model.plus_one,
             impl=self.impl,
         )
-
-
-class _Step:
-    """One run of the block."""
-
-    def __init__(self, runner: ModelRunner, rows: Rows) -> None:
-        self.runner, self.rows = runner, rows
-        device = runner.bank.device
-        self.slot, self.pos, self.req, self.loop, self.seg, self.tables = (
-            x.to(device)
-            for x in (rows.slot, rows.pos, rows.req, rows.loop, rows.seg_offsets, rows.block_tables)
-        )
-        self.place = self.pos  # of keys and values in the pages
-        if runner.policy == "active_only":
-            self.place = torch.from_numpy(runner.places(rows)).to(device)
-        self.tested = runner.exits.tested(rows.kind.numpy() == CURRENT, rows.req, rows.loop)
-        self.before: Tensor | None = None
-
-    def run(self) -> None:
-        runner, (segments, loops) = self.runner, (self.rows.seg_offsets.tolist(), self.runner.loops)
-        model, depths = runner.weights, runner.depths
-        everything = slice(0, len(self.slot))
-        last = slice(segments[loops - 1], segments[loops])
-        self._keep_before(by_layer=False)
-        self._layers(model.prelude, depths.prelude, slice(0, segments[1]), None)
-        self._layers(model.block[:-1], depths.block[:-1], everything, self.seg)
-        self._keep_before(by_layer=True)
-        self._layers(model.block[-1:], depths.block[-1:], everything, self.seg)
-        self._layers(model.coda, depths.coda, last, None)
-
-    def signals(self) -> Tensor | None:
-        """bool [n] on the host, or None."""
-        if len(self.tested) == 0:
-            return None
-        rows, at = self.rows, torch.from_numpy(self.tested)
-        passed = self.runner.exits.signals(
-            rows.slot[at].long(), rows.req[at].long(), rows.pos[at].long(), rows.loop[at],
-            self.before,
-        )  # fmt: skip
-        out = torch.zeros(len(rows.slot), dtype=torch.bool)
-        out[at] = passed.cpu()
-        return out
-
-    def _keep_before(self, *, by_layer: bool) -> None:
-        exits = self.runner.exits
-        if len(self.tested) and exits.wants_before and exits.by_layer == by_layer:
-            self.before = self.runner.bank[self.rows.slot[torch.from_numpy(self.tested)].long()]
-
-    def _layers(
-        self, layers: Sequence[Layer], depths: Sequence[Tensor], at: slice, seg: Tensor | None
-    ) -> None:
-        """Runs layers one after the other for the rows `at`."""
-        if not layers or at.start == at.stop:
-            return
-        runner, slot = self.runner, self.slot[at]
-        norms = {"eps": runner.weights.eps, "plus_one": runner.weights.plus_one}
-        shared = {**norms, "impl": runner.impl}
-        x = gather_rms_norm(runner.bank, slot, layers[0].attention_norm, **shared)
-        following = [layer.attention_norm for layer in layers[1:]]
-        for layer, places, after in zip(layers, depths, [*following, None], strict=True):
-            y = self._attention(layer, places, x, at, seg)
-            x = scatter_rms_norm(
-                runner.bank, slot, y, layer.attention_out_norm, next_weight=layer.mlp_norm, **shared
-            )
-            activation = runner.weights.activation
-            x = seg_depth_gated(x, *layer.gate_up, seg, activation=activation, impl=runner.impl)
-            y = runner.summed(seg_depth_lora(x, (layer.down,), seg, impl=runner.impl)[0])
-            x = scatter_rms_norm(
-                runner.bank, slot, y, layer.mlp_out_norm, next_weight=after, **shared
-            )
-
-    def _attention(
-        self, layer: Layer, places: Tensor, x: Tensor, at: slice, seg: Tensor | None
-    ) -> Tensor:
-        runner, model = self.runner, self.runner.weights
-        q, k, v = (
-            y.unflatten(1, (-1, model.head_dim))
-            for y in seg_depth_lora(x, layer.qkv, seg, impl=runner.impl)
-        )
-        turn = {"rope": runner.rope, "q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        if runner.policy == "active_only":  # pages count the tokens of a loop, angles count all
-            q, k = (
-                self._turned(z, norm, layer, at)
-                for z, norm in ((q, layer.q_norm), (k, layer.k_norm))
-            )
-            turn = {}
-        where = (
-            runner.kv_pool, self.tables, self.req[at], self.place[at], self.loop[at], places
-        )  # fmt: skip
-        q = rope_kv_write(
-            q, k, v, *where, rope_of=layer.rope_of if turn else None,
-            eps=model.eps, plus_one=model.plus_one, impl=runner.impl, **turn,
-        )  # fmt: skip
-        out = paged_attn_mixed_depth(
-            q, *where, window=layer.window, scale=model.scale, softcap=model.attention_softcap,
-            impl=runner.impl,
-        )  # fmt: skip
-        return runner.summed(seg_depth_lora(out.flatten(1), (layer.out,), seg, impl=runner.impl)[0])
-
-    def _turned(self, x: Tensor, norm: Tensor | None, layer: Layer, at: slice) -> Tensor:
-        """x [n, heads, hd] normed and rotated by the rows' own positions."""
-        model, wide = self.runner.weights, self.runner.rope.dtype
-        z = x.to(wide)
-        if norm is not None:
-            z = rms_norm(z, norm.to(wide), model.eps, model.plus_one)
-        setting = layer.rope_of[self.loop[at].long()].long()
-        table = self.runner.rope[setting, self.pos[at].long()]  # [n, 2, H]
-        return rotate(z, table.transpose(0, 1).unsqueeze(2)).to(x.dtype)

@@ -135,6 +135,15 @@ def test_saving_again_leaves_nothing_of_the_model_before(tmp_path):
     assert not (tmp_path / "depth_prefix.safetensors").exists()
 
 
+def test_prefixes_that_do_not_fit_their_plan(tmp_path):
+    save(add_prefixes(relaxed("llama", 0), 2), tmp_path)
+    path = tmp_path / "depth_prefix.safetensors"
+    whole = load_file(path)
+    save_file({**whole, "1.prefix": torch.zeros(3, 24)}, path)
+    with pytest.raises(ValueError, match=r"expected 1.prefix of \(2, 24\), got \(3, 24\)"):
+        load(tmp_path)
+
+
 def test_folders_that_do_not_fit_their_plan(tmp_path):
     save(relaxed("llama"), tmp_path)
     path = tmp_path / "model.safetensors"

@@ -211,6 +211,20 @@ def test_copies_reach_what_no_loop_has_written(impl, policy, keep, dtype, device
     assert torch.equal(got.cpu(), want)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_copies_are_exact_where_loops_change_nothing(impl):
+    """The same K and V at every loop: running the loops and copying give one pool."""
+    p, k, v, rope = given()
+    ran, copied = p.pool.clone(), p.pool.clone()
+    write(p, k, v, copied, rope=rope, impl=impl)
+    kv_copy(copied, p.tables, p.req, p.pos, p.loop, p.depth_of[None], impl=impl)
+    for loop in range(3):
+        req = torch.where(p.loop <= loop, p.req, -1)
+        at = torch.full_like(p.loop, loop)
+        rope_kv_write(p.q, k, v, ran, p.tables, req, p.pos, at, p.depth_of, rope=rope, impl=impl)
+    assert torch.equal(ran.nan_to_num(7.0), copied.nan_to_num(7.0))
+
+
 def test_rows_that_would_read_what_is_not_there():
     tables, mark = ints(2, 0)[None], torch.zeros(3, PAGE, dtype=torch.uint8)
     mark[2], mark[0, :4] = 2, 1

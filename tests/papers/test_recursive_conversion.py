@@ -352,6 +352,7 @@ def test_gaussian_is_cut_to_the_linear_and_seeded():
         ({"svd": "odd"}, "svd: expected one of auto, exact, randomised"),
         ({"norms": "odd"}, "norms: expected one of average, first"),
         ({"rank": -1}, "rank: expected a number >= 0, got -1"),
+        ({"prefix": -1}, "prefix: expected a number >= 0, got -1"),
         ({"refine": -1}, "refine: expected a number >= 0, got -1"),
         ({"lora_from_loop": -1}, "lora_from_loop: expected a number >= 0, got -1"),
         ({"refine": 1, "lora_init": "zero"}, "refine: expected lora_init 'svd', got 'zero'"),

@@ -50,6 +50,13 @@ def test_files_and_memory_give_the_same_model(kind, source, tmp_path):
     torch.testing.assert_close(logits(plain, tokens()), logits(made, tokens()), rtol=0, atol=3e-6)
 
 
+def test_prefixes_of_both_ways_are_the_same(source, tmp_path):
+    recipe = Recipe(2, prefix=3, seed=5)
+    made = load(convert_folder(source("qwen3"), tmp_path / "out", recipe))
+    assert_same_model(made, convert(tiny("qwen3"), recipe), tokens())
+    assert Plan.of_model(made).prefix == 3
+
+
 def test_shards_and_another_dtype(source, tmp_path):
     folder = source("llama", dtype=torch.float32)
     recipe = Recipe(2, rank=3)

@@ -7,6 +7,9 @@ import torch
 from gemma_ext.nn.recursive import Plan
 
 
+COPIED = ("copy", "first_then_shared", "modulo")
+
+
 class Oracle:
     """Runs a recursive Gemma 2 token by token.
 
@@ -74,13 +77,15 @@ class Oracle:
 
     def skip(self, last: int, pos: int, h: torch.Tensor) -> None:
         """What the policy writes for the loops after `last`, from 0."""
-        for loop in range(last + 1, self.plan.loops):
-            for stored in range(self.plan.stored):
-                depth = loop * self.plan.stored + stored
+        stored = self.plan.stored
+        for own in range(stored):
+            written = {self.place(loop * stored + own) for loop in range(last + 1)}
+            for depth in range((last + 1) * stored + own, self.plan.layers, stored):
                 if self.policy == "propagate":
                     self.write(depth, pos, self.layers[depth].input_layernorm(h))
-                elif self.policy == "copy":
-                    self.pool[depth][pos] = self.pool[last * self.plan.stored + stored][pos]
+                elif self.policy in COPIED and self.place(depth) not in written:
+                    kept = self.pool[self.place(last * stored + own)][pos]
+                    self.pool[self.place(depth)][pos] = kept
 
     @torch.no_grad()
     def decode(self, prompt: list[int], depths: list[int]) -> list[int]:

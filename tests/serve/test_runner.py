@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from serve_driver import Driver, int32
+from serve_driver import Driver, int32, keys
 from serve_tiny import OPTIONS, VOCABULARY, WINDOW, Double, tiny
 
 from gemma_ext.serve.exits import ExitTest
@@ -133,3 +133,74 @@ def test_filled_keys_are_those_of_a_full_pass():
             for r, d in ((runner, driver), (full, again))
         )
         torch.testing.assert_close(mine[:, :, :count], other[:, :, :count], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_are_as_near_to_float64_as_the_models_own_forward(dtype):
+    model = tiny("Gemma2", loops=2, rank=3, dtype=dtype)
+    ids = random_ids(4 * WINDOW)
+    got = prefilled_logits(model, ids, [7, 8, 15])
+    with torch.no_grad():
+        own = model(torch.tensor([ids])).logits[0]
+    exact = own_logits(model.double(), ids)
+    assert (got - exact).abs().max() <= 2 * (own - exact).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "threshold"), [("Gemma2", 2.5), ("Qwen3", 3.6)])
+def test_schedules_give_the_same_bits(name, threshold, dtype):
+    """Tokens, exits, log-probabilities and keys, whatever runs beside them in which chunks."""
+    model = tiny(name, loops=2, rank=3, dtype=dtype)
+    exits = ExitTest("entropy", threshold=threshold)
+    asked = requests(temperature=0.7, logprobs=2)
+    outcomes = []
+    for seed in range(3):
+        driver = Driver(runner_of(model, exits=exits), seed)
+        jobs = driver.run(asked)
+        for job in jobs:
+            driver.fill(job)
+        outcomes.append((driver, jobs))
+    first, jobs = outcomes[0]
+    assert len({depth for job in jobs for depth in job.depths}) == 2
+    for driver, others in outcomes[1:]:
+        for job, other in zip(jobs, others, strict=True):
+            assert (job.tokens, job.depths) == (other.tokens, other.depths)
+            for (mine, i), (its, j) in zip(job.sampled, other.sampled, strict=True):
+                assert torch.equal(mine.logprobs[i], its.logprobs[j])
+                assert torch.equal(mine.top_logprobs[i], its.top_logprobs[j])
+            count = len(job.tokens) - 1
+            assert torch.equal(keys(first, job.row, count), keys(driver, other.row, count))
+
+
+@pytest.mark.parametrize(
+    ("exits", "policy"),
+    [
+        (ExitTest("latent_diff", threshold=0.7), "exact_lazy"),
+        (ExitTest("max_prob", threshold=0.35), "copy"),
+        (ExitTest("entropy", threshold=2.5), "propagate"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fixed_buffers_give_the_same_bits(exits, policy, dtype):
+    """Rows that fill a launch up, without the graph that a card makes of it."""
+    model = tiny("Gemma2", loops=2, rank=3, dtype=dtype)
+    asked = requests(4, temperature=0.7, logprobs=2)
+    given = {"exits": exits, "policy": policy}
+    drivers = [Driver(runner_of(model, graphs=fixed, **given), 1) for fixed in (False, True)]
+    plain, filled = (driver.run(asked) for driver in drivers)
+    assert len({depth for job in plain for depth in job.depths}) == 2
+    for job, other in zip(plain, filled, strict=True):
+        assert (job.tokens, job.depths) == (other.tokens, other.depths)
+        count = len(job.tokens) - 1
+        own, its = (keys(driver, job.row, count) for driver in drivers)
+        assert torch.allclose(own, its, rtol=1e-12 if dtype == torch.float64 else 0, atol=0)
+
+
+def test_what_does_not_fit_is_refused():
+    model = tiny("Gemma2", loops=2, layers=6, order="middle-cycle")
+    with pytest.raises(ValueError, match=r"^graphs: expected a model whose layers are all in its"):
+        runner_of(model, graphs=True)
+    with pytest.raises(ValueError, match=r"^max_length: expected at most the 128 positions of"):
+        runner_of(model, Sizes(1, 1, 1, 129))
+    with pytest.raises(ValueError, match=r"^pages: expected at least 1, got 0"):
+        runner_of(model, Sizes(1, 1, 0, 64))

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma_ext.nn.recursive._build import build, quiet
 from gemma_ext.nn.recursive.exits import ExitHead
 from gemma_ext.nn.recursive.plan import Plan
-from gemma_ext.nn.recursive.prefix import attention_of, use_prefixes
+from gemma_ext.nn.recursive.prefix import add_prefixes, attention_of
 from gemma_ext.nn.recursive.tying import decoder_layers, make_recursive
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,7 +111,7 @@ def load(
     if plan.ranks:
         fill_lora(model, _read(folder / LORA / ADAPTER))
     if plan.prefix:
-        _fill_prefix(model, _read(folder / PREFIX))
+        _fill_prefix(model, plan.prefix, _read(folder / PREFIX))
     if (folder / EXIT_HEAD).exists():
         _fill_exit_head(model, _read(folder / EXIT_HEAD))
     return model.to(device).eval()
@@ -225,17 +225,13 @@ def fill_lora(model: Any, found: Mapping[str, Tensor]) -> None:
     _fill(ADAPTER, own, found)
 
 
-def _fill_prefix(model: Any, found: Mapping[str, Tensor]) -> None:
-    plan = Plan.of_model(model)
-    shape = (plan.prefix, model.config.get_text_config().hidden_size)
-    own = {}
-    for depth, layer in enumerate(decoder_layers(model)[1]):
-        attention = attention_of(layer)
-        like = next(attention.parameters())
-        attention.prefix = nn.Parameter(torch.empty(shape, dtype=like.dtype))
-        own[f"{depth}.prefix"] = attention.prefix
+def _fill_prefix(model: Any, count: int, found: Mapping[str, Tensor]) -> None:
+    add_prefixes(model, count)
+    own = {
+        f"{depth}.prefix": attention_of(layer).prefix
+        for depth, layer in enumerate(decoder_layers(model)[1])
+    }
     _fill(PREFIX, own, found)
-    use_prefixes(model)
 
 
 def _fill_exit_head(model: Any, found: Mapping[str, Tensor]) -> None:

@@ -22,10 +22,12 @@ from gemma_ext.nn.recursive.tying import decoder_layers
 ATTENTION = "gemma_ext_prefix"
 
 
-def add_prefixes(model: Any, count: int) -> Any:
+def add_prefixes(model: Any, count: int, seed: int = 0) -> Any:
     """Gives each depth of a model `count` vectors [P, D] as `attention.prefix`, in place.
 
-    They begin Gaussian with the deviation that the config gives to weights.
+    Args:
+        count: P; 0 changes nothing.
+        seed: of the vectors, see `initial_prefixes`.
 
     Raises:
         ValueError: a count below 0, or a model that has prefixes already.
@@ -38,16 +40,21 @@ def add_prefixes(model: Any, count: int) -> Any:
         raise ValueError(f"model: expected one without prefixes, got {plan.prefix} at each depth")
     if count == 0:
         return model
-    config = model.config.get_text_config()
     _, layers = decoder_layers(model)
-    for attention in map(attention_of, layers):
-        like = next(attention.parameters())
-        vectors = torch.empty(count, config.hidden_size, dtype=like.dtype, device=like.device)
-        nn.init.normal_(vectors, std=config.initializer_range)
-        attention.prefix = nn.Parameter(vectors)
+    vectors = initial_prefixes(model.config, len(layers), count, seed)
+    for attention, values in zip(map(attention_of, layers), vectors, strict=True):
+        attention.prefix = nn.Parameter(values.to(next(attention.parameters())))
     use_prefixes(model)
     model.config.recursive = dataclasses.replace(plan, prefix=count).to_dict()
     return model
+
+
+def initial_prefixes(config: Any, layers: int, count: int, seed: int) -> Tensor:
+    """[L, P, D] float32, Gaussian with the deviation that the config gives to weights."""
+    config = config.get_text_config()
+    generator = torch.Generator().manual_seed(seed)
+    shape = (layers, count, config.hidden_size)
+    return torch.randn(shape, generator=generator) * config.initializer_range
 
 
 def attention_of(layer: nn.Module) -> nn.Module:

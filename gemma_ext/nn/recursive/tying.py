@@ -43,7 +43,7 @@ def make_recursive(model: Any, plan: Plan) -> Any:
     """Ties the layers of a model as planned and adds the matrices of each depth, in place.
 
     A stored layer has the Parameters of the first depth that runs it. `model.config.recursive`
-    gets the plan, with ranks cut to the size of each linear.
+    gets the plan, with ranks cut to the size of each linear and without a prefix.
 
     Args:
         model: causal language model of `transformers` with `plan.layers` layers.
@@ -74,7 +74,7 @@ def make_recursive(model: Any, plan: Plan) -> Any:
             if rank := min(plan.rank_of(depth, name), ranks[name]):
                 linear = layer.get_submodule(name)
                 layer.set_submodule(name, DepthLinear(linear.weight, linear.bias, rank))
-    model.config.recursive = plan.to_dict() | {"ranks": ranks}
+    model.config.recursive = plan.to_dict() | {"ranks": ranks, "prefix": 0}
     return model
 
 

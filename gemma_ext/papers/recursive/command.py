@@ -48,6 +48,7 @@ def convert(
     lora_from_loop: Annotated[int, typer.Option(min=0, help="First loop with matrices.")] = 0,
     svd: Annotated[str, typer.Option(help=f"One of {', '.join(SVDS)}.")] = "auto",
     refine: Annotated[int, typer.Option(min=0, help="Rounds of refinement.")] = 0,
+    prefix: Annotated[int, typer.Option(min=0, help="Trained keys and values of a depth.")] = 0,
     norms: Annotated[str, typer.Option(help=f"One of {', '.join(NORMS)}.")] = "average",
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = None,
@@ -69,6 +70,7 @@ def convert(
             lora_from_loop=lora_from_loop,
             svd=svd,
             refine=refine,
+            prefix=prefix,
             norms=norms,
             seed=seed,
         )

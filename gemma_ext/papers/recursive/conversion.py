@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ext.nn.recursive import Plan, decoder_layers, linear_names
+from gemma_ext.nn.recursive import Plan, add_prefixes, decoder_layers, linear_names
 from gemma_ext.nn.recursive.files import assemble, fill_lora, lora_key
 from gemma_ext.papers.recursive.factors import of_depths, refined
 from gemma_ext.papers.recursive.recipe import Recipe
@@ -45,6 +45,7 @@ def convert(model: Any, recipe: Recipe) -> Any:
             (lora if ".lora_" in key else stored)[key] = tensor
     made = assemble(model.config, plan, stored)
     fill_lora(made, lora)
+    add_prefixes(made, recipe.prefix, recipe.seed)
     return made.to(model.device).train(model.training)
 
 

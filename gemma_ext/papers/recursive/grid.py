@@ -53,7 +53,6 @@ def recipes(loops: int, ranks: tuple[int, ...], full: bool) -> list[Recipe]:
         if full:
             found.append(Recipe(loops, "stepwise", rank=rank))
     if full:
-        found.append(Recipe(loops, "lower", rank=middle))
         found.append(Recipe(loops, "stepwise", rank=middle, lora_init="zero"))
     found.append(Recipe(loops, "average", rank=middle, lora_init="zero"))
     return found

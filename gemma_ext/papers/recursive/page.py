@@ -24,6 +24,7 @@ HEADS = {
     "exits": "exit training",
 }
 CONTROLS = {"full size": "s", "same size from nothing": "v", "same size, layers cut": "^"}
+SERVED = ("model", "requests at a time", "tokens / s", "loops of a token", "same as one by one")
 # (better, worse) of the paper, rows of the first table; the rank of the study stands for {}
 ORDERINGS = (
     ("stepwise r=0", "average r=0"),
@@ -133,8 +134,14 @@ def figure(tables: Tables, start: Record) -> Figure:
     return drawn
 
 
-def write(path: Path, tables: Tables, start: Record, facts: Mapping[str, str]) -> None:
-    """The page of a study; `facts` are rows about the run."""
+def write(
+    path: Path,
+    tables: Tables,
+    start: Record,
+    facts: Mapping[str, str],
+    served: Sequence[Sequence[str]] = (),
+) -> None:
+    """The page of a study; `facts` are rows about the run, `served` those of `SERVED`."""
     loops = loops_of(tables)
     inits = tables["inits"]
     best = min(inits, key=lambda name: _mean(inits[name]))
@@ -160,6 +167,8 @@ def write(path: Path, tables: Tables, start: Record, facts: Mapping[str, str]) -
         exits=exit_rows(tables.get("exits", {}), loops),
         orderings=ordering_rows(inits),
         seeds=len(inits[best]),
+        served_head=SERVED[1:],
+        served=[list(row) for row in served],
         facts=dict(facts),
         figure=plots.svg(figure(tables, start), "perplexity by size, and of early exits"),
     )

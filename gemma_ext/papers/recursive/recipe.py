@@ -30,6 +30,7 @@ class Recipe:
         svd: "exact", "randomised", or "auto": randomised where the smaller side is above 1024.
         refine: rounds of W' <- mean(W_l - B_l A_l) and a new decomposition; changes nothing for
             two loops averaged.
+        prefix: P trained keys and values of each depth, the paper's other relaxation.
         norms: under "average": mean, or "first" for those of the first layer. The paper found no
             difference.
         seed: of "random", of randomised decompositions and of Gaussian matrices.
@@ -46,6 +47,7 @@ class Recipe:
     lora_from_loop: int = 0
     svd: str = "auto"
     refine: int = 0
+    prefix: int = 0
     norms: str = "average"
     seed: int = 0
 
@@ -61,7 +63,7 @@ class Recipe:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}"
                 )
-        for name in ("rank", "refine", "lora_from_loop"):
+        for name in ("rank", "refine", "lora_from_loop", "prefix"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
         if self.refine and self.lora_init != "svd":
@@ -88,6 +90,7 @@ class Recipe:
             init=self.init,
             ranks={name: rank for name, rank in ranks.items() if rank},
             lora_from_loop=self.lora_from_loop,
+            prefix=self.prefix,
         )
         return source_indices(plan, self.seed)
 

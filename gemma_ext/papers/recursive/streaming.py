@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gemma_ext.nn.recursive import Plan
-from gemma_ext.nn.recursive.files import LORA, lora_key, write_adapter_config
+from gemma_ext.nn.recursive.files import LORA, PREFIX, lora_key, write_adapter_config, write_tensors
+from gemma_ext.nn.recursive.prefix import initial_prefixes
 from gemma_ext.papers.recursive.conversion import stored_layer
 from gemma_ext.papers.recursive.folders import (
     SHARD_BYTES,
@@ -80,6 +81,12 @@ def convert_folder(
         if lora:
             write_adapter_config(folder, plan, src.layers)
             groups.append((folder / LORA, lora, None))
+        if plan.prefix:
+            vectors = initial_prefixes(src.config, plan.layers, plan.prefix, recipe.seed)
+            kind = next(kind for kind, _ in base.values())
+            write_tensors(
+                folder / PREFIX, {f"{d}.prefix": v.to(kind) for d, v in enumerate(vectors)}
+            )
         parts = [("rest", outside()), *((f"{s}", inside(s)) for s in range(plan.stored_layers))]
         fill(folder, groups, parts, advance)
     return Path(out)
