@@ -41,6 +41,7 @@ LIMITS = {
 PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs costs no more
 TESTS = ("edges", "sync", "graphs", "streams", "determinism")
 OP_TESTS = ("values", "gradients", "filter", "options", "outputs")
+DIVERGENCE_TESTS = ("divergence", "divergence_filter")
 SOUPING = "test_gpu_soup.py"
 SOUP_TESTS = ("merge", "select", "rows", "sums", "population", "values")
 SAE = "test_gpu_sae.py"
@@ -153,6 +154,7 @@ def tests(stage: Stage) -> int:
     runs: list[Sequence[object]] = [(path,) for path in test_files()]
     if DEVICE == "cuda":
         files = [f"tests/ops/test_cce_{name}.py" for name in OP_TESTS]
+        files += [f"tests/ops/test_{name}.py" for name in DIVERGENCE_TESTS]
         chosen = ("-k", "cuda", "-m", "not slow")
         runs.insert(0, ("-c", "tests/gpu/pytest.ini", *files, *chosen))
     # a process each: a kernel that breaks the card spoils one of them

@@ -11,12 +11,13 @@ from cce_filter_oracle import zipf_problem
 from cce_impls import KERNELS, Impl
 from cce_oracle import assert_close, check, expected, gradients, problem, run
 from device_code import schedule
+from divergence_oracle import KINDS
 from hypothesis import HealthCheck, given, settings
 from test_cce_floors import check_common_number, check_rivals
 from test_cce_fuzz import calls, check_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_ext import linear_cross_entropy, linear_logprobs
+from gemma_ext import linear_cross_entropy, linear_divergence, linear_logprobs
 
 aten = torch.ops.aten
 WAITS = {
@@ -138,6 +139,16 @@ def test_no_value_is_read_for_log_probabilities():
         leaves = p.leaves()
         logp, entropy = linear_logprobs(leaves["e"], leaves["c"], p.targets, shift=1)
         gradients((logp + entropy).sum(), leaves)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_value_is_read_for_a_divergence(kind):
+    p = problem((2, 12), 16, 300, ignored=0.2, dtype=torch.bfloat16)
+    with NoWaiting():
+        leaves = p.leaves()
+        heads = (leaves["e"], leaves["c"], p.e.flip(0), p.c)
+        loss = linear_divergence(*heads, p.targets, kind=kind, shift=1, ce_weight=0.5)
+        gradients(loss, leaves)
 
 
 def test_a_loss_scale_is_not_rounded_to_the_dtype_of_the_gradients():
