@@ -74,7 +74,7 @@ LOOPS = 2
 BARS = {0: 1.6, 64: 1.35}  # times csb, by rank, at exits 0.8,0.2
 FULL = 0.97  # times csb where no token leaves
 GENERATE = 2.0
-PROMPT, OUTPUT = (16, 64), (32, 96)  # tokens, least and most
+PROMPT, OUTPUT = (16, 48), (96, 160)  # tokens; 1 to 4, as 512 and 2048 are
 
 
 def models(name: str, ranks: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, Any]]:
@@ -90,7 +90,7 @@ def models(name: str, ranks: Sequence[int], dtype: torch.dtype) -> Iterator[tupl
         torch.manual_seed(0)
         base = Gemma2ForCausalLM(
             Gemma2Config(
-                vocab_size=32768, hidden_size=1280, intermediate_size=4608, num_hidden_layers=12,
+                vocab_size=16384, hidden_size=1280, intermediate_size=4864, num_hidden_layers=12,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=160,
                 query_pre_attn_scalar=160, max_position_embeddings=2048,
             )
@@ -258,7 +258,7 @@ def engine_of(model: Any, width: int, mode: str, policy: str) -> Engine:
         max_model_len=PROMPT[1] + OUTPUT[1],
         mode=mode,
         kv_policy=policy,
-        min_coda_batch=max(1, width // 2) if mode == "cdb" else 1,
+        min_coda_batch=width if mode == "cdb" else 1,
         prefill_tokens=4 * PROMPT[1],
     )
     return Engine.of_model(model, config)
@@ -412,7 +412,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--rank", nargs="+", type=int, default=list(BARS), help="of depth LoRAs")
     parser.add_argument("--exits", nargs=LOOPS, type=float, default=[0.8, 0.2])
-    parser.add_argument("--width", nargs="+", type=int, default=[8], help="tokens in a step")
+    parser.add_argument("--width", nargs="+", type=int, default=[4, 16], help="tokens in a step")
     parser.add_argument("--policies", nargs="+", default=["exact_lazy", "propagate"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
