@@ -73,11 +73,12 @@ OPS = {
     "depth_gumbel": lambda t, d: (
         torch.ones(5, 4, dtype=torch.int32, device=d), torch.arange(15, device=d).reshape(5, 3),
     ),
-    **{f"depth_gate_exit, {m}": lambda t, d, m=m: gate(t, d, m) for m in range(4)},
+    "depth_gate_exit": lambda t, d: gate(t, d, 1),
+    **{f"depth_gate_exit, {m}": lambda t, d, m=m: gate(t, d, m) for m in (0, 2, 3)},
     "depth_shortlist": shortlist,
 }  # fmt: skip
 SAMPLES = {
-    name: lambda dtype, variant, device, made=made: made(dtype, device)
+    name: lambda dtype, variant, _, made=made: made(dtype, "cpu")
     for name, made in OPS.items()
     if "," not in name
 }

@@ -1,0 +1,236 @@
+"""Linear layers and heads of rows at mixed depths, beside what torch needs for the same.
+
+    python benchmarks/bench_depth_linear.py
+    python benchmarks/bench_depth_linear.py --part head --rows 1 8 32
+    python benchmarks/bench_depth_linear.py --shape 2304 9216 --rank 64 --dtype bf16
+    python benchmarks/bench_depth_linear.py --device cuda --dtype bf16 --save
+
+Half of the rows are at each of two loops. Weights are several copies in turn, more than caches
+hold, as a model's layers are. Results are checked against the formulas before they are timed. GB/s
+counts the weight once for all rows. "F.linear, LoRA by loop" is a base product and two more for
+every loop; "logits" is F.linear in the dtype of the head, and log-softmax and top 2 in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gemma_ext.bench import report
+from gemma_ext.bench.timing import Timing, interleave, measure, measure_on_card, paired_ratio
+from gemma_ext.ops.depth_batching import Projection, head_exit, seg_depth_lora
+
+HERE = Path(__file__).parent
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+COLD = {"cpu": 128 << 20, "cuda": 512 << 20}
+"""Bytes of weights that take turns, beyond the caches."""
+OURS, BASE, LINEAR, BY_LOOP = (
+    "seg_depth_lora",
+    "seg_depth_lora, r = 0",
+    "F.linear",
+    "F.linear, LoRA by loop",
+)
+EXIT, SAMPLED, LISTED, LOGITS = (
+    "head_exit",
+    "head_exit, samples",
+    "head_exit, 64 candidates",
+    "logits",
+)
+NAMES = {"linear": (OURS, BASE, BY_LOOP, LINEAR), "head": (EXIT, SAMPLED, LISTED, LOGITS)}
+PEERS = {OURS: BY_LOOP, BASE: LINEAR, EXIT: LOGITS}
+HEAD_BAR = 0.85  # of the bandwidth of a copy, up to 128 rows on a card
+COPY = "copy"
+COLUMNS = {
+    "name": ("op", ""),
+    "seconds": ("ms", ".3fms"),
+    "spread": ("spread", ".0%"),
+    "rate": ("GB/s", ".1f"),
+    "flops": ("GFLOP/s", ".0f"),
+    "of_copy": ("of copy", ".0%"),
+    "x_peer": ("x torch", ".2f"),
+    "note": ("note", ""),
+}
+Steps = dict[str, Callable[[], object]]
+
+
+def randn(o: argparse.Namespace, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=o.device) * scale).to(DTYPES[o.dtype])
+
+
+def in_turn(makers: list[Callable[[], object]]) -> Callable[[], object]:
+    """One after the other at every call."""
+    order = itertools.cycle(makers)
+    return lambda: next(order)()
+
+
+def linear_steps(o: argparse.Namespace, n: int) -> tuple[Steps, str]:
+    width, features = o.shape
+    own = DTYPES[o.dtype].itemsize * width * features
+    count = max(1, COLD[o.device] // own)
+    scale = width**-0.5
+    x = randn(o, n, width)
+    cut = torch.tensor([0, (n + 1) // 2, n], dtype=torch.int32, device=o.device)
+    full = [
+        Projection(
+            randn(o, features, width, scale=scale),
+            None,
+            randn(o, 2, o.rank, width, scale=scale),
+            randn(o, 2, features, o.rank, scale=o.rank**-0.5),
+        )
+        for _ in range(count)
+    ]
+    bare = [Projection(p.weight) for p in full]
+    bounds = cut.tolist()
+
+    def by_loop(p: Projection) -> Tensor:
+        y = functional.linear(x, p.weight)
+        for j, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            if begin < end:
+                y[begin:end] += (x[begin:end] @ p.lora_a[j].T) @ p.lora_b[j].T
+        return y
+
+    want = seg_depth_lora(x, [full[0]], cut, impl="reference")[0].double()
+    got = seg_depth_lora(x, [full[0]], cut)[0].double()
+    error = float((got - want).norm() / want.norm())
+    note = "" if error <= LIMITS[DTYPES[o.dtype]] else f"relative error {error:.1e}"
+    return {
+        OURS: in_turn([lambda p=p: seg_depth_lora(x, [p], cut) for p in full]),
+        BASE: in_turn([lambda p=p: seg_depth_lora(x, [p]) for p in bare]),
+        LINEAR: in_turn([lambda p=p: functional.linear(x, p.weight) for p in full]),
+        BY_LOOP: in_turn([lambda p=p: by_loop(p) for p in full]),
+    }, note
+
+
+def head_steps(o: argparse.Namespace, n: int) -> tuple[Steps, str]:
+    width, vocabulary = o.shape
+    weight, h = randn(o, vocabulary, width, scale=width**-0.5), randn(o, n, width)
+    keys = torch.arange(3 * n, device=o.device).reshape(n, 3)
+    options = {"softcap": 30.0, "mode": "margin", "threshold": 0.2}
+
+    def logits() -> object:
+        s = 30.0 * torch.tanh(functional.linear(h, weight).float() / 30.0)
+        p = s.log_softmax(-1)
+        top = p.topk(2, -1)
+        return top, (p.exp() * p).sum(-1)
+
+    want = head_exit(h, weight, **options, impl="reference")
+    got = head_exit(h, weight, **options)
+    error = float((got.lse - want.lse).abs().max())
+    note = "" if error <= 1e-2 else f"lse off by {error:.1e}"
+    return {
+        EXIT: lambda: head_exit(h, weight, **options),
+        SAMPLED: lambda: head_exit(h, weight, **options, temperature=0.8, keys=keys),
+        LISTED: lambda: head_exit(h, weight, **options, candidates=64),
+        LOGITS: logits,
+    }, note
+
+
+def rows_of(o: argparse.Namespace, n: int) -> list[dict[str, object]]:
+    steps, note = (linear_steps if o.part == "linear" else head_steps)(o, n)
+    if note:
+        return [dict.fromkeys(COLUMNS) | {"name": NAMES[o.part][0], "note": note, "bars": "MISS"}]
+    own = DTYPES[o.dtype].itemsize * o.shape[0] * o.shape[1]
+    sources = [
+        torch.ones(own // 2, dtype=torch.uint8, device=o.device)
+        for _ in range(max(1, COLD[o.device] // own))
+    ]
+    target = torch.empty_like(sources[0])
+    steps[COPY] = in_turn([lambda s=s: target.copy_(s) for s in sources])
+
+    def marked(step: Callable[[], object]) -> Callable[..., None]:
+        def run(mark: Callable[[], None]) -> None:
+            mark()
+            step()
+
+        return run
+
+    timings = interleave(
+        {name: marked(step) for name, step in steps.items()},
+        seconds=o.seconds,
+        measure=measure_on_card if o.device == "cuda" else measure,
+    )
+    return [_row(o, n, name, own, timings) for name in NAMES[o.part]]
+
+
+def _row(
+    o: argparse.Namespace, n: int, name: str, own: int, timings: dict[str, Timing]
+) -> dict[str, object]:
+    t = timings[name]
+    row = dict.fromkeys(COLUMNS) | {"name": name, "note": "", "bars": ""}
+    row |= {
+        "seconds": t.total,
+        "spread": t.spread,
+        "rate": own / t.total / 1e9,
+        "flops": 2 * n * o.shape[0] * o.shape[1] / t.total / 1e9,
+        "of_copy": paired_ratio(timings[COPY], t),
+    }
+    if name in PEERS:
+        row["x_peer"] = paired_ratio(timings[PEERS[name]], t)
+    if name == EXIT and o.device == "cuda" and n <= 128:
+        met = "pass" if row["of_copy"] >= HEAD_BAR else "MISS"
+        row["bars"] = f"{row['of_copy']:.0%} >= {HEAD_BAR:.0%} of a copy {met}"
+    return row
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=tuple(COLD))
+    parser.add_argument("--part", default="linear", choices=tuple(NAMES))
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 128])
+    parser.add_argument(
+        "--shape", type=int, nargs=2, help="D and F, or D and V; by default Gemma 3 270M's"
+    )
+    parser.add_argument("--rank", type=int, default=64)
+    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=6.0, help="a number of rows takes so long")
+    parser.add_argument("--save", action="store_true", help="into results/<device>/")
+    o = parser.parse_args()
+    o.shape = tuple(o.shape or ((640, 2048) if o.part == "linear" else (640, 262144)))
+    return o
+
+
+def main() -> None:
+    options = parse_options()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    facts = report.machine(options.device)
+    print(report.header(facts), flush=True)
+    shared = {name: getattr(options, name) for name in ("part", "rank", "dtype", "threads")}
+    shared |= dict(zip(("D", "F"), options.shape, strict=True))
+    rows = []
+    with torch.no_grad():
+        for n in options.rows:
+            found = rows_of(options, n)
+            print(f"{n} rows\n" + report.table_and_bars(found, COLUMNS), flush=True)
+            rows += [{**row, **shared, "rows": n} for row in found]
+    if options.save:
+        layout = report.Layout(
+            title="Linear layers and heads of rows at mixed depths",
+            about=f"`python benchmarks/bench_depth_linear.py --device {options.device} --save`",
+            case=(*shared, "rows"),
+            label=lambda row: (
+                f"{row['rows']} rows, {row['D']} x {row['F']}, {row['dtype']}, "
+                f"{row['threads']} threads"
+                + (f", r = {row['rank']}" if row["part"] == "linear" else "")
+            ),
+            columns=COLUMNS,
+            place=[name for names in NAMES.values() for name in names].index,
+        )
+        folder = HERE / "results" / facts["device"]
+        report.save(folder, "depth_linear", rows, facts, layout)
+    sys.exit(any(row["note"] for row in rows))
+
+
+if __name__ == "__main__":
+    main()
