@@ -21,7 +21,7 @@ import random
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,10 @@ LOOPS = 2
 BARS = {0: 1.6, 64: 1.35}  # times csb, by rank, at exits 0.8,0.2
 FULL = 0.97  # times csb where no token leaves
 GENERATE = 2.0
-PROMPT, OUTPUT = (16, 64), (32, 96)  # tokens, least and most
+PROMPT = 0.25  # of the output's tokens, as 512 of 2048 are
+OUTPUT = {"gemma2-300m": (24, 40)}  # tokens of an output where they take long; elsewhere
+MANY = (96, 160)
+CHECKED = 24  # tokens of an output that is compared
 
 
 def models(name: str, ranks: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, Any]]:
@@ -90,7 +93,7 @@ def models(name: str, ranks: Sequence[int], dtype: torch.dtype) -> Iterator[tupl
         torch.manual_seed(0)
         base = Gemma2ForCausalLM(
             Gemma2Config(
-                vocab_size=32768, hidden_size=1280, intermediate_size=4608, num_hidden_layers=12,
+                vocab_size=16384, hidden_size=1280, intermediate_size=4864, num_hidden_layers=12,
                 num_attention_heads=8, num_key_value_heads=4, head_dim=160,
                 query_pre_attn_scalar=160, max_position_embeddings=2048,
             )
@@ -109,14 +112,20 @@ class Workload:
 
     vocabulary: int
     exits: tuple[float, ...]
+    output: tuple[int, int] = MANY
     seed: int = 0
+
+    @property
+    def longest(self) -> int:
+        return int((1 + PROMPT) * self.output[1])
 
     def requests(self) -> Iterator[tuple[Request, list[int]]]:
         draw = random.Random(self.seed)
         depths = range(1, len(self.exits) + 1)
         while True:
-            prompt = tuple(draw.choices(range(3, self.vocabulary), k=draw.randint(*PROMPT)))
-            count = draw.randint(*OUTPUT)
+            length = int(PROMPT * draw.randint(*self.output))
+            prompt = tuple(draw.choices(range(3, self.vocabulary), k=length))
+            count = draw.randint(*self.output)
             params = SamplingParams(max_tokens=count, temperature=0.0)
             yield Request(prompt, params), draw.choices(depths, self.exits, k=count)
 
@@ -251,26 +260,28 @@ class Generated:
         return {}
 
 
-def engine_of(model: Any, width: int, mode: str, policy: str) -> Engine:
+def engine_of(
+    model: Any, workload: Workload, width: int, mode: str = "cdb", policy: str = "exact_lazy"
+) -> Engine:
     config = EngineConfig(
         width=width,
         requests=3 * width,
-        max_model_len=PROMPT[1] + OUTPUT[1],
+        max_model_len=workload.longest,
         mode=mode,
         kv_policy=policy,
-        min_coda_batch=max(1, width // 2) if mode == "cdb" else 1,
-        prefill_tokens=4 * PROMPT[1],
+        min_coda_batch=width if mode == "cdb" else 1,
+        prefill_tokens=256,
     )
     return Engine.of_model(model, config)
 
 
 def alone(
-    model: Any, policy: str, requests: Sequence[tuple[Request, list[int]]]
+    model: Any, workload: Workload, policy: str, requests: Sequence[tuple[Request, list[int]]]
 ) -> list[list[int]]:
     """The tokens of each request with nothing beside it."""
     found = []
     for request, depths in requests:
-        engine = engine_of(model, 1, "cdb", policy)
+        engine = engine_of(model, workload, 1, policy=policy)
         engine.submit(request, depths)
         found.append(_drain(engine)[1])
     return found
@@ -285,17 +296,26 @@ def _drain(engine: Engine) -> dict[int, list[int]]:
     return found
 
 
+def few(workload: Workload, count: int) -> list[tuple[Request, list[int]]]:
+    """The first requests, with outputs short enough to be drawn one after the other."""
+    cut = []
+    for request, depths in itertools.islice(workload.requests(), count):
+        params = replace(request.params, max_tokens=min(CHECKED, request.params.max_tokens))
+        cut.append((replace(request, params=params), depths))
+    return cut
+
+
 def red(model: Any, workload: Workload, width: int, mode: str, policy: str) -> str:
     """A sentence where a full engine draws other tokens than one request after the other."""
-    requests = list(itertools.islice(workload.requests(), 2 * width))
-    engine = engine_of(model, width, mode, policy)
+    requests = few(workload, width + 2)
+    engine = engine_of(model, workload, width, mode, policy)
     ids = [engine.submit(*one) for one in requests]
-    together, some = _drain(engine), random.Random(1).sample(range(len(ids)), 3)
+    together, some = _drain(engine), (0, width + 1)
     if mode == "csb":
         requests = [(request, [LOOPS] * len(depths)) for request, depths in requests]
-    expected = alone(model, policy, [requests[i] for i in some])
+    expected = alone(model, workload, policy, [requests[i] for i in some])
     wrong = sum(together[ids[i]] != tokens for i, tokens in zip(some, expected, strict=True))
-    return f"RED: {wrong} of 3 outputs differ from those alone" if wrong else ""
+    return f"RED: {wrong} of {len(some)} outputs differ from those alone" if wrong else ""
 
 
 def measure(subjects: dict[str, Any], seconds: float, rounds: int) -> None:
@@ -331,7 +351,7 @@ def rows_of(subjects: dict[str, Any], base: str, column: str) -> dict[str, dict[
 def recursive_case(
     model: Any, rank: int, exits: tuple[float, ...], width: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    workload = Workload(model.config.vocab_size, exits)
+    workload = Workload(model.config.vocab_size, exits, OUTPUT.get(options.model, MANY))
     full = exits[-1] == 1
     kinds = {"csb": ("csb", "exact_lazy")}
     policies = options.policies[:1] if full else options.policies
@@ -340,7 +360,7 @@ def recursive_case(
         kinds["lockstep exact_lazy"] = ("lockstep", "exact_lazy")
     notes = {name: red(model, workload, width, *kind) for name, kind in kinds.items()}
     subjects = {
-        name: Served(engine_of(model, width, *kind), workload.requests())
+        name: Served(engine_of(model, workload, width, *kind), workload.requests())
         for name, kind in kinds.items()
         if not notes[name]
     }
@@ -359,18 +379,18 @@ def recursive_case(
 
 
 def vanilla_case(model: Any, width: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    workload = Workload(model.config.vocab_size, (1.0,))
-    few = list(itertools.islice(workload.requests(), 4))
-    ours = alone(model, "exact_lazy", few)
-    theirs = [Generated(model, 1, iter(())).batch([request])[0] for request, _ in few]
+    workload = Workload(model.config.vocab_size, (1.0,), OUTPUT.get(options.model, MANY))
+    asked = few(workload, 4)
+    ours = alone(model, workload, "exact_lazy", asked)
+    theirs = [Generated(model, 1, iter(())).batch([request])[0] for request, _ in asked]
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
     subjects = {
-        "engine": Served(engine_of(model, width, "cdb", "exact_lazy"), workload.requests()),
+        "engine": Served(engine_of(model, workload, width), workload.requests()),
         "generate": Generated(model, width, workload.requests()),
     }
     measure(subjects, options.seconds, options.rounds)
     rows = rows_of(subjects, "generate", "x_generate")
-    rows["engine"]["note"] = f"{same} of {len(few)} outputs as generate's"
+    rows["engine"]["note"] = f"{same} of {len(asked)} outputs as generate's"
     gain = rows["engine"]["x_generate"]
     rows["engine"]["bars"] = verdict(f"{gain:.2f} x generate, {GENERATE} asked,", gain >= GENERATE)
     return list(rows.values())
@@ -412,7 +432,7 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--rank", nargs="+", type=int, default=list(BARS), help="of depth LoRAs")
     parser.add_argument("--exits", nargs=LOOPS, type=float, default=[0.8, 0.2])
-    parser.add_argument("--width", nargs="+", type=int, default=[8], help="tokens in a step")
+    parser.add_argument("--width", nargs="+", type=int, default=[4, 16], help="tokens in a step")
     parser.add_argument("--policies", nargs="+", default=["exact_lazy", "propagate"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
