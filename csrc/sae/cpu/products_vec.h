@@ -2,64 +2,24 @@
 // Rows of any storage type as vectors of floats; buffers of floats are padded to whole vectors.
 #pragma once
 
-#include "../../common/cpu/vec.h"
+#include "../../common/cpu/storage.h"
 #include "products_table.h"
 
 namespace gemma_ext::sae::GEMMA_EXT_ISA {
 namespace {
 
 using gemma_ext::cpu::GEMMA_EXT_ISA::bf16;
+using gemma_ext::cpu::GEMMA_EXT_ISA::half;
 using gemma_ext::cpu::GEMMA_EXT_ISA::kLanes;
 using gemma_ext::cpu::GEMMA_EXT_ISA::load;
+using gemma_ext::cpu::GEMMA_EXT_ISA::load_row;
+using gemma_ext::cpu::GEMMA_EXT_ISA::load_some;
 using gemma_ext::cpu::GEMMA_EXT_ISA::store;
 using gemma_ext::cpu::GEMMA_EXT_ISA::sum;
 using gemma_ext::cpu::GEMMA_EXT_ISA::Vf;
-using gemma_ext::cpu::GEMMA_EXT_ISA::Vh;
-using gemma_ext::cpu::GEMMA_EXT_ISA::VhLoose;
-using gemma_ext::cpu::GEMMA_EXT_ISA::Vu;
+using gemma_ext::cpu::GEMMA_EXT_ISA::with_type;
 
 static_assert(kPad % kLanes == 0);
-
-struct half {
-  uint16_t bits;
-};
-
-GEMMA_EXT_INLINE Vf load_row(const float* p) { return load(p); }
-
-// gcc 12 takes __builtin_convertvector apart into single elements, and warns of its own headers where an
-// instruction has no mask.
-GEMMA_EXT_INLINE Vf load_row(const bf16* p) {
-#if defined(__AVX512F__)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vf)((Vu)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
-#elif defined(__AVX2__) && !defined(GEMMA_EXT_EMULATED_AMX)
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return (Vf)((Vu)_mm256_cvtepu16_epi32(bits) << 16);
-#else
-  return load(p);
-#endif
-}
-
-GEMMA_EXT_INLINE Vf load_row(const half* p) {
-#if defined(__AVX512F__)
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return (Vf)_mm512_maskz_cvtph_ps(0xffff, bits);
-#elif defined(__F16C__) && !defined(GEMMA_EXT_EMULATED_AMX)
-  return (Vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-#else
-  Vf x;
-  for (int i = 0; i < kLanes; ++i) x[i] = half_to_float(p[i].bits);
-  return x;
-#endif
-}
-
-// The first n of a vector, 0 behind.
-template <class T>
-GEMMA_EXT_INLINE Vf load_some(const T* p, int n) {
-  T some[kLanes] = {};
-  memcpy(some, p, n * sizeof(T));
-  return load_row(some);
-}
 
 // step(c, read) for every vector of the columns from .. D; read(p) takes what lies at column c of a row.
 template <class Step>
@@ -93,14 +53,6 @@ GEMMA_EXT_INLINE void each_pair(int64_t D, const Ahead& ahead, const Step& step)
 template <class T>
 GEMMA_EXT_INLINE const T* row_of(const Table& t, int64_t i) {
   return static_cast<const T*>(t.data) + i * t.stride;
-}
-
-// call(T()) with the storage type.
-template <class Call>
-GEMMA_EXT_INLINE void with_type(DType type, const Call& call) {
-  if (type == DType::kFloat32) call(float());
-  if (type == DType::kBFloat16) call(bf16());
-  if (type == DType::kFloat16) call(half());
 }
 
 // Row i as floats, 0 up to whole vectors.

@@ -1,0 +1,140 @@
+"""The head through 8-bit codes that certify what they leave out."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_ext.ops.depth_batching import head_op
+from gemma_ext.ops.depth_batching.head import STRICT, check_exit, check_head, head_exit
+from gemma_ext.ops.depth_batching.inputs import is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_like
+from gemma_ext.reference import depth_batching_head as formulas
+
+MODES = ("max_prob", "margin")
+
+
+class Shortlist(NamedTuple):
+    """A head W [V, D] beside codes of it, |x . W_v - scale_v x . codes_v| <= |x| slack_v.
+
+    Attributes:
+        weight: W.
+        codes: int8 [V, D].
+        scale: float32 [V], the largest |W_vd| / 127.
+        slack: float32 [V]: |W_v - scale_v codes_v|, and what two float32 sums over D may be off.
+    """
+
+    weight: Tensor
+    codes: Tensor
+    scale: Tensor
+    slack: Tensor
+
+
+class ShortlistExit(NamedTuple):
+    """Of n rows.
+
+    Attributes:
+        ids: int32 [n], the best token, as `head_exit` has it.
+        top: [n], its logit.
+        exits: bool [n], or None without a mode.
+        certified: bool [n], rows that the codes decided; the others took the whole head.
+    """
+
+    ids: Tensor
+    top: Tensor
+    exits: Tensor | None
+    certified: Tensor
+
+
+def make_shortlist(weight: Tensor, *, rows: int = 8192) -> Shortlist:
+    """Codes of a head [V, D], a quarter of its float32; built `rows` rows at a time.
+
+    Raises:
+        ValueError, TypeError: what does not fit, or is not finite.
+    """
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        raise ValueError(f"expected weight to be [V, D] with V > 0, got {list(weight.shape)}")
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"expected weight to be of a float dtype, got {weight.dtype}")
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale, slack = weight.new_empty((2, weight.shape[0]), dtype=torch.float32)
+    for at in range(0, weight.shape[0], rows):
+        part = slice(at, at + rows)
+        codes[part], scale[part], slack[part] = formulas.codes_of(weight[part])
+    if not bool(slack.isfinite().all()):
+        raise ValueError("expected weight to be finite")
+    return Shortlist(weight, codes, scale, slack)
+
+
+def shortlist_head(
+    h: Tensor,
+    head: Shortlist,
+    *,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    plus_one: bool = False,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    mode: str | None = None,
+    threshold: Tensor | float | None = None,
+    strict: bool | None = None,
+    candidates: int = 64,
+    impl: str = "auto",
+) -> ShortlistExit:
+    """Best token and exit of `head_exit`, reading a byte an element where that decides.
+
+    The codes bound every logit; the C tokens with the highest bounds get their exact ones. A row
+    is certified where its best is above all other bounds and, with a mode, where the bounds of lse
+    leave no doubt of the exit. All other rows take the whole head, for which the host waits for
+    the device; this op is not captured in graphs.
+
+    Args:
+        h, bias, norm_weight, eps, plus_one, softcap, logit_scale, threshold, strict, impl: as
+            `head_exit` takes them.
+        head: of `make_shortlist`.
+        mode: "max_prob" or "margin".
+        candidates: C.
+
+    Raises:
+        ValueError, TypeError: what does not fit.
+        NotImplementedError: a derivative is asked for; a device that has no kernel.
+    """
+    reference = is_reference(impl, h, "depth_shortlist")
+    check_head(h, head.weight, bias, norm_weight, softcap, reference=reference)
+    check_like("the codes", head.codes, h, dtype=False)
+    limit, strict = check_exit(mode, threshold, strict, len(h), h, modes=MODES, strict_by=STRICT)
+    if candidates < 1:
+        raise ValueError(f"expected candidates to be at least 1, got {candidates}")
+    count = min(candidates, head.weight.shape[0])
+    norm = {"norm_weight": norm_weight, "eps": eps, "plus_one": plus_one}
+    logits = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    if reference:
+        found = formulas.shortlist(
+            h, head.weight, head.codes, head.scale, head.slack, count, **norm, **logits
+        )
+    else:
+        found = head_op.shortlist(
+            h, head.weight, bias, norm_weight, head.codes, head.scale, head.slack,
+            eps, plus_one, softcap, logit_scale, count,
+        )  # fmt: skip
+    ids, top, rest, low, high = found
+    certified = top[:, 0] > rest
+    exits = None
+    if limit is not None:
+        least, most = formulas.exit_bounds(mode, top, rest, low, high)
+        exits = least > limit if strict else least >= limit
+        certified &= exits | ((most <= limit) if strict else (most < limit))
+    best = top[:, 0].clone()
+    doubtful = (~certified).nonzero().squeeze(-1)
+    if doubtful.numel():
+        whole = head_exit(
+            h[doubtful], head.weight, **norm, **logits, mode=mode, strict=strict if mode else None,
+            threshold=None if limit is None else limit[doubtful], impl=impl,
+        )  # fmt: skip
+        ids[doubtful], best[doubtful] = whole.ids, whole.top[:, 0]
+        if exits is not None:
+            exits[doubtful] = whole.exits
+    return ShortlistExit(ids, best, exits, certified)

@@ -1,0 +1,149 @@
+"""The head through 8-bit codes: bounds hold, certified rows are the head's, the others too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from depth_rows import DTYPES, IDS, IMPLS, randn
+
+from gemma_ext.ops.depth_batching import head_op
+from gemma_ext.ops.depth_batching.head import head_exit
+from gemma_ext.ops.depth_batching.shortlist import make_shortlist, shortlist_head
+from gemma_ext.reference import depth_batching_head as formulas
+
+
+def head_of(n=23, width=48, vocabulary=700, dtype=torch.float32, sharp=3.0, seed=0):
+    """Rows near the direction of a token each, so that some have clear winners."""
+    weight = randn(vocabulary, width, seed=seed) * width**-0.5
+    h = (
+        randn(n, width, seed=seed + 1)
+        + sharp * torch.linspace(0, 3, n)[:, None] * weight[7 : 7 + n]
+    )
+    return h.to(dtype), weight.to(dtype), randn(vocabulary, seed=seed + 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"logit_scale": -2.0}], ids=str)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bounds_hold(impl, options, dtype):
+    h, weight, bias = head_of(dtype=dtype)
+    given = {"softcap": None, "logit_scale": 1.0, **options}
+    short = make_shortlist(weight)
+    norm = {"eps": 1e-6, "plus_one": False}
+    if impl == "reference":
+        ids, top, rest, low, high = formulas.shortlist(
+            h, *short, 8, bias=bias, norm_weight=None, **norm, **given
+        )
+    else:
+        ids, top, rest, low, high = head_op.shortlist(
+            h, weight, bias, None, *short[1:], 1e-6, False, given["softcap"],
+            given["logit_scale"], 8,
+        )  # fmt: skip
+    s = given["logit_scale"] * (h.double() @ weight.double().T) + bias.double()
+    if given["softcap"]:
+        s = given["softcap"] * torch.tanh(s / given["softcap"])
+    lse = s.logsumexp(-1)
+    assert bool((low <= lse).all())
+    assert bool((lse <= high).all())
+    assert float((high - low).mean()) < 1.5
+    order = s.sort(dim=-1, descending=True)
+    sure = top[:, 0] > rest
+    assert int(sure.sum()) > 0
+    assert torch.equal(ids[sure].long(), order.indices[sure, 0])
+    beyond = s.clone()
+    beyond.scatter_(-1, order.indices[:, :1], -torch.inf)
+    assert bool((beyond.amax(-1) <= torch.maximum(top[:, 1], rest) + 1e-5)[sure].all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("mode", [None, "max_prob", "margin"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_every_row_is_the_head_s(impl, mode, dtype):
+    h, weight, bias = head_of(dtype=dtype)
+    norm = randn(48, seed=8, dtype=dtype).abs() + 0.5
+    options = {"bias": bias, "norm_weight": norm, "softcap": 20.0}
+    whole = head_exit(h, weight, **options, mode="margin", threshold=0.0, impl=impl)
+    p = (whole.top - whole.lse.unsqueeze(-1)).exp()
+    scores = p[:, 0] if mode == "max_prob" else p[:, 0] - p[:, 1]
+    short = make_shortlist(weight)
+    for shift in (-0.2, -1e-4, 1e-4, 0.2):
+        asked = {"mode": mode, "threshold": scores + shift} if mode else {}
+        want = head_exit(h, weight, **options, **asked, impl=impl)
+        got = shortlist_head(h, short, **options, **asked, candidates=16, impl=impl)
+        assert torch.equal(got.ids, want.ids)
+        torch.testing.assert_close(got.top, want.top[:, 0], rtol=1e-6, atol=1e-6)
+        assert (got.exits is None) == (mode is None)
+        if mode:
+            assert torch.equal(got.exits, want.exits)
+        assert bool(got.certified.any()) or abs(shift) < 0.01
+
+
+def test_logits_have_the_bits_of_the_head():
+    h, weight, bias = head_of()
+    got = shortlist_head(h, make_shortlist(weight), bias=bias, softcap=9.0)
+    want = head_exit(h, weight, bias=bias, softcap=9.0)
+    assert torch.equal(got.top, want.top[:, 0])
+
+
+def test_equal_tokens_are_never_certified():
+    weight = torch.zeros(300, 4)
+    weight[[20, 299]] = 1.0
+    got = shortlist_head(torch.ones(1, 4), make_shortlist(weight), candidates=1)
+    assert got.ids.tolist() == [20]
+    assert not got.certified.any()
+
+
+def test_a_head_of_few_tokens_is_all_candidates():
+    h, weight, _ = head_of(5, 8, 30)
+    got = shortlist_head(h[:, :8], make_shortlist(weight), mode="max_prob", threshold=0.5)
+    want = head_exit(h, weight, mode="max_prob", threshold=0.5)
+    assert bool(got.certified.all())
+    assert torch.equal(got.ids, want.ids)
+    assert torch.equal(got.exits, want.exits)
+
+
+def test_nan_rows_take_the_head():
+    h, weight, _ = head_of(4)
+    h[2, 0] = torch.nan
+    got = shortlist_head(h, make_shortlist(weight), mode="max_prob", threshold=0.0)
+    assert not got.certified[2]
+    assert got.exits.tolist() == [True, True, False, True]
+    assert got.ids[2] == 0
+
+
+def test_codes():
+    weight = torch.cat([randn(40, 19), torch.zeros(1, 19), 1e-30 * randn(1, 19)])
+    short = make_shortlist(weight, rows=7)
+    assert torch.equal(short.codes, make_shortlist(weight).codes)
+    assert short.codes.abs().amax(-1)[:40].tolist() == [127] * 40
+    off = (weight.double() - short.scale.double()[:, None] * short.codes.double()).norm(dim=-1)
+    assert bool((off <= short.slack.double()).all())
+    assert bool((short.slack <= 0.02 * weight.norm(dim=-1) + 1e-30).all())
+    none = shortlist_head(torch.empty(0, 19), short)
+    assert none.ids.shape == none.certified.shape == (0,)
+
+
+H, W = torch.randn(2, 8), torch.randn(30, 8)
+S = make_shortlist(W)
+MESSAGES = {
+    "expected weight to be [V, D] with V > 0, got [8]": lambda: make_shortlist(W[0]),
+    "expected weight to be [V, D] with V > 0, got [0, 8]": lambda: make_shortlist(W[:0]),
+    "expected weight to be finite": lambda: make_shortlist(W * torch.inf),
+    "expected weight to be [V, 7], got [30, 8]": lambda: shortlist_head(H[:, 1:], S),
+    "expected mode to be max_prob or margin, got 'entropy'": lambda: shortlist_head(
+        H, S, mode="entropy", threshold=0.1
+    ),
+    "expected candidates to be at least 1, got 0": lambda: shortlist_head(H, S, candidates=0),
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_what_does_not_fit(message):
+    with pytest.raises(ValueError) as caught:
+        MESSAGES[message]()
+    assert message in str(caught.value)
+
+
+def test_types_that_do_not_fit():
+    with pytest.raises(TypeError, match="expected weight to be of a float dtype"):
+        make_shortlist(W.long())
