@@ -35,9 +35,9 @@ struct HeadBinding {
     Prepared(const char* op, const Tensor& given, const Maybe& norm_weight, const Tensor& w,
              const Maybe& given_bias, double eps, bool plus_one, double softcap, double scale)
         : h(Linears::rows(op, "h", given, -1, w.dim() == 2 ? w.size(1) : -1)),
-          weight(Linears::rows(op, "weight", w, -1, h.size(1))) {
-      head.n = h.size(0);
-      head.D = h.size(1);
+          weight(Linears::rows(op, "weight", w, -1, given.size(1))) {
+      head.n = given.size(0);
+      head.D = given.size(1);
       head.V = weight.size(0);
       STD_TORCH_CHECK(head.V > 0 && head.V <= INT32_MAX, op,
                       ": expected weight to have 1 to 2^31 - 1 rows");

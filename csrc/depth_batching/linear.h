@@ -46,8 +46,9 @@ struct Scatter {
 struct Projection {
   const void* weight;  // [features, D], rows `stride` elements apart
   const void* bias;    // [features] or null
-  const void *a, *b;   // [loops, rank, D], [loops, features, rank] contiguous; null where rank is 0
-  int64_t features, rank, stride;
+  const void *a,
+      *b;  // [loops, rank, D], [loops, features, rank], their rows a_stride and b_stride apart; or null
+  int64_t features, rank, stride, a_stride, b_stride;
 };
 
 constexpr int kMostProjections = 4;
@@ -65,9 +66,11 @@ struct Linear {
   const int32_t* seg_offsets;  // [loops + 1]; null where all ranks are 0
   float scale;
   Activation activation;
-  void* y;  // [n, width_of()] contiguous
+  void* y;  // [n, y_width] contiguous
+  int64_t y_width;
 };
 
+// y_width
 inline int64_t width_of(const Linear& call) {
   if (call.activation != kNone) return call.projections[0].features;
   int64_t width = 0;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Norms and linear layers between tensors and an engine: checks, memory of the results, the calls.
 //
-// An engine is that of kv_binding.h.
+// An engine is that of kv_binding.h, and has
+//   matrix(op, name, t)    t [..., columns] with rows that it takes, a padded copy if need be
 #pragma once
 
 #include <tuple>
@@ -18,7 +19,8 @@ struct LinearBinding {
 
   static void check(const char* op, const char* name, const Tensor& t, int64_t rows,
                     int64_t width) {
-    STD_TORCH_CHECK(Engine::here(t), op, ": expected ", name, " on the device of the other tensors");
+    STD_TORCH_CHECK(Engine::here(t), op, ": expected ", name,
+                    " on the device of the other tensors");
     STD_TORCH_CHECK(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && t.size(1) == width, op,
                     ": expected another shape of ", name);
   }
@@ -27,11 +29,13 @@ struct LinearBinding {
   static Tensor rows(const char* op, const char* name, const Tensor& t, int64_t count,
                      int64_t width) {
     check(op, name, t, count, width);
-    return t.stride(1) == 1 || width < 2 ? t : torch::stable::contiguous(t);
+    return Engine::matrix(op, name,
+                          t.stride(1) == 1 || width < 2 ? t : torch::stable::contiguous(t));
   }
 
   static Tensor vector(const char* op, const char* name, const Tensor& t, int64_t count) {
-    STD_TORCH_CHECK(Engine::here(t), op, ": expected ", name, " on the device of the other tensors");
+    STD_TORCH_CHECK(Engine::here(t), op, ": expected ", name,
+                    " on the device of the other tensors");
     STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count, op, ": expected ", name, " to be [", count,
                     "]");
     return torch::stable::contiguous(t);
@@ -117,10 +121,10 @@ struct LinearBinding {
                         a.size() == count && b.size() == count,
                     op, ": expected 1 to ", kMostProjections,
                     " weights, with as many biases, a and b (empty where absent)");
-    STD_TORCH_CHECK(activation >= kNone && activation <= kSilu &&
-                        (activation == kNone ||
-                         (count == 2 && weights[0].size(0) == weights[1].size(0))),
-                    op, ": expected two weights of one height with an activation");
+    STD_TORCH_CHECK(
+        activation >= kNone && activation <= kSilu &&
+            (activation == kNone || (count == 2 && weights[0].size(0) == weights[1].size(0))),
+        op, ": expected two weights of one height with an activation");
     Linear call{};
     call.type = storage_type(op, "x", x);
     call.n = x.size(0);
@@ -161,10 +165,16 @@ struct LinearBinding {
                           b[p].dim() == 3 && b[p].size(0) == call.loops &&
                           b[p].size(1) == to.features && b[p].size(2) == to.rank,
                       op, ": expected a [B, r, D] and b [B, F, r] of B + 1 seg_offsets");
-      to.a = keep(torch::stable::contiguous(a[p])).data_ptr();
-      to.b = keep(torch::stable::contiguous(b[p])).data_ptr();
+      const auto adapter = [&](const char* name, const Tensor& t, int64_t& stride) {
+        const Tensor& given = keep(Engine::matrix(op, name, torch::stable::contiguous(t)));
+        stride = given.size(2);
+        return given.data_ptr();
+      };
+      to.a = adapter("a", a[p], to.a_stride);
+      to.b = adapter("b", b[p], to.b_stride);
     }
-    Tensor y = torch::stable::new_empty(x, {call.n, width_of(call)});
+    call.y_width = width_of(call);
+    Tensor y = torch::stable::new_empty(x, {call.n, call.y_width});
     call.y = at(y);
     engine.run(op, y, call);
     return y;

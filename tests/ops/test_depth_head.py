@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from depth_rows import DEVICES, DTYPES, IDS, IMPLS, randn
+from depth_rows import DEVICES, DTYPES, IDS, IMPLS, is_split, randn
 
 from gemma_ext.ops.depth_batching.head import gumbel, head_exit
 
@@ -28,6 +28,11 @@ def logits(h, weight, bias=None, *, softcap=None, logit_scale=1.0):
     if bias is not None:
         s = s + bias.cpu().double()
     return s if softcap is None else softcap * torch.tanh(s / softcap)
+
+
+def off_of(h):
+    """How far logits of these tests may be off."""
+    return 2e-3 if is_split(h) else 2e-5
 
 
 def assert_rows(got, s, heat=None, noise=None, *, off=2e-5):
@@ -90,7 +95,7 @@ def test_against_softmax(impl, n, width, vocabulary, dtype, device):
         )  # fmt: skip
         s = logits(h, weight, given, **options)
         noise = gumbel(torch.arange(vocabulary).int().expand(n, -1), keys(n), impl="reference")
-        assert_rows(got, s, heat, noise)
+        assert_rows(got, s, heat, noise, off=off_of(h))
         assert got.exits is None
         assert got.values.shape == (n, min(40, vocabulary))
 
@@ -106,7 +111,7 @@ def test_behind_a_norm(impl, dtype, device):
     x = h.double() * (h.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
     x = (x * (1 + norm.double())).to(dtype)
     # an element may be rounded to the other side
-    off = 2e-5 if dtype == torch.float32 else 0.02
+    off = off_of(weight) if dtype == torch.float32 else 0.02
     assert_rows(got, logits(x, weight, softcap=30.0), off=off)
 
 
@@ -141,7 +146,7 @@ def test_tokens_that_cannot_be(impl, device):
     sample = {"temperature": 1.0, "keys": keys(2).to(device)}
     got = head_exit(h, weight, bias=bias, **options, **sample)
     s = logits(h, weight, bias)
-    torch.testing.assert_close(got.lse.double().cpu(), s.logsumexp(-1), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got.lse.double().cpu(), s.logsumexp(-1), rtol=0, atol=off_of(h))
     assert bool((got.ids >= 300).all())
     assert bool((got.samples >= 300).all())
     assert bool((got.indices[:, :300] >= 300).all())
@@ -164,8 +169,8 @@ def test_tokens_that_cannot_be(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_logits_of_ten_thousand(softcap, impl, device):
-    h = torch.tensor([[1e4], [-1e4], [0.0]], device=device)
-    weight = torch.tensor([[1.0], [-1.0], [0.999], [0.0]], device=device)
+    h = torch.tensor([[1e4], [-1e4], [0.0]], device=device)  # exact in two halves of bfloat16
+    weight = torch.tensor([[1.0], [-1.0], [0.75], [0.0]], device=device)
     got = head_exit(h, weight, softcap=softcap, mode="entropy", threshold=0.5, impl=impl)
     s = logits(h, weight, softcap=softcap)
     assert_rows(got, s, off=1e-4)
@@ -261,7 +266,7 @@ def test_many_candidates():
     h, weight, _ = head_of(3, 20, 5000)
     got = head_exit(h, weight, candidates=1024)
     s = h @ weight.T
-    torch.testing.assert_close(got.values, s.topk(1024, -1).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got.values, s.topk(1024, -1).values, rtol=0, atol=off_of(h))
     constant = head_exit(torch.ones(1, 1), torch.ones(5000, 1), candidates=1024)
     assert torch.equal(constant.indices, torch.arange(1024).int().unsqueeze(0))
     ramp = head_exit(torch.ones(1, 1), torch.arange(5000.0).unsqueeze(1), candidates=1000)
@@ -421,6 +426,10 @@ def test_types_that_do_not_fit():
         head_exit(H, W, temperature=1.0, keys=KEYS.int())
     with pytest.raises(TypeError, match=r"expected ids in torch\.int32"):
         gumbel(torch.ones(2, 3).long(), KEYS)
+
+
+@pytest.mark.cpu
+def test_ids_that_do_not_fit():
     with pytest.raises(RuntimeError, match=r"expected ids in \[0, 2147483647\), got -1 at 2"):
         gumbel(torch.tensor([[0, 0], [-1, 0]]).int(), KEYS)
 

@@ -153,6 +153,7 @@ def test_types_that_do_not_fit():
         gather_rms_norm(BANK, ints(0), W.double())
 
 
+@pytest.mark.cpu
 def test_slots_that_do_not_fit():
     with pytest.raises(RuntimeError, match=r"expected slots in \[-2147483648, 3\), got 3 at 1"):
         gather_rms_norm(BANK, ints(0, 3), W)

@@ -47,6 +47,15 @@ PARTS = {
         "test_depth_attention.py test_depth_compact.py test_depth_kv.py",
         "not fp16 and not (formula and fp32) and not (compact and (64 or 7 or 1000))",
     ),
+    "depth_linear": (
+        "test_depth_linear.py test_depth_norm.py test_depth_gate.py",
+        "not fp16 and not (bits_alone and not bf16) and not real_models and not (130 or 2050)",
+    ),
+    "depth_head": (
+        "test_depth_head.py test_depth_linear_opcheck.py",
+        "not fp16 and not samples_follow and not bits_alone and not compiled and not shortlist"
+        " and not (softmax and 130 and bf16)",
+    ),
     "soup_cuts": ("test_soup_bits.py", "cutting or permuted"),
 }
 

@@ -45,13 +45,14 @@ void shrink(const Linear& call, const Projection& p, int64_t loop, int64_t row0,
   with_type(call.type, [&](auto like) {
     using T = decltype(like);
     using X = typename Operand<T>::X;
-    const T* a = rows_of<T>(p.a, loop * p.rank + column0, call.D);
+    const T* a = rows_of<T>(p.a, loop * p.rank + column0, p.a_stride);
     const int64_t columns = column1 - column0;
     float* strip = strip_of(s, kStrip, kRows * kColumns);
     for (int64_t row = row0; row < row1; row += kRows) {
       const int64_t rows = least(row1 - row, kRows);
-      products<T>(rows, columns, call.D, static_cast<const X*>(x.at) + row * x.width, x.width,
-                  [&](int64_t f) { return a + f * call.D; }, strip, kColumns, false);
+      products<T>(
+          rows, columns, call.D, static_cast<const X*>(x.at) + row * x.width, x.width,
+          [&](int64_t f) { return a + f * p.a_stride; }, strip, kColumns, false);
       for (int64_t m = 0; m < rows; ++m) {
         X* to = static_cast<X*>(low.at) + (row + m) * low.width + column0;
         for (int64_t f = 0; f < columns; f += kLanes)
@@ -68,17 +69,19 @@ void project(const Linear& call, const Projection& p, int64_t row0, int64_t rows
              int64_t columns, const Packed& x, const Packed& low, float* strip) {
   using X = typename Operand<T>::X;
   const T* w = rows_of<T>(p.weight, column, p.stride);
-  products<T>(rows, columns, call.D, static_cast<const X*>(x.at) + row0 * x.width, x.width,
-              [&](int64_t f) { return w + f * p.stride; }, strip, kColumns, false,
-              row0 == 0 ? kColumnsAtOnce * p.stride : 0);
+  products<T>(
+      rows, columns, call.D, static_cast<const X*>(x.at) + row0 * x.width, x.width,
+      [&](int64_t f) { return w + f * p.stride; }, strip, kColumns, false,
+      row0 == 0 ? kColumnsAtOnce * p.stride : 0);
   for (int64_t j = 0; p.rank > 0 && j < call.loops; ++j) {
     const int64_t begin = most(call.seg_offsets[j], row0);
     const int64_t end = least(call.seg_offsets[j + 1], row0 + rows);
     if (begin >= end) continue;
-    const T* b = rows_of<T>(p.b, j * p.features + column, p.rank);
-    products<T>(end - begin, columns, p.rank, static_cast<const X*>(low.at) + begin * low.width,
-                low.width, [&](int64_t f) { return b + f * p.rank; },
-                strip + (begin - row0) * kColumns, kColumns, true);
+    const T* b = rows_of<T>(p.b, j * p.features + column, p.b_stride);
+    products<T>(
+        end - begin, columns, p.rank, static_cast<const X*>(low.at) + begin * low.width, low.width,
+        [&](int64_t f) { return b + f * p.b_stride; }, strip + (begin - row0) * kColumns, kColumns,
+        true);
   }
   if (!p.bias) return;
   float bias[kColumns] = {};
@@ -106,7 +109,7 @@ void expand(const Linear& call, int projection, int64_t column, const Packed& x,
     using T = decltype(like);
     const bool gated = call.activation != kNone;
     const Projection& first = call.projections[projection];
-    const int64_t columns = least(first.features - column, kColumns), width = width_of(call);
+    const int64_t columns = least(first.features - column, kColumns), width = call.y_width;
     float* strip = strip_of(s, kStrip, kRows * kColumns);
     float* other = gated ? strip_of(s, kOther, kRows * kColumns) : nullptr;
     int64_t at = column;
@@ -114,7 +117,8 @@ void expand(const Linear& call, int projection, int64_t column, const Packed& x,
     for (int64_t row = 0; row < call.n; row += kRows) {
       const int64_t rows = least(call.n - row, kRows);
       project<T>(call, first, row, rows, column, columns, x, low[projection], strip);
-      if (gated) project<T>(call, call.projections[1], row, rows, column, columns, x, low[1], other);
+      if (gated)
+        project<T>(call, call.projections[1], row, rows, column, columns, x, low[1], other);
       for (int64_t m = 0; m < rows; ++m) {
         T* to = static_cast<T*>(call.y) + (row + m) * width + at;
         const float* sums = strip + m * kColumns;

@@ -10,6 +10,11 @@ one launch serves tokens at all of them; K and V of every depth lie in one pool 
 | `paged_attn_mixed_depth` | attention over pages, each row at its own depth, window and length |
 | `kv_propagate`, `kv_copy` | K and V of loops that a token has skipped |
 | `kv_depths`, `unfilled` | which loops share a depth; rows that would read what is not there |
+| `gather_rms_norm`, `scatter_rms_norm` | rows of the hidden bank, normed; back into it |
+| `seg_depth_lora`, `seg_depth_gated` | q/k/v, gate and up: one weight, low-rank parts by loop |
+| `head_exit`, `gumbel` | token, lse, entropy, sample, exit and candidates, without logits |
+| `gate_exit` | exits without the head |
+| `shortlist_head`, `make_shortlist` | the head through 8-bit codes that certify what they decide |
 
 A row's bits do not depend on the rows beside it, their order or the number of threads. Nothing here
 waits for a device, so that all of it can be captured in a graph; there are no derivatives.
@@ -17,21 +22,44 @@ waits for a device, so that all of it can be captured in a graph; there are no d
 
 from gemma_ext.ops.depth_batching.attention import paged_attn_mixed_depth
 from gemma_ext.ops.depth_batching.compact import Compacted, depth_compact
+from gemma_ext.ops.depth_batching.gates import GateExit, gate_exit
+from gemma_ext.ops.depth_batching.head import HeadExit, gumbel, head_exit
 from gemma_ext.ops.depth_batching.kv import PAGE, kv_copy, kv_depths, unfilled
-from gemma_ext.ops.depth_batching.propagate import DeeperLayer, Projection, kv_propagate
+from gemma_ext.ops.depth_batching.linear import Projection, seg_depth_gated, seg_depth_lora
+from gemma_ext.ops.depth_batching.norm import gather_rms_norm, scatter_rms_norm
+from gemma_ext.ops.depth_batching.propagate import DeeperLayer, kv_propagate
 from gemma_ext.ops.depth_batching.rope import rope_kv_write, rope_table
+from gemma_ext.ops.depth_batching.shortlist import (
+    Shortlist,
+    ShortlistExit,
+    make_shortlist,
+    shortlist_head,
+)
 
 __all__ = [
     "PAGE",
     "Compacted",
     "DeeperLayer",
+    "GateExit",
+    "HeadExit",
     "Projection",
+    "Shortlist",
+    "ShortlistExit",
     "depth_compact",
+    "gate_exit",
+    "gather_rms_norm",
+    "gumbel",
+    "head_exit",
     "kv_copy",
     "kv_depths",
     "kv_propagate",
+    "make_shortlist",
     "paged_attn_mixed_depth",
     "rope_kv_write",
     "rope_table",
+    "scatter_rms_norm",
+    "seg_depth_gated",
+    "seg_depth_lora",
+    "shortlist_head",
     "unfilled",
 ]
