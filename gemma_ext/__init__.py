@@ -11,13 +11,19 @@ from gemma_ext.ops.cce import (  # noqa: E402
     linear_cross_entropy,
     linear_logprobs,
 )
+from gemma_ext.ops.cce.divergence import (  # noqa: E402
+    LinearDivergenceOutput,
+    linear_divergence,
+)
 from gemma_ext.ops.vocab_state import VocabState  # noqa: E402
 
 __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
+    "LinearDivergenceOutput",
     "VocabState",
     "__version__",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logprobs",
 ]

@@ -2,8 +2,8 @@
 // Cut cross-entropy: the CUDA engine of the ops that ops.cpp declares. Nothing here waits for the device.
 #include <stdlib.h>
 
-#include "cce/binding.h"
 #include "cce/cuda/engine.h"
+#include "cce/divergence_binding.h"
 #include "common/torch/cuda.h"
 
 namespace gemma_ext::cce {
@@ -20,7 +20,7 @@ int64_t strip_bytes(bool lean) {
 }
 
 struct Cuda {
-  static constexpr bool kLean = true;
+  static constexpr bool kLean = true, kOneDtype = true;
   OnDevice device;
   cuda::Memory memory;
 
@@ -44,7 +44,8 @@ struct Cuda {
   // The workspace lives until the stream has passed it.
   template <class Call>
   void run(const char* op, const Tensor& like, const Call& call) {
-    if constexpr (!std::is_same_v<Call, Scale>) memory.strip_bytes = strip_bytes(call.lean);
+    if constexpr (requires { call.lean; }) memory.strip_bytes = strip_bytes(call.lean);
+    if constexpr (requires { call.heads; }) memory.strip_bytes = strip_bytes(false);
     Tensor workspace = new_empty(like, {cuda::workspace(call, memory)}, ScalarType::Byte);
     memory.workspace = workspace.mutable_data_ptr();
     const cuda::Status status = cuda::run(call, memory, device.stream);
@@ -54,6 +55,9 @@ struct Cuda {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gemma_ext, GEMMA_EXT_DEVICE_KEY, m) { Binding<Cuda>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(gemma_ext, GEMMA_EXT_DEVICE_KEY, m) {
+  Binding<Cuda>::register_in(m);
+  DivergenceBinding<Cuda>::register_in(m);
+}
 
 }  // namespace gemma_ext::cce

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Cut cross-entropy: schemas and the CPU engine.
-#include "cce/binding.h"
 #include "cce/cpu/engine.h"
+#include "cce/divergence_binding.h"
 #include "common/torch/cpu.h"
 
 namespace gemma_ext::cce {
 namespace {
 
 struct Cpu {
-  static constexpr bool kLean = false;
+  static constexpr bool kLean = false, kOneDtype = false;
   Workers workers;
 
   Cpu(const char*, const Tensor&)
@@ -28,7 +28,10 @@ struct Cpu {
   template <class Call>
   void run(const char*, const Tensor&, const Call& call) {
     const cpu::Status status = cpu::run(call, workers);
-    if constexpr (!std::is_same_v<Call, Scale>) check_labels(status, call.head);
+    if constexpr (requires { call.heads; })
+      check_labels(status, call.heads.student);
+    else if constexpr (!std::is_same_v<Call, Scale>)
+      check_labels(status, call.head);
   }
 
   static void check_labels(const cpu::Status& status, const Head& head) {
@@ -60,8 +63,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
       "bool lean, bool need_e, bool need_c, bool need_bias) "
       "-> (Tensor loss, Tensor nll, Tensor lse, Tensor de, Tensor dc, Tensor dbias)");
   m.def("cce_scale_(Tensor(a!) x, Tensor factor) -> ()");
+  m.def(
+      "cce_divergence_forward(Tensor e, Tensor c, Tensor? bias, Tensor teacher_e, "
+      "Tensor teacher_c, Tensor? teacher_bias, Tensor targets, int kind, float beta, "
+      "float softcap, float logit_scale, float temperature, float teacher_softcap, "
+      "float teacher_logit_scale, float teacher_temperature, int ignore_index, float filter_eps) "
+      "-> (Tensor divergence, Tensor nll, Tensor lse, Tensor teacher_nll, Tensor state, "
+      "Tensor masses, Tensor summary)");
+  m.def(
+      "cce_divergence_backward(Tensor e, Tensor c, Tensor? bias, Tensor teacher_e, "
+      "Tensor teacher_c, Tensor? teacher_bias, Tensor targets, Tensor nll, Tensor lse, "
+      "Tensor state, Tensor masses, Tensor summary, Tensor d_divergence, Tensor d_nll, "
+      "Tensor d_lse, int kind, float beta, float softcap, float logit_scale, float temperature, "
+      "float teacher_softcap, float teacher_logit_scale, float teacher_temperature, "
+      "int ignore_index, int seed, bool need_e, bool need_c, bool need_bias) "
+      "-> (Tensor de, Tensor dc, Tensor dbias)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) { Binding<Cpu>::register_in(m); }
+STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) {
+  Binding<Cpu>::register_in(m);
+  DivergenceBinding<Cpu>::register_in(m);
+}
 
 }  // namespace gemma_ext::cce

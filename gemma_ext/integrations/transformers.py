@@ -40,6 +40,7 @@ from gemma_ext.nn._deferred_logits import (
     DeferredLogitsError,
     LossOptions,
 )
+from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce import inputs
 
 __all__ = ["patch", "unpatch"]
@@ -190,19 +191,6 @@ class PatchedForward:
         return PatchedForward, (self.__self__, level_of(self))
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile, (Distributed)DataParallel and PEFT wrappers."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        elif isinstance(getattr(model, "module", None), nn.Module):
-            model = model.module
-        else:
-            return model
-
-
 def warn_of_state(state: object) -> None:
     """Warn whoever still passes the vocabulary state of earlier releases."""
     if state is not None:
@@ -211,14 +199,6 @@ def warn_of_state(state: object) -> None:
             "nothing from step to step",
             FutureWarning,
         )
-
-
-def output_head(model: nn.Module) -> nn.Module:
-    """The module of `model` that projects into the vocabulary."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise TypeError(f"expected {type(model).__name__} to have output embeddings, got None")
-    return head
 
 
 def _require_head(owner: nn.Module | type) -> nn.Module | None:

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.integrations._forwards import layers, level_of, stand_in
-from gemma_ext.integrations.transformers import output_head, unwrap, warn_of_state
+from gemma_ext.integrations.transformers import warn_of_state
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce import cce_rows, inputs
 
 __all__ = ["patch", "unpatch"]

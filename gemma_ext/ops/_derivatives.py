@@ -66,7 +66,8 @@ class _Once(torch.autograd.Function):
 @functools.cache
 def _without_forward_mode(function: type[torch.autograd.Function]) -> type:
     def jvp(ctx: Any, *tangents: Any) -> None:
-        raise _refusal(function.__name__, "forward-mode derivative")
+        remedy = getattr(function, "remedy", _REMEDY)
+        raise _refusal(function.__name__, "forward-mode derivative", remedy)
 
     return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cce_oracle import IGNORE, problem
+from divergence_samples import SAMPLES as DIVERGENCE
 from torch.library import opcheck
 
 import gemma_ext  # noqa: F401  registers the ops, their fakes and autograd
@@ -61,7 +62,7 @@ SAMPLES = {
     "cce_backward": lambda dtype, variant, grad: backward_args(dtype, variant, grad),
     "cce_fused": lambda dtype, variant, grad: fused_args(dtype, variant, grad),
     "cce_scale_": lambda dtype, variant, _: scale_args(dtype, variant),
-}
+} | DIVERGENCE
 
 
 def samples(name: str, dtype: torch.dtype, variant: str) -> list[tuple]:

@@ -28,6 +28,10 @@ PARTS = {
         "not (anything and inf) and not (no_valid_row and (sum or none))"
         " and not (test_layout and not both) and not (opcheck and (fp32 or bare))",
     ),
+    "divergence": (
+        "test_divergence.py test_divergence_filter.py",
+        "not seeds and not thread and not (float32 and 300) and not (filter and tvd)",
+    ),
     "soup": ("test_soup_values.py test_soup_merge.py test_soup_population.py", "not large_results"),
     "soup_selection": (
         "test_soup_select.py test_soup_sums.py test_soup_rows.py",

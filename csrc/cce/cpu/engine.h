@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../common/cpu/workers.h"
-#include "../contract.h"
+#include "../divergence.h"
 
 namespace gemma_ext::cce {
 
@@ -21,6 +21,8 @@ Status run(const Forward&, Workers&);
 Status run(const Backward&, Workers&);
 Status run(const Fused&, Workers&);
 Status run(const Scale&, Workers&);
+Status run(const DivergenceForward&, Workers&);
+Status run(const DivergenceBackward&, Workers&);
 
 }  // namespace cpu
 }  // namespace gemma_ext::cce

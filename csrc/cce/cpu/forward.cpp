@@ -53,6 +53,13 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
   });
 }
 
+void spread(float* plane, int64_t tiles, int64_t n, int64_t N) {
+  for (int64_t t = tiles - 1; t >= 0; --t) {
+    std::memmove(plane + t * N, plane + t * n, n * sizeof(float));
+    std::fill(plane + t * N + n, plane + (t + 1) * N, 0.0f);
+  }
+}
+
 namespace {
 
 // Recomputing strips costs more than the exact form above this share of them.
@@ -99,14 +106,6 @@ FilterReport draw_by(const Problem& p, const StripStats& stats, const RowResults
   }
   return choose_tau(eps, kBreakEven, double(p.n) * double(p.tiles), all.kept, all.noise,
                     all.energy);
-}
-
-// [tiles, n] -> [tiles, N] in place, zero behind n.
-void spread(float* plane, int64_t tiles, int64_t n, int64_t N) {
-  for (int64_t t = tiles - 1; t >= 0; --t) {
-    std::memmove(plane + t * N, plane + t * n, n * sizeof(float));
-    std::fill(plane + t * N + n, plane + (t + 1) * N, 0.0f);
-  }
 }
 
 void forward_tiles(const Problem& p, StripStats stats, RowResults& out, Workers& workers) {

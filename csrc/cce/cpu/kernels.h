@@ -5,7 +5,7 @@
 
 #include "../../common/cpu/matrix.h"
 #include "../../common/cpu/scratch.h"
-#include "../contract.h"
+#include "../divergence.h"
 
 namespace gemma_ext::cce {
 
@@ -68,6 +68,36 @@ struct GradTask {
   float* dbias;          // [V] fp32, or null
 };
 
+// Two heads over the same rows and labels.
+struct ProblemPair {
+  const Problem *student, *teacher;
+  Kind kind;
+  float beta;
+};
+
+// Per strip, tile-major: [tiles, n]; the sums without the label's column.
+struct PairStats {
+  float *max, *sum, *teacher_max, *teacher_sum;  // as StripStats
+  // Forward KL: sum exp(t') (t' - s'), of reverse KL with s and t exchanged, s' = s - max s, t' = t - max t.
+  float* cross;
+  // For the filter, or null. Forward KL: sum exp(2 s'), exp(s' + t'), exp(2 t').
+  // Reverse KL, x = s' - t': sum exp(s') x^2, exp(2 s'), exp(2 s') x, exp(2 s') x^2.
+  float* moment[4];
+  float *target, *teacher_target;  // [n] s and t at the label
+};
+
+// Of JSD and TVD, once lse is known, per strip and with every column.
+struct MeanStats {
+  const float *lse, *lse_low, *teacher_lse, *teacher_low;  // [n]
+  float *value, *mean;                                     // the divergence's share; sum q h
+  float* moment[4];  // or null: sum q h^2, q^2, q^2 h, q^2 h^2
+};
+
+struct PairCoefficients {
+  const float *lse, *lse_low, *teacher_lse, *teacher_low, *mean;  // [n]
+  const float *a, *at_label, *d;                                  // [n]
+};
+
 struct Kernels {
   void (*forward_tiles)(const Problem&, const StripStats&, int64_t tile0, int64_t tile1,
                         int64_t row0, int64_t row1, Scratch&);
@@ -78,6 +108,13 @@ struct Kernels {
   void (*fused_tiles)(const Problem&, const StripStats&, void* strips, int64_t tile0, int64_t tile1,
                       Scratch&);
   void (*fused_grad_tile)(const GradTask&, const StripStats&, int64_t tile, Scratch&);
+  void (*pair_tile)(const ProblemPair&, const PairStats&, int64_t tile, int64_t row0, int64_t row1,
+                    Scratch&);
+  void (*mean_tile)(const ProblemPair&, const MeanStats&, int64_t tile, int64_t row0, int64_t row1,
+                    Scratch&);
+  // coef of the task is not looked at
+  void (*pair_grad_tile)(const GradTask&, const ProblemPair&, const PairCoefficients&, int64_t tile,
+                         Scratch&);
 };
 
 // Gradient strips are kept in bfloat16 where the inputs are: one more rounding of 2^-9, half the

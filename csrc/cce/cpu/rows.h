@@ -77,4 +77,7 @@ struct RowResults {
 // The rows from their strips, in a fixed order.
 void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers& workers);
 
+// [tiles, n] -> [tiles, N] in place, zero behind n.
+void spread(float* plane, int64_t tiles, int64_t n, int64_t N);
+
 }  // namespace gemma_ext::cce::cpu

@@ -3,7 +3,7 @@
 // kept. Where all strips fit the workspace, the forward leaves them there: three products instead of four.
 #include <algorithm>
 
-#include "gradients.cuh"
+#include "lists.cuh"
 #include "sm90/dense.cuh"
 
 namespace gemma_ext::cce::cuda {
@@ -40,52 +40,12 @@ struct BackwardMemory {
 // them leaves at once.
 template <class T, bool kLean>
 void add_lists(Launches& launches, const BackwardMemory& m, const Backward& b) {
-  using M = std::conditional_t<kLean, simt::bf16, float>;  // of masses
-  constexpr int kTileShared = mma::Tile<T>::kSharedBytes;
-  const Head& h = b.head;
-  const Plan& plan = m.plan;
-  const int64_t tiles = plan.tiles, column_blocks = ceil_div(h.D, mma::kSide);
-  const int64_t row_blocks = ceil_div(h.N, kBlockRows), halves = 2 * tiles * row_blocks;  // at most
-  const bool exact_elsewhere = by_wgmma(h);
-  PlanParams planning{h,      plan, exact_elsewhere, b.masses, b.up.d_mean != nullptr, b.summary,
-                      b.seed, 0};
-  launches.add(sample_kernel<M>, plan.words, kSampleThreads, kSampleThreads * sizeof(uint32_t),
-               planning);
-  launches.add(count_kernel, tiles, simt::kWarpSize, 0, planning);
-  launches.add(chunk_kernel, 1, kChunkThreads, sizeof(ChunkShared), planning);
-
-  GradientParams p{h, plan, m.sums, b.out, static_cast<int>(column_blocks), 0};
-  const int chunks = exact_elsewhere ? plan.capacity.sparse_chunks : plan.chunks;
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    p.chunk = planning.chunk = chunk;
-    launches.add(list_kernel<M>, tiles, kPlanThreads, 0, planning);
-    launches.add(strip_gradient_kernel<T>, taking_turns(halves), mma::kThreads,
-                 kStripSharedBytes<T>, planning);
-    if (b.out.dc) {
-      launches.add(dc_kernel<T>, taking_turns(2 * tiles * column_blocks), mma::kThreads,
-                   kTileShared, p);
-    }
-    if (b.out.dbias) {
-      launches.add(dbias_kernel<T>, tiles * kSumParts, kSumThreads, kSumSharedBytes, p);
-    }
-    if (b.out.de && !exact_elsewhere) {
-      launches.add(block_tiles_kernel, row_blocks, kPlanThreads, sizeof(int) * 8, p);
-      const auto kernel = [] {
-        if constexpr (mma::Tile<T>::kSplit)
-          return de_by_tile_kernel<kLean>;
-        else
-          return de_kernel<T, kLean>;
-      }();
-      launches.add(kernel, row_blocks * column_blocks, mma::kThreads, kTileShared, p);
-    }
-    for (int slice = 0; chunk < plan.capacity.sparse_chunks && slice * kSlice < h.D; ++slice) {
-      const SliceParams slices{h, plan, m.sums, b.out.de, chunk, slice};
-      launches.add(parts_kernel<T>, taking_turns(halves), mma::kThreads, kTileShared, slices);
-      launches.add(add_parts_kernel<T, kLean>, taking_turns(h.N), kPartThreads, sizeof(RowSlots),
-                   slices);
-    }
-  }
-  if (b.out.de) launches.add(finish_de_kernel<T, kLean>, h.N, kPlanThreads, 0, p);
+  const bool exact_elsewhere = by_wgmma(b.head);
+  const PlanParams planning{
+      b.head, m.plan, exact_elsewhere, b.masses, b.up.d_mean != nullptr, b.summary, b.seed, 0};
+  add_drawn<T, kLean>(launches, planning, m.sums, b.out, [&](const PlanParams& p, int64_t grid) {
+    launches.add(strip_gradient_kernel<T>, grid, mma::kThreads, kStripSharedBytes<T>, p);
+  });
 }
 
 // Its rows are listed and their coefficients known. general: they have a q or a class coefficient.

@@ -7,7 +7,7 @@
 // its nll NaN unless the head allows missing ones.
 #pragma once
 
-#include "../contract.h"
+#include "../divergence.h"
 
 namespace gemma_ext::cce::cuda {
 
@@ -26,6 +26,8 @@ constexpr int64_t kStripBytes = int64_t{256} << 20, kLeanStripBytes = int64_t{56
 int64_t workspace(const Forward&, const Memory&);
 int64_t workspace(const Backward&, const Memory&);
 int64_t workspace(const Fused&, const Memory&);
+int64_t workspace(const DivergenceForward&, const Memory&);
+int64_t workspace(const DivergenceBackward&, const Memory&);
 inline int64_t workspace(const Scale&, const Memory&) { return 0; }
 
 // The most bytes that a step holds at a time beside its inputs and gradients, results of the forward included.
@@ -36,6 +38,8 @@ Status run(const Forward&, const Memory&, Stream);
 Status run(const Backward&, const Memory&, Stream);
 Status run(const Fused&, const Memory&, Stream);
 Status run(const Scale&, const Memory&, Stream);
+Status run(const DivergenceForward&, const Memory&, Stream);  // both heads of one dtype
+Status run(const DivergenceBackward&, const Memory&, Stream);
 
 const char* status_text(Status);
 

@@ -18,7 +18,7 @@ class Scratch {
   void* part(int index, size_t bytes) noexcept;
 
  private:
-  static constexpr int kParts = 8;
+  static constexpr int kParts = 10;
   void* parts_[kParts] = {};
   size_t sizes_[kParts] = {};
 };

@@ -117,7 +117,7 @@ def check_problem(
                 f"expected {name} to be float32, bfloat16 or float16 "
                 f"(float64 with impl='reference'), got {value.dtype}"
             )
-    if c.dtype != e.dtype and not _autocast_is_on(e.device.type):
+    if c.dtype != e.dtype and not autocast_is_on(e.device.type):
         raise TypeError(f"expected c to be {e.dtype} like e, got {c.dtype}")
     if targets.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"expected targets to be int32 or int64, got {targets.dtype}")
@@ -165,13 +165,13 @@ def to_autocast(e: Tensor, c: Tensor, bias: Tensor | None) -> tuple[Tensor, Tens
     Differentiable: gradients come back in the dtypes of the arguments.
     """
     kind = e.device.type
-    if not _autocast_is_on(kind):
+    if not autocast_is_on(kind):
         return e, c, bias
     dtype = torch.get_autocast_dtype(kind)
     return e.to(dtype), c.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _autocast_is_on(device_type: str) -> bool:
+def autocast_is_on(device_type: str) -> bool:
     # torch knows no autocast on meta and raises when asked
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 

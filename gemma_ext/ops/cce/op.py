@@ -26,16 +26,16 @@ def _names(op: str) -> list[str]:
     return [argument.name for argument in getattr(_ops, op).default._schema.arguments]
 
 
-def _record(op: str, *more: str) -> type:
+def record(op: str, *more: str) -> type:
     """A named tuple of the arguments of `op`, and `more`; None unless given."""
     names = [*_names(op), *more]
     return namedtuple(op, names, defaults=[None] * len(names))
 
 
-_Forward = _record("cce_forward")
-_Backward = _record("cce_backward")
-_Fused = _record("cce_fused")
-_Differentiable = _record("cce_forward", "seed")
+_Forward = record("cce_forward")
+_Backward = record("cce_backward")
+_Fused = record("cce_fused")
+_Differentiable = record("cce_forward", "seed")
 Forwarded = namedtuple(
     "Forwarded", ["nll", "lse", "lse_low", "mean", "class_sum", "argmax", "masses", "summary"]
 )

@@ -1,0 +1,426 @@
+"""Divergence of a student's head from a teacher's, without the N x V logits of either.
+
+With q = softmax(s) of the student, p = softmax(t) of the teacher, which has no gradient:
+
+| kind         | D                                                   | dD / ds            |
+|--------------|-----------------------------------------------------|--------------------|
+| "forward_kl" | sum p log(p / q)                                    | q - p              |
+| "reverse_kl" | sum q log(q / p)                                    | q (log(q / p) - D) |
+| "jsd"        | beta sum p log(p / m) + (1 - beta) sum q log(q / m) | q (h - sum q h)    |
+| "tvd"        | sum abs(p - q) / 2                                  | q (h - sum q h)    |
+
+with m = beta p + (1 - beta) q and h = (1 - beta) log(q / m) of "jsd", h = sign(q - p) / 2 of "tvd".
+The four of Relaxed Recursive Transformers (arXiv 2410.20672); "jsd" is the generalised one of GKD
+(arXiv 2306.13649), whose beta 0 is "forward_kl" and beta 1 "reverse_kl".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_ext.ops.cce import divergence_op as op
+from gemma_ext.ops.cce.divergence_op import KINDS
+from gemma_ext.ops.cce.head import Head
+from gemma_ext.ops.cce.inputs import (
+    Method,
+    autocast_is_on,
+    check_labels,
+    check_number,
+    check_problem,
+    check_tensor,
+    check_vector,
+    to_autocast,
+)
+from gemma_ext.ops.cce.loss import FilterStats, LossTerms, Tokens, weigh
+from gemma_ext.reference import cce_divergence as reference
+
+SAME = "same"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence.
+
+    Attributes:
+        kind: of `KINDS`.
+        beta: share of the teacher in the mixture of "jsd", in [0, 1].
+
+    Raises:
+        TypeError, ValueError: an unknown kind, a beta outside [0, 1].
+    """
+
+    kind: str = "forward_kl"
+    beta: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"expected kind to be one of {', '.join(KINDS)}, got {self.kind!r}")
+        check_number("beta", self.beta)
+        if not 0.0 <= self.beta <= 1.0:
+            raise ValueError(f"expected beta in [0, 1], got {self.beta}")
+
+    @property
+    def proper(self) -> str:
+        """The kind, where an end of the mixture is one of the two others."""
+        if self.kind != "jsd" or 0.0 < self.beta < 1.0:
+            return self.kind
+        return "reverse_kl" if self.beta else "forward_kl"
+
+
+class DivergenceRows(NamedTuple):
+    """Per-row quantities of two heads, float32, zero in ignored rows.
+
+    Attributes:
+        divergence: [N].
+        nll: [N] negative log-likelihood of the target under the student.
+        lse: [N] log-sum-exp of the student.
+        teacher_nll: [N] that of the target under the teacher; without gradient.
+        stats: [3] float64, the values of `FilterStats`; None where nothing is ever left out.
+    """
+
+    divergence: Tensor
+    nll: Tensor
+    lse: Tensor
+    teacher_nll: Tensor
+    stats: Tensor | None = None
+
+
+class LinearDivergenceOutput(NamedTuple):
+    """What `linear_divergence` returns with `return_parts`.
+
+    Attributes:
+        loss: divergence + ce_weight * cross_entropy.
+        divergence, cross_entropy: reduced as the loss is; cross_entropy is None without targets.
+        stats: what the sampled backward keeps.
+    """
+
+    loss: Tensor
+    divergence: Tensor
+    cross_entropy: Tensor | None
+    stats: FilterStats
+
+
+def divergence_rows(
+    e: Tensor,
+    c: Tensor,
+    teacher_e: Tensor,
+    teacher_c: Tensor,
+    targets: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    teacher_softcap: float | str | None = SAME,
+    teacher_logit_scale: float | str = SAME,
+    teacher_temperature: float | str = SAME,
+    ignore_index: int = -100,
+    filter_eps: float | str | None = "auto",
+    filter_seed: int = 0,
+    impl: str = "auto",
+) -> DivergenceRows:
+    """Differentiable per-row quantities of a student's and a teacher's head.
+
+    Args:
+        e: [N, D]; c: [V, D] of the student. teacher_e: [N, D']; teacher_c: [V, D'].
+        targets: [N] labels or None: every row counts, and the likelihoods are of label 0.
+        bias, teacher_bias: [V] or None. The rest: as `linear_divergence`.
+
+    Returns:
+        DivergenceRows of float32 [N] vectors.
+
+    Raises:
+        TypeError, ValueError: as `linear_divergence`.
+    """
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    teacher = _teacher_head(head, teacher_softcap, teacher_logit_scale, teacher_temperature)
+    method = Method(impl, filter_eps, filter_seed)
+    divergence = Divergence(kind, beta)
+    if targets is None:
+        head = Head(softcap, logit_scale, temperature)
+        targets = _no_targets(e)
+    _check(e, c, teacher_e, teacher_c, targets, bias, teacher_bias, method)
+    check_labels(targets, c.shape[0], head.ignore_index, wait=method.materialises)
+    return _rows(
+        *to_autocast(e, c, bias),
+        *to_autocast(teacher_e, teacher_c, teacher_bias),
+        targets,
+        head,
+        teacher,
+        divergence,
+        method,
+    )
+
+
+def linear_divergence(
+    e: Tensor,
+    c: Tensor,
+    teacher_e: Tensor,
+    teacher_c: Tensor,
+    targets: Tensor | None = None,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    ce_weight: float = 0.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    teacher_softcap: float | str | None = SAME,
+    teacher_logit_scale: float | str = SAME,
+    teacher_temperature: float | str = SAME,
+    ignore_index: int = -100,
+    shift: int | bool = 0,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,
+    num_items_in_batch: int | Tensor | None = None,
+    return_parts: bool = False,
+    filter_eps: float | str | None = "auto",
+    filter_seed: int = 0,
+    impl: str = "auto",
+) -> Tensor | LinearDivergenceOutput:
+    """Divergence of a student's next-token distributions from a teacher's, and their cross-entropy.
+
+        loss_n = t_n [ D(p_n, q_n) + ce_weight nll_n ],   t = token weights
+
+    of scores softcap(logit_scale * e @ c.T + bias) / temperature and the teacher's alike. Nothing
+    of size N x V is held (except impl="reference"), and the teacher gets no gradient. Whoever
+    scales the loss by temperature^2 does so outside.
+
+    Args:
+        e: [..., T, D] hidden states of the student, float32, bfloat16 or float16; c: [V, D].
+        teacher_e: [..., T, D'] of the teacher at the same positions; teacher_c: [V, D'], in a dtype
+            of their own.
+        targets: [..., T] int32 or int64 labels, whose `ignore_index` names positions that take no
+            part, or None: all take part. Ignored rows may hold anything.
+        kind: "forward_kl", "reverse_kl", "jsd" or "tvd", as in `gemma_ext.ops.cce.divergence`.
+        beta: share of the teacher in the mixture of "jsd"; 0 is "forward_kl", 1 "reverse_kl".
+        ce_weight: of the cross-entropy against `targets`, which comes from the same pass and so
+            wants temperature 1.
+        bias, teacher_bias: [V]. softcap, logit_scale, temperature: of the student; those of the
+            teacher are the "same" unless given (teacher_softcap=None is no cap).
+        shift: position t is scored at target t + shift of the same sequence; True means 1.
+        reduction: "mean", "sum" or "none". "mean" divides by the sum of the token weights that
+            count, or by `num_items_in_batch`.
+        token_weights: [..., T], shifted like `targets`.
+        return_parts: return a `LinearDivergenceOutput`.
+        filter_eps, filter_seed, impl: as in `linear_cross_entropy`.
+
+    Returns:
+        The float32 loss, 0-d or [..., T - shift] with reduction "none".
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit. Heads of two vocabularies are refused;
+            of padded ones cut the longer, `c[:V]`.
+
+    Example:
+        >>> loss = linear_divergence(hidden, student.lm_head.weight, teacher_hidden,
+        ...                          teacher.lm_head.weight, labels, shift=True, softcap=30.0)
+    """
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    teacher = _teacher_head(head, teacher_softcap, teacher_logit_scale, teacher_temperature)
+    method = Method(impl, filter_eps, filter_seed)
+    divergence = Divergence(kind, beta)
+    terms = LossTerms(
+        reduction=reduction,
+        shift=shift,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+    )
+    _check_mix(ce_weight, temperature, shift, targets)
+    labelled = targets is not None
+    if not labelled:
+        head = Head(softcap, logit_scale, temperature)
+        targets = _no_targets(e)
+    _check(e, c, teacher_e, teacher_c, targets, bias, teacher_bias, method)
+    terms.check(targets, c.shape[0])
+    e, c, bias = to_autocast(e, c, bias)
+    teacher_e, teacher_c, teacher_bias = to_autocast(teacher_e, teacher_c, teacher_bias)
+    tokens = weigh(e, targets, head, terms)
+    check_labels(
+        tokens.labels,
+        c.shape[0],
+        head.ignore_index,
+        offset=tokens.steps,
+        wait=method.materialises,
+    )
+    rows = _rows(
+        e.reshape(-1, e.shape[-1]),
+        c,
+        bias,
+        teacher_e.reshape(-1, teacher_e.shape[-1]),
+        teacher_c,
+        teacher_bias,
+        tokens.labels,
+        head,
+        teacher,
+        divergence,
+        method,
+        want_stats=return_parts,
+    )
+    return _assemble(tokens, rows, terms, ce_weight, labelled, return_parts)
+
+
+def _assemble(
+    tokens: Tokens,
+    rows: DivergenceRows,
+    terms: LossTerms,
+    ce_weight: float,
+    labelled: bool,
+    return_parts: bool,
+) -> Tensor | LinearDivergenceOutput:
+    def reduced(values: Tensor) -> Tensor:
+        values = tokens.coef * values
+        return tokens.unflatten(values) if terms.reduction == "none" else values.sum()
+
+    loss = divergence = reduced(rows.divergence)
+    cross_entropy = reduced(rows.nll) if labelled and (ce_weight or return_parts) else None
+    if ce_weight:
+        loss = divergence + ce_weight * cross_entropy
+    if not return_parts:
+        return loss
+    return LinearDivergenceOutput(loss, divergence, cross_entropy, FilterStats(rows.stats))
+
+
+def _rows(
+    e: Tensor,
+    c: Tensor,
+    bias: Tensor | None,
+    teacher_e: Tensor,
+    teacher_c: Tensor,
+    teacher_bias: Tensor | None,
+    targets: Tensor,
+    head: Head,
+    teacher: Head,
+    divergence: Divergence,
+    method: Method,
+    want_stats: bool = False,
+) -> DivergenceRows:
+    teacher_e, teacher_c = teacher_e.detach(), teacher_c.detach()
+    teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    if method.materialises:
+        return DivergenceRows(
+            *reference.rows(
+                e,
+                c,
+                teacher_e,
+                teacher_c,
+                targets,
+                bias,
+                teacher_bias,
+                kind=divergence.proper,
+                beta=divergence.beta,
+                student=head.map(),
+                teacher=teacher.map(),
+                ignore_index=head.ignore_index,
+            )
+        )
+    out = op.rows(
+        e,
+        c,
+        bias,
+        teacher_e,
+        teacher_c,
+        teacher_bias,
+        targets,
+        head,
+        teacher,
+        kind=divergence.proper,
+        beta=divergence.beta,
+        tau=method.tau(e.dtype),
+        seed=method.seed,
+        want_stats=want_stats,
+    )
+    return DivergenceRows(out.divergence, out.nll, out.lse, out.teacher_nll, out.summary)
+
+
+def _no_targets(e: Tensor) -> Tensor:
+    check_tensor("e", e)
+    return torch.zeros(e.shape[:-1], dtype=torch.int64, device=e.device)
+
+
+def _teacher_head(
+    head: Head, softcap: float | str | None, logit_scale: float | str, temperature: float | str
+) -> Head:
+    """The teacher's map; "same" stands for the student's number.
+
+    Raises:
+        TypeError, ValueError: as `Head`, with names of the teacher's.
+    """
+
+    def number(name: str, value: object, same: object) -> object:
+        if value == SAME and isinstance(value, str):
+            return same
+        if not (value is None and name == "softcap"):
+            check_number(f"teacher_{name}", value, "'same' or a number")
+            if name != "logit_scale" and not value > 0:
+                raise ValueError(f"expected teacher_{name} to be positive, got {value}")
+        return value
+
+    return Head(
+        number("softcap", softcap, head.softcap),
+        number("logit_scale", logit_scale, head.logit_scale),
+        number("temperature", temperature, head.temperature),
+    )
+
+
+def _check_mix(ce_weight: float, temperature: float, shift: int, targets: Tensor | None) -> None:
+    check_number("ce_weight", ce_weight)
+    if targets is None and ce_weight:
+        raise ValueError("expected targets with ce_weight, got None")
+    if targets is None and shift:
+        raise ValueError("expected targets with shift, got None")
+    if ce_weight and temperature != 1.0:
+        raise ValueError(
+            f"expected temperature 1 with ce_weight, got {temperature}; "
+            "add gemma_ext.linear_cross_entropy instead"
+        )
+
+
+def _check(
+    e: Tensor,
+    c: Tensor,
+    teacher_e: Tensor,
+    teacher_c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    teacher_bias: Tensor | None,
+    method: Method,
+) -> None:
+    """Raise TypeError or ValueError unless both heads fit each other."""
+    check_problem(e, c, targets, bias, method)
+    allowed = (torch.float32, torch.bfloat16, torch.float16)
+    if method.materialises:
+        allowed += (torch.float64,)
+    for name, value in (("teacher_e", teacher_e), ("teacher_c", teacher_c)):
+        check_tensor(name, value)
+        if value.device != e.device:
+            raise ValueError(f"expected {name} on {e.device} like e, got {value.device}")
+        if value.dtype not in allowed:
+            raise TypeError(
+                f"expected {name} to be float32, bfloat16 or float16 "
+                f"(float64 with impl='reference'), got {value.dtype}"
+            )
+    if teacher_c.dtype != teacher_e.dtype and not autocast_is_on(e.device.type):
+        raise TypeError(
+            f"expected teacher_c to be {teacher_e.dtype} like teacher_e, got {teacher_c.dtype}"
+        )
+    if teacher_e.dim() < 1 or teacher_e.shape[:-1] != e.shape[:-1]:
+        expected = ", ".join(str(size) for size in (*e.shape[:-1], "D"))
+        raise ValueError(f"expected teacher_e to be [{expected}], got {list(teacher_e.shape)}")
+    width = teacher_e.shape[-1]
+    if teacher_c.dim() != 2 or teacher_c.shape[1] != width:
+        raise ValueError(f"expected teacher_c to be [V, {width}], got {list(teacher_c.shape)}")
+    if teacher_c.shape[0] != c.shape[0]:
+        raise ValueError(
+            f"expected teacher_c to have the {c.shape[0]} rows of c, got {teacher_c.shape[0]}"
+        )
+    check_vector("teacher_bias", teacher_bias, c.shape[0], e.device)
