@@ -267,6 +267,10 @@ class DeferredLogits:
         """A block without autocast: `head` has cast as autocast did where the head was called."""
         return torch.autocast(self.device.type, enabled=False)
 
+    def of_hidden(self, hidden: Tensor) -> DeferredLogits:
+        """What the same head would make of other hidden states [..., D]."""
+        return self._map_hidden(lambda _: hidden)
+
     def in_float32(self) -> DeferredLogits:
         """The same logits with products of float32 hidden states and weights."""
         terms = tuple(term._replace(dtype=torch.float32) for term in self.terms)
