@@ -15,6 +15,7 @@ COMMANDS = {
     "merge": "gemma_ext.souping.recipes.command:main",
     "recursive": "gemma_ext.papers.recursive.command:app",
     "sae": "gemma_ext.sae.command:app",
+    "serve": "gemma_ext.serve.command:main",
 }
 
 

@@ -26,6 +26,7 @@ ALLOWED = {
     "pocket": CORE | {"gemma_ext"},
     "bench": CORE | {"gemma_ext", "testing", "pocket", "info"},
     "demo": CORE | {"gemma_ext", "pocket", "integrations", "bench", "info", "report"},
+    "serve": CORE | {"gemma_ext", "_host", "distributed", "pocket"},
 }
 TORCH_INCLUDE = re.compile(r'#\s*include\s*[<"](torch|ATen|c10)/')
 

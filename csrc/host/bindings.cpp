@@ -8,6 +8,7 @@
 
 #include "common/build_record.h"
 #include "host/digest.h"
+#include "host/scheduler_binding.h"
 #include "host/transfers.h"
 
 namespace py = pybind11;
@@ -97,4 +98,6 @@ PYBIND11_MODULE(_host, m) {
         return gemma_ext::host::digest(bytes, size, seed);
       },
       py::arg("data"), py::arg("seed") = 0, "XXH64.");
+
+  gemma_ext::host::bind_scheduler(m);
 }

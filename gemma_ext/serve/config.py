@@ -1,0 +1,157 @@
+"""What an engine is made with: widths, memory, and who may run when."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_ext._host import Scheduler
+from gemma_ext.serve.policies import EXACT, POLICIES
+
+PAGE = 16  # tokens
+MODES = ("cdb", "csb", "lockstep", "static")
+PRESSURES = ("none", "reserve", "recompute", "offload")
+ORDERS = ("fifo", "deepest", "uniform")
+_OVERWRITTEN = ("single", "first_then_shared", "modulo")  # keys of a loop take another's place
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Sizes and policies of an engine.
+
+    Attributes:
+        width: tokens in a run of the block at most, W.
+        requests: that hold pages at a time, R; more than `width` keep a step full while some wait
+            for the head. None for 2 W.
+        max_model_len: tokens of prompt and output of a request at most.
+        pages: of 16 tokens, of the KV pool; None for R requests of `max_model_len`.
+        mode: "cdb" refills at every loop; "csb" at full passes, every token runs all loops;
+            "lockstep" when all tokens of a pass have left; "static" when all requests have ended.
+        kv_policy: of tokens that leave early (`gemma_ext.serve.policies`); keep: its k.
+        backlog: unfilled tokens of a request at most, beyond which it fills before it goes on.
+        fill_rows: rows of a run beyond W for tokens that fill. None for W.
+        prefill_tokens: rows of prompts in a run at most.
+        mixed: prompt rows share runs with tokens, else they take turns.
+        min_coda_batch: tokens that wait for the head until it runs, unless nothing else can.
+        min_free_requests: free places before requests are admitted, unless none runs.
+        order: of tokens that are ready: "fifo"; "deepest" loops first; "uniform" runs one loop
+            alone where it and the rest fill W each, which reads fewer adapters.
+        kv_pressure: "reserve" gives a request all its pages at once. The others give them one by
+            one and stop a request that finds none. When all have stopped, the one with the least
+            computed ends with an error ("none"), is computed again later ("recompute", exact
+            policies only) or waits in host memory ("offload").
+        margin: share of the pool that admission leaves free under them.
+        prefix_cache: pages of finished prefixes are kept and shared; fill_on_finish: the loops
+            that an output skipped are run after its end, so that it can be shared too.
+        verify: every run checks that the keys it reads are there.
+
+    Raises:
+        ValueError: one sentence that begins with the attribute's name.
+    """
+
+    width: int = 16
+    requests: int | None = None
+    max_model_len: int = 1024
+    pages: int | None = None
+    mode: str = "cdb"
+    kv_policy: str = "exact_lazy"
+    keep: int = 1
+    backlog: int = 64
+    fill_rows: int | None = None
+    prefill_tokens: int = 256
+    mixed: bool = True
+    min_coda_batch: int = 1
+    min_free_requests: int = 1
+    order: str = "fifo"
+    kv_pressure: str = "reserve"
+    margin: float = 0.2
+    prefix_cache: bool = False
+    fill_on_finish: bool = False
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if self.requests is None:
+            object.__setattr__(self, "requests", 2 * self.width)
+        if self.fill_rows is None:
+            object.__setattr__(self, "fill_rows", self.width)
+        if self.pages is None:
+            each = math.ceil(self.max_model_len / PAGE)
+            object.__setattr__(self, "pages", self.requests * each)
+        counts = ("width", "requests", "max_model_len", "pages", "keep", "backlog")
+        for name in (*counts, "prefill_tokens", "min_coda_batch", "min_free_requests"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.fill_rows < 0:
+            raise ValueError(f"fill_rows: expected at least 0, got {self.fill_rows}")
+        if self.min_free_requests > self.requests:
+            raise ValueError(
+                f"min_free_requests: expected at most the {self.requests} requests, "
+                f"got {self.min_free_requests}"
+            )
+        if not 0 <= self.margin < 1:
+            raise ValueError(f"margin: expected a share in [0, 1), got {self.margin}")
+        words = {
+            "mode": MODES,
+            "kv_policy": POLICIES,
+            "order": ORDERS,
+            "kv_pressure": PRESSURES,
+        }
+        for name, legal in words.items():
+            if getattr(self, name) not in legal:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(legal)}, got {getattr(self, name)!r}"
+                )
+        if self.kv_pressure == "recompute" and self.kv_policy not in EXACT:
+            raise ValueError(
+                f"kv_pressure: expected none, reserve or offload with kv_policy {self.kv_policy}, "
+                "whose keys and values a second computation would change, got 'recompute'"
+            )
+        if self.kv_policy in _OVERWRITTEN and self.prefill_tokens % PAGE:
+            raise ValueError(
+                f"prefill_tokens: expected a multiple of {PAGE} with kv_policy {self.kv_policy}, "
+                f"got {self.prefill_tokens}"
+            )
+        if self.fill_on_finish and not (self.prefix_cache and self.kv_policy in EXACT):
+            raise ValueError(
+                "fill_on_finish: expected a prefix_cache and an exact kv_policy with it, "
+                f"got {self.prefix_cache} and {self.kv_policy}"
+            )
+
+    @property
+    def slots(self) -> int:
+        """Hidden states at a time: of prompts, tokens that run, and backlogs."""
+        deferred = self.backlog + 1 if self.kv_policy in EXACT else 0
+        return self.requests * (deferred + 1) + self.prefill_tokens
+
+    def scheduler(self, loops: int, revision: str = "") -> Scheduler:
+        """The scheduler for a model of so many loops.
+
+        Args:
+            revision: of the model; prefixes of another are not shared.
+        """
+        exact = self.kv_policy in EXACT or loops == 1
+        fills = {"exact_eager": "eager", "propagate": "write", "copy": "write"}
+        named = fills.get(self.kv_policy, "lazy" if exact else "none")
+        salt = f"{revision}|{self.kv_policy}|{self.keep}|{loops} loops complete"
+        options: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "width", "fill_rows", "requests", "slots", "pages", "backlog", "mixed", "order",
+                "margin", "mode", "fill_on_finish", "verify",
+            )
+        }  # fmt: skip
+        return Scheduler(
+            loops=loops,
+            request_pages=math.ceil(self.max_model_len / PAGE),
+            prefill=self.prefill_tokens,
+            aligned=self.kv_policy in _OVERWRITTEN and loops > 1,
+            min_coda=self.min_coda_batch,
+            min_rows=self.min_free_requests,
+            pressure=self.kv_pressure,
+            fills="lazy" if loops == 1 else named,
+            publish=("all" if exact else "prompt") if self.prefix_cache else "none",
+            salt=hashlib.sha256(salt.encode()).hexdigest(),
+            **options,
+        )

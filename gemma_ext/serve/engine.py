@@ -1,0 +1,265 @@
+"""The loop between a scheduler, which knows rows, and a runner, which knows tensors.
+
+    plan    which rows at which loops, or which tokens to the head        (C++, no torch)
+    run     one block, or the head                                        (the runner)
+    report  exits and tokens                                              (C++)
+
+A step never waits for another request's: tokens of all depths share a block, and a token that has
+left is replaced in the next one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from gemma_ext.serve.config import EngineConfig
+from gemma_ext.serve.kv import HostStore
+from gemma_ext.serve.protocol import Event, Limits, Request, Stats, Token
+from gemma_ext.serve.runner import ModelRunner, Rows, Sizes
+from gemma_ext.serve.stats import Latencies
+from gemma_ext.serve.trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gemma_ext.serve.exits import ExitTest
+
+_REASONS = (None, "stop", "length", "error")
+
+
+class Engine:
+    """Draws tokens for many requests at a time, at mixed depth.
+
+    Args:
+        runner: of the model; its sizes are those of `config`.
+        config: widths and policies.
+        trace: gets a line for every step.
+        clock: seconds, from any start.
+        revision: of the model, for keys of the prefix cache.
+
+    The first token of an output is read after all the loops that its request may run: a prompt is
+    computed as one. The exit test decides for the tokens behind it.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        config: EngineConfig,
+        *,
+        trace: Trace | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        revision: str = "",
+    ) -> None:
+        self.runner, self.config, self.trace, self.clock = runner, config, trace, clock
+        self.limits = Limits(runner.vocabulary, runner.loops, config.max_model_len)
+        self.scheduler = config.scheduler(runner.loops, revision)
+        self.latencies = Latencies()
+        self.store = HostStore(runner)
+        self._requests: dict[int, Request] = {}
+        self._drawn: dict[int, list[int]] = {}
+        self._scored: dict[int, list[Token]] = {}
+        memory = self.scheduler.buffers()
+        self._seen = {name: memory[name] for name in ("id", "depth", "output", "end", "exits")}
+        self._tensors = {
+            name: torch.from_numpy(memory[name])
+            for name in (
+                "slot", "pos", "row", "loop", "kind", "token", "depth", "seg_offsets",
+                "block_tables",
+            )
+        }  # fmt: skip
+        self._run = {
+            "block": self._block,
+            "coda": self._coda,
+            "score": self._score,
+            "offload": self._offload,
+            "restore": self._restore,
+            "idle": lambda n: [],
+        }
+
+    @classmethod
+    def of_model(
+        cls,
+        model: PreTrainedModel,
+        config: EngineConfig,
+        *,
+        exits: ExitTest | None = None,
+        dtype: torch.dtype | None = None,
+        impl: str = "auto",
+        **options: Any,
+    ) -> Engine:
+        """An engine for a causal LM of transformers, vanilla or recursive.
+
+        Args:
+            exits: the exit test; none by default.
+            dtype: of weights, keys and values; the model's by default.
+            impl: of the ops.
+            options: of the engine.
+        """
+        from gemma_ext.serve.weights import read_weights
+
+        runner = ModelRunner(
+            read_weights(model, dtype=dtype),
+            Sizes(config.requests, config.slots, config.pages, config.max_model_len),
+            policy=config.kv_policy,
+            keep=config.keep,
+            exits=exits,
+            impl=impl,
+        )
+        return cls(runner, config, **options)
+
+    def submit(self, request: Request, exit_depths: Sequence[int] | None = None) -> int:
+        """Queues a request.
+
+        Args:
+            exit_depths: loops, from 1, after which each token of the output is read, in the place
+                of the exit test; the first one has no effect.
+
+        Raises:
+            ValueError: no engine of these limits can answer it.
+        """
+        request.check(self.limits)
+        params = request.params
+        id = self.scheduler.submit(
+            np.asarray(request.prompt, np.int32),
+            max_tokens=params.max_tokens,
+            min_loops=params.min_loops,
+            max_loops=params.max_loops or self.limits.loops,
+            no_exit=False,
+            score=request.prompt_logprobs is not None,
+            stops=list(params.stop_ids),
+            depths=list(exit_depths or ()),
+        )
+        self._requests[id], self._drawn[id] = request, []
+        if request.prompt_logprobs is not None:
+            self._scored[id] = [Token(request.prompt[0])]
+        self.latencies.submitted(id, self.clock())
+        return id
+
+    def cancel(self, request: int) -> None:
+        self.scheduler.cancel(request)
+        self._forget(request)
+        self.latencies.dropped(request)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> list[Event]:
+        stage, n = self.scheduler.plan()
+        events = self._take_news()
+        if self.trace is None:
+            return events + self._run[stage](n)
+        begin = self.clock()
+        events += self.trace.step(self, stage, n, begin, lambda: self._run[stage](n))
+        return events
+
+    def stats(self) -> Stats:
+        counted, queues = self.scheduler.counters(), self.scheduler.queues()
+        return Stats(
+            waiting=queues["waiting"],
+            running=len(self._requests) - queues["waiting"],
+            pages=self.config.pages,
+            free_pages=self.scheduler.free_pages,
+            steps=counted["blocks"],
+            rows=counted["rows"],
+            prompt_tokens=counted["prompt_tokens"],
+            output_tokens=counted["outputs"],
+            cached_tokens=counted["cached_tokens"],
+            fill_rows=counted["fill_rows"],
+            preemptions=counted["preemptions"] + counted["offloads"],
+            exits=tuple(self._seen["exits"].tolist()),
+        )
+
+    def _take_news(self) -> list[Event]:
+        closed, opened, ended = self.scheduler.news()
+        for row in closed:
+            self.runner.close(row)
+        for id, row in opened:
+            self.runner.open(row, self._requests[id], self._drawn[id])
+        return [self._end(id, _REASONS[how]) for id, how in ended if id in self._requests]
+
+    def _end(self, id: int, reason: str) -> Event:
+        error = "the KV pool has no page left for this request" if reason == "error" else None
+        prompt = self._scored.get(id)
+        self._forget(id)
+        self.latencies.finished(id, self.clock())
+        return Event(id, None, reason, error, tuple(prompt) if prompt else None)
+
+    def _forget(self, id: int) -> None:
+        self._requests.pop(id, None)
+        self._drawn.pop(id, None)
+        self._scored.pop(id, None)
+        self.store.forget(id)
+
+    def _first(self, n: int, *names: str) -> list[torch.Tensor]:
+        return [self._tensors[name][:n] for name in names]
+
+    def _block(self, n: int) -> list[Event]:
+        segments, tables = self._tensors["seg_offsets"], self._tensors["block_tables"]
+        slot, pos, row, loop, kind, token = self._first(
+            n, "slot", "pos", "row", "loop", "kind", "token"
+        )
+        new = int(segments[1])
+        if new:
+            self.runner.embed(slot[:new], token[:new], pos[:new])
+        exits = self.runner.block(Rows(slot, pos, row, loop, segments, kind, tables))
+        self.scheduler.report_block(None if exits is None else exits.numpy())
+        return []
+
+    def _coda(self, n: int) -> list[Event]:
+        slot, row, pos, depth = self._first(n, "slot", "row", "pos", "depth")
+        sampled = self.runner.coda(slot, row, pos, depth, self._tensors["block_tables"])
+        ids, depths = self._seen["id"][:n].tolist(), depth.tolist()
+        self.scheduler.report_coda(sampled.ids.numpy())
+        now = self.clock()
+        drawn, ends = sampled.ids.tolist(), self._seen["end"][:n].tolist()
+        outputs = self._seen["output"][:n].tolist()
+        events = []
+        for i, id in enumerate(ids):
+            request = self._requests.get(id)
+            if request is None:
+                continue
+            self._drawn[id].append(drawn[i])
+            asked = request.params.logprobs
+            logprob, top = (None, ()) if asked is None else _likeliest(sampled, i, asked)
+            prompt = self._scored.pop(id, None) if outputs[i] == 0 else None
+            token = Token(drawn[i], logprob, top, depths[i])
+            reason = _REASONS[ends[i]]
+            events.append(Event(id, token, reason, None, tuple(prompt) if prompt else None))
+            self.latencies.token(id, now)
+            if reason:
+                self._forget(id)
+                self.latencies.finished(id, now)
+        return events
+
+    def _score(self, n: int) -> list[Event]:
+        if n:
+            id = int(self._seen["id"][0])
+            asked = self._requests[id].prompt_logprobs
+            slot, row, pos, token = self._first(n, "slot", "row", "pos", "token")
+            scored = self.runner.score(slot, row, pos, token, asked)
+            for i, given in enumerate(token.tolist()):
+                self._scored[id].append(Token(given, *_likeliest(scored, i, asked)))
+        self.scheduler.report_score()
+        return []
+
+    def _offload(self, n: int) -> list[Event]:
+        self.store.save(*self.scheduler.moved())
+        self.scheduler.report_moved()
+        return []
+
+    def _restore(self, n: int) -> list[Event]:
+        self.store.load(*self.scheduler.moved())
+        self.scheduler.report_moved()
+        return []
+
+
+def _likeliest(sampled: Any, i: int, asked: int) -> tuple[float, tuple[tuple[int, float], ...]]:
+    if asked == 0:
+        return float(sampled.logprobs[i]), ()
+    ids, values = sampled.top_ids[i, :asked].tolist(), sampled.top_logprobs[i, :asked].tolist()
+    return float(sampled.logprobs[i]), tuple(zip(ids, values, strict=True))

@@ -1,0 +1,294 @@
+"""What a server and an engine say to each other: requests in, one event per token out.
+
+Every method of an engine is called from one thread. Tokens are ids of the model's vocabulary,
+loops and exit depths are counted from 1, log-probabilities are natural.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Literal, Protocol
+
+MOST_LOGPROBS = 20  # top tokens that can be asked for; as of the OpenAI API
+MOST_SEED = 2**63
+
+FinishReason = Literal["stop", "length", "error"]
+
+# name: least and largest value, both legal
+_INTEGERS = {
+    "max_tokens": (0, math.inf),
+    "min_tokens": (0, math.inf),
+    "top_k": (0, math.inf),
+    "seed": (-MOST_SEED, MOST_SEED - 1),
+    "logprobs": (0, MOST_LOGPROBS),
+    "min_loops": (1, math.inf),
+    "max_loops": (1, math.inf),
+}
+_NUMBERS = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.0, 100.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "exit_threshold": (-math.inf, math.inf),
+}
+_OPTIONAL = ("logprobs", "max_loops", "exit_threshold")
+
+
+def _check(
+    name: str, value: object, kind: type, least: float, most: float, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    what = "an integer" if kind is Integral else "a number"
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}: expected {what}, got {value!r}")
+    if not least <= value <= most:  # NaN too
+        span = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        raise ValueError(f"{name}: expected {what} of {span}, got {value}")
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are drawn.
+
+    A draw is a function of (seed, choice of the request, position) and of the logits, so that no
+    schedule changes it. Order: logit bias, repetition, presence and frequency penalty,
+    temperature, top-k, top-p, min-p.
+
+    Attributes:
+        max_tokens: tokens to draw at most; 0 only scores the prompt.
+        min_tokens: stop ids are not drawn before this many tokens.
+        temperature: 0 takes the likeliest token, the lowest id of equal ones.
+        top_k: draw from the k likeliest; 0 for all.
+        top_p: draw from the likeliest whose probabilities reach p, in (0, 1].
+        min_p: draw from those with at least min_p times the probability of the likeliest.
+        repetition_penalty: above 0; divides positive and multiplies negative logits of tokens in
+            prompt or output.
+        presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of drawn
+            tokens, once and per occurrence.
+        logit_bias: (token, added to its logit) pairs, each token once; a mapping is taken too.
+        seed: any signed 64-bit integer.
+        logprobs: None for none; n for the log-probability of each drawn token and of the n
+            likeliest ones, under the model's own distribution: soft-capped logits, before bias,
+            penalties and temperature.
+        stop_ids: tokens that end the output; the last event has the token that did.
+        exit_threshold: of the engine's exit test; None for the engine's own.
+        min_loops, max_loops: bounds of the loop after which a token is read; None for all loops.
+
+    Raises:
+        TypeError, ValueError: a value that does not fit; one sentence that begins with its name.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    logprobs: int | None = None
+    stop_ids: tuple[int, ...] = ()
+    exit_threshold: float | None = None
+    min_loops: int = 1
+    max_loops: int | None = None
+
+    def __post_init__(self) -> None:
+        for names, kind in ((_INTEGERS, Integral), (_NUMBERS, Real)):
+            for name, (least, most) in names.items():
+                _check(name, getattr(self, name), kind, least, most, name in _OPTIONAL)
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
+        if self.max_loops is not None and self.max_loops < self.min_loops:
+            raise ValueError(
+                f"max_loops: expected at least min_loops {self.min_loops}, got {self.max_loops}"
+            )
+        bias = self.logit_bias
+        pairs = bias.items() if isinstance(bias, Mapping) else bias
+        object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in pairs))
+        for token, value in self.logit_bias:
+            _check("logit_bias", token, Integral, 0, math.inf)
+            _check("logit_bias", value, Real, -100.0, 100.0)
+        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
+            raise ValueError(f"logit_bias: expected every token once, got {self.logit_bias}")
+        object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
+        for token in self.stop_ids:
+            _check("stop_ids", token, Integral, 0, math.inf)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and what to do with it.
+
+    Attributes:
+        prompt: token ids, at least one; nothing is added to them.
+        params: how the output is drawn.
+        choice: which of several outputs of one prompt this is; part of the key of its draws.
+        prompt_logprobs: None, or n to score the prompt: the log-probability of each of its tokens
+            after those before it, and the n likeliest tokens in its place, read after
+            `params.max_loops` loops. Such a prompt is computed, not taken from a prefix cache.
+
+    Raises:
+        TypeError, ValueError: a value that does not fit; one sentence that begins with its name.
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams = SamplingParams()
+    choice: int = 0
+    prompt_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", tuple(self.prompt))
+        if not self.prompt:
+            raise ValueError("prompt: expected at least one token, got none")
+        if not all(type(token) is int and token >= 0 for token in self.prompt):
+            raise TypeError("prompt: expected token ids, integers of at least 0")
+        _check("choice", self.choice, Integral, 0, math.inf)
+        _check("prompt_logprobs", self.prompt_logprobs, Integral, 0, MOST_LOGPROBS, True)
+
+    def check(self, limits: Limits) -> None:
+        """Raises a ValueError, one sentence, if no engine of these limits can answer this."""
+        params = self.params
+        named = (
+            ("prompt", self.prompt),
+            ("logit_bias", [token for token, _ in params.logit_bias]),
+            ("stop_ids", params.stop_ids),
+        )
+        for name, tokens in named:
+            if tokens and max(tokens) >= limits.vocabulary:
+                raise ValueError(
+                    f"{name}: expected tokens below the vocabulary of {limits.vocabulary}, "
+                    f"got {max(tokens)}"
+                )
+        if len(self.prompt) + params.max_tokens > limits.max_model_len:
+            raise ValueError(
+                f"max_tokens: expected prompt and output of at most {limits.max_model_len} "
+                f"tokens, got {len(self.prompt)} + {params.max_tokens}"
+            )
+        for name in ("min_loops", "max_loops"):
+            value = getattr(params, name)
+            if value is not None and value > limits.loops:
+                raise ValueError(f"{name}: expected at most {limits.loops} loops, got {value}")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can take.
+
+    Attributes:
+        vocabulary: V; token ids lie below it.
+        loops: B of the model; 1 for a model without loops.
+        max_model_len: tokens of prompt and output together.
+    """
+
+    vocabulary: int
+    loops: int
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and how likely it was.
+
+    Attributes:
+        id: of the token.
+        logprob: of the token; None where it was not asked for.
+        top: (id, log-probability) of the likeliest tokens, falling, lowest id first of equal ones.
+        exit_depth: loops after which it was read; None for tokens of a prompt.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    exit_depth: int | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """The next token of a request, its end, or both.
+
+    The events of a request come in the order of its output; the first one has `prompt` if that was
+    asked for, and the last one, and no other, a finish reason. A request that draws no token has
+    one event without a token.
+
+    Attributes:
+        request: the id that `Engine.submit` gave.
+        token: the next one of the output.
+        finish_reason: "stop" for a stop id, "length" for `max_tokens`, "error" for a request that
+            cannot go on.
+        error: one sentence, with "error" only.
+        prompt: the tokens of the prompt with their log-probabilities; that of the first is None.
+    """
+
+    request: int
+    token: Token | None = None
+    finish_reason: FinishReason | None = None
+    error: str | None = None
+    prompt: tuple[Token, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Stats:
+    """State and totals of an engine; an engine leaves at 0 what it does not have.
+
+    Attributes:
+        waiting, running: requests that have no pages yet, and that have.
+        pages, free_pages: of the KV pool.
+        steps, rows: launches of a block, and rows in them.
+        prompt_tokens, output_tokens: computed from prompts, and drawn.
+        cached_tokens: of prompts, taken from the prefix cache.
+        fill_rows: rows that only filled KV of tokens that had left earlier.
+        preemptions: requests whose pages were taken away for a time.
+        exits: tokens read after loop 1, 2, ..., B.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    pages: int = 0
+    free_pages: int = 0
+    steps: int = 0
+    rows: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    cached_tokens: int = 0
+    fill_rows: int = 0
+    preemptions: int = 0
+    exits: tuple[int, ...] = ()
+
+
+class Engine(Protocol):
+    """Draws tokens for many requests at a time."""
+
+    limits: Limits
+
+    def submit(self, request: Request) -> int:
+        """Queues the request; the id, never used again, that its events will have.
+
+        Raises:
+            ValueError: `request.check(limits)` fails, or the KV pool can never hold it.
+        """
+        ...
+
+    def cancel(self, request: int) -> None:
+        """No event of the request comes any more, and what it holds is freed, at the latest by the
+        next step; nothing happens to one that has ended."""
+        ...
+
+    def step(self) -> list[Event]:
+        """One tick. What it raises ends the engine and every request in it."""
+        ...
+
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        ...
+
+    def stats(self) -> Stats: ...

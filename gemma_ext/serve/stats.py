@@ -1,0 +1,86 @@
+"""How long requests and tokens took."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass
+class _Open:
+    submitted: float
+    first: float = 0.0
+    last: float = 0.0
+    tokens: int = 0
+
+
+@dataclass
+class Latencies:
+    """Times of requests, in seconds of the engine's clock.
+
+    Attributes:
+        to_first: of each request, from its submission to its first token.
+        between: of each token but the first of a request, since the one before it.
+        per_token: of each finished request, (last token - submission) / tokens.
+        ends: when each finished request ended.
+        tokens: when each token came.
+    """
+
+    to_first: array = field(default_factory=lambda: array("d"))
+    between: array = field(default_factory=lambda: array("d"))
+    per_token: array = field(default_factory=lambda: array("d"))
+    ends: array = field(default_factory=lambda: array("d"))
+    tokens: array = field(default_factory=lambda: array("d"))
+    _open: dict[int, _Open] = field(default_factory=dict)
+
+    def submitted(self, id: int, now: float) -> None:
+        self._open[id] = _Open(now)
+
+    def token(self, id: int, now: float) -> None:
+        entry = self._open[id]
+        if entry.tokens:
+            self.between.append(now - entry.last)
+        else:
+            self.to_first.append(now - entry.submitted)
+            entry.first = now
+        entry.last = now
+        entry.tokens += 1
+        self.tokens.append(now)
+
+    def finished(self, id: int, now: float) -> None:
+        entry = self._open.pop(id)
+        self.ends.append(now)
+        if entry.tokens:
+            self.per_token.append((entry.last - entry.submitted) / entry.tokens)
+
+    def dropped(self, id: int) -> None:
+        self._open.pop(id, None)
+
+    def forget(self) -> None:
+        """Drops what was measured; requests stay open."""
+        for values in (self.to_first, self.between, self.per_token, self.ends, self.tokens):
+            del values[:]
+
+    def summary(self) -> dict[str, float]:
+        """Quantiles in seconds; NaN where nothing was measured."""
+        found = {}
+        for name, values in (
+            ("ttft", self.to_first),
+            ("tpot", self.between),
+            ("norm_latency", self.per_token),
+        ):
+            for q in (50, 99):
+                found[f"{name}_p{q}"] = float(np.percentile(values, q)) if values else float("nan")
+        return found
+
+    def steady(self, warm: int) -> float:
+        """Tokens per second between the end of the first `warm` requests and the last submission
+        of one that ended; NaN where no such time is left.
+        """
+        if len(self.ends) <= warm or not self.tokens:
+            return float("nan")
+        begin, end = sorted(self.ends)[warm], max(self.tokens)
+        count = int(np.count_nonzero(np.asarray(self.tokens) > begin))
+        return count / (end - begin) if end > begin else float("nan")

@@ -1,0 +1,99 @@
+"""Two replicas behind Ray Serve: one address, answers as of one engine, a dead one replaced."""
+
+import asyncio
+import os
+import signal
+import time
+from importlib.util import find_spec
+
+import openai
+import pytest
+from live_server import LIMITS, NAME
+
+from gemma_ext.serve.async_engine import AsyncEngine
+from gemma_ext.serve.http.app import build_app
+from gemma_ext.serve.http.served import Served
+from gemma_ext.serve.launch import Launch
+from gemma_ext.serve.replicas import deploy
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(find_spec(name) is None for name in ("ray", "grpc")), reason="needs ray[serve]"
+    ),
+]
+
+
+class Scripted(Launch):
+    """A launch without weights."""
+
+    def app(self):
+        from gemma_ext.pocket import load_text
+        from gemma_ext.serve.scripted import ScriptedEngine
+
+        engine = AsyncEngine(lambda: ScriptedEngine(LIMITS, seconds=0.005))
+        facts = {"process": os.getpid()}
+        served = Served(NAME, load_text("nano").tokenizer, (1,), facts=facts)
+        return build_app(engine, served, self.settings)
+
+
+@pytest.fixture(scope="module")
+def url():
+    import socket
+
+    import ray
+    from ray import serve
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        deploy(Scripted(), 2, port=port, cpus=0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+        serve.shutdown()
+    finally:
+        ray.shutdown()
+
+
+def test_replicas_answer_as_one(url):
+    async def scenario():
+        client = openai.AsyncOpenAI(base_url=url, api_key="none", timeout=60)
+        options = {"model": NAME, "prompt": "a", "temperature": 1.0}
+        async with client:
+            answers = await asyncio.gather(
+                *(client.completions.create(**options, seed=seed % 5) for seed in range(40))
+            )
+            told = [(await client.models.list()).data[0].process for _ in range(20)]
+            stream = await client.completions.create(**options, seed=0, stream=True)
+            pieces = [chunk.choices[0].text async for chunk in stream]
+            with pytest.raises(openai.BadRequestError, match="temperature: expected a number"):
+                await client.completions.create(**{**options, "temperature": -1})
+            return answers, set(told), "".join(pieces)
+
+    answers, processes, text = asyncio.run(scenario())
+    texts = [answer.choices[0].text for answer in answers]
+    assert texts == texts[:5] * 8
+    assert text == texts[0]
+    assert len(processes) == 2
+
+
+def test_a_dead_replica_is_replaced(url):
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=20, max_retries=10)
+
+    def processes():
+        return {client.models.list().data[0].process for _ in range(10)}
+
+    before = processes()
+    killed = before.pop()
+    os.kill(killed, signal.SIGKILL)
+    answer = client.completions.create(model=NAME, prompt="a", seed=1)
+    assert answer.usage.completion_tokens > 0
+    end = time.monotonic() + 60
+    while len(now := processes()) < 2 or killed in now:
+        assert time.monotonic() < end, f"{killed} was not replaced: {now}"
+        time.sleep(0.5)
+
+
+def test_fewer_than_one():
+    with pytest.raises(ValueError, match="replicas: expected at least 1, got 0"):
+        deploy(Launch(), 0)
