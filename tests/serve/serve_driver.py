@@ -177,3 +177,10 @@ class Driver:
             first = min(item.loop for item in job.deferred)
             self.launch([(job, item, FILL) for item in job.deferred if item.loop == first])
             self.drop_filled(job)
+
+
+def keys(driver: Driver, row: int, count: int) -> torch.Tensor:
+    """[L, 2, heads, count, hd] of the first tokens of a request."""
+    pages = driver.tables[row, : -(-count // PAGE)].long()
+    held = driver.runner.kv_pool[:, pages]  # [L, pages, 2, heads, 16, hd]
+    return held.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :count]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from serve_driver import Driver, int32
+from serve_driver import Driver, int32, keys
 from serve_tiny import OPTIONS, VOCABULARY, WINDOW, Double, tiny
 
 from gemma_ext.serve.exits import ExitTest
@@ -170,13 +170,6 @@ def test_schedules_give_the_same_bits(name, threshold, dtype):
                 assert torch.equal(mine.top_logprobs[i], its.top_logprobs[j])
             count = len(job.tokens) - 1
             assert torch.equal(keys(first, job.row, count), keys(driver, other.row, count))
-
-
-def keys(driver: Driver, row: int, count: int) -> torch.Tensor:
-    """[L, 2, heads, count, hd] of the first tokens of a request."""
-    pages = driver.tables[row, : -(-count // 16)].long()
-    held = driver.runner.kv_pool[:, pages]  # [L, pages, 2, heads, 16, hd]
-    return held.permute(0, 2, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :count]
 
 
 @pytest.mark.parametrize(
