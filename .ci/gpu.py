@@ -4,7 +4,7 @@ Uses the python it is started with and the tools on PATH; installs nothing and n
 stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
 $OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
 
-Stages, all by default: build, tests, sanitizer, souping, sae, step, sweep, profile, bench
+Stages, all by default: build, tests, sanitizer, souping, sae, depth, step, sweep, profile, bench
 (docs/gpu.md).
 GEMMA_EXT_GPU_TESTS_ON=cpu tries them without a card: no CUDA kernels, small shapes, nothing saved.
 """
@@ -33,6 +33,7 @@ LIMITS = {
     "sanitizer": 110.0,
     "souping": 60.0,
     "sae": 60.0,
+    "depth": 60.0,
     "step": 110.0,
     "sweep": 45.0,
     "profile": 30.0,
@@ -47,6 +48,8 @@ SAE = "test_gpu_sae.py"
 SAE_TESTS = ("decode", "products", "steer", "encode", "encode_gradients")
 # products of float32 are split on a card: 2^-16, and NaN for infinities
 SAE_CHOSEN = "cuda and not margin and not infinities and not (normal and fp32)"
+DEPTH = "test_gpu_depth_kv.py"
+DEPTH_TESTS = ("compact", "kv", "attention", "models", "propagate")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -170,7 +173,7 @@ def test_files() -> list[Path]:
     """Files of tests/gpu but those of other stages, those of TESTS first: time may run out."""
     names = [f"test_gpu_{name}.py" for name in TESTS]
     found = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    found = [path for path in found if path.name not in (SOUPING, SAE)]
+    found = [path for path in found if path.name not in (SOUPING, SAE, DEPTH)]
     return sorted(found, key=lambda p: names.index(p.name) if p.name in names else len(names))
 
 
@@ -216,6 +219,19 @@ def sae(stage: Stage) -> int:
     if DEVICE == "cuda":
         files = [f"tests/ops/test_sae_{name}.py" for name in SAE_TESTS]
         runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", SAE_CHOSEN, "-m", "not slow"))
+    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
+
+
+def depth(stage: Stage) -> int:
+    """The benchmark has a quarter of the time, the tests what it leaves."""
+    trial = ["--rows", 2, "--context", 40, "--seconds", 0]
+    status = measure(stage, "bench_depth_kv.py", ["--seconds", stage.left / 4], trial)
+    if find_spec("pytest") is None:
+        raise NotRun(f"{sys.executable} has no pytest")
+    runs: list[Sequence[object]] = [(f"tests/gpu/{DEPTH}",)]
+    if DEVICE == "cuda":
+        files = [f"tests/ops/test_depth_{name}.py" for name in DEPTH_TESTS]
+        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
     return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
 
 
@@ -276,6 +292,7 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "sanitizer": sanitizer,
     "souping": souping,
     "sae": sae,
+    "depth": depth,
     "step": step,
     "sweep": sweep,
     "profile": profile,

@@ -3,7 +3,7 @@
     python benchmarks/bench_depth_kv.py
     python benchmarks/bench_depth_kv.py --rows 1 --context 4096 --dtype bf16
     python benchmarks/bench_depth_kv.py --rows 256 --chunk --context 512
-    python benchmarks/bench_depth_kv.py --device cuda --rows 64 --context 4096 --dtype bf16 --save
+    python benchmarks/bench_depth_kv.py --device cuda --save
 
 Half of the rows are at each of two loops, their pages shuffled. With `--chunk` all rows are one
 prompt's last positions, else each is the newest token of its own request. "SDPA" has K and V of
@@ -184,8 +184,8 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--context", type=int, default=1536, help="tokens of a request")
+    parser.add_argument("--rows", type=int, help="16, on a card 64")
+    parser.add_argument("--context", type=int, help="tokens of a request: 1536, on a card 4096")
     parser.add_argument("--chunk", action="store_true", help="rows of one request")
     parser.add_argument("--heads", type=int, default=8, help="of q; Gemma 2 2B by default")
     parser.add_argument("--kv-heads", type=int, default=4)
@@ -195,7 +195,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=20.0, help="rounds are added up to here")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--save", action="store_true", help="into results/<device>/")
-    return parser.parse_args()
+    options = parser.parse_args()
+    on_card = options.device == "cuda"
+    options.rows = options.rows or (64 if on_card else 16)
+    options.context = options.context or (4096 if on_card else 1536)
+    return options
 
 
 def main() -> None:

@@ -4,6 +4,10 @@ import torch
 from cce_filter_oracle import sampled, zipf_problem
 from cce_impls import KERNELS
 from cce_oracle import GRAD_TOL, IGNORE, assert_close, check, expected, problem, run
+from divergence_oracle import KINDS
+from divergence_oracle import problem as two_heads
+from test_divergence import check as check_divergence
+from test_divergence import run as run_divergence
 
 import gemma_ext
 
@@ -49,3 +53,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     assert (want.weight == 0).any()
     for name in got:
         assert_close(got[name], want.grads[name], rtol=5 * GRAD_TOL[dtype], what=name)
+    for n, d, v, teacher_d in ((1, 1, 2, 7), (15, 130, 257, 64), (270, 96, 520, 96)):
+        for kind in KINDS:
+            x = two_heads(n, d, v, teacher_d, bias=True, ignored=0.2, dtype=dtype, softcap=9.0)
+            check_divergence(x, kind, 0.3, run_divergence(x, kind, 0.3), dtype)

@@ -55,9 +55,11 @@ def moved(options, device):
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
 
 
-def tolerance(dtype):
-    """Of results near 1: one rounding, and on a card weights of 16 bits."""
-    return 3 * EPS[dtype] if dtype != torch.float32 else 2e-6
+def tolerance(dtype, device):
+    """Of results near 1: one rounding, and on a card weights of 16 bits, and exp2 within 2^-22."""
+    if dtype != torch.float32:
+        return 3 * EPS[dtype]
+    return 2e-6 if device == "cpu" else 5e-6
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -69,7 +71,7 @@ def test_matches_the_formula(impl, options, dtype, device):
     want = by_hand(p, **OPTIONS[options])
     got = attend(p.to(device), impl=impl, **moved(OPTIONS[options], device))
     assert got.dtype == dtype
-    assert_close(got, want, rel=tolerance(dtype))
+    assert_close(got, want, rel=tolerance(dtype, device))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -86,7 +88,7 @@ def test_shapes(heads, width, dtype, device):
     p = problem(lengths, mixed(lengths, 2, 9, 1), heads=heads, width=width, loops=2, dtype=dtype)
     options = {"softcap": 5.0, "window": ints(0, 70)}
     got = attend(p.to(device), **moved(options, device))
-    assert_close(got, by_hand(p, **options), rel=tolerance(dtype))
+    assert_close(got, by_hand(p, **options), rel=tolerance(dtype, device))
 
 
 def test_float64_takes_the_formulas():

@@ -28,6 +28,10 @@ PARTS = {
         "not (anything and inf) and not (no_valid_row and (sum or none))"
         " and not (test_layout and not both) and not (opcheck and (fp32 or bare))",
     ),
+    "divergence": (
+        "test_divergence.py test_divergence_filter.py",
+        "not seeds and not thread and not (float32 and 300) and not (filter and tvd)",
+    ),
     "soup": ("test_soup_values.py test_soup_merge.py test_soup_population.py", "not large_results"),
     "soup_selection": (
         "test_soup_select.py test_soup_sums.py test_soup_rows.py",
@@ -46,6 +50,15 @@ PARTS = {
     "depth_rows": (
         "test_depth_attention.py test_depth_compact.py test_depth_kv.py",
         "not fp16 and not (formula and fp32) and not (compact and (64 or 7 or 1000))",
+    ),
+    "depth_linear": (
+        "test_depth_linear.py test_depth_norm.py test_depth_gate.py",
+        "not fp16 and not (bits_alone and not bf16) and not real_models and not (130 or 2050)",
+    ),
+    "depth_head": (
+        "test_depth_head.py test_depth_linear_opcheck.py",
+        "not fp16 and not samples_follow and not bits_alone and not compiled and not shortlist"
+        " and not (softmax and 130 and bf16)",
     ),
     "soup_cuts": ("test_soup_bits.py", "cutting or permuted"),
 }

@@ -22,10 +22,11 @@ struct PairRowsParams {
 
 // A compact row with lse of both in twice the bits.
 struct PairRow {
-  double lse, teacher_lse, divergence, mean;
-  double log_q, log_p;  // at the label
+  double lse{}, teacher_lse{}, divergence{}, mean{};
+  double log_q{}, log_p{};  // at the label
 
-  DEVICE PairRow(const PairRowsParams& p, int64_t row) {
+  DEVICE PairRow(const PairRowsParams& p, int64_t row, bool valid) {
+    if (!valid) return;
     const int from = p.rows.row[row];
     lse = static_cast<double>(p.out.lse[from]) + p.out.lse_low[from];
     teacher_lse = static_cast<double>(p.out.teacher_lse[from]) + p.out.teacher_low[from];
@@ -73,7 +74,7 @@ KERNEL void pair_rows_kernel(PairRowsParams p) {
   const int64_t row = int64_t{simt::block_idx()} * kCombineRows + simt::lane_idx();
   const bool valid = row < *p.rows.count, forward = p.kind == Kind::kForwardKl;
   double total = 0, mean = 0;
-  const PairRow r(p, valid ? row : 0);
+  const PairRow r(p, row, valid);
   for (int t = simt::warp_idx(); t < p.tiles && valid; t += kCombineWarps) {
     const int64_t at = t * p.N + row;
     if (needs_lse(p.kind)) {
@@ -154,7 +155,7 @@ KERNEL void pair_shares_kernel(PairRowsParams p) {
   const int64_t row = int64_t{simt::block_idx()} * kCombineRows + simt::lane_idx();
   const int64_t bounds = p.tiles * p.N;
   const bool valid = row < *p.rows.count;
-  const PairRow r(p, valid ? row : 0);
+  const PairRow r(p, row, valid);
   const int label = valid ? p.rows.label[row] : -1;
   double size = 0;
   for (int t = simt::warp_idx(); t < p.tiles && row < p.N; t += kCombineWarps) {
