@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from recursive_models import KINDS, assert_same_model, logits, tiny, tokens
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gemma_ext.nn.recursive import Plan, add_prefixes, load, merged, save
@@ -80,6 +81,29 @@ def test_of_sharded_sources(tmp_path):
     assert_same_model(made, convert(model, Recipe(2)), tokens())
 
 
+def test_of_pythias_own_files(source, tmp_path):
+    """Released checkpoints call the head embed_out and store buffers of their attention."""
+    folder = source("pythia")
+    model = tiny("pythia")
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    state["embed_out.weight"] = torch.randn(model.lm_head.weight.shape, dtype=torch.float64)
+    for depth in range(6):
+        name = f"gpt_neox.layers.{depth}.attention"
+        state[f"{name}.bias"] = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+        state[f"{name}.masked_bias"] = torch.tensor(-1e9)
+    state.pop("lm_head.weight", None)
+    save_file(state, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    vanilla = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(vanilla.lm_head.weight, state["embed_out.weight"])
+    out = convert_folder(folder, tmp_path / "out", Recipe(2, rank=3))
+    assert_same_model(load(out), convert(vanilla, Recipe(2, rank=3)), tokens())
+    plain = AutoModelForCausalLM.from_pretrained(export_folder(out, tmp_path / "vanilla"))
+    assert_same_model(plain, merged(load(out)), tokens())
+
+
 def test_an_interrupted_conversion_goes_on(source, tmp_path, monkeypatch):
     folder, recipe = source(), Recipe(2, rank=3)
     plain = streaming.stored_layer
@@ -143,8 +167,6 @@ def test_sources_and_places_that_are_refused(source, tmp_path):
     with pytest.raises(ValueError, match="expected no prefixes to merge, got 2"):
         export_folder(prefixed, tmp_path / "out")
     assert Plan.of_model(load(prefixed)).prefix == 2
-    from safetensors.torch import load_file, save_file
-
     whole = load_file(folder / "model.safetensors")
     whole.pop("model.layers.4.mlp.up_proj.weight")
     save_file(whole, folder / "model.safetensors")

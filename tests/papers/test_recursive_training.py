@@ -286,6 +286,19 @@ def test_accumulated_batches_are_one_batch(tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_activations_computed_twice_give_the_same_gradients(tmp_path):
+    found = []
+    for twice in (False, True):
+        keep = Keep()
+        objective = Objective(exits="aggressive", self_distillation=True)
+        options = {"activation_checkpointing": twice, "objective": objective}
+        trainer(made("gemma2"), tmp_path, 1, [keep], **options).train()
+        found.append(keep.found)
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=1e-5, atol=1e-8)
+
+
 class Keep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.found = gradients(model)

@@ -43,7 +43,7 @@ def name_of(recipe: Recipe) -> str:
 
 
 def recipes(loops: int, ranks: tuple[int, ...], full: bool) -> list[Recipe]:
-    """The conversions of the first table; `ranks` ascend, the last but one is also tried alone."""
+    """The conversions of the first table; the middle one of `ranks` also begins from zero."""
     middle = middle_rank(ranks)
     found = [Recipe(loops, "stepwise"), Recipe(loops, "average")]
     if full:
