@@ -21,7 +21,7 @@ dev_stamp := $(VENV)/.installed-dev
 gpu_python = $(if $(filter file,$(origin PYTHON)),python3,$(PYTHON))
 
 .PHONY: demo test test-all bench lint format wheel build install abi-audit abi-matrix clean
-.PHONY: gpu gpu-build gpu-tests gpu-sanitizer gpu-souping gpu-sae gpu-depth gpu-step gpu-sweep gpu-profile gpu-bench gpu-peers
+.PHONY: gpu gpu-build gpu-tests gpu-sanitizer gpu-souping gpu-sae gpu-depth gpu-heads gpu-step gpu-sweep gpu-profile gpu-bench gpu-peers
 
 demo: build
 	$(bin)/gemma-ext demo --out $(OUT)/demo
@@ -66,7 +66,7 @@ abi-matrix: wheel
 gpu:
 	@OUT=$(OUT) $(gpu_python) .ci/gpu.py
 
-gpu-build gpu-tests gpu-sanitizer gpu-souping gpu-sae gpu-depth gpu-step gpu-sweep gpu-profile gpu-bench:
+gpu-build gpu-tests gpu-sanitizer gpu-souping gpu-sae gpu-depth gpu-heads gpu-step gpu-sweep gpu-profile gpu-bench:
 	@OUT=$(OUT) $(gpu_python) .ci/gpu.py $(@:gpu-%=%)
 
 # Where there is a network: other people's losses for gpu-bench, unpacked into .peers/.

@@ -4,8 +4,8 @@ Uses the python it is started with and the tools on PATH; installs nothing and n
 stage that fails or outlasts its limit does not stop the next one. Logs and results are left in
 $OUT/gpu (out/gpu by default), and the last lines printed say how each stage went.
 
-Stages, all by default: build, tests, sanitizer, souping, sae, depth, step, sweep, profile, bench
-(docs/gpu.md).
+Stages, all by default: build, tests, sanitizer, souping, sae, depth, heads, step, sweep, profile,
+bench (docs/gpu.md).
 GEMMA_EXT_GPU_TESTS_ON=cpu tries them without a card: no CUDA kernels, small shapes, nothing saved.
 """
 
@@ -34,6 +34,7 @@ LIMITS = {
     "souping": 60.0,
     "sae": 60.0,
     "depth": 60.0,
+    "heads": 60.0,
     "step": 110.0,
     "sweep": 45.0,
     "profile": 30.0,
@@ -51,6 +52,8 @@ SAE_TESTS = ("decode", "products", "steer", "encode", "encode_gradients")
 SAE_CHOSEN = "cuda and not margin and not infinities and not (normal and fp32)"
 DEPTH = "test_gpu_depth_kv.py"
 DEPTH_TESTS = ("compact", "kv", "attention", "models", "propagate")
+HEADS = "test_gpu_depth_linear.py"
+HEADS_TESTS = ("linear", "norm", "head", "gate")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -175,7 +178,7 @@ def test_files() -> list[Path]:
     """Files of tests/gpu but those of other stages, those of TESTS first: time may run out."""
     names = [f"test_gpu_{name}.py" for name in TESTS]
     found = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    found = [path for path in found if path.name not in (SOUPING, SAE, DEPTH)]
+    found = [path for path in found if path.name not in (SOUPING, SAE, DEPTH, HEADS)]
     return sorted(found, key=lambda p: names.index(p.name) if p.name in names else len(names))
 
 
@@ -233,6 +236,20 @@ def depth(stage: Stage) -> int:
     runs: list[Sequence[object]] = [(f"tests/gpu/{DEPTH}",)]
     if DEVICE == "cuda":
         files = [f"tests/ops/test_depth_{name}.py" for name in DEPTH_TESTS]
+        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
+    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
+
+
+def heads(stage: Stage) -> int:
+    """The benchmark has half of the time, the tests what it leaves."""
+    trial = ["--rows", 2, "--shape", 32, 300, "--rank", 8, "--seconds", 0]
+    given = ["--rows", 1, 32, 128, "--dtype", "bf16", "--seconds", stage.left / 15]
+    status = measure(stage, "bench_depth_linear.py", given, trial)
+    if find_spec("pytest") is None:
+        raise NotRun(f"{sys.executable} has no pytest")
+    runs: list[Sequence[object]] = [(f"tests/gpu/{HEADS}",)]
+    if DEVICE == "cuda":
+        files = [f"tests/ops/test_depth_{name}.py" for name in HEADS_TESTS]
         runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
     return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
 
@@ -295,6 +312,7 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "souping": souping,
     "sae": sae,
     "depth": depth,
+    "heads": heads,
     "step": step,
     "sweep": sweep,
     "profile": profile,

@@ -14,6 +14,7 @@ every loop; "logits" is F.linear in the dtype of the head, and log-softmax and t
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import sys
 from collections.abc import Callable
@@ -46,6 +47,11 @@ EXIT, SAMPLED, LISTED, LOGITS = (
 )
 NAMES = {"linear": (OURS, BASE, BY_LOOP, LINEAR), "head": (EXIT, SAMPLED, LISTED, LOGITS)}
 PEERS = {OURS: BY_LOOP, BASE: LINEAR, EXIT: LOGITS}
+SHAPES = {
+    "cpu": {"linear": (640, 2048), "head": (640, 262144)},
+    "cuda": {"linear": (2304, 9216), "head": (2304, 256000)},
+}
+"""D and F, or V: of Gemma 3 270M and Gemma 2 2B."""
 HEAD_BAR = 0.85  # of the bandwidth of a copy, up to 128 rows on a card
 COPY = "copy"
 COLUMNS = {
@@ -185,19 +191,17 @@ def parse_options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--device", default="cpu", choices=tuple(COLD))
-    parser.add_argument("--part", default="linear", choices=tuple(NAMES))
+    parser.add_argument("--part", nargs="+", default=list(NAMES), choices=tuple(NAMES))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 128])
     parser.add_argument(
-        "--shape", type=int, nargs=2, help="D and F, or D and V; by default Gemma 3 270M's"
+        "--shape", type=int, nargs=2, help="D and F, or D and V; by default those of SHAPES"
     )
     parser.add_argument("--rank", type=int, default=64)
     parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=6.0, help="a number of rows takes so long")
     parser.add_argument("--save", action="store_true", help="into results/<device>/")
-    o = parser.parse_args()
-    o.shape = tuple(o.shape or ((640, 2048) if o.part == "linear" else (640, 262144)))
-    return o
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -206,19 +210,21 @@ def main() -> None:
     torch.manual_seed(0)
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
-    shared = {name: getattr(options, name) for name in ("part", "rank", "dtype", "threads")}
-    shared |= dict(zip(("D", "F"), options.shape, strict=True))
     rows = []
     with torch.no_grad():
-        for n in options.rows:
-            found = rows_of(options, n)
-            print(f"{n} rows\n" + report.table_and_bars(found, COLUMNS), flush=True)
-            rows += [{**row, **shared, "rows": n} for row in found]
+        for part, n in itertools.product(options.part, options.rows):
+            o = copy.copy(options)
+            o.part, o.shape = part, tuple(options.shape or SHAPES[o.device][part])
+            found = rows_of(o, n)
+            case = {"part": part, "rank": o.rank, "dtype": o.dtype, "threads": o.threads}
+            case |= {"D": o.shape[0], "F": o.shape[1], "rows": n}
+            print(f"{part}, {n} rows\n" + report.table_and_bars(found, COLUMNS), flush=True)
+            rows += [{**row, **case} for row in found]
     if options.save:
         layout = report.Layout(
             title="Linear layers and heads of rows at mixed depths",
             about=f"`python benchmarks/bench_depth_linear.py --device {options.device} --save`",
-            case=(*shared, "rows"),
+            case=("part", "rank", "dtype", "threads", "D", "F", "rows"),
             label=lambda row: (
                 f"{row['rows']} rows, {row['D']} x {row['F']}, {row['dtype']}, "
                 f"{row['threads']} threads"

@@ -93,6 +93,7 @@ def test_only_what_a_card_measures_is_saved(gpu, monkeypatch, name):
         ("souping", "bench_souping_card.py", "test_gpu_soup.py"),
         ("sae", "bench_sae_card.py", "test_gpu_sae.py"),
         ("depth", "bench_depth_kv.py", "test_gpu_depth_kv.py"),
+        ("heads", "bench_depth_linear.py", "test_gpu_depth_linear.py"),
     ],
 )
 def test_a_stage_measures_and_tests(gpu, monkeypatch, stage, script, tests):
