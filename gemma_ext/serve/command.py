@@ -46,6 +46,13 @@ def main(
     prefix_cache: Annotated[
         bool, typer.Option("--prefix-cache", help="Keep and share pages of prompts.")
     ] = False,
+    fill_on_finish: Annotated[
+        bool, typer.Option("--fill-on-finish", help="Share outputs too, not only prompts.")
+    ] = False,
+    backlog: Annotated[
+        int, typer.Option(min=1, help="Tokens of a request whose loops wait to be filled.")
+    ] = 64,
+    order: Annotated[str, typer.Option(help="Of ready tokens: fifo, deepest, uniform.")] = "fifo",
     mode: Annotated[
         str, typer.Option(help="cdb refills at every loop, csb at full passes.")
     ] = "cdb",
@@ -124,6 +131,9 @@ def main(
                 "keep": keep,
                 "kv_pressure": kv_pressure,
                 "prefix_cache": prefix_cache,
+                "fill_on_finish": fill_on_finish,
+                "backlog": backlog,
+                "order": order,
                 "mode": mode,
                 "min_coda_batch": min_coda_batch,
                 "prefill_tokens": prefill_tokens,

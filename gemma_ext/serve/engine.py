@@ -90,6 +90,7 @@ class Engine:
         exits: ExitTest | None = None,
         dtype: torch.dtype | None = None,
         impl: str = "auto",
+        shortlist: bool = False,
         **options: Any,
     ) -> Engine:
         """An engine for a causal LM of transformers, vanilla or recursive.
@@ -98,6 +99,7 @@ class Engine:
             exits: the exit test; none by default.
             dtype: of weights, keys and values; the model's by default.
             impl: of the ops.
+            shortlist: read codes of the head for greedy requests (`gemma_ext.serve.readout.Head`).
             options: of the engine.
         """
         from gemma_ext.serve.weights import read_weights
@@ -109,6 +111,7 @@ class Engine:
             keep=config.keep,
             exits=exits,
             impl=impl,
+            shortlist=shortlist,
         )
         return cls(runner, config, **options)
 

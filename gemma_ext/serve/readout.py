@@ -15,6 +15,7 @@ from torch import Tensor
 from gemma_ext.ops.depth_batching.head import HeadExit, head_exit
 from gemma_ext.ops.depth_batching.linear import Projection, seg_depth_lora
 from gemma_ext.ops.depth_batching.norm import gather_rms_norm
+from gemma_ext.ops.depth_batching.shortlist import make_shortlist, shortlist_head
 from gemma_ext.serve.weights import Weights
 
 _TILE = 16384  # rows of the head that are widened at a time where it is stored in 16 bits
@@ -26,10 +27,18 @@ class Head:
     Args:
         weights: of the model.
         impl: of the ops.
+        shortlist: read 8-bit codes of the head where they prove which token is the best
+            (`shortlist_head`), V D bytes more; on CPUs.
+
+    Raises:
+        ValueError: a shortlist on a card.
     """
 
-    def __init__(self, weights: Weights, impl: str = "auto") -> None:
+    def __init__(self, weights: Weights, impl: str = "auto", *, shortlist: bool = False) -> None:
         self.weights, self.impl = weights, impl
+        if shortlist and weights.device.type != "cpu":
+            raise ValueError(f"shortlist: expected a model on the CPU, got {weights.device}")
+        self.shortlist = make_shortlist(weights.head) if shortlist else None
         self.vocabulary = weights.vocabulary
         self.dtype = torch.promote_types(weights.dtype, torch.float32)
         self._early = None
@@ -67,6 +76,21 @@ class Head:
             candidates=candidates,
             impl=self.impl,
         )
+
+    def best(self, bank: Tensor, slots: Tensor) -> Tensor:
+        """int32 [n] ids of `rows`, and nothing else, of states after the last loop."""
+        model = self.weights
+        if self.shortlist is None:
+            return self.rows(bank, slots, None, None, 0, False).ids
+        return shortlist_head(
+            bank[slots.long()],
+            self.shortlist,
+            norm_weight=model.final_norm,
+            eps=model.eps,
+            plus_one=model.plus_one,
+            softcap=model.head_softcap,
+            impl=self.impl,
+        ).ids
 
     def logits(self, bank: Tensor, slots: Tensor, early: bool) -> Tensor:
         """[n, V], at least float32: for requests that change single logits."""
@@ -187,6 +211,17 @@ class Readout:
         for flag, at in self._groups(early, stale):
             self._compute(slots[at], rows[at], positions[at], flag)
         return HeadExit(*(None if field is None else field[slots] for field in self.kept))
+
+    def best(self, slots: Tensor, early: Tensor) -> Tensor | None:
+        """int32 [n] ids that `read` would give; None where a full reading is no more work."""
+        if self.head.shortlist is None or (self.head.has_early and bool(early.any())):
+            return None
+        stale = ~self.fresh[slots.numpy()]
+        ids = self.kept.ids[slots]
+        if stale.any():
+            at = torch.from_numpy(np.flatnonzero(stale))
+            ids[at] = self.head.best(self.bank, slots[at])
+        return ids
 
     def logits(self, slots: Tensor, early: Tensor) -> Tensor:
         """[n, V]."""

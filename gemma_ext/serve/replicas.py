@@ -1,7 +1,8 @@
 """Many servers behind one address: each replica of Ray Serve has an engine of its own.
 
-Ray starts replicas where its cluster has room, restarts those that die, and gives a request to the
-less busy of two (it looks at requests under way). A stream stays with its replica.
+Ray starts replicas where its cluster has room, replaces those that die or whose engine fails, and
+gives a request to the less busy of two (it looks at requests under way). A stream stays with its
+replica.
 """
 
 from __future__ import annotations
@@ -17,6 +18,18 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 APP = "gemma_ext"
+_HEALTH_SECONDS = 5.0  # between two looks at a replica; Ray gives up on one after three bad ones
+
+
+class _Replica:
+    """One server; Ray replaces it when its engine has failed."""
+
+    app: FastAPI  # of Ray's ingress
+
+    def check_health(self) -> None:
+        trouble = self.app.state.service.engine.trouble
+        if trouble is not None:
+            raise RuntimeError(trouble)
 
 
 def deploy(
@@ -63,9 +76,10 @@ def deploy(
         num_replicas=replicas,
         # the replica itself refuses what is too much, in the API's own form
         max_ongoing_requests=2 * launch.most_open,
+        health_check_period_s=_HEALTH_SECONDS,
         graceful_shutdown_timeout_s=settings.drain_seconds + 10.0,
         ray_actor_options={"num_cpus": cpus, "num_gpus": gpus},
-    )(serve.ingress(build)())
+    )(serve.ingress(build)(_Replica))
     return serve.run(deployment.bind(), name=APP, route_prefix="/")
 
 

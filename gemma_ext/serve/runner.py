@@ -63,6 +63,7 @@ class ModelRunner:
         exits: the exit test.
         impl: of the ops; the formulas in float64.
         head: in the place of the model's own.
+        shortlist: of the head, for greedy requests (`gemma_ext.serve.readout.Head`).
         graphs: whether a block is run from fixed buffers, captured on a card
             (`gemma_ext.serve.graphs`); by default on a card where the model allows it.
 
@@ -81,6 +82,7 @@ class ModelRunner:
         impl: str = "auto",
         head: Head | None = None,
         graphs: bool | None = None,
+        shortlist: bool = False,
     ) -> None:
         for name in ("requests", "slots", "pages", "max_length"):
             if getattr(sizes, name) < 1:
@@ -106,9 +108,8 @@ class ModelRunner:
                 for frequencies, scale in weights.ropes
             ]
         ).to(weights.device)
-        self.readout = Readout(
-            head or Head(weights, self.impl), self.bank, sizes.requests, CANDIDATES
-        )
+        head = head or Head(weights, self.impl, shortlist=shortlist)
+        self.readout = Readout(head, self.bank, sizes.requests, CANDIDATES)
         self.sampler = Sampler(self.readout, sizes.requests, sizes.max_length, self.impl)
         self.exits = Exits(exits or ExitTest(), self.readout, self.loops, sizes.requests, self.impl)
         alone = not (weights.prelude or weights.coda)

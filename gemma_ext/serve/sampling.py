@@ -6,7 +6,7 @@ is the same whether the kept tokens were found among all, or among the candidate
 
 | request | read off |
 |---|---|
-| temperature 0 | the argmax |
+| temperature 0 | the argmax, from codes of the head if there are such |
 | all tokens kept | the sample of the head |
 | top-k, top-p, min-p | that sample if it is kept, else the candidates; all logits of the row |
 | | where the candidates do not reach the edge of what is kept |
@@ -92,6 +92,7 @@ class Sampler:
         self.top_k = torch.zeros(requests, dtype=torch.int64, device=device)
         self.top_p = torch.ones(requests, dtype=dtype, device=device)
         self.min_p = torch.zeros(requests, dtype=dtype, device=device)
+        self.hot = np.zeros(requests, bool)  # temperature above 0
         self.cuts = np.zeros(requests, bool)  # keeps only some tokens
         self.asked = np.full(requests, -1)  # logprobs; -1 for none
 
@@ -100,7 +101,7 @@ class Sampler:
         params = request.params
         self.history.open(row, request.prompt, drawn, params)
         self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
-        hot = params.temperature > 0
+        self.hot[row] = hot = params.temperature > 0
         self.cuts[row] = hot and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.asked[row] = -1 if params.logprobs is None else params.logprobs
         need = CANDIDATES if self.cuts[row] else max(self.asked[row], 0)
@@ -114,10 +115,15 @@ class Sampler:
             rows: of the block tables.
             early: bool [n], whether a row is read before the last loop.
         """
-        read = self.readout.read(slots, rows, positions, early)
-        ids = read.samples
         host = rows.numpy()
         dense = self.history.changes(host, positions.numpy())
+        if not (dense | self.hot[host] | (self.asked[host] >= 0)).any():
+            best = self.readout.best(slots, early)
+            if best is not None:
+                self.history.add(rows, positions, best)
+                return Sampled(best.cpu(), None, None, None)
+        read = self.readout.read(slots, rows, positions, early)
+        ids = read.samples
         cut = np.flatnonzero(self.cuts[host] & ~dense)
         if len(cut):
             at = torch.from_numpy(cut)

@@ -25,7 +25,7 @@ def requests() -> list[Request]:
     return [
         Request(
             tuple(torch.randint(VOCABULARY, (5 + i,), generator=random).tolist()),
-            SamplingParams(max_tokens=8, **own),
+            SamplingParams(max_tokens=6, **own),
         )
         for i, own in enumerate(SETTINGS)
     ]
@@ -57,15 +57,15 @@ def assert_tokens_of_one_process(rank, world, model, **options):
                 )
 
 
-def check_every_exit_on_the_head(rank, world):
+def check_exits_on_the_head(rank, world):
     model = tiny("Gemma2", loops=3, rank=3, layers=6, seed=5)
-    for name, threshold in (("max_prob", 0.3), ("entropy", 2.0), ("kl", 0.3), ("argmax", 1)):
+    for name, threshold in (("max_prob", 0.3), ("kl", 0.3)):
         exits = ExitTest(name, threshold=threshold)
         assert_tokens_of_one_process(rank, world, model, exits=exits)
 
 
 def check_bias_and_norms_of_heads(rank, world):
-    for name in ("Qwen2", "Qwen3", "Gemma3Text"):
+    for name in ("Qwen2", "Gemma3Text"):
         model = tiny(name, loops=2, rank=2, num_key_value_heads=4)
         exits = ExitTest("latent_diff", threshold=0.7)
         assert_tokens_of_one_process(rank, world, model, exits=exits)
@@ -73,9 +73,8 @@ def check_bias_and_norms_of_heads(rank, world):
 
 def check_one_head_of_keys_is_on_every_rank(rank, world):
     model = tiny("Gemma", loops=2, rank=2, num_key_value_heads=1)
-    for policy in ("exact_lazy", "propagate", "copy"):
-        exits = ExitTest("margin", threshold=0.15)
-        assert_tokens_of_one_process(rank, world, model, exits=exits, policy=policy)
+    exits = ExitTest("margin", threshold=0.15)
+    assert_tokens_of_one_process(rank, world, model, exits=exits, policy="propagate")
 
 
 def check_middle_cycle_with_an_exit_head(rank, world):
@@ -88,3 +87,6 @@ def check_middle_cycle_with_an_exit_head(rank, world):
         model.exit_head.lora_B.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     exits = ExitTest("max_prob", threshold=0.4)
     assert_tokens_of_one_process(rank, world, model, exits=exits)
+
+
+check_bias_and_norms_of_heads.worlds = check_middle_cycle_with_an_exit_head.worlds = (2,)

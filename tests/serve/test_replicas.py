@@ -24,14 +24,22 @@ pytestmark = [
 ]
 
 
+POISON = 7  # a prompt that its engine does not survive
+
+
 class Scripted(Launch):
     """A launch without weights."""
 
     def app(self):
         from gemma_ext.pocket import load_text
-        from gemma_ext.serve.scripted import ScriptedEngine
+        from gemma_ext.serve.scripted import ScriptedEngine, random_bigrams
 
-        engine = AsyncEngine(lambda: ScriptedEngine(LIMITS, seconds=0.005))
+        bigrams = random_bigrams(LIMITS.vocabulary)
+
+        def logits(ids):
+            return bigrams(ids) if ids[0] != POISON else 1 / 0
+
+        engine = AsyncEngine(lambda: ScriptedEngine(LIMITS, logits, seconds=0.005))
         facts = {"process": os.getpid()}
         served = Served(NAME, load_text("nano").tokenizer, (1,), facts=facts)
         return build_app(engine, served, self.settings)
@@ -92,6 +100,19 @@ def test_a_dead_replica_is_replaced(url):
     while len(now := processes()) < 2 or killed in now:
         assert time.monotonic() < end, f"{killed} was not replaced: {now}"
         time.sleep(0.5)
+
+
+def test_a_replica_whose_engine_failed_is_replaced(url):
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=20, max_retries=0)
+    before = {client.models.list().data[0].process for _ in range(10)}
+    with pytest.raises(openai.InternalServerError, match="the engine failed: ZeroDivisionError"):
+        client.completions.create(model=NAME, prompt=[POISON])
+    client, end = client.with_options(max_retries=10), time.monotonic() + 90
+    while len(before & {client.models.list().data[0].process for _ in range(10)}) == 2:
+        assert time.monotonic() < end, "the failed replica was not replaced"
+        time.sleep(1)
+    answer = client.completions.create(model=NAME, prompt="a", seed=1)
+    assert answer.usage.completion_tokens > 0
 
 
 def test_fewer_than_one():

@@ -221,3 +221,28 @@ def test_scores_of_given_tokens():
     torch.testing.assert_close(found.logprobs, own[every, given.long()])
     torch.testing.assert_close(found.top_logprobs, own.sort(-1, descending=True).values[:, :4])
     assert torch.equal(draw_all(s, requests).ids, drawn.ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_shortlist_finds_the_same_tokens(dtype):
+    weights = read_weights(MODEL, dtype=dtype)
+    impl = "reference" if dtype == torch.float64 else "auto"
+    wide = torch.promote_types(dtype, torch.float32)
+    bank = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1)).to(wide)
+    greedy = [Request((1,), SamplingParams(temperature=0)) for _ in range(40)]
+    found = []
+    for shortlist in (False, True):
+        head = Head(weights, impl, shortlist=shortlist)
+        s = Sampler(Readout(head, bank, 40, CANDIDATES), 40, 64, impl)
+        found.append(draw_all(s, greedy).ids)
+    assert torch.equal(*found)
+    assert not s.readout.fresh.any()  # the head itself was not asked
+
+
+def test_shortlist_leaves_requests_alone_that_want_more():
+    s = sampler(2)
+    s.readout.head = Head(s.readout.head.weights, "reference", shortlist=True)
+    asked = [Request((1,), SamplingParams(temperature=0, logprobs=n)) for n in (None, 2)]
+    found = draw_all(s, asked)
+    assert found.ids.tolist() == logits_of(s).argmax(-1).tolist()
+    assert found.top_ids[1, 0] == found.ids[1]

@@ -48,14 +48,15 @@ def test_every_option_has_its_place(started, tmp_path):
     options = {
         "host": "::1", "port": 9, "name": "n", "device": "cuda:1", "dtype": "bfloat16",
         "threads": 3, "width": 4, "requests": 5, "max-model-len": 6, "pages": 7,
-        "kv-memory": 0.25, "kv-policy": "copy", "keep": 2, "kv-pressure": "none", "mode": "csb",
+        "kv-memory": 0.25, "kv-policy": "copy", "keep": 2, "kv-pressure": "none", "backlog": 3,
+        "order": "deepest", "mode": "csb",
         "min-coda-batch": 8, "prefill-tokens": 9, "exit": "margin", "exit-threshold": 0.5,
         "exit-weights": "gate.safetensors", "max-open": 10, "max-tokens": 11, "max-body": 12,
         "request-timeout": 13, "drain": 14, "chat-template": template, "tensor-parallel": 2,
         "log-level": "error",
     }  # fmt: skip
     given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    given += ["--prefix-cache", "--api-key", "a", "--api-key", "b"]
+    given += ["--prefix-cache", "--fill-on-finish", "--api-key", "a", "--api-key", "b"]
     result = run("folder", *given)
     assert result.exit_code == 0, result.output
     made, host, port, level = started[0]
@@ -67,7 +68,8 @@ def test_every_option_has_its_place(started, tmp_path):
         dtype="bfloat16",
         engine={
             "width": 4, "requests": 5, "max_model_len": 6, "pages": 7, "kv_policy": "copy",
-            "keep": 2, "kv_pressure": "none", "prefix_cache": True, "mode": "csb",
+            "keep": 2, "kv_pressure": "none", "prefix_cache": True, "fill_on_finish": True,
+            "backlog": 3, "order": "deepest", "mode": "csb",
             "min_coda_batch": 8, "prefill_tokens": 9,
         },
         kv_memory=0.25,
