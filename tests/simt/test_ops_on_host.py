@@ -43,7 +43,7 @@ PARTS = {
         "not fp16 and not 130 and not 257 and not 517 and not group_max"
         " and not margin and not infinities and not (normal and fp32)",
     ),
-    "depth_rows": (
+    "depth_pages": (
         "test_depth_attention.py test_depth_compact.py test_depth_kv.py",
         "not fp16 and not (formula and fp32) and not (compact and (64 or 7 or 1000))",
     ),

@@ -29,12 +29,19 @@ struct MmaShared {
 template <class T, int kRow>
 DEVICE void load_tile(T (&to)[kTokens][kRow], const Attention& a, int64_t row, int head,
                       int64_t half, int tile, int begin, int end) {
-  constexpr int kWords = (kRow - 8) / 8;  // of a token
-  for (int i = simt::thread_idx(); i < kTokens * kWords; i += kMmaThreads) {
-    const int token = i / kWords, at = i % kWords * 8, t = tile + token;
-    const T* from = t >= begin && t < end ? token_at<T>(a, row, t, half, head) : nullptr;
-    const T* anywhere = static_cast<const T*>(a.pool.data);
-    simt::cp_async(&to[token][at], from ? from + at : anywhere, from ? 16 : 0);
+  constexpr int kWords = (kRow - 8) / 8;  // of a token; those of a page lie one behind the other
+  const T* anywhere = static_cast<const T*>(a.pool.data);
+  UNROLL
+  for (int page = 0; page < kTokens / kPage; ++page) {
+    const int first = tile + page * kPage;
+    const bool any = first < end && first + kPage > begin;
+    const T* from = any ? page_of<T>(a, row, first / kPage, half, head) : nullptr;
+    for (int i = simt::thread_idx(); i < kPage * kWords; i += kMmaThreads) {
+      const int token = i / kWords, t = first + token;
+      const bool seen = from && t >= begin && t < end;
+      simt::cp_async(&to[page * kPage + token][i % kWords * 8], seen ? from + i * 8 : anywhere,
+                     seen ? 16 : 0);
+    }
   }
 }
 

@@ -31,7 +31,8 @@ void attend_plain_kernel(AttendParams p) {
     s_q[e] = e < u.heads * width ? widen(q[e]) : 0.0f;
   simt::sync_block();
   for (int t = begin + warp; t < end; t += kPlainWarps) {
-    const T* k = token_at<T>(a, u.row, t, 0, u.head);
+    const T* page = page_of<T>(a, u.row, t / kPage, 0, u.head);
+    const T* k = page ? page + t % kPage * width : nullptr;
     float sums[kHeads] = {};
     for (int d = lane; d < width; d += simt::kWarpSize) {
       const float key = k ? widen(k[d]) : 0.0f;
@@ -72,8 +73,8 @@ void attend_plain_kernel(AttendParams p) {
   for (int d = thread; d < width; d += kPlainThreads) {
     float sums[kHeads] = {};
     for (int t = begin; t < end; ++t) {
-      const T* v = token_at<T>(a, u.row, t, 1, u.head);
-      const float value = v ? widen(v[d]) : 0.0f;
+      const T* page = page_of<T>(a, u.row, t / kPage, 1, u.head);
+      const float value = page ? widen(page[t % kPage * width + d]) : 0.0f;
       UNROLL
       for (int h = 0; h < kHeads; ++h) {
         if (h < u.heads) sums[h] += s_weights[h * kSplit + t - base] * value;

@@ -55,14 +55,14 @@ DEVICE Unit unit_of(const AttendParams& p) {
   return u;
 }
 
-// Where token t of row i's request has K (half 0) or V (1) of a head; null if its page is none.
+// The 16 tokens of a page of row i's request, K (half 0) or V (1) of a head; null if its page is none.
 template <class T>
-DEVICE const T* token_at(const Attention& a, int64_t i, int t, int64_t half, int head) {
+DEVICE const T* page_of(const Attention& a, int64_t i, int page, int64_t half, int head) {
   const Places& p = a.places;
-  const int64_t page = p.block_tables[p.req[i] * p.max_pages + t / kPage];
-  if (page < 0 || page >= a.pool.pages) return nullptr;
+  const int64_t id = p.block_tables[p.req[i] * p.max_pages + page];
+  if (id < 0 || id >= a.pool.pages) return nullptr;
   return static_cast<const T*>(a.pool.data) +
-         page_at(a.pool, a.depth_of[p.loop[i]], page, half, head) + t % kPage * a.pool.width;
+         page_at(a.pool, a.depth_of[p.loop[i]], id, half, head);
 }
 
 // Within 3e-7 relative; the polynomial of common/cpu/vec.h where 1 - 2 / (e^2x + 1) cancels.
