@@ -81,13 +81,15 @@ def batch(tokens: int, features: int, width: int, k: int, dtype: torch.dtype, de
     """Sums of 32 rows of the dictionary with exponential weights, and noise."""
     g = torch.Generator(device).manual_seed(0)
     options = {"generator": g, "device": device}
-    weight = functional.normalize(torch.randn(features, width, **options), dim=-1)
+    weight = torch.empty(features, width, dtype=dtype, device=device)
+    for rows in weight.split(1 << 14):  # in float32 a dictionary of a million rows is too large
+        rows.copy_(functional.normalize(torch.randn(rows.shape, **options), dim=-1))
     x = 0.1 * torch.randn(tokens, width, **options)
     for _ in range(32):
         chosen = torch.randint(0, features, (tokens,), **options)
         amounts = torch.empty(tokens, 1, device=device).exponential_(generator=g)
         x += amounts * weight[chosen]
-    return Batch(x.to(dtype), weight.to(dtype), k)
+    return Batch(x.to(dtype), weight, k)
 
 
 def encoders(b: Batch, threshold: float) -> dict[str, Callable[..., Tensor | Codes]]:

@@ -66,7 +66,7 @@ def main(
     sae = new_dictionary(width_of(opened.model, site), features, "topk", k).to(device)
     config = TrainConfig(steps=max(1, count(tokens) // batch), save_every=100)
     done = train_dictionary(opened, str(site), sae, config, out, batch=batch)
-    print(summary(done.evaluation))
+    print(summary(done.evaluations))
 
     loaded = load_dictionary(done.folder).to(device)
     rows = opened.heldout[:ROWS]

@@ -45,6 +45,10 @@ Site = Annotated[
 SiteOfFile = Annotated[
     str | None, typer.Option(help="As of train; by default what the dictionary's file says.")
 ]
+Against = Annotated[
+    list[str] | None,
+    typer.Option(help="A model that reads the same tokens, for a crosscoder; more than once."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 Dictionary = Annotated[
     Path, typer.Argument(help="Folder or file of any known format, or hf:REPOSITORY:FOLDER.")
@@ -54,6 +58,7 @@ Dictionary = Annotated[
 @app.command()
 def train(
     model: Model = "pocket",
+    against: Against = None,
     site: Site = "1",
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("out/sae"),
     features: Annotated[int, typer.Option(help="Latents F.")] = 2048,
@@ -89,6 +94,7 @@ def train(
 ) -> None:
     """Train a dictionary on a model's activations and write it as a SAELens folder.
 
+    With --against it is a crosscoder of all the models, in the format of science-of-finetuning.
     The same command goes on where an interrupted run stopped. Under torchrun every process is a
     rank.
 
@@ -99,9 +105,9 @@ def train(
         config = TrainConfig(
             steps=steps, learning_rate=rate, bfloat16=bfloat16, save_every=save_every
         )
-        opened = _open(model, text, heldout, context, device, dtype, count(read or tokens))
-        width = width_of(opened.model, site)
-        sae = new_dictionary(width, features, activation, k, seed=seed)
+        opened = _open(model, against, text, heldout, context, device, dtype, count(read or tokens))
+        width, sources = width_of(opened.model, site), len(opened.models)
+        sae = new_dictionary(width, features, activation, k, sources=sources, seed=seed)
         objective = default_objective(sae, sparsity)
         if widths is not None:
             objective = replace(objective, widths=tuple(int(w) for w in widths.split(",")))
@@ -121,7 +127,7 @@ def train(
             show_progress=not quiet,
         )
         if done is not None:
-            typer.echo(summary(done.evaluation))
+            typer.echo(summary(done.evaluations))
             typer.echo(done.folder)
             typer.echo(done.page)
 
@@ -130,6 +136,7 @@ def train(
 def evaluation(
     dictionary: Dictionary,
     model: Model = "pocket",
+    against: Against = None,
     site: SiteOfFile = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/sae/eval.html"),
     rows: Annotated[int, typer.Option(help="Held-out rows to look at.")] = 64,
@@ -142,13 +149,13 @@ def evaluation(
 ) -> None:
     """Measure a dictionary of any known format on held-out text."""
     with one_line_errors("eval"):
-        opened = _open(model, text, heldout, context, device, dtype, None)
+        opened = _open(model, against, text, heldout, context, device, dtype, None)
         sae, place = _load(dictionary, opened, site)
         found = evaluate_on(sae, opened, place, rows=rows, show_progress=not quiet)
         write_report(
             out,
             title=f"{dictionary} on {model}",
-            evaluation=found,
+            evaluations=found,
             facts=_facts(dictionary, sae, model, place),
         )
         typer.echo(summary(found))
@@ -159,6 +166,7 @@ def evaluation(
 def inspection(
     dictionary: Dictionary,
     model: Model = "pocket",
+    against: Against = None,
     site: SiteOfFile = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("out/sae/latents.html"),
     latents: Annotated[
@@ -176,10 +184,10 @@ def inspection(
 ) -> None:
     """Show what latents fire on: their strongest contexts, as a page."""
     with one_line_errors("inspect"):
-        opened = _open(model, text, heldout, context, device, dtype, None)
+        opened = _open(model, against, text, heldout, context, device, dtype, None)
         sae, place = _load(dictionary, opened, site)
-        tokens = opened.heldout[:rows]
-        stream = Activations([opened.model], [place], tokens, batch=1, buffer=1)
+        tokens, places = opened.heldout[:rows], [place] * len(opened.models)
+        stream = Activations(opened.models, places, tokens, batch=1, buffer=1)
         wanted = None if latents is None else [int(part) for part in latents.split(",")]
         with progress_bar("looking", len(tokens), not quiet) as advance:
             found, densities = inspect_latents(
@@ -224,6 +232,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 def _open(
     model: str,
+    against: list[str] | None,
     text: str | None,
     heldout: str | None,
     context: int,
@@ -241,6 +250,7 @@ def _open(
         tokens=tokens,
         device=device,
         dtype=dtype,
+        against=against or (),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from gemma_ext.integrations.transformers import patch, unpatch
 from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder
-from gemma_ext.sae.sites import Site, capture, find_site, replacing
+from gemma_ext.sae.sites import Site, find_site, replacing
+from gemma_ext.sae.stream import Activations
 
 
 @dataclass(frozen=True)
@@ -54,55 +55,64 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     sae: SparseAutoencoder,
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Module],
     site: str | int,
     tokens: Tensor,
     *,
+    source: int = 0,
     rows: int = 8,
     skip: int = 1,
     progress: Callable[[int], None] = lambda count: None,
 ) -> Evaluation:
-    """Evaluates a dictionary of one source.
+    """Evaluates a dictionary on one of its sources.
 
     Args:
+        model: of transformers; for a crosscoder one for each source.
         site: where its activations are.
+        source: whose activations are rebuilt, and whose model goes on with them.
         tokens: [rows, T] ids.
         rows: rows at once.
         skip: first positions of a row that are left out, and left as they are in the model.
         progress: called with the number of rows done.
 
     Raises:
-        ValueError: a crosscoder or a transcoder, whose output has no one place to go to.
+        ValueError: a transcoder, whose output has no one place to go to; another number of models
+            than sources; no such source.
     """
-    if sae.sources > 1 or sae.transcodes:
-        raise ValueError("sae: expected an autoencoder of one source")
-    place = find_site(model, site)
-    sums = _Sums(sae)
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    if sae.transcodes:
+        raise ValueError("sae: expected an autoencoder or a crosscoder, got a transcoder")
+    if len(models) != sae.sources:
+        raise ValueError(
+            f"model: expected one for each of {sae.sources} sources, got {len(models)}"
+        )
+    if not 0 <= source < len(models):
+        raise ValueError(f"source: expected one below {len(models)}, got {source}")
+    stream = Activations(models, [site] * len(models), tokens, batch=1, buffer=1, skip=skip)
+    model, place = models[source], find_site(models[source], site)
+    sums = _Sums(sae, source)
     losses = torch.zeros(3, dtype=torch.float64)
     device = model.get_input_embeddings().weight.device
     with evaluating(model), evaluating(sae), cut_cross_entropy(model):
         for ids in tokens.split(rows):
             ids = ids.to(device, torch.int64)
-            (x,) = capture(model, ids, [place])
-            sums.add(x[:, skip:].flatten(0, 1))
-            losses += len(ids) * torch.tensor(_losses(sae, model, place, ids, skip)).double()
+            x = stream.activations(ids).to(sae.encoder.device)
+            rebuilt = sums.add(x[:, skip:])
+            losses += len(ids) * torch.tensor(_losses(model, place, ids, rebuilt)).double()
             progress(len(ids))
     ce, ce_sae, ce_zero = (losses / len(tokens)).tolist()
     recovered = (ce_zero - ce_sae) / (ce_zero - ce) if ce_zero != ce else float("nan")
     return Evaluation(**sums.means(), ce=ce, ce_sae=ce_sae, ce_zero=ce_zero, ce_recovered=recovered)
 
 
-def _losses(
-    sae: SparseAutoencoder, model: nn.Module, place: Site, ids: Tensor, skip: int
-) -> list[float]:
-    def rebuilt(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :skip], sae(x[:, skip:])], 1)
-
-    def nothing(x: Tensor) -> Tensor:
-        return torch.cat([x[:, :skip], torch.zeros_like(x[:, skip:])], 1)
-
+def _losses(model: nn.Module, place: Site, ids: Tensor, rebuilt: Tensor) -> list[float]:
+    """Of the model as it is, with `rebuilt` in the last positions, and with zeros there."""
     found = [float(model(input_ids=ids, labels=ids).loss)]
-    for change in (rebuilt, nothing):
+    for put in (rebuilt, torch.zeros_like(rebuilt)):
+
+        def change(x: Tensor, put: Tensor = put) -> Tensor:
+            return torch.cat([x[:, : -put.shape[1]], put.to(x)], 1)
+
         with replacing(place, change):
             found.append(float(model(input_ids=ids, labels=ids).loss))
     return found
@@ -111,19 +121,22 @@ def _losses(
 class _Sums:
     """Running sums in float64."""
 
-    def __init__(self, sae: SparseAutoencoder) -> None:
-        self.sae, self.tokens = sae, 0
+    def __init__(self, sae: SparseAutoencoder, source: int) -> None:
+        self.sae, self.source, self.tokens = sae, source, 0
         self.sums = torch.zeros(7, dtype=torch.float64)
         self.mean = torch.zeros(sae.width, dtype=torch.float64)
         self.spread = 0.0
         self.fired = torch.zeros(sae.features, dtype=torch.int64)
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor) -> Tensor:
+        """Counts x [..., D] or [..., M, D] in; the reconstruction [..., D] of the source."""
         sae = self.sae
-        z, back = sae.standardised(x.to(sae.encoder.device))
+        z, back = sae.standardised(x)
         codes = sae.latents(z).codes
-        x = x.double().cpu()
-        rebuilt = back(sae.decode(codes, z)).double().cpu()
+        found = back(sae.decode(codes, z))
+        if sae.sources > 1:
+            x, found = x[..., self.source, :], found[..., self.source, :]
+        x, rebuilt = (y.reshape(-1, sae.width).double().cpu() for y in (x, found))
         dots, norms, own = (x * rebuilt).sum(-1), x.norm(dim=-1), rebuilt.norm(dim=-1)
         active = codes.values != 0
         parts = (
@@ -146,6 +159,7 @@ class _Sums:
         )
         self.mean += moved * count / total
         self.tokens = total
+        return found
 
     def means(self) -> dict[str, object]:
         error, cosine, ratio, own, dots, l0, l1 = self.sums.tolist()

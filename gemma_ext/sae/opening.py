@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,23 @@ _HELD_OUT = 20  # one row of so many, where no other text is given
 
 @dataclass(frozen=True)
 class Opened:
-    """A model with its tokenizer and rows of tokens for training and for what comes after."""
+    """A model with its tokenizer and rows of tokens for training and for what comes after.
+
+    Attributes:
+        others: models of the same vocabulary that a crosscoder is shared with.
+    """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     train: Tensor
     heldout: Tensor
+    others: tuple[PreTrainedModel, ...] = ()
+
+    @property
+    def models(self) -> list[PreTrainedModel]:
+        """The model and the others."""
+        return [self.model, *self.others]
 
 
 def open_model(
@@ -38,6 +49,7 @@ def open_model(
     tokens: int | None = None,
     device: str = "cpu",
     dtype: str = "auto",
+    against: Sequence[str] = (),
 ) -> Opened:
     """A model of the hub, of a folder, or the pocket, with text.
 
@@ -46,9 +58,10 @@ def open_model(
         text, heldout: sources of `read_texts`; without `heldout`, each twentieth row of `text`.
         context: T of the rows.
         tokens: to read from `text`, at most.
+        against: more models, of the hub or of folders, that read the same tokens.
 
     Raises:
-        ValueError: no text.
+        ValueError: no text, or another vocabulary in `against`.
     """
     kind, _, size = name.partition(":")
     require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
@@ -76,7 +89,18 @@ def open_model(
         train, held = (train[~each], train[each]) if heldout is None else (train, train[:0])
     if heldout is not None:
         held = pack(read_texts(heldout), tokenizer, context)
-    return Opened(name, model.to(device).eval(), tokenizer, train, held)
+    others = tuple(_other(each, model, device, dtype) for each in against)
+    return Opened(name, model.to(device).eval(), tokenizer, train, held, others)
+
+
+def _other(name: str, model: PreTrainedModel, device: str, dtype: str) -> PreTrainedModel:
+    import transformers
+
+    other = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    expected, found = (m.config.get_text_config().vocab_size for m in (model, other))
+    if expected != found:
+        raise ValueError(f"against: expected a vocabulary of {expected}, got {found} in {name}")
+    return other.to(device).eval()
 
 
 def width_of(model: PreTrainedModel, site: str | int) -> int:

@@ -23,16 +23,18 @@ def write_report(
     path: Path,
     *,
     title: str,
-    evaluation: Evaluation,
+    evaluations: Sequence[Evaluation],
     history: Sequence[Mapping[str, float]] = (),
     facts: Mapping[str, str],
 ) -> None:
     """The page of a run or of an evaluation.
 
     Args:
+        evaluations: of every source; the numbers at the top and the densities are of the first.
         history: lines of metrics; none for a dictionary that was not trained here.
         facts: rows of the table of settings.
     """
+    evaluation = evaluations[0]
     report.write_page(
         path,
         _PACKAGE,
@@ -49,7 +51,7 @@ def write_report(
         if history
         else "",
         densities=plots.svg(density_plot(evaluation.density), "histogram of latent densities"),
-        rows=[(name, _number(value)) for name, value in evaluation.numbers().items()],
+        rows=_rows(evaluations),
         facts=facts,
     )
 
@@ -140,8 +142,14 @@ def _number(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
-def summary(evaluation: Evaluation) -> str:
-    """The numbers, one to a line."""
+def summary(evaluations: Sequence[Evaluation]) -> str:
+    """The numbers, one to a line, a column for every source."""
     return "\n".join(
-        f"{name:<14}{_number(value):>12}" for name, value in evaluation.numbers().items()
+        f"{name:<14}" + "".join(f"{value:>12}" for value in values)
+        for name, values in _rows(evaluations)
     )
+
+
+def _rows(evaluations: Sequence[Evaluation]) -> list[tuple[str, list[str]]]:
+    numbers = [evaluation.numbers() for evaluation in evaluations]
+    return [(name, [_number(each[name]) for each in numbers]) for name in numbers[0]]

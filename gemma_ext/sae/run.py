@@ -40,12 +40,13 @@ class Trained:
     Attributes:
         sae: the dictionary, as it was trained.
         folder: of its files; page: its report.
+        evaluations: of every source.
     """
 
     sae: SparseAutoencoder
     folder: Path
     page: Path
-    evaluation: Evaluation
+    evaluations: list[Evaluation]
 
 
 def train_dictionary(
@@ -81,8 +82,8 @@ def train_dictionary(
     out = Path(out)
     rank, world = _ranks()
     stream = Activations(
-        [opened.model], [site], opened.train, batch, buffer, seed=seed, folder=cache,
-        rank=rank, world=world,
+        opened.models, [site] * len(opened.models), opened.train, batch, buffer, seed=seed,
+        folder=cache, rank=rank, world=world,
     )  # fmt: skip
     objective = objective or default_objective(sae)
     trainer = Trainer(sae, objective, stream, config, out, tensorboard=tensorboard)
@@ -103,23 +104,25 @@ def train_dictionary(
         edges = (0, *objective.widths)
         sae.metadata["group_sizes"] = [b - a for a, b in pairwise(edges)]
     folder = out / DICTIONARY
-    if isinstance(sae.activation, GroupMax):
+    if sae.sources > 1:
+        save_dictionary(sae, folder, "crosscoder")
+    elif isinstance(sae.activation, GroupMax):
         save_dictionary(_folded(sae), folder, "sparsify")
     else:
         sparsity = trainer.dead.fired.double() / trainer.dead.tokens.clamp(min=1)
         save_saelens(sae, folder, sparsity=sparsity)
-    evaluation = evaluate_on(sae, opened, site, rows=evaluated, show_progress=show_progress)
-    numbers = dict(evaluation.numbers().items())
-    files.write_json(out / EVALUATION, numbers)
+    evaluations = evaluate_on(sae, opened, site, rows=evaluated, show_progress=show_progress)
+    numbers = [evaluation.numbers() for evaluation in evaluations]
+    files.write_json(out / EVALUATION, numbers[0] if len(numbers) == 1 else numbers)
     page = out / REPORT
     write_report(
         page,
         title=f"{type(sae.activation).__name__} dictionary of {opened.name}, {site}",
-        evaluation=evaluation,
+        evaluations=evaluations,
         history=trainer.history(),
         facts=_facts(opened, site, sae, config, objective, batch * world),
     )
-    return Trained(sae, folder, page, evaluation)
+    return Trained(sae, folder, page, evaluations)
 
 
 def evaluate_on(
@@ -129,11 +132,14 @@ def evaluate_on(
     *,
     rows: int = EVALUATED,
     show_progress: bool = True,
-) -> Evaluation:
-    """Evaluation on the first held-out rows."""
-    tokens = opened.heldout[:rows]
-    with progress_bar("evaluating", len(tokens), show_progress) as advance:
-        return evaluate(sae, opened.model, site, tokens, progress=advance)
+) -> list[Evaluation]:
+    """Evaluations of every source on the first held-out rows."""
+    tokens, sources = opened.heldout[:rows], len(opened.models)
+    with progress_bar("evaluating", len(tokens) * sources, show_progress) as advance:
+        return [
+            evaluate(sae, opened.models, site, tokens, source=source, progress=advance)
+            for source in range(sources)
+        ]
 
 
 def _folded(sae: SparseAutoencoder) -> SparseAutoencoder:
@@ -155,7 +161,7 @@ def _facts(
     default = Objective()
     terms = {k: v for k, v in vars(objective).items() if v != getattr(default, k)}
     return {
-        "model": opened.name,
+        "model": " and ".join([opened.name, *(m.name_or_path for m in opened.others)]),
         "site": find_site(opened.model, site).name,
         "dictionary": f"{sae.features:,} latents of width {sae.width}, {sae.activation}",
         "tokens": f"{config.steps * batch:,} in batches of {batch:,}",

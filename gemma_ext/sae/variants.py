@@ -29,28 +29,40 @@ ACTIVATIONS: dict[str, Callable[[float], Activation]] = {
     "jumprelu": lambda k: JumpReLU(),
     "gated": lambda k: Gated(),
 }
+_CROSSCODERS = ("relu", "batchtopk")
 _BY_RANK = ("topk", "abstopk", "groupmax", "batchtopk")
 
 
 def new_dictionary(
-    width: int, features: int, activation: str, k: float, *, seed: int = 0
+    width: int, features: int, activation: str, k: float, *, sources: int = 1, seed: int = 0
 ) -> SparseAutoencoder:
     """A dictionary as it is usual for its activation.
 
     Selection by rank keeps decoder rows at norm 1; the others leave the norms free, and their
     sparsity terms count them. Inputs are scaled to a mean norm of sqrt(D), which is folded when the
-    dictionary is saved.
+    dictionary is saved. A crosscoder of several sources leaves the norms free in any case: they are
+    its result; it chooses by p times their sum.
 
     Raises:
-        ValueError: no such activation.
+        ValueError: no such activation, or one that crosscoders are not trained with.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(
             f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
         )
+    if sources > 1 and activation not in _CROSSCODERS:
+        raise ValueError(
+            f"activation: expected one of {', '.join(_CROSSCODERS)} for {sources} models, "
+            f"got {activation!r}"
+        )
     by_rank = activation in _BY_RANK
+    several = {"sources": sources, "subtract_bias": False, "score_norm": "sum"}
     sae = SparseAutoencoder(
-        width, features, ACTIVATIONS[activation](k), unit_norm=by_rank, standardise="affine"
+        width,
+        features,
+        ACTIVATIONS[activation](k),
+        standardise="affine",
+        **several if sources > 1 else {"unit_norm": by_rank},
     )
     generator = torch.Generator().manual_seed(seed)
     sae.reset_parameters(generator, norm=1.0 if by_rank else _SMALL)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 
@@ -8,6 +9,11 @@ from accelerate.state import AcceleratorState
 def impl() -> str:
     """The implementation under test: every logit's gradient, so that float32 results are equal."""
     return "exact"
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(torch.seed() % 2**31)
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,25 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-D, F, K, M = 11, 37, 5, 2
+N, D, F, K, M = 23, 11, 37, 5, 2
+DICTIONARY_LEARNING = (
+    "AutoEncoder",
+    "AutoEncoderNew",
+    "GatedAutoEncoder",
+    "JumpReluAutoEncoder",
+    "AutoEncoderTopK",
+    "BatchTopKSAE",
+    "MatryoshkaBatchTopKSAE",
+)
 
 
 def draw(generator, *shape, scale=1.0):
     return torch.randn(*shape, generator=generator) * scale
+
+
+def close(found, expected):
+    scale = float(expected.detach().abs().max()) + 1e-12
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
 def top(p, k, by=None):

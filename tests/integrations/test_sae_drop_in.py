@@ -21,11 +21,6 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
-
-
 @pytest.mark.parametrize(("architecture", "config"), VARIANTS)
 def test_object_computes_as_the_library(architecture, config, generator, tmp_path):
     config, tensors = foreign.saelens(architecture, generator, **config)

@@ -5,7 +5,7 @@ import json
 import foreign_dictionaries as foreign
 import pytest
 import torch
-from foreign_dictionaries import D, F, K, M
+from foreign_dictionaries import DICTIONARY_LEARNING, D, F, K, M, N, close
 from safetensors.torch import load_file, save_file
 
 from gemma_ext.integrations import _files
@@ -29,7 +29,6 @@ from gemma_ext.nn.sparse_autoencoder import (
     TopK,
 )
 
-N = 23
 SAELENS = (
     ("standard", {}),
     ("standard", {"apply_b_dec_to_input": False}),
@@ -47,20 +46,6 @@ SAELENS = (
     ("jumprelu_transcoder", {}),
     ("jumprelu_skip_transcoder", {}),
 )
-DICTIONARY_LEARNING = (
-    "AutoEncoder",
-    "AutoEncoderNew",
-    "GatedAutoEncoder",
-    "JumpReluAutoEncoder",
-    "AutoEncoderTopK",
-    "BatchTopKSAE",
-    "MatryoshkaBatchTopKSAE",
-)
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
 
 
 @pytest.fixture
@@ -73,11 +58,6 @@ def check(sae, x, latents, out):
     codes = sae.encode(x).dense()
     close(codes, latents)
     close(sae(x), out)
-
-
-def close(found, expected):
-    scale = float(expected.detach().abs().max()) + 1e-12
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize(("architecture", "config"), SAELENS)

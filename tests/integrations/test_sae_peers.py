@@ -5,7 +5,7 @@ import json
 import foreign_dictionaries as foreign
 import pytest
 import torch
-from foreign_dictionaries import D
+from foreign_dictionaries import DICTIONARY_LEARNING, D, N, close
 
 from gemma_ext.integrations import sparsify
 from gemma_ext.integrations.dictionary_learning import (
@@ -15,7 +15,6 @@ from gemma_ext.integrations.dictionary_learning import (
 from gemma_ext.integrations.saelens import load_saelens, save_saelens
 from gemma_ext.integrations.saelens_object import SAELensDictionary
 
-N = 17
 SAELENS = (
     ("standard", {}),
     ("standard", {"normalize_activations": "layer_norm"}),
@@ -28,30 +27,11 @@ SAELENS = (
     ("skip_transcoder", {}),
     ("jumprelu_transcoder", {}),
 )
-DICTIONARY_LEARNING = (
-    "AutoEncoder",
-    "AutoEncoderNew",
-    "GatedAutoEncoder",
-    "JumpReluAutoEncoder",
-    "AutoEncoderTopK",
-    "BatchTopKSAE",
-    "MatryoshkaBatchTopKSAE",
-)
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(torch.seed() % 2**31)
 
 
 @pytest.fixture
 def x(generator):
     return foreign.draw(generator, N, D)
-
-
-def close(found, expected):
-    scale = float(expected.detach().abs().max())
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize(("architecture", "config"), SAELENS, ids=str)

@@ -101,6 +101,45 @@ def test_train_evaluate_inspect_convert(model, tmp_path):
     torch.testing.assert_close(load_dictionary(tmp_path / "theirs")(x), load_dictionary(folder)(x))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["batchtopk", "relu"])
+def test_crosscoder_of_two_models(model, activation, tmp_path):
+    other = open_model(model).model
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.5)
+    other.save_pretrained(tmp_path / "other")
+    pair = ("--against", tmp_path / "other", "--activation", activation)
+    done = train(model, tmp_path / "run", *pair, "-q")
+    assert done.exit_code == 0, done.output
+    folder = tmp_path / "run" / "sae"
+    made = load_dictionary(folder)
+    assert (made.sources, made.features, made.score_norm) == (2, 64, "sum")
+    base, chat = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert base["ce"] != chat["ce"]
+    assert base["l0"] == chat["l0"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first, last = (json.loads(lines[place])["fvu"] for place in (0, -1))
+    assert last < first
+    options = ("--model", model, *pair[:2], "--site", 1, "--context", 32, "--rows", 20, "-q")
+    found = run("eval", folder, *options, "--out", tmp_path / "eval.html")
+    assert found.exit_code == 0, found.output
+    line = re.search(r"^fvu +([0-9.]+) +([0-9.]+)$", found.stdout, re.MULTILINE)
+    assert float(line[2]) == pytest.approx(chat["fvu"], rel=0.2)  # of other rows
+    look = run("inspect", folder, *options, "--out", tmp_path / "l.html", "--count", 2)
+    assert look.exit_code == 0, look.output
+
+
+def test_crosscoders_that_cannot_be_are_refused(model, tmp_path):
+    other = open_model(model).model
+    other.save_pretrained(tmp_path / "same")
+    other.resize_token_embeddings(390)
+    other.save_pretrained(tmp_path / "smaller")
+    done = train(model, tmp_path / "run", "--against", tmp_path / "smaller", "-q")
+    assert "against: expected a vocabulary of 400, got 390" in done.stderr
+    done = train(model, tmp_path / "run", "--against", tmp_path / "same", "-q")
+    assert "activation: expected one of relu, batchtopk for 2 models, got 'topk'" in done.stderr
+
+
 def test_the_same_command_goes_on(model, tmp_path):
     first = train(model, tmp_path, "-q")
     before = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()

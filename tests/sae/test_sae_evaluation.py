@@ -74,7 +74,7 @@ def test_variance_is_exact_under_a_large_mean(model):
     rows = tiny_rows(12)
     from gemma_ext.sae.evaluation import _Sums
 
-    sums = _Sums(sae)
+    sums = _Sums(sae, 0)
     x = torch.randn(90, D) + 1000.0
     for part in x.split(7):
         sums.add(part)
@@ -107,11 +107,31 @@ def test_model_is_as_before(model):
     assert hasattr(patched, "_gemma_ext_patch")
 
 
-def test_crosscoders_and_transcoders_are_refused(model):
-    for options in ({"sources": 2}, {"output_width": 5}):
-        sae = SparseAutoencoder(D, 4, ReLU(), **options)
-        with pytest.raises(ValueError, match="sae: expected an autoencoder of one source"):
-            evaluate(sae, model, "1", tiny_rows(2))
+def test_each_source_of_a_crosscoder(model):
+    """The first source is rebuilt whole, the second by half."""
+    models = [model, tiny_model(seed=1)]
+    sae = SparseAutoencoder(D, 4 * D, ReLU(), sources=2, subtract_bias=False)
+    both = torch.cat([torch.eye(2 * D), -torch.eye(2 * D)])
+    with torch.no_grad():
+        sae.encoder.copy_(both)
+        sae.decoder.copy_(both * torch.tensor([1.0, 0.5]).repeat_interleave(D))
+    rows = tiny_rows(6)
+    first, second = (evaluate(sae, models, "1", rows, source=s) for s in (0, 1))
+    assert (first.norm_ratio, second.norm_ratio) == (pytest.approx(1), pytest.approx(0.5))
+    assert first.ce_sae == pytest.approx(first.ce, abs=1e-5)
+    alone = evaluate(mirror(0.5), models[1], "1", rows)
+    for name in ("fvu", "ce", "ce_sae", "ce_zero"):
+        assert getattr(second, name) == pytest.approx(getattr(alone, name), rel=1e-5), name
+
+
+def test_what_cannot_be_evaluated_is_refused(model):
+    rows, pair = tiny_rows(2), SparseAutoencoder(D, 4, ReLU(), sources=2)
+    with pytest.raises(ValueError, match="got a transcoder"):
+        evaluate(SparseAutoencoder(D, 4, ReLU(), output_width=5), model, "1", rows)
+    with pytest.raises(ValueError, match="model: expected one for each of 2 sources, got 1"):
+        evaluate(pair, model, "1", rows)
+    with pytest.raises(ValueError, match="source: expected one below 2, got 2"):
+        evaluate(pair, [model, model], "1", rows, source=2)
 
 
 def looked_at(model, sae, rows, **options):

@@ -64,21 +64,20 @@ def _backward(op: str) -> Any:
     def backward(ctx, *grads):
         d, needs = results(*grads)._asdict(), arguments(*ctx.needs_input_grad)
         x, weight, bias, mask, indices, offsets, counts, aux_indices = ctx.saved_tensors
-        found: list[Tensor | None] = [None, None, None]
-
-        def add(*entries):
-            more = _gradients(x, weight, needs, ctx.sparse_grad, *entries)
-            for i, (a, b) in enumerate(zip(found, more, strict=True)):
-                found[i] = b if a is None else a if b is None else _sum(a, b)
-
+        lists = []
         if d["values"] is not None:
             padded = indices.dim() == 2
             # a row that found no room has NaN values, and a gradient in each of its places
             counts = counts.clamp(max=indices.shape[1]) if padded and counts is not None else None
-            add(d["values"], indices, None if padded else offsets, counts)
+            lists.append((d["values"], indices, None if padded else offsets, counts))
         if mask is not None and d["aux_values"] is not None:
             counts = mask.sum().clamp(max=aux_indices.shape[1]).expand(x.shape[0])
-            add(d["aux_values"], aux_indices, None, counts)
+            lists.append((d["aux_values"], aux_indices, None, counts))
+        found: list[Tensor | None] = [None, None, None]
+        for entries in _joined(lists):
+            more = _gradients(x, weight, needs, ctx.sparse_grad, *entries)
+            for i, (a, b) in enumerate(zip(found, more, strict=True)):
+                found[i] = b if a is None else a if b is None else _sum(a, b)
         like = (x, weight, bias)
         dx, d_weight, d_bias = (
             g if g is None else g.to(t.dtype) for g, t in zip(found, like, strict=True)
@@ -86,6 +85,15 @@ def _backward(op: str) -> Any:
         return tuple(arguments(x=dx, weight=d_weight, bias=d_bias))
 
     return backward
+
+
+def _joined(lists: list[tuple]) -> list[tuple]:
+    """One list of entries instead of two where every row of the first is full: one [F, D] sum."""
+    if len(lists) < 2 or lists[0][2] is not None or lists[0][3] is not None:
+        return lists
+    (values, indices, *_), (aux_values, aux_indices, _, counts) = lists
+    both = torch.cat([values, aux_values], 1), torch.cat([indices, aux_indices], 1)
+    return [(*both, None, counts + indices.shape[1])]
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
