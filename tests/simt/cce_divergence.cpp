@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Divergence of two heads under the checker: rows and gradients against float64, with memory for one chunk and for
-// many.
-#include "cce/cuda/divergence.cu"
-
+// many. The kernels are those of forward.cu and backward.cu, which the files beside this one hold.
 #include "cce_data.h"
 
 namespace {

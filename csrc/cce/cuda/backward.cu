@@ -3,6 +3,7 @@
 // kept. Where all strips fit the workspace, the forward leaves them there: three products instead of four.
 #include <algorithm>
 
+#include "divergence_backward.cuh"
 #include "lists.cuh"
 #include "sm90/dense.cuh"
 

@@ -4,7 +4,6 @@
 
 #include "combine.cuh"
 #include "divergence_sums.cuh"
-#include "plan.cuh"
 
 namespace gemma_ext::cce::cuda {
 
@@ -182,11 +181,11 @@ KERNEL void mean_size_kernel(PairRowsParams p) {
   double* s_sum = simt::shared<double>();
   const int t = simt::thread_idx(), count = *p.rows.count;
   double sum = 0;
-  for (int r = t; r < count; r += kPlanThreads) sum += p.out.size[p.rows.row[r]];
+  for (int r = t; r < count; r += kCombineThreads) sum += p.out.size[p.rows.row[r]];
   s_sum[t] = sum;
   simt::sync_block();
   if (t != 0) return;
-  for (int i = 1; i < kPlanThreads; ++i) sum += s_sum[i];
+  for (int i = 1; i < kCombineThreads; ++i) sum += s_sum[i];
   *p.mean_size = count > 0 ? static_cast<float>(sum / count) : 0.0f;
 }
 

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "combine.cuh"
+#include "divergence_forward.cuh"
 #include "sm90/forward.cuh"
 
 namespace gemma_ext::cce::cuda {
