@@ -103,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="SVG of the ladder")
     parser.add_argument("--rank", nargs="+", type=int, default=[0, 64])
-    parser.add_argument("--width", nargs="+", type=int, default=[8, 43, 128])
+    parser.add_argument("--width", nargs="+", type=int, default=[8, 43])
     options = parser.parse_args()
     print(f"## The paper's simulation\n{own_simulation()}\n", flush=True)
     print(f"## The paper's throughput\n{own_throughput()}\n", flush=True)
