@@ -103,11 +103,11 @@ def refuse_derivatives(name: str, remedy: str = _REMEDY) -> None:
             raise _refusal(name, "derivative of this order", remedy)
 
     def kernel(keys: torch.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
+        if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+            return below(keys, *args)
         listed = [x for each in args if isinstance(each, (list, tuple)) for x in each]
         tensors = [x for x in (*args, *listed) if isinstance(x, Tensor)]
-        if forward_ad._current_level >= 0 and any(
-            forward_ad.unpack_dual(x).tangent is not None for x in tensors
-        ):
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise _refusal(name, "forward-mode derivative", remedy)
         if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
             hidden = any(isinstance(x, Tensor) and x.requires_grad for x in listed)

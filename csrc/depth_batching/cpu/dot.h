@@ -63,7 +63,6 @@ struct Operand<bf16> {
 };
 #endif
 
-
 // 8 KiB of each of four columns' floats stay in L1, and 64 rows' in L2.
 constexpr int64_t kChain = 2048;
 

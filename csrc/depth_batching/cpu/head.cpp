@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "deal.h"
 #include "head_engine.h"
 #include "head_rows.h"
 #include "kernels.h"
@@ -119,11 +120,13 @@ void run(const HeadExit& call, Workers& workers) {
 }
 
 void run(const Noise& call, Workers& workers) {
-  workers.run(call.n, [&](int64_t row, Scratch&) { kernels().head.noise(call, row); });
+  deal(workers, 64 * call.n * call.C, call.n,
+       [&](int64_t row, Scratch&) { kernels().head.noise(call, row); });
 }
 
 void run(const Gate& call, Workers& workers) {
-  workers.run(call.n, [&](int64_t row, Scratch&) { kernels().head.gate(call, row); });
+  deal(workers, call.n * call.D, call.n,
+       [&](int64_t row, Scratch&) { kernels().head.gate(call, row); });
 }
 
 }  // namespace cpu

@@ -31,11 +31,10 @@ void head_row(const Head& head, int64_t row, Scratch& s, const Put& put_row) {
     const float inverse = inverse_rms(h, head.D, head.norm.eps);
     with_type(head.norm_type, [&](auto of_weight) {
       using W = decltype(of_weight);
-      each_vector(static_cast<const W*>(head.norm_weight), head.D,
-                  [&](int64_t i, Vf w, int count) {
-                    const Vf v = count == kLanes ? load_row(h + i) : some_of(h + i, count);
-                    put_some(rounded + i, normed(v, inverse, w, head.norm.plus_one), count);
-                  });
+      each_vector(static_cast<const W*>(head.norm_weight), head.D, [&](int64_t i, Vf w, int count) {
+        const Vf v = count == kLanes ? load_row(h + i) : some_of(h + i, count);
+        put_some(rounded + i, normed(v, inverse, w, head.norm.plus_one), count);
+      });
     });
     put_row(static_cast<const T*>(rounded));
   });
@@ -73,10 +72,10 @@ void tile_products(const Packed& x, int64_t row0, int64_t rows, const void* weig
     const W* w = rows_of<W>(weight, id0 + column, stride);
     const int64_t columns = least(valid - column, kColumns);
     for (int64_t m = 0; m < rows; m += kRows)
-      products<W>(least(rows - m, kRows), columns, D,
-                  static_cast<const X*>(x.at) + (row0 + m) * x.width, x.width,
-                  [&](int64_t f) { return w + f * stride; }, strips + m * kTile + column, kTile,
-                  false, row0 + m == 0 ? kColumnsAtOnce * stride : 0);
+      products<W>(
+          least(rows - m, kRows), columns, D, static_cast<const X*>(x.at) + (row0 + m) * x.width,
+          x.width, [&](int64_t f) { return w + f * stride; }, strips + m * kTile + column, kTile,
+          false, row0 + m == 0 ? kColumnsAtOnce * stride : 0);
   }
 }
 

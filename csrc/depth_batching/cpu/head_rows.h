@@ -23,7 +23,8 @@ inline int64_t tasks_of(int64_t tiles, const Workers& workers) {
 
 inline PackedRows pack_rows(const Head& head, Workers& workers) {
   PackedRows x(head.n, head.D, kernels().head.packed_size(head.type));
-  workers.run(head.n, [&](int64_t row, Scratch& s) { kernels().head.pack(head, row, x.rows(), s); });
+  workers.run(head.n,
+              [&](int64_t row, Scratch& s) { kernels().head.pack(head, row, x.rows(), s); });
   return x;
 }
 

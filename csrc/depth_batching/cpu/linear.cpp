@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "deal.h"
 #include "kernels.h"
 #include "linear_engine.h"
 #include "packed_rows.h"
@@ -73,17 +74,18 @@ Wrong find_wrong(const Linear& call) {
 }
 
 void run(const Gather& call, Workers& workers) {
-  workers.run((call.n + kNormRows - 1) / kNormRows, [&](int64_t task, Scratch&) {
+  deal(workers, call.n * call.D, (call.n + kNormRows - 1) / kNormRows, [&](int64_t task, Scratch&) {
     for (int64_t i = task * kNormRows; i < std::min(call.n, (task + 1) * kNormRows); ++i)
       kernels().linear.gather(call, i);
   });
 }
 
 void run(const Scatter& call, Workers& workers) {
-  workers.run((call.n + kNormRows - 1) / kNormRows, [&](int64_t task, Scratch& s) {
-    for (int64_t i = task * kNormRows; i < std::min(call.n, (task + 1) * kNormRows); ++i)
-      kernels().linear.scatter(call, i, s);
-  });
+  deal(workers, call.n * call.D, (call.n + kNormRows - 1) / kNormRows,
+       [&](int64_t task, Scratch& s) {
+         for (int64_t i = task * kNormRows; i < std::min(call.n, (task + 1) * kNormRows); ++i)
+           kernels().linear.scatter(call, i, s);
+       });
 }
 
 void run(const Linear& call, Workers& workers) {
@@ -96,28 +98,30 @@ void run(const Linear& call, Workers& workers) {
   if (in_place) {
     packed = {const_cast<void*>(call.x), call.x_stride};
   } else {
-    workers.run((call.n + kRows - 1) / kRows, [&](int64_t task, Scratch&) {
+    deal(workers, call.n * call.D, (call.n + kRows - 1) / kRows, [&](int64_t task, Scratch&) {
       for (int64_t i = task * kRows; i < std::min(call.n, (task + 1) * kRows); ++i)
         k.pack(call, i, packed);
     });
   }
   std::vector<PackedRows> kept;
   Packed low[kMostProjections] = {};
+  int64_t ranks = 0;
   for (int p = 0; p < call.count; ++p) {
     const int64_t rank = call.projections[p].rank;
+    ranks += rank;
     kept.emplace_back(rank ? call.n : 0, rank, size);
     low[p] = kept.back().rows();
   }
   const std::vector<Shrink> down = shrinks(call);
   if (!down.empty())
-    workers.run(int64_t(down.size()), [&](int64_t task, Scratch& s) {
+    deal(workers, call.n * call.D * ranks, int64_t(down.size()), [&](int64_t task, Scratch& s) {
       const auto& [p, j, column] = down[task];
       const Projection& projection = call.projections[p];
       k.shrink(call, projection, j, call.seg_offsets[j], call.seg_offsets[j + 1], column,
                std::min(projection.rank, column + kColumns), packed, low[p], s);
     });
   const std::vector<Expand> up = expands(call);
-  workers.run(int64_t(up.size()), [&](int64_t task, Scratch& s) {
+  deal(workers, call.n * call.D * call.y_width, int64_t(up.size()), [&](int64_t task, Scratch& s) {
     k.expand(call, up[task].projection, up[task].column, packed, low, s);
   });
 }

@@ -40,8 +40,8 @@ void gather(const Gather& call, int64_t row) {
     }
     with_type(call.bank_type, [&](auto of_bank) {
       using T = decltype(of_bank);
-      norm_row(static_cast<const T*>(call.bank) + slot * call.D,
-               static_cast<const W*>(call.weight), call.D, call.norm, out);
+      norm_row(static_cast<const T*>(call.bank) + slot * call.D, static_cast<const W*>(call.weight),
+               call.D, call.norm, out);
     });
   });
 }
@@ -73,8 +73,8 @@ void scatter(const Scatter& call, int64_t row, Scratch& s) {
     });
   }
   if (!call.next_weight) return;
-  Gather after{call.bank, call.bank_type, call.S,         D,         call.n, call.slots,
-               call.next_weight, call.next_type, call.norm, call.next};
+  Gather after{call.bank,  call.bank_type,   call.S,         D,         call.n,
+               call.slots, call.next_weight, call.next_type, call.norm, call.next};
   gather(after, row);
 }
 

@@ -56,9 +56,10 @@ void exact_logits(const Head& head, const Packed& x, int64_t row, const Candidat
   with_type(head.type, [&](auto like) {
     using T = decltype(like);
     using X = typename Operand<T>::X;
-    products<T>(1, count, head.D, static_cast<const X*>(x.at) + row * x.width, x.width,
-                [&](int64_t f) { return rows_of<T>(head.weight, ids[f].id, head.w_stride); }, a,
-                count, false);
+    products<T>(
+        1, count, head.D, static_cast<const X*>(x.at) + row * x.width, x.width,
+        [&](int64_t f) { return rows_of<T>(head.weight, ids[f].id, head.w_stride); }, a, count,
+        false);
   });
   for (int64_t i = 0; i < count; i += kLanes) {
     Vf bias{};

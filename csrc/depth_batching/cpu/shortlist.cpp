@@ -21,8 +21,8 @@ void finish_row(const Shortlist& call, const Packed& x, const TileSums& sums, co
   std::vector<Candidate> best = lists.best(row);
   const int64_t count = std::min<int64_t>(best.size(), call.candidates);
   const double error = rounding_of(head);
-  const float rest = int64_t(best.size()) > count ? kernels().head.capped(head, best[count].value)
-                                                  : -kInfinity;
+  const float rest =
+      int64_t(best.size()) > count ? kernels().head.capped(head, best[count].value) : -kInfinity;
   std::vector<float> a(count), s(count);
   kernels().head.exact(head, x, row, best.data(), count, a.data(), s.data());
 
@@ -43,7 +43,8 @@ void finish_row(const Shortlist& call, const Packed& x, const TileSums& sums, co
   call.rest[row] = rest == -kInfinity ? rest : float(rest + error);
 
   double base = -kInfinity, high = 0, low = 0, of_high = 0, known = 0;
-  for (int64_t tile = 0; tile < tiles; ++tile) base = std::max<double>(base, sums.max[tile * n + row]);
+  for (int64_t tile = 0; tile < tiles; ++tile)
+    base = std::max<double>(base, sums.max[tile * n + row]);
   if (base == -kInfinity) base = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t at = tile * n + row;
@@ -83,9 +84,8 @@ void run(const Shortlist& call, Workers& workers) {
     for (int64_t tile = tiles * task / tasks; tile < tiles * (task + 1) / tasks; ++tile)
       k.screen(given, tile, s);
   });
-  workers.run(n, [&](int64_t row, Scratch&) {
-    finish_row(call, x.rows(), sums.planes, lists, row);
-  });
+  workers.run(n,
+              [&](int64_t row, Scratch&) { finish_row(call, x.rows(), sums.planes, lists, row); });
 }
 
 }  // namespace gemma_ext::depth_batching::cpu

@@ -91,6 +91,8 @@ def seg_depth_lora(
         given = [(p.weight, p.bias, p.lora_a, p.lora_b) for p in projections]
         return tuple(formulas.seg_depth_lora(x, given, seg_offsets, scale, None))
     y = linear_op.depth_linear(x, projections, seg_offsets, scale, None)
+    if len(projections) == 1:
+        return (y,)
     return y.split([p.weight.shape[0] for p in projections], dim=1)
 
 

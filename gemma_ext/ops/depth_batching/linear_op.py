@@ -21,7 +21,7 @@ _REMEDY = "it serves; the same functions with impl='reference' have derivatives"
 def gather_rms_norm(
     bank: Tensor, slots: Tensor, weight: Tensor, eps: float, plus_one: bool
 ) -> Tensor:
-    return _ops.depth_gather_rms_norm(bank, slots, weight, eps, plus_one)
+    return _ops.depth_gather_rms_norm.default(bank, slots, weight, eps, plus_one)
 
 
 def scatter_rms_norm(
@@ -34,7 +34,7 @@ def scatter_rms_norm(
     plus_one: bool,
 ) -> Tensor:
     """The next norm, [0, D] without a weight of it."""
-    return _ops.depth_scatter_rms_norm(bank, slots, y, weight, next_weight, eps, plus_one)
+    return _ops.depth_scatter_rms_norm.default(bank, slots, y, weight, next_weight, eps, plus_one)
 
 
 def depth_linear(
@@ -46,7 +46,7 @@ def depth_linear(
 ) -> Tensor:
     """[n, sum of F], or [n, F] with an activation."""
     empty = x.new_empty(0)
-    return _ops.depth_linear(
+    return _ops.depth_linear.default(
         x,
         [p.weight for p in projections],
         [empty if p.bias is None else p.bias for p in projections],
