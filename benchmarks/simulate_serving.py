@@ -71,7 +71,7 @@ def ladders(ranks: Sequence[int], widths: Sequence[int]) -> dict[tuple, list[tup
     for name, machine in MACHINES.items():
         for rank in ranks:
             for width in widths:
-                workload = Workload((0.8, 0.2), requests=5 * width, prompt=64, output=256)
+                workload = Workload((0.8, 0.2), requests=8 * width, prompt=64, output=256)
                 found[name, rank, width] = ladder(workload, width, 2, machine, rank=rank)
     return found
 

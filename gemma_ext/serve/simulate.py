@@ -226,9 +226,9 @@ def simulate(
 def config_for(
     workload: Workload, width: int, *, mode: str = "cdb", **options: Any
 ) -> EngineConfig:
-    """An engine with room for the workload and twice its width of requests."""
+    """An engine with room for the workload and three times its width of requests."""
     length = workload.prompt + int(np.max(workload.output))
-    given = {"requests": 2 * width, "prefill_tokens": 16 * width, "kv_policy": "propagate"}
+    given = {"requests": 3 * width, "prefill_tokens": 16 * width, "kv_policy": "propagate"}
     return EngineConfig(
         width=width, max_model_len=PAGE * math.ceil(length / PAGE), mode=mode,
         **{**given, **options},
