@@ -2,9 +2,9 @@
 // The head: what becomes of 256 logits of a row while they are in cache.
 #pragma once
 
-#include "../noise.h"
 #include "head_table.h"
 #include "linear_kernels.h"
+#include "noise_kernels.h"
 #include "norm_kernels.h"
 
 namespace gemma_ext::depth_batching::GEMMA_EXT_ISA {
@@ -119,17 +119,6 @@ GEMMA_EXT_INLINE void offer(BestList& list, const float* s, int64_t id0, int val
   }
 }
 
-void tile_noise(const NoiseKey& key, int64_t id0, float* to) {
-  alignas(64) uint32_t words[4][kTile / 4];
-  for (int q = 0; q < kTile / 4; ++q) {
-    uint32_t four[4];
-    noise_words(key, uint32_t(id0 / 4 + q), four);
-    for (int i = 0; i < 4; ++i) words[i][q] = four[i];
-  }
-  for (int i = 0; i < 4; ++i)
-    for (int q = 0; q < kTile / 4; ++q) to[4 * q + i] = gumbel_of(words[i][q]);
-}
-
 void read_logits(const HeadTask& task, int64_t tile, int64_t row, float* s) {
   const HeadExit& call = *task.call;
   const int64_t id0 = tile * kTile, at = tile * call.head.n + row;
@@ -190,16 +179,6 @@ void head_tile(const HeadTask& task, int64_t tile, Scratch& scratch) {
       tile_logits(head, bias, int(valid), strips + m * kTile);
       read_logits(task, tile, row0 + m, strips + m * kTile);
     }
-  }
-}
-
-void noise_row(const Noise& call, int64_t row) {
-  const NoiseKey key = noise_key(call.keys + 3 * row);
-  for (int64_t c = 0; c < call.C; ++c) {
-    const uint32_t id = uint32_t(call.ids[row * call.C + c]);
-    uint32_t words[4];
-    noise_words(key, id / 4, words);
-    call.out[row * call.C + c] = gumbel_of(words[id % 4]);
   }
 }
 
