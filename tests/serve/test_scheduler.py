@@ -265,9 +265,7 @@ def test_no_exit_runs_every_loop_whatever_the_test_says():
 
 def test_what_a_scheduler_refuses():
     scheduler = EngineConfig(width=2, max_model_len=LENGTH).scheduler(loops=2)
-    with pytest.raises(
-        ValueError, match="max_loops: expected 1 <= min_loops <= max_loops <= 2"
-    ):
+    with pytest.raises(ValueError, match="max_loops: expected 1 <= min_loops <= max_loops <= 2"):
         submit(scheduler, min_loops=2, max_loops=1)
     with pytest.raises(ValueError, match="prompt: expected at least one token, got none"):
         scheduler.submit(
