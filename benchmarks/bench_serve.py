@@ -435,7 +435,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--width", nargs="+", type=int, default=[4, 16], help="tokens in a step")
     parser.add_argument("--policies", nargs="+", default=["exact_lazy", "propagate"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of a window")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of a window")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each subject")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")

@@ -71,7 +71,7 @@ def ladders(ranks: Sequence[int], widths: Sequence[int]) -> dict[tuple, list[tup
     for name, machine in MACHINES.items():
         for rank in ranks:
             for width in widths:
-                workload = Workload((0.8, 0.2), requests=8 * width, prompt=256, output=128)
+                workload = Workload((0.8, 0.2), requests=8 * width, prompt=64, output=256)
                 found[name, rank, width] = ladder(workload, width, 2, machine, rank=rank)
     return found
 
@@ -103,7 +103,7 @@ def main() -> None:
     )
     parser.add_argument("--figure", type=Path, metavar="FILE", help="SVG of the ladder")
     parser.add_argument("--rank", nargs="+", type=int, default=[0, 64])
-    parser.add_argument("--width", nargs="+", type=int, default=[8, 43, 128])
+    parser.add_argument("--width", nargs="+", type=int, default=[8, 43])
     options = parser.parse_args()
     print(f"## The paper's simulation\n{own_simulation()}\n", flush=True)
     print(f"## The paper's throughput\n{own_throughput()}\n", flush=True)

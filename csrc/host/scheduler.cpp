@@ -115,7 +115,9 @@ bool Scheduler::place(Request& r) {
   const int size = static_cast<int>(r.tokens.size());
   const int target = r.outputs ? size - 1 : size;
 
-  if (options_.publish != Publish::kNone && !r.asked.score) {
+  // where loops share places, a page holds what the last one left
+  const bool fits = !options_.aligned || r.asked.max_loops == options_.loops;
+  if (options_.publish != Publish::kNone && fits && !r.asked.score) {
     const int most = (r.outputs ? target : target - 1) / kPage;
     int page = -1;
     while (static_cast<int>(r.pages.size()) < most) {

@@ -44,7 +44,7 @@ struct Options {
   int backlog = 64;       // unfilled tokens of a request at most
   int prefill = 1;        // prompt rows in a step at most
   bool mixed = true;      // prompt rows share steps with tokens, else they take turns
-  bool aligned = false;   // prompt chunks end at multiples of `prefill`
+  bool aligned = false;   // loops share places: prompt chunks end at multiples of `prefill`
   int min_coda = 1;       // tokens that wait for the head until it runs, unless nothing else can
   int min_rows = 1;       // free block-table rows before requests are admitted
   double margin = 0;      // share of the pages that admission leaves free

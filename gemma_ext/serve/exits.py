@@ -61,8 +61,8 @@ class ExitTest:
 
     Attributes:
         name: of `TESTS`.
-        threshold: of requests that name none; argmax has 2, latent_diff 0.03 (Huginn), the others
-            none.
+        threshold: of requests that name none; None for 2 of argmax and 0.03 of latent_diff
+            (Huginn), the other tests need one.
         strict: whether a score at the threshold stays; None for the test's own way, as above.
         decay: tau of CALM's falling threshold 0.9 t + 0.1 t exp(-tau n / N) for output n of at
             most N, cut to [0, 1], of max_prob, margin, cosine and gate; 0 for a constant one.
@@ -90,21 +90,17 @@ class ExitTest:
             raise ValueError(
                 f"decay: expected exit test {', '.join(_DECAYING)} with it, got {self.name}"
             )
+        if self.threshold is None and self.name not in ("none", *_DEFAULTS):
+            raise ValueError(
+                f"exit_threshold: expected a number with exit test {self.name}, got None"
+            )
         if not 0 <= self.decay < math.inf:
             raise ValueError(f"decay: expected a number of at least 0, got {self.decay}")
 
     def own_threshold(self, params: SamplingParams) -> float:
-        """The threshold of a request.
-
-        Raises:
-            ValueError: neither the request nor the engine names one, and the test has none.
-        """
-        for value in (params.exit_threshold, self.threshold, _DEFAULTS.get(self.name)):
-            if value is not None:
-                return float(value)
-        if self.name == "none":
-            return 0.0
-        raise ValueError(f"exit_threshold: expected a number with exit test {self.name}, got None")
+        """The threshold of a request."""
+        own = (params.exit_threshold, self.threshold, _DEFAULTS.get(self.name, 0.0))
+        return float(next(value for value in own if value is not None))
 
     def passes(self, score: Tensor, threshold: Tensor) -> Tensor:
         """bool [n]; a score of NaN stays."""

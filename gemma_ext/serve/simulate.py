@@ -74,12 +74,16 @@ def gemma_2b(loops: int, rank: int = 0) -> Shape:
 
 
 def roofline(shape: Shape, machine: Machine) -> tuple[Cost, Callable[[int], float]]:
-    """Seconds of a block and of the head for n rows; every key of a token's request is read."""
+    """Seconds of a block and of the head for n rows; one read of a request's keys at each loop."""
 
     def block(rows: Rows) -> float:
         n, present = len(rows.slot), int((rows.seg_offsets.diff() > 0).sum())
         moved = 2 * (shape.block + present * shape.adapters)
-        moved += shape.kv * float((rows.pos + 1).sum())
+        _, group = (rows.req.long() * 256 + rows.loop).unique(return_inverse=True)
+        keys = torch.zeros(n, dtype=torch.int64).scatter_reduce(
+            0, group, rows.pos.long() + 1, "amax"
+        )
+        moved += shape.kv * float(keys.sum())
         return max(moved / machine.bandwidth, 2 * n * (shape.block + shape.adapters) / machine.peak)
 
     def head(n: int) -> float:
@@ -222,9 +226,9 @@ def simulate(
 def config_for(
     workload: Workload, width: int, *, mode: str = "cdb", **options: Any
 ) -> EngineConfig:
-    """An engine with room for the workload and twice its width of requests."""
+    """An engine with room for the workload and three times its width of requests."""
     length = workload.prompt + int(np.max(workload.output))
-    given = {"requests": 2 * width, "prefill_tokens": 16 * width, "kv_policy": "propagate"}
+    given = {"requests": 3 * width, "prefill_tokens": 16 * width, "kv_policy": "propagate"}
     return EngineConfig(
         width=width, max_model_len=PAGE * math.ceil(length / PAGE), mode=mode,
         **{**given, **options},

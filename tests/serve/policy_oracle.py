@@ -6,7 +6,6 @@ import torch
 
 from gemma_ext.nn.recursive import Plan
 
-
 COPIED = ("copy", "first_then_shared", "modulo")
 
 

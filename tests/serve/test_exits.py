@@ -126,7 +126,7 @@ def test_direction_and_equality(name):
     )  # fmt: skip
     stays = name in ("margin", "cosine", "latent_diff")
     for strict in (None, True, False):
-        passed = ExitTest(name, strict=strict, **given).passes(score, torch.tensor(0.5))
+        passed = ExitTest(name, 0.5, strict, **given).passes(score, torch.tensor(0.5))
         equal = not (stays if strict is None else strict)
         assert passed.tolist() == [not above, equal, above, False]
 
@@ -181,21 +181,23 @@ def test_defaults_of_thresholds():
     assert ExitTest("max_prob", threshold=0.5).own_threshold(SamplingParams()) == 0.5
     own = SamplingParams(exit_threshold=0.25)
     assert ExitTest("max_prob", threshold=0.5).own_threshold(own) == 0.25
-    with pytest.raises(ValueError, match=r"^exit_threshold: expected a number with exit test kl"):
-        ExitTest("kl").own_threshold(SamplingParams())
 
 
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"name": "gut feeling"}, "name: expected one of none, max_prob, .*, got 'gut feeling'"),
+        ({"name": "kl"}, "exit_threshold: expected a number with exit test kl, got None"),
         ({"name": "gate"}, "weight: expected a weight with exit test gate, got none"),
         (
             {"name": "kl", "weight": torch.ones(2)},
             "weight: expected no weight with exit test kl, got one",
         ),
         ({"name": "entropy", "decay": 1.0}, "decay: expected exit test max_prob, .*, got entropy"),
-        ({"name": "margin", "decay": -1.0}, "decay: expected a number of at least 0, got -1.0"),
+        (
+            {"name": "margin", "threshold": 0.5, "decay": -1.0},
+            "decay: expected a number of at least 0, got -1.0",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(given, sentence):
@@ -207,15 +209,15 @@ def test_what_does_not_fit_is_refused(given, sentence):
     ("test", "sentence"),
     [
         (
-            ExitTest("gate", weight=torch.ones(7)),
+            ExitTest("gate", 0.5, weight=torch.ones(7)),
             r"weight: expected \[32\] with exit test gate, got \[7\]",
         ),
         (
-            ExitTest("preloop", weight=torch.ones(WIDTH)),
+            ExitTest("preloop", 0.5, weight=torch.ones(WIDTH)),
             r"weight: expected \[2, 32\] with exit test preloop, got \[32\]",
         ),
         (
-            ExitTest("gate", weight=torch.ones(WIDTH), bias=torch.ones(2)),
+            ExitTest("gate", 0.5, weight=torch.ones(WIDTH), bias=torch.ones(2)),
             "bias: expected one number a score, got 2",
         ),
     ],

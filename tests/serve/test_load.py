@@ -121,7 +121,8 @@ def test_a_thousand_requests(process, nano_tokenizer):  # noqa: F811
     told = process.wait_idle()
     assert told["process_open_fds"] <= files + 2
     answers = sum(value for name, value in told.items() if "answers_total" in name)
-    assert answers >= 1000
+    # some clients leave before the server has heard of them
+    assert answers >= counts["answered"] + counts["refused"]
     assert process.end(signal.SIGTERM) in (0, -signal.SIGTERM)
 
 

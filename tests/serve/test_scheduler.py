@@ -83,19 +83,7 @@ def workloads(draw):
     return loops, draw(configs()), every
 
 
-class CheckedRunner(ToyRunner):
-    """Compares what a request leaves in its pages with a pass of every token through every loop."""
-
-    def __init__(self, model, config):
-        super().__init__(model, config)
-        self.tables, self.pages, self.compared = None, {}, 0
-
-    def block(self, rows):
-        self.tables = rows.block_tables.numpy()
-        return super().block(rows)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(workloads())
 def test_any_workload(workload):
     loops, config, every = workload
@@ -218,3 +206,74 @@ def test_keys_and_values_of_all_loops_are_those_of_a_full_pass(eager):
         collect(found, engine.step())
     assert next(iter(found.values()))[:2] == expected[again][:2]
     assert engine.scheduler.counters()["cached_tokens"] == 32
+
+
+def test_nothing_that_is_ready_waits_longer_than_its_turn():
+    config = EngineConfig(width=2, requests=10, max_model_len=LENGTH)
+    engine = Engine(ToyRunner(ToyModel(loops=3, stored=1), config), config)
+    for i in range(10):
+        engine.submit(Request((i,), SamplingParams(max_tokens=20)), [3] * 20)
+    while engine.has_work():
+        engine.step()
+    counted = engine.scheduler.counters()
+    assert counted["most_ready"] == 10
+    assert 4 <= counted["most_wait"] <= 5 + 1
+
+
+def test_steps_and_reports_come_in_turn():
+    scheduler = EngineConfig(width=2, max_model_len=LENGTH).scheduler(loops=2)
+    assert scheduler.plan() == ("idle", 0)
+    with pytest.raises(RuntimeError, match="expected a report of the step that was planned"):
+        scheduler.report_block(None)
+    submit(scheduler)
+    assert scheduler.plan() == ("block", 3)
+    with pytest.raises(RuntimeError, match="the last step was not reported"):
+        scheduler.plan()
+    with pytest.raises(ValueError, match="exits: expected one for each row of the block"):
+        scheduler.report_block(np.zeros(2, np.uint8))
+    with pytest.raises(RuntimeError, match="expected a report of the step that was planned"):
+        scheduler.report_coda(np.zeros(3, np.int32))
+    scheduler.report_block(np.zeros(3, np.uint8))
+    assert scheduler.plan() == ("block", 3)
+    scheduler.report_block(None)
+    assert scheduler.plan() == ("coda", 1)
+    with pytest.raises(ValueError, match="tokens: expected one for each row of the coda"):
+        scheduler.report_coda(np.zeros(2, np.int32))
+    scheduler.report_coda(np.zeros(1, np.int32))
+    assert scheduler.tokens(1) == [1, 2, 3, 0]
+    assert scheduler.tokens(2) is None
+    scheduler.check()
+
+
+def submit(scheduler, **options):
+    given = {"max_tokens": 4, "min_loops": 1, "max_loops": 2, "no_exit": False, "score": False}
+    given |= {"stops": [], "depths": [], **options}
+    return scheduler.submit(np.array([1, 2, 3], np.int32), **given)
+
+
+def test_no_exit_runs_every_loop_whatever_the_test_says():
+    scheduler = EngineConfig(width=2, max_model_len=LENGTH).scheduler(loops=2)
+    submit(scheduler, no_exit=True)
+    while scheduler.has_work():
+        stage, n = scheduler.plan()
+        if stage == "block":
+            scheduler.report_block(np.ones(n, np.uint8))
+        elif stage == "coda":
+            scheduler.report_coda(np.zeros(n, np.int32))
+    assert scheduler.counters()["exit_loops"] == 2 * 3
+
+
+def test_what_a_scheduler_refuses():
+    scheduler = EngineConfig(width=2, max_model_len=LENGTH).scheduler(loops=2)
+    with pytest.raises(ValueError, match="max_loops: expected 1 <= min_loops <= max_loops <= 2"):
+        submit(scheduler, min_loops=2, max_loops=1)
+    with pytest.raises(ValueError, match="prompt: expected at least one token, got none"):
+        scheduler.submit(
+            np.zeros(0, np.int32), max_tokens=1, min_loops=1, max_loops=1, no_exit=False,
+            score=False, stops=[], depths=[],
+        )  # fmt: skip
+    assert not scheduler.has_work()
+    with pytest.raises(ValueError, match="loops: expected at most 255, got 256"):
+        EngineConfig().scheduler(loops=256)
+    with pytest.raises(ValueError, match="loops: expected at least 1, got 0"):
+        EngineConfig().scheduler(loops=0)

@@ -91,6 +91,8 @@ def test_a_block_reads_its_weights_the_adapters_of_its_loops_and_every_key():
     assert block(rows) == pytest.approx(moved / A100.bandwidth)
     deep = rows._replace(seg_offsets=torch.tensor([0, 0, 3], dtype=torch.int32))
     assert block(rows) - block(deep) == pytest.approx(2 * shape.adapters / A100.bandwidth)
+    chunk = rows._replace(req=torch.tensor([0, 0, 0], dtype=torch.int32))  # two rows at loop 0
+    assert block(rows) - block(chunk) == pytest.approx(shape.kv * 6 / A100.bandwidth)
 
 
 def test_every_cost_that_comes_back_takes_some_of_the_gain():
