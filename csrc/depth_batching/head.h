@@ -65,7 +65,7 @@ struct Gate {
   const uint8_t* last;       // [n] or null: rows that leave in any case
   DType type;
   int64_t n, D;
-  uint8_t* exits;          // [n]
+  uint8_t* exits;         // [n]
   float *scores, *after;  // [n]; survival after this loop
 };
 
@@ -73,7 +73,7 @@ struct Gate {
 // those of the head.
 struct Shortlist {
   Head head;
-  const int8_t* codes;     // [V, D]
+  const int8_t* codes;      // [V, D]
   const float* code_scale;  // [V]
   const float* slack;       // [V]
   int64_t candidates;       // C

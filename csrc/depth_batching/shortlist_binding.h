@@ -13,8 +13,8 @@ struct ShortlistBinding {
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> shortlist(
       const Tensor& h, const Maybe& norm_weight, const Tensor& weight, const Maybe& bias,
-      const Tensor& codes, const Tensor& code_scale, const Tensor& slack, double eps,
-      bool plus_one, double softcap, double logit_scale, int64_t candidates) {
+      const Tensor& codes, const Tensor& code_scale, const Tensor& slack, double eps, bool plus_one,
+      double softcap, double logit_scale, int64_t candidates) {
     const char* op = "depth_shortlist";
     Engine engine(op, h);
     const typename Heads::Prepared p(op, h, norm_weight, weight, bias, eps, plus_one, softcap,

@@ -173,7 +173,9 @@ struct Lines {
     for (int i = simt::thread_idx(); i < kCount; i += Tile::kThreads)
       s_a[i] = i < Tile::kFeatures ? a(i) : b(i - Tile::kFeatures);
     simt::sync_block();
-    const auto at = [depth](const T* line, int k) { return line && k < depth ? line + k : nullptr; };
+    const auto at = [depth](const T* line, int k) {
+      return line && k < depth ? line + k : nullptr;
+    };
     tile.multiply(
         depth, [&](int line, int k) { return at(s_a[line], k); },
         [&](int line, int k) { return at(s_b[line], k); }, simt::shared<T>());

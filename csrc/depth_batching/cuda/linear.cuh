@@ -53,9 +53,8 @@ void depth_shrink_kernel(LinearParams p) {
     Lines<Tile>::multiply(
         tile, depth,
         [&](int line) {
-          return r0 + line < own.rank
-                     ? row_at<T>(own.a, j * own.rank + r0 + line, own.a_stride)
-                     : nullptr;
+          return r0 + line < own.rank ? row_at<T>(own.a, j * own.rank + r0 + line, own.a_stride)
+                                      : nullptr;
         },
         [&](int line) {
           const int64_t row = row0 + line;
@@ -125,9 +124,8 @@ void depth_expand_kernel(LinearParams p) {
           },
           [&](int line) {
             const int64_t row = row0 + line;
-            return row >= s.begin && row < s.end
-                       ? row_at<T>(p.low[which], row, p.low_stride[which])
-                       : nullptr;
+            return row >= s.begin && row < s.end ? row_at<T>(p.low[which], row, p.low_stride[which])
+                                                 : nullptr;
           });
     }
   }
