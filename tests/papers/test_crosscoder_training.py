@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
+from gemma_ext.nn.sparse_autoencoder import ReLU, SparseAutoencoder
 from gemma_ext.papers import crosscoder
 from gemma_ext.papers.crosscoder import study
-from gemma_ext.papers.crosscoder.discovery import discover
+from gemma_ext.papers.crosscoder.discovery import contrast_delta, discover, reach
 from gemma_ext.papers.crosscoder.planted import matched, two_models
 
 SMALL = crosscoder.Recipe(
@@ -145,14 +146,41 @@ def test_model_diff_names_the_planted_behaviour():
     held_out, f = planted.draw(8000, generator)
     roles = (f[:, 10:] > 0).any(1).long()  # tokens with a concept of the chat model alone
     plan = dataclasses.replace(SMALL, features=16, steps=500, batch=512)
-    made, found, record = study.model_diff(x, held_out, roles, (1,), plan)
+    made, found, record = study.model_diff(x, held_out, roles, (1,), 1, plan)
     assert record["chat only"] == record["confirmed"] == record["confirmed at home"] == 2
     assert record["flagged"] == record["flagged at home"] == 0
+    assert record["cues reached"] > 0.95
     assert record["overlap"] == 0
     assert record["all at home"] == record["most leaning at home"] == 2 / record["alive"]
     assert record["correlation"] > 0.9
     assert found.tokens == 8000
     assert made.features == 16
+
+
+def test_reach_is_the_share_of_tokens_with_a_latent_of_the_set():
+    made = SparseAutoencoder(2, 3, ReLU(), sources=2, subtract_bias=False).eval()
+    with torch.no_grad():
+        made.encoder.copy_(torch.eye(4)[:3])
+        made.encoder_bias.zero_()
+    x = torch.tensor(
+        [[[1.0, 0], [0, 0]], [[0, 1.0], [0, 0]], [[1.0, 1], [1, 0]], [[-1, 0], [0, 0]]]
+    )
+    here = torch.tensor([True, True, True, False])
+    for mask, share in (([1, 0, 0], 2 / 3), ([1, 1, 0], 1), ([0, 0, 1], 1 / 3), ([0, 0, 0], 0)):
+        mask = torch.tensor(mask, dtype=torch.bool)
+        assert reach(made, x.split(2), here.split(2), mask) == pytest.approx(share)
+    assert math.isnan(reach(made, [x], [~here & here], mask))
+
+
+def test_the_delta_of_a_perfect_detector():
+    x = torch.randn(6, 2, 3)
+    here = torch.tensor([1, 1, 0, 0, 0, 0], dtype=torch.bool)
+    there = torch.tensor([0, 0, 1, 0, 1, 0], dtype=torch.bool)
+    x[here] = x[there]
+    x[here, 1] += torch.tensor([3.0, 0, 4])
+    assert contrast_delta(x, here, there) == pytest.approx(1)
+    x[here, 0] += torch.tensor([0.0, 1, 0])
+    assert contrast_delta(x, here, there) == pytest.approx(0.5 * (4 / 5 + 1))
 
 
 def test_intervals():

@@ -158,3 +158,35 @@ def mass_by_role(
         rows = torch.nn.functional.one_hot(role, count).to(x)
         total += sae.scatter(crosscoder.encode(x), rows)[0]
     return total / total.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+@torch.no_grad()
+def reach(
+    crosscoder: SparseAutoencoder, batches: Iterable[Tensor], chosen: Iterable[Tensor], mask: Tensor
+) -> float:
+    """Share of the chosen tokens on which a latent of a set is active; nan without any.
+
+    Args:
+        batches: [N, 2, D]; chosen: [N] bool of the same tokens.
+        mask: [F] bool, the set.
+    """
+    hit = count = 0
+    for x, here in zip(batches, chosen, strict=True):
+        codes = crosscoder.encode(x[here])
+        active = codes.mask & (codes.values > 0) & mask[codes.indices.long()]
+        hit += codes.rows()[active].unique().numel()
+        count += int(here.sum())
+    return hit / count if count else float("nan")
+
+
+def contrast_delta(x: Tensor, here: Tensor, there: Tensor) -> float:
+    """Delta of a perfect detector: of the mean states on some tokens less those on others.
+
+    What a fine-tune has planted is the chat model's own, as far as norms can say, where this is
+    near one; near a half the base tells these tokens apart as well.
+
+    Args:
+        x: [N, 2, D]; here, there: [N] bool.
+    """
+    means = x[here].double().mean(0) - x[there].double().mean(0)
+    return float(difference(means.norm(dim=-1)[None]))

@@ -35,6 +35,7 @@ DIFF = {
     "confirmed": "confirmed by ν",
     "confirmed at home": "confirmed, in the behaviour",
     "flagged at home": "flagged, in the behaviour",
+    "cues reached": "planted replies they foresee",
     "random control": "confirmed by random directions",
     "most leaning at home": "32 most leaning to chat, share in the behaviour",
     "least leaning at home": "32 least leaning",

@@ -21,6 +21,7 @@ from gemma_ext.papers.crosscoder.discovery import (
     leaning,
     mass_by_role,
     random_directions,
+    reach,
 )
 from gemma_ext.papers.crosscoder.norms import TAGS
 from gemma_ext.papers.crosscoder.planted import TwoModels, matched, two_models
@@ -87,6 +88,7 @@ def model_diff(
     held_out: Tensor,
     roles: Tensor,
     home: Sequence[int],
+    cue: int,
     recipe: Recipe,
     advance: Advance = lambda count: None,
 ) -> tuple[SparseAutoencoder, Discovery, Record]:
@@ -96,12 +98,14 @@ def model_diff(
         x: [N, 2, D] to train on; held_out: [M, 2, D].
         roles: [M] int64, what a held-out token is in its text.
         home: roles of the behaviour.
+        cue: that of them which only the chat model can know for a part of the behaviour.
 
     Returns:
         crosscoder, discovery, and its record with: chat-only latents confirmed by both ratios, how
-        many of them and of the flagged ones are at home in the behaviour, the chat-only latents
-        that random directions in place of decoders would confirm, and the shares at home of the
-        latents that lean most to chat, least, and of all.
+        many of them and of the flagged ones are at home in the behaviour, the share of the cues on
+        which a confirmed latent that is at home fires, the chat-only latents that random directions
+        in place of decoders would confirm, and the shares at home of the latents that lean most to
+        chat, least, and of all.
     """
     made = train(x, recipe, advance=advance).crosscoder
     parts = held_out.split(_ROWS)
@@ -121,6 +125,7 @@ def model_diff(
             "confirmed": int(confirmed.sum()),
             "confirmed at home": int((confirmed & at_home).sum()),
             "flagged at home": int((flagged & at_home).sum()),
+            "cues reached": reach(made, parts, (roles == cue).split(_ROWS), confirmed & at_home),
             "random control": int((chat & control.betas.specific()).sum()),
             "most leaning at home": _share(at_home[order[:LEANING]]),
             "least leaning at home": _share(at_home[order[-LEANING:]]),
