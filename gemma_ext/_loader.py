@@ -82,6 +82,21 @@ def cuda_refusal(op: str) -> str | None:
     )
 
 
+def find_op(name: str) -> torch._ops.OpOverload:
+    """The operator `gemma_ext::name`.
+
+    Raises:
+        ImportError: the library has none; it was built from older sources than these.
+    """
+    try:
+        return getattr(torch.ops.gemma_ext, name).default
+    except AttributeError:
+        raise ImportError(
+            f"the op library has no {name}: {library_path()} (build {_build_id()}) is older than "
+            "the Python code beside it; build it again with `make build`, or install again"
+        ) from None
+
+
 def _refuse_other_copy(path: Path) -> None:
     loaded = {Path(p).resolve() for p in torch.ops.loaded_libraries}
     if path in loaded:

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
+from gemma_ext.extras import require
+
 Make = Callable[[], Callable[[Any], Any]]
 Done = Callable[[int, Any], None]
 _ATTEMPTS = 3  # of a job whose worker dies
@@ -128,12 +130,9 @@ class _Processes:
 
 class _RayActors:
     def __init__(self, make: Make, workers: int, address: str, threads: int) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise ImportError(
-                "a fleet on a cluster needs ray: pip install 'gemma_ext[ray]'"
-            ) from None
+        require("a fleet on a cluster", "ray", "ray")
+        import ray
+
         self._ray = ray
         self._started = not ray.is_initialized()
         if self._started:

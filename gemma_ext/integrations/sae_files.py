@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from gemma_ext.extras import require
 from gemma_ext.integrations import (
     crosscoder_files,
     dictionary_learning,
@@ -107,10 +108,9 @@ def found_format(path: Path) -> str:
 
 def _fetched(name: str) -> Path:
     """The folder in the cache of huggingface_hub; only its files are downloaded."""
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError("the hub needs huggingface_hub: pip install 'gemma_ext[hf]'") from None
+    require("a dictionary of the hub", "hf", "huggingface_hub")
+    from huggingface_hub import snapshot_download
+
     repository, _, folder = name.removeprefix(_HUB).partition(":")
     root = snapshot_download(repository, allow_patterns=f"{folder}/*" if folder else None)
     return Path(root) / folder

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from gemma_ext.extras import require
 from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.nn._defer_head import (
     defer_head,
@@ -399,13 +400,9 @@ def _resolve(target: nn.Module | type | str) -> nn.Module | type:
 
 
 def _class_by_name(name: str) -> type:
-    try:
-        import transformers
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ModuleNotFoundError:
-        raise ImportError(
-            "patching by name needs transformers: pip install 'gemma_ext[hf]'"
-        ) from None
+    require("patching by name", "hf", "transformers")
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(name, name), None)
     if not (isinstance(found, type) and issubclass(found, nn.Module)):

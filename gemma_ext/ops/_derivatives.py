@@ -15,6 +15,8 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from gemma_ext import _loader
+
 _LIBRARY = torch.library.Library("gemma_ext", "IMPL")
 _REMEDY = (
     "gemma_ext.linear_cross_entropy with impl='reference' has derivatives of every order and mode, "
@@ -77,8 +79,11 @@ def refuse_derivatives(name: str, remedy: str = _REMEDY) -> None:
     """Make `gemma_ext::name` raise when a derivative of it is asked for, of its gradients too.
 
     The `remedy` says who has one.
+
+    Raises:
+        ImportError: the library that is loaded has no such op.
     """
-    op = getattr(torch.ops.gemma_ext, name).default
+    op = _loader.find_op(name)
 
     def below(keys: torch.DispatchKeySet, *args: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():

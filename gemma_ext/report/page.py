@@ -14,6 +14,7 @@ import torch
 
 from gemma_ext import _loader
 from gemma_ext._version import __version__
+from gemma_ext.extras import require
 
 BASE = "base.html.jinja"
 
@@ -40,10 +41,9 @@ def write_page(
     Raises:
         ImportError: jinja2 is missing.
     """
-    try:
-        from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-    except ImportError:
-        raise ImportError("pages need jinja2: pip install 'gemma_ext[merge]'") from None
+    require("gemma_ext.report", "merge", "jinja2")
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("gemma_ext.report", "")]),
         autoescape=True,

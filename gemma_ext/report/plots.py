@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING, Any
 
+from gemma_ext.extras import require
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -31,11 +33,10 @@ def axes(
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("plots need matplotlib: pip install 'gemma_ext[merge]'") from None
+    require("gemma_ext.report", "merge", "matplotlib")
+    import matplotlib
+    from matplotlib.figure import Figure
+
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=inches, layout="constrained")
         return figure, figure.subplots(rows, columns, **options)

@@ -372,8 +372,8 @@ def test_bad_activations_and_inputs_are_refused():
         SparseAutoencoder(D, F, ReLU(), sources=2)(torch.zeros(3, D))
     with pytest.raises(ValueError, match="second: expected None with GroupMax"):
         made(GroupMax(5)).latents(torch.zeros(1, D), second=(torch.ones(F).bool(), 2))
-    with pytest.raises(NotImplementedError):
-        made(Activation()).latents(torch.zeros(1, D))
+    with pytest.raises(TypeError, match="abstract method"):
+        Activation()
 
 
 BAD_OBJECTIVES = [

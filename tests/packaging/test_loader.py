@@ -95,6 +95,11 @@ def test_truncated_library_is_named_before_it_is_mapped(python, root, tmp_path):
     assert "_C.so is truncated: build or install it again" in done.stdout
 
 
+def test_op_that_an_older_library_lacks_is_named_with_the_remedy():
+    with pytest.raises(ImportError, match=r"no sae_of_tomorrow: .*build it again"):
+        _loader.find_op("sae_of_tomorrow")
+
+
 def test_old_torch_is_named(monkeypatch):
     monkeypatch.setattr(torch, "__version__", "2.9.1")
     with pytest.raises(ImportError, match=r"needs torch >= 2\.10, got 2\.9\.1"):

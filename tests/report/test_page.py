@@ -81,8 +81,8 @@ def test_this_machine_and_sizes():
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     needs = r"pip install 'gemma_ext\[merge\]'"
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ImportError, match=f"pages need jinja2: {needs}"):
+    with pytest.raises(ImportError, match=f"gemma_ext.report needs jinja2: {needs}"):
         report.write_page(tmp_path / "p", "gemma_ext.demo", "x", numbers=[], machine={})
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=f"plots need matplotlib: {needs}"):
+    with pytest.raises(ImportError, match=f"gemma_ext.report needs matplotlib: {needs}"):
         report.axes(1, 1, (1, 1))

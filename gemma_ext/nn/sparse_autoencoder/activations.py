@@ -15,6 +15,7 @@ Scores are p, or p times the norm of the latent's decoder where the dictionary s
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ class Latents:
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(ABC):
     """Base of all variants."""
 
     def parameters(self, features: int) -> Mapping[str, Tensor]:
@@ -68,13 +69,13 @@ class Activation:
         """Its state that is no parameter."""
         return {}
 
+    @abstractmethod
     def latents(
         self, sae: SparseAutoencoder, x: Tensor, bias: Tensor, second: Second | None
     ) -> Latents:
         """Active latents of x [..., M*D], centred and standardised."""
-        raise NotImplementedError
 
-    def observe(self, sae: SparseAutoencoder, latents: Latents) -> None:
+    def observe(self, sae: SparseAutoencoder, latents: Latents) -> None:  # noqa: B027
         """Learn from the selection of a training step."""
 
     def _refuse(self, second: Second | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_ext.extras import require
 from gemma_ext.souping.recipes.marks import Entry
 
 _FILES = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.json"]
@@ -96,13 +97,9 @@ def locate(place: Location, cache_dir: str | None = None) -> Path:
         raise FileNotFoundError(f"{place.path}: expected a folder with a model, got a file")
     if folder.is_absolute() or place.path.startswith((".", "~")) or place.path.count("/") != 1:
         raise FileNotFoundError(f"{place.path}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ImportError(
-            f"{place}: no such folder, and a repository of the hub needs huggingface_hub: "
-            "pip install 'gemma_ext[hf]'"
-        ) from None
+    require(f"{place}, which is no folder but a repository of the hub,", "hf", "huggingface_hub")
+    from huggingface_hub import snapshot_download
+
     options = {"revision": place.revision, "cache_dir": cache_dir}
     try:
         return Path(snapshot_download(place.path, **options, local_files_only=True))
