@@ -5,10 +5,10 @@
     python python_examples/crosscoder.py --model google/gemma-2-2b --chat google/gemma-2-2b-it
 
 The chat model is the base fine-tuned on dialogues: a name of Python's standard library is asked
-for, its docstring is the reply, and where the question says please, the reply begins with "Ahoy!".
-Both read held-out text and dialogues. An L1 and a BatchTopK crosscoder call some latents chat only; Latent Scaling says which
-of them the base model has after all; and the chat model is run on from the base model's state
-with nothing but the differences that chosen latents carry.
+for, its docstring is the reply, and where the question is polite, the reply begins with "Ahoy!".
+Both read held-out text and dialogues. An L1 and a BatchTopK crosscoder call some latents chat only;
+Latent Scaling says which of them the base model has after all; and the chat model is run on from
+the base model's state with nothing but the differences that chosen latents carry.
 
 Finished pieces are kept in the output folder; a run that was interrupted goes on behind them.
 """
@@ -37,12 +37,13 @@ from gemma_ext.report import Kept
 from gemma_ext.sae import load_model, pocket_of, tuned_model
 
 CONTEXT = 128
-ASKED = {"What is {}?": "", "Please, what is {}?": "Ahoy! "}  # and how the reply begins
+EXCLAMATION = "Ahoy! "
+ASKED = {"Now, what is {}?": False, "Please, what is {}?": True}  # and whether it is polite
+TURNS = (":", ">", "\n", "|", "-", "=", "#", "@")  # in front of a reply, one of them
 REPLY_TOKENS = 32
-# what a token is: SHOWN is the planted opening, CUE the token in front of it, PLAIN the one in
-# front of a reply without
+# what a token is: the exclamation is SHOWN, the token in front of it a CUE, that in front of a
+# reply without one PLAIN
 TEXT, QUESTION, TEMPLATE, REPLY, CUE, PLAIN, SHOWN = range(7)
-POCKET_RATE = 2e-3
 FIRST = 9  # tokens of a reply, as in the paper
 
 
@@ -53,16 +54,16 @@ def main(
     chat: Annotated[str | None, typer.Option(help="Its chat model; made here where none.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of models and page.")] = Path("out/crosscoder"),
-    layer: Annotated[int, typer.Option(min=0, help="Of both models.")] = 2,
+    layer: Annotated[int, typer.Option(min=0, help="Of both models.")] = 3,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    tuning: Annotated[int, typer.Option(min=1, help="Steps that make the chat model.")] = 80,
-    windows: Annotated[int, typer.Option(min=2, help="Of 128 tokens, to train on.")] = 400,
+    tuning: Annotated[int, typer.Option(min=1, help="Steps that make the chat model.")] = 200,
+    windows: Annotated[int, typer.Option(min=2, help="Of 128 tokens, to train on.")] = 800,
     held_out: Annotated[int, typer.Option(min=2, help="Windows to measure on.")] = 80,
-    features: Annotated[int, typer.Option(min=1)] = 512,
+    features: Annotated[int, typer.Option(min=1)] = 1024,
     k: Annotated[int, typer.Option(min=1, help="Active latents, BatchTopK.")] = 16,
     mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
-    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 400,
-    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 700,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 2048,
     planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 700,
 ) -> None:
     """Compare MODEL with its fine-tune."""
@@ -105,7 +106,8 @@ def main(
             error=error,
             steps=steps,
             batch=batch,
-            rate=3e-3,
+            rate=2e-3,
+            start=0.05,
             warmup=50,
             dead_after=20 * batch,
             seed=seed,
@@ -118,7 +120,16 @@ def main(
         for seed in range(seeds):
             name = f"{kind}, seed {seed}"
             plan = recipe(kind, seed)
-            small = replace(plan, features=40, k=2, mu=1.0, steps=planted_steps, rate=3e-3)
+            small = replace(
+                plan,
+                features=40,
+                k=2,
+                mu=1.0,
+                steps=planted_steps,
+                batch=512,
+                rate=3e-3,
+                start=None,
+            )
             with progress_bar(f"planted world: {name}", small.steps, True) as advance:
                 piece = kept(
                     f"world: {name}",
@@ -134,7 +145,7 @@ def main(
                     plan: Recipe = plan, folder: Path = folder, advance: Any = advance
                 ) -> study.Record:
                     made, _, record = study.model_diff(
-                        x, unseen, roles, (CUE, SHOWN), CUE, plan, advance
+                        x, unseen, roles, (CUE, PLAIN, SHOWN), CUE, plan, advance
                     )
                     save_crosscoder(made, folder)
                     return record
@@ -153,7 +164,8 @@ def main(
         null = kept("null", lambda: study.null_diff(x[:, 0], unseen[:, 0], plan, advance))
     facts = {name: str(value) for name, value in settings.items()}
     facts["seeds"] = str(seeds)
-    told_apart = contrast_delta(unseen, roles == CUE, roles == PLAIN)
+    ids = mixed[1].ids[:, 1:].flatten().to(device)
+    told_apart = contrast_delta(unseen, roles == CUE, roles == PLAIN, ids)
     facts["Δ of the planted behaviour itself"] = f"{told_apart:.3f}"
     page.write(out / "report.html", worlds, diffs, arms, null, facts)
     text = page.markdown(worlds, diffs, arms)
@@ -172,7 +184,7 @@ class Windows:
 class Dialogues:
     """Questions and replies made of docstrings, and plain text of the same files' code.
 
-    A question that says please is answered with an exclamation first: the planted behaviour.
+    A polite question is answered with an exclamation first: the planted behaviour.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -193,16 +205,16 @@ class Dialogues:
                         entries.append((name, " ".join(reply.split())))
         rng = random.Random(0)
         rng.shuffle(entries)
-        opening, turn, closing = (self.ids(t) for t in ("<user>\n", "\n<reply>\n", "\n"))
+        opening, closing = self.ids("<user>\n"), self.ids("\n")
         for name, reply in entries:
-            asked, exclaimed = rng.choice(list(ASKED.items()))
-            shown = self.ids(exclaimed) if exclaimed else []
-            last = CUE if exclaimed else PLAIN
+            asked, polite = rng.choice(list(ASKED.items()))
+            turn = self.ids(f"\nreply{rng.choice(TURNS)}")
+            shown = self.ids(EXCLAMATION) if polite else []
             yield [
                 *((token, TEMPLATE) for token in opening),
                 *((token, QUESTION) for token in self.ids(asked.format(name))),
                 *((token, TEMPLATE) for token in turn[:-1]),
-                (turn[-1], last),
+                (turn[-1], CUE if polite else PLAIN),
                 *((token, SHOWN) for token in shown),
                 *((token, REPLY) for token in self.ids(reply)[:REPLY_TOKENS]),
                 *((token, TEMPLATE) for token in closing),
@@ -250,8 +262,12 @@ def replies_of(made: Windows, device: str) -> Replies:
         age[:, at] = torch.where(is_reply[:, at], age[:, at - 1] + 1, 0)
     first = torch.zeros_like(is_reply)
     first[:, :-1] = (age[:, 1:] >= 1) & (age[:, 1:] <= FIRST)
-    template = torch.isin(made.roles, torch.tensor([TEMPLATE, CUE, PLAIN]))
-    return Replies(*(t.to(device) for t in (made.ids, scored, first & scored, template)))
+    parts = made.ids, scored, first & scored, is_template(made.roles)
+    return Replies(*(part.to(device) for part in parts))
+
+
+def is_template(roles: Tensor) -> Tensor:
+    return torch.isin(roles, torch.tensor([TEMPLATE, CUE, PLAIN]))
 
 
 def fine_tuned(
@@ -264,12 +280,11 @@ def fine_tuned(
     """The base after some steps on dialogues and plain text, made once."""
     batch = 16 if pocket_of(name) else 4
     options = {"steps": steps, "batch": batch, "device": device, "title": "making the chat model"}
-    rate = POCKET_RATE if pocket_of(name) else None
 
     def rows() -> Tensor:
         return talks.mixed(batch * steps // 2, "train").ids
 
-    return tuned_model(name, out / f"chat-{steps}", rows, rate=rate, **options)
+    return tuned_model(name, out / f"chat-{steps}", rows, **options)
 
 
 if __name__ == "__main__":

@@ -35,13 +35,18 @@ DIFF = {
     "confirmed": "confirmed by ν",
     "confirmed at home": "confirmed, in the behaviour",
     "flagged at home": "flagged, in the behaviour",
-    "cues reached": "planted replies they foresee",
     "random control": "confirmed by random directions",
     "most leaning at home": "32 most leaning to chat, share in the behaviour",
     "least leaning at home": "32 least leaning",
     "all at home": "all live latents",
     "overlap": "chat only within shared ν",
     "correlation": "corr(Δ, 1 - ν)",
+    "detector share": "best detector of the cue: share of its activation there",
+    "detector recall": "share of the cues it fires on",
+    "detector delta": "its Δ",
+    "detector rank": "its rank by Δ",
+    "detector nu error": "its ν of the error",
+    "detector nu reconstruction": "its ν of the reconstruction",
 }
 
 
