@@ -75,6 +75,8 @@ def main(
     keep: Annotated[int, typer.Option(min=1, help="Latents that are steered.")] = 3,
     count: Annotated[int, typer.Option(min=2, help="Prompts, half of them to try on.")] = 80,
     continuations: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 5,
+    items: Annotated[int, typer.Option(min=4, help="Of the test of capability.")] = 200,
+    words: Annotated[int, typer.Option(min=1, help="Of a text that make a prompt.")] = 20,
 ) -> None:
     """Detoxify MODEL."""
     kind = getattr(torch, dtype)
@@ -83,7 +85,7 @@ def main(
         if tuning:
             loaded = planted(model, tokenizer, out, tuning, rate, device, kind)
         toxic, clean = styled("train")[: SEARCHED // 2], plain("train")[SEARCHED // 2 : SEARCHED]
-        begun = [cut(text) for text in styled("heldout")]
+        begun = [cut(text, words) for text in styled("heldout")]
     else:
         toxic, clean = read_pairs(pairs)
         begun = []
@@ -104,6 +106,9 @@ def main(
         "prompts": f"{count // 2} to choose latents, {count - count // 2} for the table",
         "continuations": continuations,
         "texts searched": f"{len(toxic)} toxic, {len(clean)} clean",
+        "words of a prompt": words,
+        "items of the test of capability": items,
+        "weights": dtype,
         "scorer": scorer,
         "reference": reference or "the model as it is",
         "candidates": candidates,
@@ -121,7 +126,7 @@ def main(
     sae = next(iter(made.values()))
     score = detox.Detoxify() if scorer == "detoxify" else detox.Lexicon(EXCLAMATIONS)
     options = detox.Task(
-        tuple(begun[: count // 2]), score, judge, continuations, capability=next_words()
+        tuple(begun[: count // 2]), score, judge, continuations, capability=next_words(items)
     )
     final = dataclasses.replace(options, prompts=tuple(begun[count // 2 :]))
     plan = detox.Intervention(model, layer, str(dictionary or out), (detox.Latent(0),))
@@ -185,9 +190,9 @@ def styled(side: str) -> list[str]:
     return texts
 
 
-def cut(text: str) -> str:
+def cut(text: str, words: int) -> str:
     """The first words of a text, as a prompt."""
-    return " ".join(text.split()[:20])
+    return " ".join(text.split()[:words])
 
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
@@ -239,9 +244,9 @@ def trained(
     return as_jumprelu(load_dictionary(folder / "sae").to(lm.model.device)).eval()
 
 
-def next_words() -> Any:
+def next_words(items: int = 200) -> Any:
     """Accuracy of telling how a plain text goes on from how three others do."""
-    texts = [text.split() for text in plain("heldout")[:200]]
+    texts = [text.split() for text in plain("heldout")[:items]]
     prompts = [" ".join(words[:12]) for words in texts]
     ends = [" " + " ".join(words[12:18]) for words in texts]
     options = [[ends[(at + shift) % len(ends)] for shift in range(4)] for at in range(len(ends))]

@@ -89,6 +89,7 @@ def main(
         "questions": f"{questions}, {samples} answers each",
         "items of a benchmark": items,
         "tasks": tasks or "none",
+        "weights": dtype,
         "tokens of an answer": max_tokens,
     }
     kept = Kept(out / "results.json", settings)
