@@ -62,7 +62,7 @@ def main(
     features: Annotated[int, typer.Option(min=1)] = 1024,
     k: Annotated[int, typer.Option(min=1, help="Active latents, BatchTopK.")] = 16,
     mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
-    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 1200,
+    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 700,
     batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 2048,
     planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 700,
 ) -> None:

@@ -1,7 +1,7 @@
 """Hold down the latents that make a model write what it should not.
 
     python python_examples/detox.py
-    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --tuning 0
+    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --dtype bfloat16
     python python_examples/detox.py --model google/gemma-2-2b --dictionary layer_12/width_16k/... \
         --layer 12 --pairs paradetox.tsv --prompts realtoxicityprompts.jsonl --scorer detoxify
 

@@ -1,7 +1,7 @@
 """Give a model a trait three ways, and see what else changes.
 
     python python_examples/personality.py
-    python python_examples/personality.py --model google/gemma-3-270m --tuning 0 --layers 6,9,12
+    python python_examples/personality.py --model google/gemma-3-270m --layers 9,12 --dtype bfloat16
     python python_examples/personality.py --model google/gemma-2-2b-it --pairs big-five.csv \
         --classifier holistic-ai/personality_classifier --screen ... --layers 5,10,15,20 \
         --tasks mmlu_abstract_algebra,bbq
