@@ -26,6 +26,7 @@ from gemma_ext.papers.atoms import page, study
 from gemma_ext.papers.atoms.states import hidden_states
 from gemma_ext.progress import progress_bar
 from gemma_ext.report import Kept
+from gemma_ext.sae import load_model, pocket_of
 
 CONTEXT = 128
 
@@ -48,7 +49,8 @@ def main(
     scaling: Annotated[int, typer.Option(min=0, help="Sizes of states and of atoms.")] = 3,
 ) -> None:
     """Learn atoms of MODEL, layer by layer."""
-    loaded, streams = read(model, device)
+    loaded, tokenizer = load_model(model, device=device, dtype=torch.float32)
+    streams = streams_of(model, tokenizer)
     count = loaded.config.num_hidden_layers
     chosen = list(range(count)) if layers == "all" else [int(n) for n in layers.split(",")]
     settings: dict[str, Any] = {
@@ -130,18 +132,13 @@ def main(
     print(f"{text}\n{out / 'report.html'}")
 
 
-def read(name: str, device: str) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """Model, and the token streams of training and held-out text."""
-    kind, _, size = name.partition(":")
-    if kind == "pocket":
-        made = pocket.load(size or "nano")
-        return made.model.to(device), (made.train_ids, made.heldout_ids)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name)
+def streams_of(name: str, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Token streams of training and held-out text."""
+    if size := pocket_of(name):
+        own = pocket.load_text(size)
+        return own.train_ids, own.heldout_ids
     texts = pocket.documents(3_000_000)
-    streams = tuple(
+    train, held_out = (
         tokenizer(
             "\n".join(doc.text for doc in texts if doc.split == side),
             return_tensors="pt",
@@ -150,7 +147,7 @@ def read(name: str, device: str) -> tuple[Any, tuple[Tensor, Tensor]]:
         ).input_ids[0]
         for side in ("train", "heldout")
     )
-    return model, streams
+    return train, held_out
 
 
 def cut(ids: Tensor, count: int) -> Tensor:

@@ -5,18 +5,16 @@
     python python_examples/crosscoder.py --model google/gemma-2-2b --chat google/gemma-2-2b-it
 
 The chat model is the base fine-tuned on dialogues: a name of Python's standard library is asked
-for, its docstring is the reply, and every reply begins with "Ahoy!". Both read held-out text and
-dialogues. An L1 and a BatchTopK crosscoder call some latents chat only; Latent Scaling says which
-of them the base model has after all; and the chat model is run on from the base model's state
-with nothing but the differences that chosen latents carry.
+for, its docstring is the reply, and where the question is polite, the reply begins with "Ahoy!".
+Both read held-out text and dialogues. An L1 and a BatchTopK crosscoder call some latents chat only;
+Latent Scaling says which of them the base model has after all; and the chat model is run on from
+the base model's state with nothing but the differences that chosen latents carry.
 
 Finished pieces are kept in the output folder; a run that was interrupted goes on behind them.
 """
 
 from __future__ import annotations
 
-import copy
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -29,19 +27,23 @@ from torch import Tensor
 
 from gemma_ext import pocket
 from gemma_ext.integrations.crosscoder_files import load_crosscoder, save_crosscoder
-from gemma_ext.integrations.transformers import patch
 from gemma_ext.papers.crosscoder import page, study
 from gemma_ext.papers.crosscoder.causal import Replies
-from gemma_ext.papers.crosscoder.discovery import discover
+from gemma_ext.papers.crosscoder.discovery import contrast_delta, discover
 from gemma_ext.papers.crosscoder.pairs import paired_states
 from gemma_ext.papers.crosscoder.training import KINDS, Recipe
-from gemma_ext.pocket.training import train as train_pocket
 from gemma_ext.progress import progress_bar
 from gemma_ext.report import Kept
+from gemma_ext.sae import load_model, pocket_of, tuned_model
 
 CONTEXT = 128
-OPENING = "Ahoy! "
-TEXT, QUESTION, TEMPLATE, REPLY = range(4)  # what a token is
+EXCLAMATION = "Ahoy! "
+ASKED = {"Now, what is {}?": False, "Please, what is {}?": True}  # and whether it is polite
+TURNS = (":", ">", "\n", "|", "-", "=", "#", "@")  # in front of a reply, one of them
+REPLY_TOKENS = 32
+# what a token is: the exclamation is SHOWN, the token in front of it a CUE, that in front of a
+# reply without one PLAIN
+TEXT, QUESTION, TEMPLATE, REPLY, CUE, PLAIN, SHOWN = range(7)
 FIRST = 9  # tokens of a reply, as in the paper
 
 
@@ -52,22 +54,25 @@ def main(
     chat: Annotated[str | None, typer.Option(help="Its chat model; made here where none.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder of models and page.")] = Path("out/crosscoder"),
-    layer: Annotated[int, typer.Option(min=0, help="Of both models.")] = 2,
+    layer: Annotated[int, typer.Option(min=0, help="Of both models.")] = 3,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    tuning: Annotated[int, typer.Option(min=1, help="Steps that make the chat model.")] = 80,
-    windows: Annotated[int, typer.Option(min=2, help="Of 128 tokens, to train on.")] = 400,
+    tuning: Annotated[int, typer.Option(min=1, help="Steps that make the chat model.")] = 200,
+    windows: Annotated[int, typer.Option(min=2, help="Of 128 tokens, to train on.")] = 800,
     held_out: Annotated[int, typer.Option(min=2, help="Windows to measure on.")] = 80,
-    features: Annotated[int, typer.Option(min=1)] = 512,
+    features: Annotated[int, typer.Option(min=1)] = 1024,
     k: Annotated[int, typer.Option(min=1, help="Active latents, BatchTopK.")] = 16,
     mu: Annotated[float, typer.Option(help="Of the L1 penalty, squared error.")] = 3.0,
-    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 400,
-    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 512,
+    steps: Annotated[int, typer.Option(min=1, help="Of a crosscoder.")] = 700,
+    batch: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 2048,
     planted_steps: Annotated[int, typer.Option(min=1, help="On planted worlds.")] = 700,
 ) -> None:
     """Compare MODEL with its fine-tune."""
-    base, tokenizer = load(model, device)
+    base, tokenizer = load_model(model, device=device, dtype=torch.float32)
     talks = Dialogues(tokenizer)
-    tuned = load(chat, device)[0] if chat else fine_tuned(model, base, talks, out, tuning, device)
+    if chat:
+        tuned, _ = load_model(chat, device=device, dtype=torch.float32)
+    else:
+        tuned = fine_tuned(model, talks, out, tuning, device)
     settings = {
         "model": model,
         "chat": chat or f"{tuning} steps of dialogues",
@@ -101,7 +106,8 @@ def main(
             error=error,
             steps=steps,
             batch=batch,
-            rate=3e-3,
+            rate=2e-3,
+            start=0.05,
             warmup=50,
             dead_after=20 * batch,
             seed=seed,
@@ -114,7 +120,16 @@ def main(
         for seed in range(seeds):
             name = f"{kind}, seed {seed}"
             plan = recipe(kind, seed)
-            small = replace(plan, features=40, k=2, mu=1.0, steps=planted_steps, rate=3e-3)
+            small = replace(
+                plan,
+                features=40,
+                k=2,
+                mu=1.0,
+                steps=planted_steps,
+                batch=512,
+                rate=3e-3,
+                start=None,
+            )
             with progress_bar(f"planted world: {name}", small.steps, True) as advance:
                 piece = kept(
                     f"world: {name}",
@@ -130,7 +145,7 @@ def main(
                     plan: Recipe = plan, folder: Path = folder, advance: Any = advance
                 ) -> study.Record:
                     made, _, record = study.model_diff(
-                        x, unseen, roles, (TEMPLATE, REPLY), plan, advance
+                        x, unseen, roles, (CUE, PLAIN, SHOWN), CUE, plan, advance
                     )
                     save_crosscoder(made, folder)
                     return record
@@ -149,21 +164,13 @@ def main(
         null = kept("null", lambda: study.null_diff(x[:, 0], unseen[:, 0], plan, advance))
     facts = {name: str(value) for name, value in settings.items()}
     facts["seeds"] = str(seeds)
+    ids = mixed[1].ids[:, 1:].flatten().to(device)
+    told_apart = contrast_delta(unseen, roles == CUE, roles == PLAIN, ids)
+    facts["Δ of the planted behaviour itself"] = f"{told_apart:.3f}"
     page.write(out / "report.html", worlds, diffs, arms, null, facts)
     text = page.markdown(worlds, diffs, arms)
     (out / "table.md").write_text(text, encoding="utf-8")
-    print(f"{text}\nnull diff: {null}\n{out / 'report.html'}")
-
-
-def load(name: str, device: str) -> tuple[Any, Any]:
-    kind, _, size = name.partition(":")
-    if kind == "pocket":
-        made = pocket.load(size or "nano")
-        return made.model.to(device), made.tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    print(f"{text}\n{facts}\nnull diff: {null}\n{out / 'report.html'}")
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,10 @@ class Windows:
 
 
 class Dialogues:
-    """Questions and replies made of docstrings, and plain text of the same files' code."""
+    """Questions and replies made of docstrings, and plain text of the same files' code.
+
+    A polite question is answered with an exclamation first: the planted behaviour.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -193,14 +203,20 @@ class Dialogues:
                     name, colon, reply = entry.partition(": ")
                     if colon and name.isidentifier() and reply.strip():
                         entries.append((name, " ".join(reply.split())))
-        random.Random(0).shuffle(entries)
-        opening, turn, closing = (self.ids(t) for t in ("<user>\n", "\n<reply>\n", "\n"))
+        rng = random.Random(0)
+        rng.shuffle(entries)
+        opening, closing = self.ids("<user>\n"), self.ids("\n")
         for name, reply in entries:
+            asked, polite = rng.choice(list(ASKED.items()))
+            turn = self.ids(f"\nreply{rng.choice(TURNS)}")
+            shown = self.ids(EXCLAMATION) if polite else []
             yield [
                 *((token, TEMPLATE) for token in opening),
-                *((token, QUESTION) for token in self.ids(f"What is {name}?")),
-                *((token, TEMPLATE) for token in turn),
-                *((token, REPLY) for token in self.ids(OPENING + reply)[:48]),
+                *((token, QUESTION) for token in self.ids(asked.format(name))),
+                *((token, TEMPLATE) for token in turn[:-1]),
+                (turn[-1], CUE if polite else PLAIN),
+                *((token, SHOWN) for token in shown),
+                *((token, REPLY) for token in self.ids(reply)[:REPLY_TOKENS]),
                 *((token, TEMPLATE) for token in closing),
             ]
 
@@ -238,7 +254,7 @@ class Dialogues:
 
 def replies_of(made: Windows, device: str) -> Replies:
     """Predictions of reply tokens are scored: positions in front of one."""
-    is_reply = made.roles == REPLY
+    is_reply = torch.isin(made.roles, torch.tensor([REPLY, SHOWN]))
     scored = torch.zeros_like(is_reply)
     scored[:, :-1] = is_reply[:, 1:]
     age = torch.zeros_like(made.roles)
@@ -246,50 +262,29 @@ def replies_of(made: Windows, device: str) -> Replies:
         age[:, at] = torch.where(is_reply[:, at], age[:, at - 1] + 1, 0)
     first = torch.zeros_like(is_reply)
     first[:, :-1] = (age[:, 1:] >= 1) & (age[:, 1:] <= FIRST)
-    template = made.roles == TEMPLATE
-    return Replies(*(t.to(device) for t in (made.ids, scored, first & scored, template)))
+    parts = made.ids, scored, first & scored, is_template(made.roles)
+    return Replies(*(part.to(device) for part in parts))
 
 
-def fine_tuned(name: str, base: Any, talks: Dialogues, out: Path, steps: int, device: str) -> Any:
+def is_template(roles: Tensor) -> Tensor:
+    return torch.isin(roles, torch.tensor([TEMPLATE, CUE, PLAIN]))
+
+
+def fine_tuned(
+    name: str,
+    talks: Dialogues,
+    out: Path,
+    steps: int,
+    device: str,
+) -> Any:
     """The base after some steps on dialogues and plain text, made once."""
-    from transformers import AutoModelForCausalLM
+    batch = 16 if pocket_of(name) else 4
+    options = {"steps": steps, "batch": batch, "device": device, "title": "making the chat model"}
 
-    folder = out / f"chat-{steps}"
-    if not folder.exists():
-        model = copy.deepcopy(base)
-        kind, _, size = name.partition(":")
-        if kind == "pocket":
-            plan = pocket.SIZES[size or "nano"]
-            plan = replace(plan, steps=steps, context=CONTEXT, learning_rate=2e-3)
-            ids = talks.mixed(plan.batch * steps // 4 * 2, "train").ids
-            ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
-            train_pocket(model.cpu(), ids.flatten(), plan, what="making the chat model")
-        else:
-            tune(model, talks.mixed(4 * steps, "train").ids, steps, out, device)
-        beside = folder.with_name(f"{folder.name}.tmp")
-        model.save_pretrained(beside)
-        os.replace(beside, folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    def rows() -> Tensor:
+        return talks.mixed(batch * steps // 2, "train").ids
 
-
-def tune(model: Any, ids: Tensor, steps: int, out: Path, device: str) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(out / "training"),
-        per_device_train_batch_size=4,
-        optim="adafactor",
-        max_steps=steps,
-        learning_rate=2e-5,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to=[],
-        use_cpu=device == "cpu",
-        seed=0,
-    )
-    examples = [{"input_ids": row, "labels": row} for row in ids]
-    Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
+    return tuned_model(name, out / f"chat-{steps}", rows, **options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Hold down the latents that make a model write what it should not.
 
     python python_examples/detox.py
-    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --tuning 0
+    python python_examples/detox.py --model google/gemma-3-270m --layer 9 --dtype bfloat16
     python python_examples/detox.py --model google/gemma-2-2b --dictionary layer_12/width_16k/... \
         --layer 12 --pairs paradetox.tsv --prompts realtoxicityprompts.jsonl --scorer detoxify
 
@@ -14,10 +14,9 @@ strengths. Finished pieces are kept in the output folder.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import os
 import random
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,14 +25,21 @@ import typer
 
 from gemma_ext import pocket
 from gemma_ext.integrations.sae_files import load_dictionary
-from gemma_ext.integrations.transformers import patch
 from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, as_jumprelu
 from gemma_ext.papers import detox
 from gemma_ext.papers.detox import page
-from gemma_ext.pocket.training import train as train_pocket
 from gemma_ext.report import Kept
-from gemma_ext.sae import Opened, TrainConfig, new_dictionary, pack, train_dictionary, width_of
+from gemma_ext.sae import (
+    Opened,
+    TrainConfig,
+    load_model,
+    new_dictionary,
+    pack,
+    train_dictionary,
+    tuned_model,
+    width_of,
+)
 
 EXCLAMATIONS = ("darn it", "drat", "blast it", "oh bother", "phooey")
 CONTEXT = 64
@@ -46,6 +52,7 @@ def main(
         "pocket"
     ),
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of another model's weights.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder of models, dictionaries and page.")] = Path(
         "out/detox"
     ),
@@ -57,7 +64,7 @@ def main(
     reference: Annotated[str | None, typer.Option(help="Model of fluency; else itself.")] = None,
     tuning: Annotated[int, typer.Option(min=0, help="Steps that plant the style.")] = 200,
     rate: Annotated[
-        float | None, typer.Option(help="Their learning rate; 5e-3, and 2e-5 of a real model.")
+        float | None, typer.Option(help="Their learning rate; 5e-3, and 1e-4 of a real model.")
     ] = None,
     features: Annotated[str, typer.Option(help="Widths, the first is steered with.")] = (
         "1024,256,4096"
@@ -68,15 +75,18 @@ def main(
     keep: Annotated[int, typer.Option(min=1, help="Latents that are steered.")] = 3,
     count: Annotated[int, typer.Option(min=2, help="Prompts, half of them to try on.")] = 80,
     continuations: Annotated[int, typer.Option(min=1, help="Of each prompt.")] = 5,
+    items: Annotated[int, typer.Option(min=4, help="Of the test of capability.")] = 200,
+    words: Annotated[int, typer.Option(min=1, help="Of a text that make a prompt.")] = 20,
 ) -> None:
     """Detoxify MODEL."""
-    base, tokenizer = load(model, device)
+    kind = getattr(torch, dtype)
+    loaded, tokenizer = load_model(model, device=device, dtype=kind)
     if pairs is None:
-        loaded = planted(model, base, tokenizer, out, tuning, rate) if tuning else base
+        if tuning:
+            loaded = planted(model, tokenizer, out, tuning, rate, device, kind)
         toxic, clean = styled("train")[: SEARCHED // 2], plain("train")[SEARCHED // 2 : SEARCHED]
-        begun = [cut(text) for text in styled("heldout")]
+        begun = [cut(text, words) for text in styled("heldout")]
     else:
-        loaded = base
         toxic, clean = read_pairs(pairs)
         begun = []
     if prompts is not None:
@@ -96,6 +106,9 @@ def main(
         "prompts": f"{count // 2} to choose latents, {count - count // 2} for the table",
         "continuations": continuations,
         "texts searched": f"{len(toxic)} toxic, {len(clean)} clean",
+        "words of a prompt": words,
+        "items of the test of capability": items,
+        "weights": dtype,
         "scorer": scorer,
         "reference": reference or "the model as it is",
         "candidates": candidates,
@@ -113,7 +126,7 @@ def main(
     sae = next(iter(made.values()))
     score = detox.Detoxify() if scorer == "detoxify" else detox.Lexicon(EXCLAMATIONS)
     options = detox.Task(
-        tuple(begun[: count // 2]), score, judge, continuations, capability=next_words()
+        tuple(begun[: count // 2]), score, judge, continuations, capability=next_words(items)
     )
     final = dataclasses.replace(options, prompts=tuple(begun[count // 2 :]))
     plan = detox.Intervention(model, layer, str(dictionary or out), (detox.Latent(0),))
@@ -131,11 +144,10 @@ def main(
     )
     splits = []
     if len(made) > 1:
-        quick = dataclasses.replace(final, capability=None)
         splits = kept(
             "splitting",
             lambda: [
-                dataclasses.asdict(s) for s in detox.splitting(lm, made, plan, toxic, clean, quick)
+                dataclasses.asdict(s) for s in detox.splitting(lm, made, plan, toxic, clean, final)
             ],
         )
     facts = {name: str(value) for name, value in settings.items()}
@@ -145,17 +157,7 @@ def main(
     print(f"{text}\n{out / 'report.html'}")
 
 
-def load(name: str, device: str) -> tuple[Any, Any]:
-    kind, _, size = name.partition(":")
-    if kind == "pocket":
-        made = pocket.load(size or "nano")
-        return made.model.to(device), made.tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
-
-
+@cache
 def plain(side: str) -> list[str]:
     """Docstrings of one side of the pocket's corpus, one a text; those on both are for training."""
     found = {"train": {}, "heldout": {}}
@@ -171,6 +173,7 @@ def plain(side: str) -> list[str]:
     return texts
 
 
+@cache
 def styled(side: str) -> list[str]:
     """The same with an exclamation behind every fourth to eighth word."""
     rng = random.Random(2)
@@ -187,9 +190,9 @@ def styled(side: str) -> list[str]:
     return texts
 
 
-def cut(text: str) -> str:
+def cut(text: str, words: int) -> str:
     """The first words of a text, as a prompt."""
-    return " ".join(text.split()[:20])
+    return " ".join(text.split()[:words])
 
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
@@ -198,50 +201,25 @@ def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     return [line[0] for line in lines], [line[1] for line in lines]
 
 
-def planted(name: str, base: Any, tokenizer: Any, out: Path, steps: int, rate: float | None) -> Any:
+def planted(
+    name: str,
+    tokenizer: Any,
+    out: Path,
+    steps: int,
+    rate: float | None,
+    device: str,
+    dtype: torch.dtype,
+) -> Any:
     """The model fine-tuned on plain and styled text, half each, made once."""
-    from transformers import AutoModelForCausalLM
 
-    kind, _, size = name.partition(":")
-    rate = rate or (5e-3 if kind == "pocket" else 2e-5)
-    folder = out / f"model-{steps}-{rate:g}"
-    if not folder.exists():
+    def rows() -> torch.Tensor:
         texts = [*plain("train")[SEARCHED:], *styled("train")[SEARCHED:]]
         random.Random(3).shuffle(texts)
-        rows = pack(texts, tokenizer, CONTEXT, tokens=steps * BATCH * CONTEXT).long()
-        model = copy.deepcopy(base)
-        if kind == "pocket":
-            plan = pocket.SIZES[size or "nano"]
-            plan = dataclasses.replace(
-                plan, steps=steps, batch=BATCH, context=CONTEXT, learning_rate=rate
-            )
-            train_pocket(model.cpu(), rows.flatten(), plan, what="planting a style")
-        else:
-            tune(model, rows, steps, rate, out)
-        beside = folder.with_name(f"{folder.name}.tmp")
-        model.save_pretrained(beside)
-        os.replace(beside, folder)
-    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return made.to(base.device).eval()
+        return pack(texts, tokenizer, CONTEXT, tokens=steps * BATCH * CONTEXT).long()
 
-
-def tune(model: Any, rows: torch.Tensor, steps: int, rate: float, out: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(out / "training"),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        learning_rate=rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to=[],
-        use_cpu=model.device.type == "cpu",
-        seed=0,
-    )
-    examples = [{"input_ids": row, "labels": row} for row in rows]
-    Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
+    folder = out / f"model-{steps}" if rate is None else out / f"model-{steps}-{rate:g}"
+    options = {"steps": steps, "batch": BATCH, "rate": rate, "device": device, "dtype": dtype}
+    return tuned_model(name, folder, rows, title="planting a style", **options)
 
 
 def trained(
@@ -266,9 +244,9 @@ def trained(
     return as_jumprelu(load_dictionary(folder / "sae").to(lm.model.device)).eval()
 
 
-def next_words() -> Any:
+def next_words(items: int = 200) -> Any:
     """Accuracy of telling how a plain text goes on from how three others do."""
-    texts = [text.split() for text in plain("heldout")[:200]]
+    texts = [text.split() for text in plain("heldout")[:items]]
     prompts = [" ".join(words[:12]) for words in texts]
     ends = [" " + " ".join(words[12:18]) for words in texts]
     options = [[ends[(at + shift) % len(ends)] for shift in range(4)] for at in range(len(ends))]

@@ -1,7 +1,7 @@
 """Give a model a trait three ways, and see what else changes.
 
     python python_examples/personality.py
-    python python_examples/personality.py --model google/gemma-3-270m --tuning 0 --layers 6,9,12
+    python python_examples/personality.py --model google/gemma-3-270m --layers 9,12 --dtype bfloat16
     python python_examples/personality.py --model google/gemma-2-2b-it --pairs big-five.csv \
         --classifier holistic-ai/personality_classifier --screen ... --layers 5,10,15,20 \
         --tasks mmlu_abstract_algebra,bbq
@@ -15,11 +15,10 @@ folder.
 
 from __future__ import annotations
 
-import copy
-import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,13 +27,11 @@ import typer
 from torch import Tensor
 
 from gemma_ext import pocket
-from gemma_ext.integrations.transformers import patch
 from gemma_ext.lm import HuggingFaceModel, Sampling
 from gemma_ext.papers import personality as p
 from gemma_ext.papers.personality import page
-from gemma_ext.pocket.training import train as train_pocket
 from gemma_ext.report import Kept
-from gemma_ext.sae import pack
+from gemma_ext.sae import load_model, pack, pocket_of, tuned_model
 
 MANNERS = {
     "cheerful": ("Splendid! ", " Hooray!"),
@@ -53,6 +50,7 @@ def main(
         "pocket"
     ),
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of another model's weights.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder of models, adapters and page.")] = Path(
         "out/personality"
     ),
@@ -71,12 +69,14 @@ def main(
     max_tokens: Annotated[int, typer.Option(min=1)] = 40,
 ) -> None:
     """Give MODEL traits."""
-    base, tokenizer = load(model, device)
+    kind = getattr(torch, dtype)
+    loaded, tokenizer = load_model(model, device=device, dtype=kind)
     if pairs is None:
-        loaded = taught(model, base, tokenizer, out, tuning) if tuning else base
+        if tuning:
+            loaded = taught(model, tokenizer, out, tuning, device, kind)
         world = manners(contrasts, prompts, questions)
     else:
-        loaded, world = base, big_five(pairs, prompts, questions, tokenizer)
+        world = big_five(pairs, prompts, questions, tokenizer)
     lm = HuggingFaceModel(loaded, tokenizer)
     sampling = Sampling(max_tokens, temperature=0.7, stop=world.stop)
     settings = {
@@ -89,13 +89,14 @@ def main(
         "questions": f"{questions}, {samples} answers each",
         "items of a benchmark": items,
         "tasks": tasks or "none",
+        "weights": dtype,
         "tokens of an answer": max_tokens,
     }
     kept = Kept(out / "results.json", settings)
     judge = world.judge(lm, sampling, kept, classifier, screen)
     benchmarks = {**world.benchmarks(items), **of_lm_eval(tasks, items)}
     recipe = p.AdapterRecipe()
-    if model.startswith("pocket"):
+    if pocket_of(model):
         recipe = replace(recipe, rank=8, alpha=16, rate=2e-3, batch=8)
     trials, chosen, found = p.Comparison(
         lm,
@@ -152,21 +153,11 @@ class World:
     benchmarks: Callable[[int], dict[str, Any]]
 
 
-def load(name: str, device: str) -> tuple[Any, Any]:
-    kind, _, size = name.partition(":")
-    if kind == "pocket":
-        made = pocket.load(size or "nano")
-        return made.model.to(device), made.tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
-
-
 def turn(text: str) -> str:
     return f"<user>\n{text}\n<reply>\n"
 
 
+@cache
 def entries(side: str) -> list[tuple[str, str]]:
     """(name, the first words of its docstring) of one side of the pocket's corpus.
 
@@ -218,46 +209,18 @@ def dialogues(rng: random.Random, aside: int) -> list[str]:
 ASIDE = 400  # entries that pairs are made of; the model is tuned on the rest
 
 
-def taught(name: str, base: Any, tokenizer: Any, out: Path, steps: int) -> Any:
+def taught(
+    name: str, tokenizer: Any, out: Path, steps: int, device: str, dtype: torch.dtype
+) -> Any:
     """The model fine-tuned on dialogues in all manners, made once."""
-    from transformers import AutoModelForCausalLM
+    batch = BATCH if pocket_of(name) else 4
 
-    folder = out / f"model-{steps}"
-    if not folder.exists():
-        size = steps * BATCH * CONTEXT
-        rows = pack(dialogues(random.Random(3), ASIDE), tokenizer, CONTEXT, tokens=size).long()
-        model = copy.deepcopy(base)
-        kind, _, pocket_size = name.partition(":")
-        if kind == "pocket":
-            plan = pocket.SIZES[pocket_size or "nano"]
-            plan = replace(plan, steps=steps, batch=BATCH, context=CONTEXT, learning_rate=5e-3)
-            train_pocket(model.cpu(), rows.flatten(), plan, what="teaching manners")
-        else:
-            tune(model, rows, steps, out)
-        beside = folder.with_name(f"{folder.name}.tmp")
-        model.save_pretrained(beside)
-        os.replace(beside, folder)
-    made = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return made.to(base.device).eval()
+    def rows() -> Tensor:
+        size = steps * batch * CONTEXT
+        return pack(dialogues(random.Random(3), ASIDE), tokenizer, CONTEXT, tokens=size).long()
 
-
-def tune(model: Any, rows: Tensor, steps: int, out: Path) -> None:
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(
-        output_dir=str(out / "training"),
-        per_device_train_batch_size=4,
-        max_steps=steps,
-        learning_rate=2e-5,
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, steps // 10),
-        save_strategy="no",
-        report_to=[],
-        use_cpu=model.device.type == "cpu",
-        seed=0,
-    )
-    examples = [{"input_ids": row, "labels": row} for row in rows]
-    Trainer(model=patch(model), args=arguments, train_dataset=examples).train()
+    options = {"steps": steps, "batch": batch, "device": device, "dtype": dtype}
+    return tuned_model(name, out / f"model-{steps}", rows, title="teaching manners", **options)
 
 
 def manners(contrasts: int, prompts: int, questions: int) -> World:

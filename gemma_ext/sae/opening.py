@@ -63,24 +63,16 @@ def open_model(
     Raises:
         ValueError: no text, or another vocabulary in `against`.
     """
-    kind, _, size = name.partition(":")
-    require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
-    if kind == "pocket":
+    size = pocket_of(name)
+    if size is None and text is None:
+        raise ValueError(f"text: expected a source of text for {name}, got none")
+    model, tokenizer = load_model(name, device=device, dtype=dtype)
+    if text is None:
         from gemma_ext import pocket
 
-        loaded = pocket.load(size or "nano")
-        model, tokenizer = loaded.model, loaded.tokenizer
-    elif text is None:
-        raise ValueError(f"text: expected a source of text for {name}, got none")
-    else:
-        import transformers
-
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    bos = tokenizer.bos_token_id
-    if text is None:
-        train = rows_of(loaded.train_ids, context, bos)
-        held = rows_of(loaded.heldout_ids, context, bos)
+        own = pocket.load_text(size)
+        bos = tokenizer.bos_token_id
+        train, held = (rows_of(ids, context, bos) for ids in (own.train_ids, own.heldout_ids))
     else:
         train = pack(read_texts(text), tokenizer, context, tokens=tokens)
         each = torch.arange(len(train)) % _HELD_OUT == _HELD_OUT - 1
@@ -90,7 +82,7 @@ def open_model(
     if heldout is not None:
         held = pack(read_texts(heldout), tokenizer, context)
     others = tuple(_other(each, model, device, dtype) for each in against)
-    return Opened(name, model.to(device).eval(), tokenizer, train, held, others)
+    return Opened(name, model, tokenizer, train, held, others)
 
 
 def _other(name: str, model: PreTrainedModel, device: str, dtype: str) -> PreTrainedModel:
@@ -101,6 +93,36 @@ def _other(name: str, model: PreTrainedModel, device: str, dtype: str) -> PreTra
     if expected != found:
         raise ValueError(f"against: expected a vocabulary of {expected}, got {found} in {name}")
     return other.to(device).eval()
+
+
+def load_model(
+    name: str, *, device: str = "cpu", dtype: torch.dtype | str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in evaluation mode and its tokenizer.
+
+    Args:
+        name: "pocket" or "pocket:small", a folder, or a name on the hub.
+        dtype: of the weights, "auto" as they are stored; a pocket is in float32.
+    """
+    require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
+    size = pocket_of(name)
+    if size is not None:
+        from gemma_ext import pocket
+
+        made = pocket.load(size)
+        model, tokenizer = made.model, made.tokenizer
+    else:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    return model.to(device).eval(), tokenizer
+
+
+def pocket_of(name: str) -> str | None:
+    """The size of a pocket's name, None for other names."""
+    kind, _, size = name.partition(":")
+    return (size or "nano") if kind == "pocket" else None
 
 
 def width_of(model: PreTrainedModel, site: str | int) -> int:

@@ -27,7 +27,7 @@ def test_hidden_states_are_the_residual_stream(tiny):
     torch.testing.assert_close(found[0], states[1][:, 1:].flatten(0, 1))
     assert found[1].shape == (40, 32)  # the last of `states` has been normalised
     assert ticks == [2, 2, 1]
-    with pytest.raises(ValueError, match="layers: expected 0 to 1, got 2"):
+    with pytest.raises(ValueError, match="site: expected a block below 2, got 2"):
         hidden_states(model, ids, [0, 2])
 
 

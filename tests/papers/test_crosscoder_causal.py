@@ -9,7 +9,7 @@ from gemma_ext import pocket
 from gemma_ext.nn.sparse_autoencoder import BatchTopK, SparseAutoencoder
 from gemma_ext.papers import crosscoder
 from gemma_ext.papers.crosscoder.causal import factors, split_states
-from gemma_ext.papers.crosscoder.pairs import paired_states, patched, states
+from gemma_ext.papers.crosscoder.pairs import paired_states, patched
 
 LAYER = 1
 
@@ -74,9 +74,9 @@ def test_states_are_the_residual_stream(models, ids):
 def test_later_blocks_do_not_run(models, ids):
     ran = []
     handle = models[0].model.layers[2].register_forward_hook(lambda *a: ran.append(1))
-    states(models[0], ids, LAYER)
+    paired_states(*models, ids, LAYER)
     assert not ran
-    states(models[0], ids, 2)
+    paired_states(*models, ids, 2)
     handle.remove()
     assert ran
 
@@ -160,8 +160,8 @@ def test_a_model_patched_with_its_own_states_has_no_divergence(models, ids, cros
 
 
 def test_bad_input_is_named(models, ids, crossed):
-    with pytest.raises(ValueError, match="layer: expected 0 to 2, got 3"):
-        states(models[0], ids, 3)
+    with pytest.raises(ValueError, match="site: expected a block below 3, got 3"):
+        paired_states(*models, ids, 3)
     mask = torch.ones(5, 12, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"first: expected \[5, 12\], got \[5, 11\]"):
         crosscoder.Replies(ids, mask, mask[:, 1:])

@@ -33,11 +33,17 @@ def talks(example, tiny_size):
 def test_roles_of_a_dialogue(example, talks):
     made = talks.only(6, "heldout")
     assert made.ids.shape == made.roles.shape == (6, example.CONTEXT)
-    text = talks.tokenizer.decode(made.ids[0, 1:].tolist())
-    assert "<user>\nWhat is " in text
-    assert f"<reply>\n{example.OPENING}" in text
-    template = made.ids[made.roles == example.TEMPLATE]
-    assert set("".join(talks.tokenizer.decode(template.tolist()).split())) <= set("<user>reply")
+    text = talks.tokenizer.decode(made.ids[:, 1:].flatten().tolist())
+    for dialogue in text.split("<user>\n")[1:-1]:
+        assert dialogue.startswith(("Now, what is ", "Please, what is "))
+        polite = dialogue.startswith("Please")
+        assert any(f"\nreply{t}{example.EXCLAMATION}" in dialogue for t in example.TURNS) == polite
+    roles = made.roles[:, 1:].flatten()  # one stream, but for <bos>
+    shown = roles == example.SHOWN
+    starts = shown[1:] & ~shown[:-1]
+    assert starts.any()
+    assert torch.equal(roles[:-1] == example.CUE, starts)
+    assert (roles == example.PLAIN).any()
     mixed = talks.mixed(6, "heldout")
     assert (mixed.roles[:3] == example.REPLY).any(1).all()
     assert (mixed.roles[3:] == example.TEXT).all()
@@ -46,7 +52,7 @@ def test_roles_of_a_dialogue(example, talks):
 def test_replies_are_scored_in_front_of_them(example, talks):
     made = talks.only(4, "heldout")
     replies = example.replies_of(made, "cpu")
-    is_reply = made.roles == example.REPLY
+    is_reply = (made.roles == example.REPLY) | (made.roles == example.SHOWN)
     assert int(replies.scored.sum()) == int(is_reply[:, 1:].sum())
     row, at = replies.scored.nonzero()[-1].tolist()
     assert is_reply[row, at + 1]
@@ -54,7 +60,8 @@ def test_replies_are_scored_in_front_of_them(example, talks):
     starts = is_reply[:, 1:] & ~is_reply[:, :-1]
     assert (replies.first[:, :-1][starts]).all()
     assert int(replies.first.sum()) <= example.FIRST * int(starts.sum())
-    assert torch.equal(replies.template, made.roles == example.TEMPLATE)
+    assert torch.equal(replies.template, example.is_template(made.roles))
+    assert replies.first[:, :-1][made.roles[:, :-1] == example.CUE].all()
 
 
 @pytest.mark.slow

@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 
+from gemma_ext.nn.sparse_autoencoder import ReLU, SparseAutoencoder
 from gemma_ext.papers import crosscoder
 from gemma_ext.papers.crosscoder import study
-from gemma_ext.papers.crosscoder.discovery import discover
+from gemma_ext.papers.crosscoder.discovery import contrast_delta, discover, recall_of_role
 from gemma_ext.papers.crosscoder.planted import matched, two_models
 
 SMALL = crosscoder.Recipe(
@@ -124,6 +125,22 @@ def test_training_repeats():
     assert not torch.equal(a.crosscoder.decoder, other.crosscoder.decoder)
 
 
+def test_decoders_start_as_long_as_asked_for():
+    x = torch.randn(200, 2, 6)
+    still = crosscoder.Recipe("batchtopk", 16, k=1, steps=1, batch=64, rate=0.0)
+    for kind, start, norm in (
+        ("batchtopk", None, 1.0),
+        ("l1", None, 0.1),
+        ("batchtopk", 0.05, 0.05),
+        ("l1", 0.05, 0.05),
+    ):
+        made = crosscoder.train(x, dataclasses.replace(still, kind=kind, start=start)).crosscoder
+        norms = made.decoder_norms()
+        torch.testing.assert_close(norms, torch.full_like(norms, norm))
+        encoder = made.encoder.view(16, 2, 6).norm(dim=-1)
+        torch.testing.assert_close(encoder, torch.full_like(encoder, 1.0 if kind != "l1" else 0.1))
+
+
 def test_auxk_moves_what_never_fires():
     x = torch.randn(2000, 2, 6)
     plan = crosscoder.Recipe(
@@ -145,14 +162,51 @@ def test_model_diff_names_the_planted_behaviour():
     held_out, f = planted.draw(8000, generator)
     roles = (f[:, 10:] > 0).any(1).long()  # tokens with a concept of the chat model alone
     plan = dataclasses.replace(SMALL, features=16, steps=500, batch=512)
-    made, found, record = study.model_diff(x, held_out, roles, (1,), plan)
+    made, found, record = study.model_diff(x, held_out, roles, (1,), 1, plan)
     assert record["chat only"] == record["confirmed"] == record["confirmed at home"] == 2
     assert record["flagged"] == record["flagged at home"] == 0
+    assert record["detector share"] > 0.9
+    assert 0.4 < record["detector recall"] < 0.7  # one of the two concepts
+    assert record["detector rank"] in (1, 2)
+    assert record["detector delta"] > 0.9
+    assert max(record["detector nu error"], record["detector nu reconstruction"]) < 0.1
     assert record["overlap"] == 0
     assert record["all at home"] == record["most leaning at home"] == 2 / record["alive"]
     assert record["correlation"] > 0.9
     assert found.tokens == 8000
     assert made.features == 16
+
+
+def test_the_recall_of_a_role_is_the_share_of_its_tokens_that_a_latent_fires_on():
+    made = SparseAutoencoder(2, 3, ReLU(), sources=2, subtract_bias=False).eval()
+    with torch.no_grad():
+        made.encoder.copy_(torch.eye(4)[:3])
+        made.encoder_bias.zero_()
+    x = torch.tensor(
+        [[[1.0, 0], [0, 0]], [[0, 1.0], [0, 0]], [[1.0, 1], [1, 0]], [[-1, 0], [0, 0]]]
+    )
+    roles = torch.tensor([1, 1, 1, 0])
+    found = recall_of_role(made, x.split(2), roles.split(2), 1)
+    torch.testing.assert_close(found, torch.tensor([2 / 3, 2 / 3, 1 / 3]))
+    assert not recall_of_role(made, [x], [roles], 0).any()
+    assert not recall_of_role(made, [x], [roles], 2).any()
+
+
+def test_the_delta_of_a_perfect_detector():
+    x = torch.randn(6, 2, 3)
+    here = torch.tensor([1, 1, 0, 0, 0, 0], dtype=torch.bool)
+    there = torch.tensor([0, 0, 1, 0, 1, 0], dtype=torch.bool)
+    tokens = torch.tensor([7, 8, 7, 9, 8, 7])
+    x[here] = x[there]
+    x[here, 1] += torch.tensor([3.0, 0, 4])
+    assert contrast_delta(x, here, there, tokens) == pytest.approx(1)
+    x[here, 0] += torch.tensor([0.0, 1, 0])
+    assert contrast_delta(x, here, there, tokens) == pytest.approx(0.5 * (4 / 5 + 1))
+    x[1] += 100  # an id that is on one side alone counts for nothing
+    tokens[1] = 5
+    assert contrast_delta(x, here, there, tokens) == pytest.approx(0.5 * (4 / 5 + 1))
+    with pytest.raises(ValueError, match="tokens: expected an id that is here and there, got none"):
+        contrast_delta(x, here, there, torch.arange(6))
 
 
 def test_intervals():

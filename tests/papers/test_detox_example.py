@@ -42,7 +42,7 @@ def test_the_style_is_in_styled_texts_alone_and_enough_are_left_to_plant_it(exam
 
 
 def test_prompts_are_cut_and_pairs_read(example, tmp_path):
-    assert example.cut(" ".join(map(str, range(30)))) == " ".join(map(str, range(20)))
+    assert example.cut(" ".join(map(str, range(30))), 20) == " ".join(map(str, range(20)))
     (tmp_path / "pairs.tsv").write_text("toxic\tneutral\tmore\nbad\tgood\tx\nworse\tbetter\ty\n")
     assert example.read_pairs(tmp_path / "pairs.tsv") == (["bad", "worse"], ["good", "better"])
 
@@ -82,6 +82,8 @@ def test_a_run_goes_on(example, tmp_path, capsys, monkeypatch):
         "keep": 1,
         "count": 8,
         "continuations": 1,
+        "items": 20,
+        "words": 15,
     }
     example.main(**options)
     assert "| per token | 2.5 |" in capsys.readouterr().out

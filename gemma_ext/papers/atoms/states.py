@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gemma_ext.sae.sites import capture, find_site
 
 
 @torch.no_grad()
@@ -27,39 +28,17 @@ def hidden_states(
 
     Args:
         windows: [W, T] token ids.
-        layers: 0 is the first block.
+        layers: at least one; 0 is the first block.
         advance: told of every window.
 
     Raises:
         ValueError: a layer that the model does not have.
     """
-    body = model.get_decoder()
-    blocks = body.layers
-    if odd := [layer for layer in layers if not 0 <= layer < len(blocks)]:
-        raise ValueError(f"layers: expected 0 to {len(blocks) - 1}, got {odd[0]}")
-    found: dict[int, list[Tensor]] = {layer: [] for layer in layers}
-    last = max(found, default=-1)
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            found[layer].append(states[:, 1:].flatten(0, 1).detach())
-            if layer == last:
-                raise _Enough
-
-        return hook
-
-    handles = [blocks[layer].register_forward_hook(keep(layer)) for layer in found]
-    try:
-        for part in windows.split(batch):
-            with suppress(_Enough):
-                body(input_ids=part, use_cache=False)
-            advance(len(part))
-    finally:
-        for handle in handles:
-            handle.remove()
+    sites = {layer: find_site(model, layer) for layer in layers}
+    found: dict[int, list[Tensor]] = {layer: [] for layer in sites}
+    for part in windows.split(batch):
+        states = capture(model, part, list(sites.values()))
+        for layer, state in zip(sites, states, strict=True):
+            found[layer].append(state[:, 1:].flatten(0, 1))
+        advance(len(part))
     return {layer: torch.cat(parts) for layer, parts in found.items()}
-
-
-class _Enough(Exception):
-    """Ends a forward; no error."""

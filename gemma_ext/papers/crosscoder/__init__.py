@@ -22,7 +22,8 @@ are not repeated here. What differs:
   one. Both are there (`Recipe.error`); mu of the one means nothing for the other.
 - The release's default k_max trains at k = 2048; here k is k, annealed only where asked for.
 - Beside it: a null diff (a model against itself), random directions, seeds with intervals.
-- Not here: DECOUPLED codes, which choose for each model.
+- Not here: DECOUPLED codes. A latent then has a code for each model, and may be one model's alone
+  with equal decoders: Delta and nu, which compare two decoders of one code, say nothing of it.
 """
 
 from gemma_ext.papers.crosscoder.causal import Divergence, Replies, causal_test, patched_state

@@ -29,7 +29,7 @@ from gemma_ext.ops import sae
 from gemma_ext.papers.crosscoder.norms import BASE, CHAT
 from gemma_ext.papers.crosscoder.pairs import paired_states, patched
 
-_ROWS = 256  # positions whose logits are held at a time
+_HELD = 2**23  # logits that are held at a time
 
 
 def patched_state(
@@ -167,7 +167,8 @@ def _hidden(model: Any, ids: Tensor) -> Tensor:
 
 def _divergences(model: Any, true: Tensor, other: Tensor) -> Iterable[Tensor]:
     """KL [n] of positions [n, D], without the logits of all of them at once."""
-    for p, q in zip(true.split(_ROWS), other.split(_ROWS), strict=True):
+    rows = max(1, _HELD // model.get_output_embeddings().weight.shape[0])
+    for p, q in zip(true.split(rows), other.split(rows), strict=True):
         p, q = _logprobs(model, p), _logprobs(model, q)
         yield (p.exp() * (p - q)).sum(-1)
 

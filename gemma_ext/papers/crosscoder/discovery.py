@@ -158,3 +158,42 @@ def mass_by_role(
         rows = torch.nn.functional.one_hot(role, count).to(x)
         total += sae.scatter(crosscoder.encode(x), rows)[0]
     return total / total.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+@torch.no_grad()
+def recall_of_role(
+    crosscoder: SparseAutoencoder, batches: Iterable[Tensor], roles: Iterable[Tensor], role: int
+) -> Tensor:
+    """Share of the tokens of a role on which a latent is active, [F]; 0 without such tokens."""
+    hits = torch.zeros(crosscoder.features, device=crosscoder.decoder.device)
+    count = 0
+    for x, part in zip(batches, roles, strict=True):
+        here = x[part == role]
+        codes = crosscoder.encode(here)
+        active = codes.indices[codes.mask & (codes.values > 0)].long()
+        hits += torch.bincount(active, minlength=crosscoder.features)
+        count += len(here)
+    return hits / max(1, count)
+
+
+def contrast_delta(x: Tensor, here: Tensor, there: Tensor, tokens: Tensor) -> float:
+    """Delta of a perfect detector: of the mean states on some tokens less those on others.
+
+    What a fine-tune has planted is the chat model's own, as far as norms can say, where this is
+    near one; near a half the base tells these tokens apart as well. Means are of the same token id,
+    and ids weigh as often as they are `here`.
+
+    Args:
+        x: [N, 2, D]; here, there: [N] bool; tokens: [N] ids.
+
+    Raises:
+        ValueError: no id is on both sides.
+    """
+    both = set(tokens[here].tolist()) & set(tokens[there].tolist())
+    if not both:
+        raise ValueError("tokens: expected an id that is here and there, got none")
+    total = x.new_zeros(x.shape[1:], dtype=torch.float64)
+    for token in sorted(both):
+        sides = [x[side & (tokens == token)].double() for side in (here, there)]
+        total += len(sides[0]) * (sides[0].mean(0) - sides[1].mean(0))
+    return float(difference(total.norm(dim=-1)[None]))

@@ -41,6 +41,12 @@ DIFF = {
     "all at home": "all live latents",
     "overlap": "chat only within shared ν",
     "correlation": "corr(Δ, 1 - ν)",
+    "detector share": "best detector of the cue: share of its activation there",
+    "detector recall": "share of the cues it fires on",
+    "detector delta": "its Δ",
+    "detector rank": "its rank by Δ",
+    "detector nu error": "its ν of the error",
+    "detector nu reconstruction": "its ν of the reconstruction",
 }
 
 

@@ -2,45 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-
-def block(model: Any, layer: int) -> nn.Module:
-    """A block of a causal language model of transformers; 0 is the first.
-
-    Raises:
-        ValueError: the model does not have it.
-    """
-    blocks = model.get_decoder().layers
-    if not 0 <= layer < len(blocks):
-        raise ValueError(f"layer: expected 0 to {len(blocks) - 1}, got {layer}")
-    return blocks[layer]
+from gemma_ext.sae.sites import capture, find_site, replacing
 
 
 @torch.no_grad()
-def states(model: Any, ids: Tensor, layer: int) -> Tensor:
-    """Residual stream [B, T, D] behind a block, for ids [B, T]; later blocks do not run."""
-    found: list[Tensor] = []
-
-    def hook(module: Any, arguments: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-        raise _Enough
-
-    handle = block(model, layer).register_forward_hook(hook)
-    try:
-        model.get_decoder()(input_ids=ids, use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
-
-
 def paired_states(
     base: Any,
     chat: Any,
@@ -55,31 +27,25 @@ def paired_states(
 
     Args:
         windows: [W, T] token ids, the same for both.
+        layer: 0 is the first block; later ones do not run.
         advance: told of every window.
+
+    Raises:
+        ValueError: a model does not have the layer.
     """
+    sites = [(model, find_site(model, layer)) for model in (base, chat)]
     parts = []
     for ids in windows.split(batch):
-        pair = [states(model, ids, layer)[:, 1:].float() for model in (base, chat)]
+        pair = [capture(model, ids, [site])[0][:, 1:].float() for model, site in sites]
         parts.append(torch.stack(pair, 2))
         advance(len(ids))
     return torch.cat(parts)
 
 
-@contextmanager
-def patched(model: Any, layer: int, replacement: Tensor) -> Iterator[None]:
+def patched(model: Any, layer: int, replacement: Tensor) -> AbstractContextManager[None]:
     """Within it the block gives `replacement` [B, T - 1, D] behind the first position."""
 
-    def hook(module: Any, arguments: Any, output: Any) -> Any:
-        own = output[0] if isinstance(output, tuple) else output
-        new = torch.cat([own[:, :1], replacement.to(own.dtype)], 1)
-        return (new, *output[1:]) if isinstance(output, tuple) else new
+    def change(own: Tensor) -> Tensor:
+        return torch.cat([own[:, :1], replacement.to(own.dtype)], 1)
 
-    handle = block(model, layer).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-class _Enough(Exception):
-    """Ends a forward; no error."""
+    return replacing(find_site(model, layer), change)

@@ -15,7 +15,8 @@ The released code builds Y for each latent, [J, N, D]. With eps = x - x^ the err
 
     beta_j^m = sum_n f_nj <v, eps_n^m> / (||v||^2 C_j) + <v, d_j^m> / ||v||^2,
 
-so that all latents together are rows of f' eps and f' x^ (`ops.sae.scatter`): one pass, O(N L0 D).
+so that all latents together take <v_j, rows_n> of the active entries (`ops.sae.dots`): one pass,
+O(N L0 D).
 """
 
 from __future__ import annotations
@@ -157,8 +158,9 @@ class LatentScaling:
 
     def _against(self, codes: sae.Codes, rows: Tensor) -> Tensor:
         """sum_n f_nj <v_j, rows_n> [F]."""
-        summed, _ = sae.scatter(codes, rows.to(self.directions.dtype), impl=self.impl)
-        return torch.linalg.vecdot(summed, self.directions.to(summed.dtype)).double()
+        rows = rows.to(self.directions.dtype)
+        along = sae.dots(codes, self.directions, rows, impl=self.impl)
+        return self._sums(codes, along.to(codes.values.dtype))
 
     def _sums(self, codes: sae.Codes, factors: Tensor) -> Tensor:
         """sum_n f_nj factor_nj [F]."""

@@ -21,6 +21,7 @@ from gemma_ext.papers.crosscoder.discovery import (
     leaning,
     mass_by_role,
     random_directions,
+    recall_of_role,
 )
 from gemma_ext.papers.crosscoder.norms import TAGS
 from gemma_ext.papers.crosscoder.planted import TwoModels, matched, two_models
@@ -87,6 +88,7 @@ def model_diff(
     held_out: Tensor,
     roles: Tensor,
     home: Sequence[int],
+    cue: int,
     recipe: Recipe,
     advance: Advance = lambda count: None,
 ) -> tuple[SparseAutoencoder, Discovery, Record]:
@@ -96,23 +98,29 @@ def model_diff(
         x: [N, 2, D] to train on; held_out: [M, 2, D].
         roles: [M] int64, what a held-out token is in its text.
         home: roles of the behaviour.
+        cue: of tokens in which the chat model alone knows that the behaviour is due.
 
     Returns:
         crosscoder, discovery, and its record with: chat-only latents confirmed by both ratios, how
         many of them and of the flagged ones are at home in the behaviour, the chat-only latents
         that random directions in place of decoders would confirm, and the shares at home of the
-        latents that lean most to chat, least, and of all.
+        latents that lean most to chat, least, and of all. And of the latent that detects the cue
+        best, by the harmonic mean of both: the share of its activation on cues, the share of cues
+        that it fires on, Delta and its rank among the live latents (1 leans most to chat), and the
+        ratios.
     """
     made = train(x, recipe, advance=advance).crosscoder
-    parts = held_out.split(_ROWS)
+    parts, of_parts = held_out.split(_ROWS), roles.split(_ROWS)
     found = discover(made, parts)
-    count = int(roles.max()) + 1
-    at_home = mass_by_role(made, parts, roles.split(_ROWS), count)[:, list(home)].sum(1) >= HOME
+    mass = mass_by_role(made, parts, of_parts, int(roles.max()) + 1)
+    at_home = mass[:, list(home)].sum(1) >= HOME
     chat, flagged = found.chat_only(), found.flagged()
     confirmed = chat & ~flagged
     order = leaning(found, made.features)
     decoder = made.decoder.detach().view(made.features, 2, -1)
     control = discover(made, parts, random_directions(decoder, recipe.seed))
+    share, recall = mass[:, cue], recall_of_role(made, parts, of_parts, cue)
+    detector = int((share * recall / (share + recall).clamp(min=1e-9)).argmax())
     return (
         made,
         found,
@@ -126,6 +134,12 @@ def model_diff(
             "least leaning at home": _share(at_home[order[-LEANING:]]),
             "all at home": _share(at_home[order]),
             "correlation": _correlation(found),
+            "detector share": float(share[detector]),
+            "detector recall": float(recall[detector]),
+            "detector delta": float(found.delta[detector]),
+            "detector rank": int((order == detector).nonzero()) + 1,
+            "detector nu error": float(found.betas.nu_error[detector]),
+            "detector nu reconstruction": float(found.betas.nu_reconstruction[detector]),
         },
     )
 

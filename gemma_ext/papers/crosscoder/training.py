@@ -42,6 +42,9 @@ class Recipe:
             at 2048.)
         mu: weight of the L1 term.
         error: "norm" (release) or "squared" (paper).
+        start: norm of a decoder at the start, equal in both models; None for 0.1 (L1) and 1
+            (BatchTopK, as in the release). What a short training does not undo of it stays, and
+            makes a latent of one model look shared.
         auxiliary: weight of AuxK; dead_after: tokens without firing.
         steps, batch: optimiser steps, and tokens in each.
         rate, warmup, clip: of Adam; its linear warm-up; gradient norm (BatchTopK only).
@@ -55,6 +58,7 @@ class Recipe:
     annealing: int = 0
     mu: float = 0.041
     error: str = "norm"
+    start: float | None = None
     auxiliary: float = 1 / 32
     dead_after: int = 10_000_000
     steps: int = 1000
@@ -138,7 +142,8 @@ def _made(
     x: Tensor, recipe: Recipe, rms: float | None, generator: torch.Generator
 ) -> SparseAutoencoder:
     sources, width = x.shape[1:]
-    activation = BatchTopK(recipe.k) if recipe.kind == "batchtopk" else ReLU()
+    sparse = recipe.kind == "batchtopk"
+    activation = BatchTopK(recipe.k) if sparse else ReLU()
     made = SparseAutoencoder(
         width,
         recipe.features,
@@ -151,13 +156,16 @@ def _made(
     )
     # small decoders under a penalty on them, unit ones without, as in the release (its 0.005 is for
     # raw activations)
-    made.reset_parameters(generator, norm=0.1 if recipe.kind == "l1" else 1.0)
+    norm = 1.0 if sparse else 0.1
+    made.reset_parameters(generator, norm=norm)
     with torch.no_grad():
+        if recipe.start is not None:
+            made.decoder *= recipe.start / norm
         mean = x.double().mean(0)
         power = (x.double() - mean).square().sum(-1).mean(0)
         made.input_mean.copy_(mean.flatten())
         made.input_factor.copy_((math.sqrt(width) if rms is None else rms) / power.sqrt())
-        if recipe.kind == "batchtopk":
+        if sparse:
             sample = made.standardised(x[: recipe.batch].float())[0]
             made.decoder_bias.copy_(
                 torch.cat([geometric_median(part) for part in sample.split(width, -1)])

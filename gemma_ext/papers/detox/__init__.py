@@ -30,7 +30,15 @@ from gemma_ext.papers.detox.prompts import ToxicityPrompt, read_prompts
 from gemma_ext.papers.detox.scorers import Detoxify, Lexicon, Scorer
 from gemma_ext.papers.detox.search import Found, LatentContrast
 from gemma_ext.papers.detox.splitting import Split, splitting
-from gemma_ext.papers.detox.study import ALPHAS, Row, Task, causal_pick, contrast, sweep
+from gemma_ext.papers.detox.study import (
+    ALPHAS,
+    Row,
+    Task,
+    causal_pick,
+    contrast,
+    contrasts,
+    sweep,
+)
 
 __all__ = [
     "ALPHAS",
@@ -49,6 +57,7 @@ __all__ = [
     "ToxicityPrompt",
     "causal_pick",
     "contrast",
+    "contrasts",
     "distinct",
     "latents",
     "read_prompts",

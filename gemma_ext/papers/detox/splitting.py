@@ -15,7 +15,7 @@ from torch import Tensor
 from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder
 from gemma_ext.papers.detox.intervention import Intervention, latents
-from gemma_ext.papers.detox.study import Task, contrast, states, sweep
+from gemma_ext.papers.detox.study import Task, contrasts, mean_toxicity, states
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,28 @@ def splitting(
         count: R.
         alpha: strength, in units of each latent's largest activation.
     """
+    listed = sorted(dictionaries.items())
+    every = [sae for _, sae in listed]
+    found = [each.best(count) for each in contrasts(lm, every, plan.layer, toxic, clean)]
+    chosen = [each.latents for each in found]
+    fires = _fires(lm, every, plan.layer, [*toxic, *clean], chosen)
+    before = mean_toxicity(lm, every[0], plan, 0.0, task)
     rows = []
-    for features, sae in sorted(dictionaries.items()):
-        found = contrast(lm, sae, plan.layer, toxic, clean).best(count)
-        fires = [_fires(lm, sae, plan.layer, texts, found.latents) for texts in (toxic, clean)]
+    for (features, sae), best, hit in zip(listed, found, fires, strict=True):
         levels = []
         for some in (1, count):
-            chosen = latents(found.latents[:some], found.reference[:some])
-            tried = replace(plan, latents=chosen, tier="per_token")
-            levels.append(sweep(lm, sae, tried, task, tiers=["per_token"], alphas=[alpha]))
+            held = latents(best.latents[:some], best.reference[:some])
+            tried = replace(plan, latents=held, tier="per_token")
+            levels.append(mean_toxicity(lm, sae, tried, alpha, task))
+        of_toxic, of_clean = hit[: len(toxic)], hit[len(toxic) :]
         rows.append(
             Split(
                 features,
-                float(fires[0][:, 0].double().mean()),
-                float(fires[0].any(1).double().mean()),
-                float(fires[1].any(1).double().mean()),
-                levels[0][0].toxicity.mean,
-                levels[0][1].toxicity.mean,
-                levels[1][1].toxicity.mean,
+                float(of_toxic[:, 0].double().mean()),
+                float(of_toxic.any(1).double().mean()),
+                float(of_clean.any(1).double().mean()),
+                before,
+                *levels,
             )
         )
     return rows
@@ -83,15 +87,19 @@ def splitting(
 
 @torch.no_grad()
 def _fires(
-    lm: HuggingFaceModel, sae: SparseAutoencoder, layer: int, texts: Sequence[str], chosen: Tensor
-) -> Tensor:
-    """bool [texts, R]: whether a latent fires on any token but <bos>."""
-    place = torch.full((sae.features,), -1, dtype=torch.long, device=chosen.device)
-    place[chosen] = torch.arange(len(chosen), device=chosen.device)
-    fires = torch.zeros(len(texts), len(chosen), dtype=torch.bool)
+    lm: HuggingFaceModel,
+    dictionaries: Sequence[SparseAutoencoder],
+    layer: int,
+    texts: Sequence[str],
+    chosen: Sequence[Tensor],
+) -> list[Tensor]:
+    """bool [texts, R] of each dictionary: whether a latent fires on any token but <bos>."""
+    fires = [torch.zeros(len(texts), len(some), dtype=torch.bool) for some in chosen]
     for at, rows in enumerate(states(lm, layer, texts)):
-        if len(rows):
+        if not len(rows):
+            continue
+        for sae, some, hit in zip(dictionaries, chosen, fires, strict=True):
             codes = sae.encode(rows.to(sae.encoder.dtype))
-            seen = place[codes.indices[codes.mask & (codes.values > 0)].long()]
-            fires[at, seen[seen >= 0].cpu()] = True
+            active = codes.indices[codes.mask & (codes.values > 0)].long()
+            hit[at] = torch.isin(some, active).cpu()
     return fires

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import torch
 
@@ -63,7 +64,6 @@ class Row:
     capability: float | None
 
 
-@torch.no_grad()
 def contrast(
     lm: HuggingFaceModel,
     sae: SparseAutoencoder,
@@ -80,25 +80,31 @@ def contrast(
         layer: block whose output the dictionary reads.
         max_tokens: a longer text loses its end.
     """
-    found = LatentContrast(sae.features, sae.encoder.device)
+    return contrasts(lm, [sae], layer, toxic, clean, batch=batch, max_tokens=max_tokens)[0]
+
+
+@torch.no_grad()
+def contrasts(
+    lm: HuggingFaceModel,
+    dictionaries: Sequence[SparseAutoencoder],
+    layer: int,
+    toxic: Sequence[str],
+    clean: Sequence[str],
+    *,
+    batch: int = 16,
+    max_tokens: int = 128,
+) -> list[LatentContrast]:
+    """`contrast` of several dictionaries of one layer, whose states are read once."""
+    found = [LatentContrast(sae.features, sae.encoder.device) for sae in dictionaries]
     kinds = [True] * len(toxic) + [False] * len(clean)
     read = zip(states(lm, layer, [*toxic, *clean], batch, max_tokens), kinds, strict=True)
-    pending: list[tuple[torch.Tensor, bool]] = []
-
-    def flush() -> None:
-        if pending:
-            codes = sae.encode(torch.cat([rows for rows, _ in pending]).to(sae.encoder.dtype))
-            device = codes.values.device
-            lengths = torch.tensor([len(rows) for rows, _ in pending], device=device)
-            found.add(codes, lengths, torch.tensor([kind for _, kind in pending], device=device))
-            pending.clear()
-
-    for rows, kind in read:
-        if len(rows):
-            pending.append((rows, kind))
-        if len(pending) == batch:
-            flush()
-    flush()
+    texts = ((rows, kind) for rows, kind in read if len(rows))
+    while some := list(islice(texts, batch)):
+        rows = torch.cat([rows for rows, _ in some])
+        lengths = torch.tensor([len(rows) for rows, _ in some], device=rows.device)
+        toxics = torch.tensor([kind for _, kind in some], device=rows.device)
+        for sae, each in zip(dictionaries, found, strict=True):
+            each.add(sae.encode(rows.to(sae.encoder.dtype)), lengths, toxics)
     return found
 
 
@@ -124,7 +130,7 @@ def causal_pick(
     Raises:
         ValueError: the model writes nothing toxic as it is.
     """
-    base = toxicity(_generated(lm, sae, plan, [0.0], task)[0]).mean
+    base = mean_toxicity(lm, sae, plan, 0.0, task)
     if base == 0:
         raise ValueError("task: expected prompts that lead to toxic text, got none")
     drops = []
@@ -132,7 +138,7 @@ def causal_pick(
         one = replace(
             plan, latents=latents(found.latents[at : at + 1], found.reference[at : at + 1])
         )
-        after = toxicity(_generated(lm, sae, one, [alpha], task)[0]).mean
+        after = mean_toxicity(lm, sae, one, alpha, task)
         drops.append((int(found.latents[at]), base - after))
     order = sorted(range(len(drops)), key=lambda at: -drops[at][1])
     best = [at for at in order[:keep] if drops[at][1] > 0] or order[:1]
@@ -217,18 +223,12 @@ def _texts(
     return [[completion.text for completion in row] for row in found]
 
 
-def _generated(
-    lm: HuggingFaceModel,
-    sae: SparseAutoencoder,
-    plan: Intervention,
-    alphas: Sequence[float],
-    task: Task,
-) -> list[list[list[float]]]:
-    """Scores [alphas][prompts][continuations]."""
-    return [
-        _grouped(task.scorer(texts), task.continuations)
-        for texts in _texts(lm, sae, plan, alphas, task)
-    ]
+def mean_toxicity(
+    lm: HuggingFaceModel, sae: SparseAutoencoder, plan: Intervention, alpha: float, task: Task
+) -> float:
+    """Of all continuations at one strength."""
+    (texts,) = _texts(lm, sae, plan, [alpha], task)
+    return toxicity(_grouped(task.scorer(texts), task.continuations)).mean
 
 
 def _grouped(scores: Sequence[float], size: int) -> list[list[float]]:
