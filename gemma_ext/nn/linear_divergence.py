@@ -69,7 +69,7 @@ def _described(model: nn.Module, batch: dict[str, Any], vocab_size: int | None) 
     inner = unwrap(model)
     options = LossOptions(type(inner).__name__, remedy="distil from materialised logits")
     with defer_head(output_head(inner), options):
-        output = model(**batch)
+        output = model(**{"use_cache": False, **batch})
     logits = output if isinstance(output, DeferredLogits) else getattr(output, "logits", None)
     if not isinstance(logits, DeferredLogits):
         raise TypeError(f"expected {options.owner} to return the logits of its head")

@@ -168,3 +168,12 @@ def test_exit_head_changes_the_head_by_a_product():
     torch.testing.assert_close(e @ c.mT, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="rank: expected a number >= 1, got 0"):
         ExitHead(weight, 0)
+
+
+def test_a_head_for_exits_is_not_merged():
+    model = relaxed("gemma2")
+    model.exit_head = ExitHead(model.get_output_embeddings().weight, 2)
+    with pytest.raises(ValueError, match="expected no head for exits, got exit_head"):
+        merged(model)
+    del model.exit_head
+    merged(model)
