@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.nn._defer_head import defer_head
-from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.nn._deferred_logits import OF_THE_HEAD, DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce.divergence import LinearDivergenceOutput, linear_divergence
-
-_OF_THE_HEAD = ("e", "c", "bias", "softcap", "logit_scale")
 
 
 def distillation_loss(
@@ -76,7 +74,7 @@ def _described(model: nn.Module, batch: dict[str, Any], vocab_size: int | None) 
     if vocab_size is not None:
         logits = logits[..., :vocab_size]
     head = logits.head()
-    return {name: head[name] for name in _OF_THE_HEAD}
+    return {name: head[name] for name in OF_THE_HEAD}
 
 
 def _at(value: Any, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from recursive_models import WINDOW, assert_same_model, logits, tiny, tokens
+from recursive_models import WINDOW, assert_same_model, exit_states, logits, tiny, tokens
 from test_recursive import relaxed
 from torch import nn
 
@@ -13,7 +13,6 @@ from gemma_ext.nn.recursive import (
     add_prefixes,
     decoder_layers,
     exit_heads,
-    exit_states,
     load,
     merged,
     save,
@@ -149,7 +148,7 @@ def test_exits_pass_a_coda_and_vanilla_models_have_one():
 
 def test_exits_that_are_not_there():
     with pytest.raises(ValueError, match="whose loops have ends"):
-        exit_states(relaxed("llama", plan=Plan.of(6, 2, "sequence")), tokens())
+        exit_heads(relaxed("llama", plan=Plan.of(6, 2, "sequence")), {"input_ids": tokens()})
     model = relaxed("llama")
     del model.model.norm
     with pytest.raises(TypeError, match="expected a final norm named norm"):

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from recursive_models import assert_same_model, equal_norms, logits, tiny, tokens
+from recursive_models import assert_same_model, equal_norms, exit_states, logits, tiny, tokens
 
-from gemma_ext.nn.recursive import decoder_layers, exit_states, load, merged, save
+from gemma_ext.nn.recursive import decoder_layers, load, merged, save
 from gemma_ext.papers.recursive import Objective, Recipe, convert
 from gemma_ext.papers.recursive.text import examples, text_windows
 from gemma_ext.papers.recursive.trainer import RecursiveTrainer, TrainerCallback, arguments
