@@ -73,10 +73,8 @@ def exit_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     from gemma_ext.nn.recursive.exits import final_norm
 
     seen = model.base_model(ids, use_cache=False, output_hidden_states=True)
-    early = [
-        final_norm(model)(seen.hidden_states[end]) for end in Plan.of_model(model).exits()[:-1]
-    ]
-    return [*early, seen.last_hidden_state]
+    ends = Plan.of_model(model).exits()[:-1]
+    return [*(final_norm(model)(seen.hidden_states[e]) for e in ends), seen.last_hidden_state]
 
 
 def assert_same_model(one: Any, other: Any, ids: torch.Tensor) -> None:

@@ -313,3 +313,9 @@ def test_mixed_dtypes_stay_in_memory_and_are_one_when_loaded(tmp_path):
     again = load(save(made, tmp_path))
     assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert logits(again, tokens()).isfinite().all()
+
+
+def test_a_rank_of_zero_is_no_matrix(tmp_path):
+    model = relaxed("llama", plan=Plan.of(6, 2, ranks={"mlp.up_proj": 0}))
+    assert Plan.of_model(model).ranks == {}
+    assert_same_model(load(save(model, tmp_path)), model, tokens())
