@@ -67,6 +67,16 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(ids, use_cache=False).logits
 
 
+def exit_states(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
+    """[batch, T, D] that the head is to read at the end of each loop."""
+    from gemma_ext.nn.recursive import Plan
+    from gemma_ext.nn.recursive.exits import final_norm
+
+    seen = model.base_model(ids, use_cache=False, output_hidden_states=True)
+    ends = Plan.of_model(model).exits()[:-1]
+    return [*(final_norm(model)(seen.hidden_states[e]) for e in ends), seen.last_hidden_state]
+
+
 def assert_same_model(one: Any, other: Any, ids: torch.Tensor) -> None:
     """Equal parameters, and logits equal up to where in memory the parameters lie."""
     mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())

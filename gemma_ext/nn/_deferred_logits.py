@@ -26,6 +26,9 @@ from torch import Tensor
 from gemma_ext.nn._head_checks import check_weight
 from gemma_ext.ops.cce import linear_cross_entropy
 
+OF_THE_HEAD = ("e", "c", "bias", "softcap", "logit_scale")
+"""What of `DeferredLogits.head` stands for the logits; the rest is how a loss is computed."""
+
 
 class DeferredLogitsError(NotImplementedError):
     """A model or its head does something to its logits that cannot be deferred."""

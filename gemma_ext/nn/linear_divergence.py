@@ -9,11 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.nn._defer_head import defer_head
-from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.nn._deferred_logits import OF_THE_HEAD, DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce.divergence import LinearDivergenceOutput, linear_divergence
-
-_OF_THE_HEAD = ("e", "c", "bias", "softcap", "logit_scale")
 
 
 def distillation_loss(
@@ -69,14 +67,14 @@ def _described(model: nn.Module, batch: dict[str, Any], vocab_size: int | None) 
     inner = unwrap(model)
     options = LossOptions(type(inner).__name__, remedy="distil from materialised logits")
     with defer_head(output_head(inner), options):
-        output = model(**batch)
+        output = model(**{"use_cache": False, **batch})
     logits = output if isinstance(output, DeferredLogits) else getattr(output, "logits", None)
     if not isinstance(logits, DeferredLogits):
         raise TypeError(f"expected {options.owner} to return the logits of its head")
     if vocab_size is not None:
         logits = logits[..., :vocab_size]
     head = logits.head()
-    return {name: head[name] for name in _OF_THE_HEAD}
+    return {name: head[name] for name in OF_THE_HEAD}
 
 
 def _at(value: Any, device: torch.device) -> Any:

@@ -221,3 +221,12 @@ def test_the_divergence_of_trl(beta):
     labels = inputs["labels"][:, 1:]
     want = gkd.GKDTrainer.generalized_jsd_loss(s, t, labels, beta=beta, temperature=1.5)
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-6)
+
+
+def test_no_cache_is_built():
+    student, teacher = gemma2().train(), gemma2(seed=3)
+    seen = []
+    for model in (student, teacher):
+        model.model.register_forward_hook(lambda m, a, o: seen.append(o.past_key_values))
+    distillation_loss(student, teacher, batch())
+    assert seen == [None, None]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from recursive_models import WINDOW, assert_same_model, logits, tiny, tokens
+from recursive_models import WINDOW, assert_same_model, exit_states, logits, tiny, tokens
 from test_recursive import relaxed
 from torch import nn
 
@@ -13,7 +13,6 @@ from gemma_ext.nn.recursive import (
     add_prefixes,
     decoder_layers,
     exit_heads,
-    exit_states,
     load,
     merged,
     save,
@@ -149,7 +148,7 @@ def test_exits_pass_a_coda_and_vanilla_models_have_one():
 
 def test_exits_that_are_not_there():
     with pytest.raises(ValueError, match="whose loops have ends"):
-        exit_states(relaxed("llama", plan=Plan.of(6, 2, "sequence")), tokens())
+        exit_heads(relaxed("llama", plan=Plan.of(6, 2, "sequence")), {"input_ids": tokens()})
     model = relaxed("llama")
     del model.model.norm
     with pytest.raises(TypeError, match="expected a final norm named norm"):
@@ -168,3 +167,12 @@ def test_exit_head_changes_the_head_by_a_product():
     torch.testing.assert_close(e @ c.mT, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="rank: expected a number >= 1, got 0"):
         ExitHead(weight, 0)
+
+
+def test_a_head_for_exits_is_not_merged():
+    model = relaxed("gemma2")
+    model.exit_head = ExitHead(model.get_output_embeddings().weight, 2)
+    with pytest.raises(ValueError, match="expected no head for exits, got exit_head"):
+        merged(model)
+    del model.exit_head
+    merged(model)

@@ -7,6 +7,7 @@ import torch
 from recursive_models import KINDS, assert_same_model, logits, tiny, tokens
 from safetensors.torch import load_file, save_file
 from test_recursive import relaxed
+from torch import nn
 
 from gemma_ext.nn.recursive import (
     DepthLinear,
@@ -14,8 +15,11 @@ from gemma_ext.nn.recursive import (
     Plan,
     add_prefixes,
     decoder_layers,
+    files,
     load,
     make_recursive,
+    merged,
+    parts,
     save,
 )
 
@@ -187,3 +191,131 @@ def test_no_bars_and_settings_stay(tmp_path, capfd):
     load(tmp_path)
     assert capfd.readouterr() == ("", "")
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == level
+
+
+def test_saving_into_a_sharded_folder_replaces_it(tmp_path):
+    first, second = relaxed("llama"), relaxed("llama", 0, seed=5)
+    save(first, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors")
+    names = sorted(whole)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, keys in parts.items():
+        save_file({key: whole[key] for key in keys}, tmp_path / file)
+    weight_map = {key: file for file, keys in parts.items() for key in keys}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    save(second, tmp_path)
+    assert_same_model(load(tmp_path), second, tokens())
+    found = {path.name for path in tmp_path.rglob("*")}
+    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert found == files
+
+
+def test_an_index_removes_nothing_outside_its_folder(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    folder = tmp_path / "m"
+    save(relaxed("llama", 0), folder)
+    index = {"weight_map": {"a": "../other"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save(relaxed("llama", 0), folder)
+    assert (tmp_path / "other").read_text() == "kept"
+
+
+def test_how_a_model_generates_comes_back(tmp_path):
+    model = relaxed("gemma2")
+    model.generation_config.eos_token_id = [1, 5]
+    model.generation_config.max_new_tokens = 3
+    for _ in range(2):
+        save(model, tmp_path)
+        model = load(tmp_path)
+        assert model.generation_config.eos_token_id == [1, 5]
+        assert model.generation_config.max_new_tokens == 3
+    plain = merged(model).generation_config
+    assert plain.eos_token_id == [1, 5]
+    assert plain is not model.generation_config
+    (tmp_path / "generation_config.json").unlink()
+    assert load(tmp_path).generation_config.eos_token_id is None
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_interrupted_save_leaves_no_half_of_a_model(held, tmp_path, monkeypatch):
+    before, after = relaxed("llama", 0), relaxed("llama", seed=5)
+    if held:
+        save(before, tmp_path)
+    listed = sorted(tmp_path.rglob("*"))
+    plain = files.write_tensors
+
+    def stops(path, tensors):
+        if path.name == "adapter_model.safetensors":
+            raise KeyboardInterrupt
+        plain(path, tensors)
+
+    monkeypatch.setattr(files, "write_tensors", stops)
+    with pytest.raises(KeyboardInterrupt):
+        save(after, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == listed
+    if held:
+        assert_same_model(load(tmp_path), before, tokens())
+
+
+def test_the_config_comes_last(tmp_path, monkeypatch):
+    seen = []
+    plain = parts.os.replace
+
+    def noted(source, target):
+        seen.append(target.name)
+        plain(source, target)
+
+    monkeypatch.setattr(parts.os, "replace", noted)
+    save(relaxed("llama"), tmp_path)
+    assert seen[-1] == "config.json"
+    assert seen.count("config.json") == 1
+    # once beside their places, once there
+    assert seen.count("model.safetensors") == seen.count("adapter_config.json") == 2
+
+
+def test_depths_that_went_apart_are_not_saved(tmp_path):
+    model = relaxed("gemma2")
+    model.load_state_dict(model.state_dict(), assign=True)
+    one, two = (model.model.layers[depth].mlp.up_proj for depth in (1, 4))
+    two.weight = nn.Parameter(one.weight.detach().clone())
+    again = load(save(model, tmp_path / "same"))
+    torch.testing.assert_close(logits(again, tokens()), logits(model, tokens()), rtol=0, atol=2e-6)
+    nn.init.zeros_(two.weight)
+    with pytest.raises(
+        ValueError, match=r"depths \[1, 4\] to share mlp.up_proj.weight, got another at depth 4"
+    ):
+        save(model, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_head_that_is_the_embedding_by_hand(tmp_path):
+    model = relaxed("llama")
+    assert not model.config.tie_word_embeddings
+    model.lm_head.weight = model.model.embed_tokens.weight
+    again = load(save(model, tmp_path))
+    assert torch.equal(again.lm_head.weight, model.model.embed_tokens.weight)
+    torch.testing.assert_close(logits(again, tokens()), logits(model, tokens()), rtol=0, atol=2e-6)
+
+
+def test_mixed_dtypes_stay_in_memory_and_are_one_when_loaded(tmp_path):
+    model = tiny("gemma2", dtype=torch.bfloat16)
+    for name, part in model.named_modules():
+        if "norm" in name:
+            part.float()
+    made = make_recursive(model, Plan.of(6, 2, ranks={"mlp.up_proj": 2}))
+    kinds = {name: parameter.dtype for name, parameter in made.named_parameters()}
+    assert set(kinds.values()) == {torch.bfloat16, torch.float32}
+    plain = merged(made)
+    assert all(kinds[n] == p.dtype for n, p in plain.named_parameters() if n in kinds)
+    assert torch.equal(logits(plain, tokens()), logits(made, tokens()))
+    again = load(save(made, tmp_path))
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert logits(again, tokens()).isfinite().all()
+
+
+def test_a_rank_of_zero_is_no_matrix(tmp_path):
+    model = relaxed("llama", plan=Plan.of(6, 2, ranks={"mlp.up_proj": 0}))
+    assert Plan.of_model(model).ranks == {}
+    assert_same_model(load(save(model, tmp_path)), model, tokens())

@@ -80,6 +80,8 @@ def test_first_loop_can_go_without_matrices():
         ((3, 2, "middle-cycle"), {}, "divisor of the 1 shared layers of 3, got 2"),
         ((6, 2), {"prelude": 2}, "expected 0 for order 'cycle', got"),
         ((6, 2, "middle-cycle"), {"prelude": -1}, "expected numbers >= 0"),
+        ((6, 2), {"lora_from_loop": 2}, "lora_from_loop: expected one of the loops 0..1, got 2"),
+        ((6, 2), {"lora_from_loop": -1}, "lora_from_loop: expected one of the loops 0..1, got -1"),
     ],
 )
 def test_what_is_no_plan(arguments, options, message):

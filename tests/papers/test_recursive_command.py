@@ -1,15 +1,16 @@
 """`gemma-ext recursive` as it is typed."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from recursive_models import assert_same_model, logits, tokens
 from tiny_gemma import base
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from gemma_ext.nn.recursive import Plan, load
+from gemma_ext.nn.recursive import Plan, files, load
 from gemma_ext.papers.recursive import Recipe, convert
 from gemma_ext.papers.recursive.command import app
 
@@ -96,3 +97,42 @@ def test_one_sentence_for_what_is_amiss(source, tmp_path, options, message):
     assert isinstance(made.exception, SystemExit)
     assert f"gemma-ext recursive convert: {message}" in str(made.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_training_needs_no_token_that_pads(source, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(source)
+    assert AutoTokenizer.from_pretrained(source).pad_token_id is None
+    run("convert", source, tmp_path / "out", "-q")
+    record = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    path = tmp_path / "out" / "generation_config.json"
+    path.write_text(json.dumps(record | {"eos_token_id": [1, 5]}))
+    made = run(
+        "train", tmp_path / "out", tmp_path / "up", "--text", tmp_path / "text.txt",
+        "--sequence", 16, "--batch", 2, "--steps", 2, "-q",
+    )  # fmt: skip
+    assert made.exit_code == 0, made.exception
+    assert load(tmp_path / "up").generation_config.eos_token_id == [1, 5]
+    assert AutoTokenizer.from_pretrained(tmp_path / "up").pad_token_id is None
+
+
+def test_an_interrupted_save_of_a_training_goes_on(source, tmp_path, monkeypatch):
+    run("convert", source, tmp_path / "out", "-q")
+    words = (
+        "train", tmp_path / "out", tmp_path / "up", "--text", tmp_path / "text.txt",
+        "--sequence", 16, "--batch", 2, "--steps", 2, "--save-every", 2, "-q",
+    )  # fmt: skip
+    plain = files.write_tensors
+
+    def stops(path, tensors):
+        if "checkpoints" not in path.parts:
+            raise OSError("disk full")
+        plain(path, tensors)
+
+    monkeypatch.setattr(files, "write_tensors", stops)
+    assert "gemma-ext recursive train: disk full" in str(run(*words).exception)
+    monkeypatch.setattr(files, "write_tensors", plain)
+    made = run(*words)
+    assert made.exit_code == 0, made.exception
+    assert load(tmp_path / "up").config.recursive["loops"] == 2

@@ -371,5 +371,46 @@ def test_recipes_that_do_not_fit_the_model():
         convert(model, Recipe(2, ranks={"w_q": 3}))
     with pytest.raises(ValueError, match="ranks: expected numbers >= 0, got -3 for 'q_proj'"):
         convert(model, Recipe(2, ranks={"q_proj": -3}))
+    with pytest.raises(ValueError, match=r"lora_from_loop: .* loops 0..1, got 2"):
+        convert(model, Recipe(2, rank=3, lora_from_loop=2))
     with pytest.raises(ValueError, match="not recursive yet, got one that is"):
         convert(convert(model, Recipe(2)), Recipe(2))
+
+
+@pytest.mark.parametrize("init", ["average", "lower"])
+@pytest.mark.parametrize("loops", [2, 3])
+def test_refinement_counts_depths_without_matrices(loops, init):
+    model = tiny("llama")
+    truth = weights(model)
+
+    def error(refine):
+        recipe = Recipe(loops, init, rank=4, lora_from_loop=1, refine=refine)
+        made = weights(merged(convert(model, recipe)))
+        return sum(
+            float((one[f"{n}.weight"] - two[f"{n}.weight"]).square().sum())
+            for one, two in zip(made, truth, strict=True)
+            for n in linears(model)
+        )
+
+    found = [error(refine) for refine in (0, 1, 4)]
+    assert found == sorted(found, reverse=True)
+    assert found[2] < 0.99 * found[0]
+
+
+def test_how_a_model_generates_stays():
+    model = tiny("gemma2")
+    model.generation_config.eos_token_id = [1, 5]
+    made = convert(model, Recipe(2))
+    assert made.generation_config.eos_token_id == [1, 5]
+    assert made.generation_config is not model.generation_config
+
+
+def test_dtypes_of_a_source_stay():
+    model = tiny("llama", dtype=torch.bfloat16)
+    for name, part in model.named_modules():
+        if "norm" in name:
+            part.float()
+    made = convert(model, Recipe(2, rank=2))
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert len(set(kinds.values())) == 2
+    assert all(kinds[n] == p.dtype for n, p in made.named_parameters() if n in kinds)

@@ -8,13 +8,14 @@ from recursive_models import KINDS, assert_same_model, logits, tiny, tokens
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gemma_ext.nn.recursive import Plan, add_prefixes, load, merged, save
+from gemma_ext.nn.recursive import ExitHead, Plan, add_prefixes, load, merged, save
 from gemma_ext.papers.recursive import (
     Recipe,
     convert,
     convert_folder,
     count_pieces,
     export_folder,
+    folders,
     streaming,
 )
 
@@ -173,3 +174,69 @@ def test_sources_and_places_that_are_refused(source, tmp_path):
     with pytest.raises(ValueError, match=r"expected the tensor model.layers.4.mlp.up_proj.weight"):
         convert_folder(folder, tmp_path / "out", Recipe(2, rank=2))
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_head_for_exits_is_not_exported(source, tmp_path):
+    made = load(convert_folder(source(), tmp_path / "made", Recipe(2)))
+    made.exit_head = ExitHead(made.get_output_embeddings().weight, 2)
+    save(made, tmp_path / "exits")
+    with pytest.raises(ValueError, match=r"no head for exits, got .*exit_head.safetensors"):
+        export_folder(tmp_path / "exits", tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_of_layers_in_two_dtypes(source, tmp_path):
+    """The dtype is that of the first depth that runs a stored layer."""
+    folder = source("llama", dtype=torch.float32)
+    path = folder / "model.safetensors"
+    whole = load_file(path)
+    half = {k: t.bfloat16() if ".layers.3." in k else t for k, t in whole.items()}
+    save_file(half, path, {"format": "pt"})
+    out = convert_folder(folder, tmp_path / "out", Recipe(2, rank=3))
+    matrices = load_file(out / "depth_lora" / "adapter_model.safetensors")
+    assert {t.dtype for t in matrices.values()} == {torch.float32}
+    save_file({k: half[k].float() for k in half}, path, {"format": "pt"})
+    same = convert_folder(folder, tmp_path / "same", Recipe(2, rank=3))
+    assert_same_model(load(out), load(same), tokens())
+
+
+def test_pieces_of_another_dtype_or_shape_are_not_written(tmp_path):
+    layout = {"a": (torch.float32, (2, 3))}
+    group = (tmp_path, layout, 10**6)
+    for piece in (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3, 2)):
+        with pytest.raises(
+            ValueError, match=r"a: expected torch.float32 of \(2, 3\), got torch.fl"
+        ):
+            folders.fill(tmp_path, [group], [("p", iter([("a", piece)]))], lambda count: None)
+
+
+def test_a_journal_that_was_cut(source, tmp_path, monkeypatch):
+    folder, recipe = source(), Recipe(2, rank=3)
+    plain = streaming.stored_layer
+    asked = []
+
+    def stops(stored, *args):
+        asked.append(stored)
+        if asked == [0, 1, 2]:
+            raise KeyboardInterrupt
+        yield from plain(stored, *args)
+
+    monkeypatch.setattr(streaming, "stored_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        convert_folder(folder, tmp_path / "out", recipe)
+    journal = tmp_path / "out.partial" / ".journal"
+    text = journal.read_text()
+    journal.write_text(text[: text.rindex(" ") + 1])
+    seen = []
+    convert_folder(folder, tmp_path / "out", recipe, advance=seen.append)
+    assert asked == [0, 1, 2, 1, 2]
+    assert sum(seen) == count_pieces(folder, recipe)
+    assert_same_model(load(tmp_path / "out"), convert(tiny("gemma2"), recipe), tokens())
+
+
+def test_how_a_model_generates_goes_along(source, tmp_path):
+    folder = source()
+    record = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(record | {"eos_token_id": [1, 5]}))
+    out = convert_folder(folder, tmp_path / "out", Recipe(2))
+    assert load(save(load(out), tmp_path / "again")).generation_config.eos_token_id == [1, 5]

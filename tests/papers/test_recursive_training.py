@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from recursive_models import assert_same_model, equal_norms, logits, tiny, tokens
+from recursive_models import assert_same_model, equal_norms, exit_states, logits, tiny, tokens
 
-from gemma_ext.nn.recursive import decoder_layers, exit_states, load, merged, save
+from gemma_ext.nn.recursive import decoder_layers, load, merged, save
 from gemma_ext.papers.recursive import Objective, Recipe, convert
 from gemma_ext.papers.recursive.text import examples, text_windows
 from gemma_ext.papers.recursive.trainer import RecursiveTrainer, TrainerCallback, arguments
@@ -363,3 +363,20 @@ def test_windows_of_texts(tmp_path):
     (tmp_path / "b.jsonl").write_text('{"text": "de"}\n{"body": "f"}\n')
     with pytest.raises(ValueError, match=r"b.jsonl:2: expected an object with the key text"):
         text_windows([tmp_path / "b.jsonl"], Letters(), 4)
+
+
+def test_lines_end_where_json_lines_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "d\u2028e"}\n{"text": "f"}\n', encoding="utf-8")
+    (row,) = text_windows([path], Letters(), 6)
+    assert row["input_ids"].tolist() == [1, 100, 0x2028, 101, 1, 102]
+
+
+def test_without_a_target_the_text_counts_once():
+    ids = tokens(12)
+    batch = {"input_ids": ids, "labels": ids}
+    model = made()
+    assert float(Objective(ce_weight=0.3)(model, batch)) == float(Objective()(model, batch))
+    teacher = tiny("gemma2", dtype=torch.float32, seed=7)
+    less = Objective(ce_weight=0.3)(model, batch, teacher)
+    assert float(less) < 0.9 * float(Objective()(model, batch, teacher))

@@ -13,6 +13,7 @@ import openai
 import pytest
 import torch
 from live_server import Live, running
+from recursive_models import exit_states
 from serve_tiny import Double
 
 from gemma_ext.nn import recursive
@@ -169,7 +170,7 @@ def test_prompts_are_scored_as_by_the_model(server, model, most):
     for text, answer in zip(texts, answers, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         with torch.inference_mode(), Double():
-            state = recursive.exit_states(loops, ids)[most - 1][0]
+            state = exit_states(loops, ids)[most - 1][0]
             logits = loops.get_output_embeddings()(state).double()
         cap = loops.config.final_logit_softcapping
         logprobs = (cap * torch.tanh(logits / cap)).log_softmax(-1)

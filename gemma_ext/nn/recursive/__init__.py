@@ -7,7 +7,7 @@ and `generate` are the library's, and `layer_idx`, window and RoPE belong to the
     y = W[s(l)] x + b[s(l)] + B[l] (A[l] x)        linear of depth l, stored layer s(l)
 """
 
-from gemma_ext.nn.recursive.exits import ExitHead, exit_heads, exit_states
+from gemma_ext.nn.recursive.exits import ExitHead, exit_heads
 from gemma_ext.nn.recursive.files import load, save
 from gemma_ext.nn.recursive.linear import DepthLinear
 from gemma_ext.nn.recursive.merge import merged
@@ -23,7 +23,6 @@ __all__ = [
     "add_prefixes",
     "decoder_layers",
     "exit_heads",
-    "exit_states",
     "linear_names",
     "load",
     "make_recursive",

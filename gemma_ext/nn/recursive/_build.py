@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def build(cls: type, config: Any, state: Mapping[str, Tensor]) -> Any:
-    """A model in evaluation mode; the tensors become its Parameters as they are.
+    """A model in evaluation mode, whose Parameters have the dtypes of their tensors.
+
+    A tensor under an older name than the Parameter's is cast to the first dtype that is there.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
@@ -30,6 +32,10 @@ def build(cls: type, config: Any, state: Mapping[str, Tensor]) -> Any:
             raise ValueError(
                 f"weights: expected exactly those of {cls.__name__}, got {what} ones as {key}"
             )
+    own = dict(model.named_parameters())
+    for key, tensor in state.items():
+        if key in own and own[key].dtype != tensor.dtype:
+            own[key].data = tensor
     return model
 
 

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.nn._defer_head import defer_head
-from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
+from gemma_ext.nn._deferred_logits import OF_THE_HEAD, DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.nn.recursive.plan import Plan
 
-_OF_THE_HEAD = ("e", "c", "bias", "softcap", "logit_scale")
 _NORMS = ("norm", "final_layer_norm", "ln_f")
 
 
@@ -32,25 +31,12 @@ def final_norm(model: Any) -> nn.Module:
     )
 
 
-def exit_states(model: Any, input_ids: Tensor, **inputs: Any) -> list[Tensor]:
-    """States [batch, T, D] that the head is to read, of every loop; the last is the model's own.
-
-    An early exit goes from the end of its loop through the final norm, past a coda if there is one.
-
-    Raises:
-        ValueError: a plan whose loops have no ends.
-    """
-    ends = Plan.of_model(model).exits()[:-1]
-    inputs = {"use_cache": False, "output_hidden_states": bool(ends), **inputs}
-    seen = model.base_model(input_ids, **inputs)
-    return [*_early(model, ends, seen.hidden_states), seen.last_hidden_state]
-
-
 def exit_heads(
     model: nn.Module, batch: Mapping[str, Any], *, early: bool = True
 ) -> list[dict[str, Any]]:
     """What stands for the logits of every loop; none is computed.
 
+    An early exit goes from the end of its loop through the final norm, past a coda if there is one.
     The model's own forward runs up to its head, so that scales, soft-caps, biases and adapters of
     the head are the model's own.
 
@@ -77,7 +63,7 @@ def exit_heads(
         raise TypeError(f"expected {options.owner} to return the logits of its plain head")
     states = _early(inner, ends, output.hidden_states)
     described = [logits.of_hidden(state).head() for state in states] + [logits.head()]
-    return [{name: head[name] for name in _OF_THE_HEAD} for head in described]
+    return [{name: head[name] for name in OF_THE_HEAD} for head in described]
 
 
 def _early(model: Any, ends: Sequence[int], hidden: Sequence[Tensor] | None) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """A recursive model on disk.
 
 config.json             the source's, L layers, and "recursive": the plan
+generation_config.json  the source's, where it can generate
 model.safetensors       stored layers once, under their stored index (or shards and an index)
 depth_lora/             matrices of each depth, PEFT's layout, scale 1
 depth_prefix.safetensors, exit_head.safetensors     where there are such
@@ -9,10 +10,9 @@ depth_prefix.safetensors, exit_head.safetensors     where there are such
 from __future__ import annotations
 
 import copy
-import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -20,64 +20,90 @@ from torch import Tensor
 
 from gemma_ext.nn.recursive._build import build, quiet
 from gemma_ext.nn.recursive.exits import ExitHead
+from gemma_ext.nn.recursive.parts import (
+    ADAPTER,
+    EXIT_HEAD,
+    GENERATION,
+    LORA,
+    PEFT,
+    PREFIX,
+    WEIGHTS,
+    read_part,
+    read_weights,
+    replace_model,
+    write_adapter_config,
+    write_tensors,
+)
 from gemma_ext.nn.recursive.plan import Plan
 from gemma_ext.nn.recursive.prefix import add_prefixes, attention_of
 from gemma_ext.nn.recursive.tying import decoder_layers, make_recursive
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-LORA, ADAPTER, ADAPTER_CONFIG = "depth_lora", "adapter_model.safetensors", "adapter_config.json"
-PREFIX, EXIT_HEAD = "depth_prefix.safetensors", "exit_head.safetensors"
-_PEFT = "base_model.model."
-
 
 def save(model: Any, folder: str | Path) -> Path:
-    """Writes a recursive model; every file beside its place, then renamed.
+    """Writes a recursive model; every file beside its place, then renamed, config.json last.
 
-    A recursive model that the folder held is replaced.
+    A model that the folder held is replaced.
 
     Raises:
-        ValueError: the model is not recursive.
+        ValueError: the model is not recursive, or its depths no longer share what its plan ties.
     """
     if getattr(model.config, "recursive", None) is None:
         raise ValueError("model: expected a recursive one, got one without config.recursive")
     folder = Path(folder)
     plan = Plan.of_model(model)
+    name, _ = decoder_layers(model)
+    tensors = _tensors(model, plan)
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = model.dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix="model.", suffix=".tmp") as beside:
+        made = Path(beside)
+        model.config.save_pretrained(made)
+        if model.can_generate():
+            model.generation_config.save_pretrained(made)
+        for path, group in tensors.items():
+            if group:
+                (made / path).parent.mkdir(exist_ok=True)
+                write_tensors(made / path, group)
+        if (made / LORA).exists():
+            write_adapter_config(made, plan, name)
+        replace_model(made, folder)
+    return folder
+
+
+def _tensors(model: Any, plan: Plan) -> dict[Path, dict[str, Tensor]]:
+    """What each file holds."""
     name, layers = decoder_layers(model)
-    state, seen = {}, set()
+    tied = model.config.get_text_config().tie_word_embeddings
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
     for key, tensor in model.state_dict().items():
-        if not key.startswith(f"{name}.") and tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())  # a tied head is the embedding
+        if key.startswith(f"{name}."):
+            continue
+        if tensor.data_ptr() not in seen:
             state[key] = tensor
+        elif not tied:  # else the head is the embedding, and is so again when it is loaded
+            state[key] = tensor.clone()
+        seen.add(tensor.data_ptr())
     lora, prefix = {}, {}
     for depth, layer in enumerate(layers):
         stored = plan.stored_of_depth[depth]
         for key, tensor in layer.state_dict().items():
             if ".lora_" in key:
-                lora[f"{_PEFT}{name}.{depth}.{key}.weight"] = tensor
+                lora[f"{PEFT}{name}.{depth}.{key}.weight"] = tensor
             elif key.endswith(".prefix"):
                 prefix[f"{depth}.prefix"] = tensor
             else:
-                state.setdefault(f"{name}.{stored}.{key}", tensor)
-    head = {key.removeprefix("exit_head."): state.pop(key) for key in _exit_keys(state)}
-    folder.mkdir(parents=True, exist_ok=True)
-    model.config.architectures = [type(model).__name__]
-    model.config.dtype = model.dtype
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
-    write_tensors(folder / WEIGHTS, state)
-    for path, tensors in (
-        (folder / LORA / ADAPTER, lora),
-        (folder / PREFIX, prefix),
-        (folder / EXIT_HEAD, head),
-    ):
-        path.unlink(missing_ok=True)
-        if tensors:
-            path.parent.mkdir(exist_ok=True)
-            write_tensors(path, tensors)
-    if lora:
-        write_adapter_config(folder, plan, name)
-    return folder
+                shared = state.setdefault(f"{name}.{stored}.{key}", tensor)
+                if shared.data_ptr() != tensor.data_ptr() and not torch.equal(shared, tensor):
+                    raise ValueError(
+                        f"model: expected the depths {plan.depths_of(stored)} to share {key}, got "
+                        f"another at depth {depth}"
+                    )
+    heads = [key for key in state if key.startswith("exit_head.")]
+    head = {key.removeprefix("exit_head."): state.pop(key) for key in heads}
+    files = {WEIGHTS: state, f"{LORA}/{ADAPTER}": lora, PREFIX: prefix, EXIT_HEAD: head}
+    return {Path(path): group for path, group in files.items()}
 
 
 def load(
@@ -87,7 +113,7 @@ def load(
 
     Args:
         folder: of the model.
-        dtype: of the weights; as stored by default.
+        dtype: of all weights; that of the config by default, as transformers has it.
 
     Returns:
         the model in evaluation mode; its layers share Parameters.
@@ -106,21 +132,26 @@ def load(
             )
         return vanilla.to(device).eval()
     plan = Plan.from_dict(config.recursive)
-    stored = {k: t if dtype is None else t.to(dtype) for k, t in read_weights(folder).items()}
+    stored = read_weights(folder)
+    if kind := dtype or config.dtype:
+        stored = {key: t.to(kind) if t.is_floating_point() else t for key, t in stored.items()}
     model = assemble(config, plan, stored)
+    if (folder / GENERATION).exists():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     if plan.ranks:
-        fill_lora(model, _read(folder / LORA / ADAPTER))
+        fill_lora(model, read_part(folder / LORA / ADAPTER))
     if plan.prefix:
-        _fill_prefix(model, plan.prefix, _read(folder / PREFIX))
+        _fill_prefix(model, plan.prefix, read_part(folder / PREFIX))
     if (folder / EXIT_HEAD).exists():
-        _fill_exit_head(model, _read(folder / EXIT_HEAD))
+        _fill_exit_head(model, read_part(folder / EXIT_HEAD))
     return model.to(device).eval()
 
 
 def assemble(config: Any, plan: Plan, stored: Mapping[str, Tensor]) -> Any:
     """The recursive model of a config whose tensors are `stored`, by stored index.
 
-    The tensors become its Parameters as they are. Matrices of depths are as of `DepthLinear`.
+    Parameters have the dtypes of the tensors, see `build`; matrices of depths are as of
+    `DepthLinear`.
 
     Raises:
         ValueError: a tensor is missing, left over or of another shape.
@@ -145,73 +176,6 @@ def assemble(config: Any, plan: Plan, stored: Mapping[str, Tensor]) -> Any:
     return make_recursive(model, plan)
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of `model.safetensors` or its shards.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    from safetensors.torch import load_file
-
-    if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-        return {k: t for name in names for k, t in load_file(folder / name).items()}
-    if not (folder / WEIGHTS).exists():
-        raise ValueError(f"{folder}: expected {WEIGHTS} or {INDEX}, got neither")
-    return load_file(folder / WEIGHTS)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written beside its place and renamed."""
-    from safetensors.torch import save_file
-
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(plain, beside, {"format": "pt"})
-    os.replace(beside, path)
-
-
-def write_adapter_config(folder: Path, plan: Plan, layers: str) -> None:
-    """`adapter_config.json` with which PEFT puts the matrices on L tied layers, at scale 1.
-
-    Args:
-        folder: of the model.
-        layers: name of its list of layers.
-    """
-    ranks = {name: rank for name, rank in plan.ranks.items() if rank}
-    most = max(ranks.values())
-    record = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "r": most,
-        "lora_alpha": most,
-        "rank_pattern": ranks,
-        "alpha_pattern": ranks,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "target_modules": sorted(ranks),
-        "layers_to_transform": [
-            depth
-            for depth in range(plan.layers)
-            if any(plan.rank_of(depth, linear) for linear in ranks)
-        ],
-        "layers_pattern": layers.rsplit(".", 1)[-1],
-    }
-    path = folder / LORA / ADAPTER_CONFIG
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def lora_key(layers: str, depth: int, linear: str, factor: str) -> str:
-    """The name of a matrix in the adapter's file; `factor` is "A" or "B"."""
-    return f"{_PEFT}{layers}.{depth}.{linear}.lora_{factor}.weight"
-
-
 def fill_lora(model: Any, found: Mapping[str, Tensor]) -> None:
     """Sets the matrices of all depths from tensors named as in the adapter's file.
 
@@ -220,7 +184,7 @@ def fill_lora(model: Any, found: Mapping[str, Tensor]) -> None:
     """
     name, layers = decoder_layers(model)
     own = {
-        f"{_PEFT}{name}.{key}.weight": p for key, p in layers.named_parameters() if ".lora_" in key
+        f"{PEFT}{name}.{key}.weight": p for key, p in layers.named_parameters() if ".lora_" in key
     }
     _fill(ADAPTER, own, found)
 
@@ -250,18 +214,6 @@ def _fill(file: str, own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> 
     with torch.no_grad():
         for key, parameter in own.items():
             parameter.copy_(found[key])
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    if not path.exists():
-        raise ValueError(f"expected the file {path}, which the plan asks for, got none")
-    return load_file(path)
-
-
-def _exit_keys(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith("exit_head.")]
 
 
 def _transformers() -> Any:

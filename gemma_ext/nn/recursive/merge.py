@@ -21,11 +21,13 @@ def merged(model: Any) -> Any:
     the bit.
 
     Raises:
-        ValueError: the model has prefixes, which no vanilla model has.
+        ValueError: the model has prefixes or a head for exits, which no vanilla model has.
     """
     plan = Plan.of_model(model)
     if plan.prefix:
         raise ValueError(f"model: expected no prefixes to merge, got {plan.prefix} at each depth")
+    if hasattr(model, "exit_head"):
+        raise ValueError("model: expected no head for exits, got exit_head; delete it first")
     config = copy.deepcopy(model.config)
     if hasattr(config, "recursive"):
         del config.recursive
@@ -34,7 +36,9 @@ def merged(model: Any) -> Any:
     for depth, layer in enumerate(layers):
         state |= {f"{name}.{depth}.{key}": t for key, t in vanilla_state(layer).items()}
     state = {key: t.clone() for key, t in state.items()}
-    return build(type(model), config, state).to(model.device).train(model.training)
+    made = build(type(model), config, state)
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.to(model.device).train(model.training)
 
 
 def vanilla_state(layer: nn.Module) -> dict[str, torch.Tensor]:

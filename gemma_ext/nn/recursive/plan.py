@@ -37,6 +37,13 @@ class Plan:
     lora_from_loop: int = 0
     prefix: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.lora_from_loop < max(self.loops, 1):
+            raise ValueError(
+                f"lora_from_loop: expected one of the loops 0..{self.loops - 1}, got "
+                f"{self.lora_from_loop}"
+            )
+
     @classmethod
     def of(
         cls,

@@ -66,7 +66,7 @@ def make_recursive(model: Any, plan: Plan) -> Any:
     unknown = sorted(set(plan.ranks) - set(sizes))
     if unknown:
         raise ValueError(f"ranks: expected linears among {', '.join(sizes)}, got {unknown[0]!r}")
-    ranks = {name: min(rank, *sizes[name]) for name, rank in plan.ranks.items()}
+    ranks = {name: min(rank, *sizes[name]) for name, rank in plan.ranks.items() if rank}
     for depth, layer in enumerate(layers):
         _share(layer, layers[plan.depths_of(plan.stored_of_depth[depth])[0]])
     for depth, layer in enumerate(layers):

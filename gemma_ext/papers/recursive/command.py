@@ -133,7 +133,7 @@ def train(
 
         from gemma_ext.papers.recursive.trainer import Bar, RecursiveTrainer, arguments
 
-        if out.exists() and (out / "config.json").exists():
+        if (out / "config.json").exists() and any(out.glob("*.safetensors")):
             raise ValueError(f"out: expected a folder without a model, got {out}")
         objective = Objective(
             divergence,
@@ -170,7 +170,6 @@ def train(
                 options,
                 train_dataset=text_windows(text, tokenizer, sequence),
                 eval_dataset=text_windows([held_out], tokenizer, sequence) if held_out else None,
-                processing_class=tokenizer,
                 objective=objective,
                 teacher=load(teacher) if teacher else None,
                 callbacks=[Bar(advance)],
@@ -179,6 +178,7 @@ def train(
             trainer.train(resume_from_checkpoint=last)
         if held_out:
             print(f"held-out loss {trainer.evaluate()['eval_loss']:.4f} nats")
+        tokenizer.save_pretrained(out)
         trainer.save_model(str(out))
     print(out)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gemma_ext.nn.recursive import Plan, add_prefixes, decoder_layers, linear_names
-from gemma_ext.nn.recursive.files import assemble, fill_lora, lora_key
+from gemma_ext.nn.recursive.files import assemble, fill_lora
+from gemma_ext.nn.recursive.parts import lora_key
 from gemma_ext.papers.recursive.factors import of_depths, refined
 from gemma_ext.papers.recursive.recipe import Recipe
 
@@ -44,6 +46,7 @@ def convert(model: Any, recipe: Recipe) -> Any:
         for key, tensor in pieces:
             (lora if ".lora_" in key else stored)[key] = tensor
     made = assemble(model.config, plan, stored)
+    made.generation_config = copy.deepcopy(model.generation_config)
     fill_lora(made, lora)
     add_prefixes(made, recipe.prefix, recipe.seed)
     return made.to(model.device).train(model.training)
@@ -93,7 +96,8 @@ def stored_layer(
             }
             factors = of_depths(weights, _wide(value), rank, **options)
             for _ in range(recipe.refine):
-                value = refined(weights, _wide(value), factors).to(like)
+                rest = (_wide(read(depth, name)) for depth in depths if depth not in relaxed)
+                value = refined(weights, _wide(value), factors, rest).to(like)
                 factors = of_depths(weights, _wide(value), rank, **options)
             for depth, (a, b) in zip(relaxed, factors, strict=True):
                 yield lora_key(layers, depth, linear, "A"), a.to(like)

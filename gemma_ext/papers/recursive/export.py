@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from gemma_ext.nn.recursive import Plan
-from gemma_ext.nn.recursive.files import ADAPTER, LORA, lora_key
+from gemma_ext.nn.recursive.parts import ADAPTER, EXIT_HEAD, LORA, lora_key
 from gemma_ext.papers.recursive.folders import (
     SHARD_BYTES,
     Advance,
@@ -47,6 +47,8 @@ def export_folder(
     plan = Plan.from_dict(src.config.recursive)
     if plan.prefix:
         raise ValueError(f"source: expected no prefixes to merge, got {plan.prefix} at each depth")
+    if (src.folder / EXIT_HEAD).exists():
+        raise ValueError(f"source: expected no head for exits, got {src.folder / EXIT_HEAD}")
     inner = f"{src.layers}."
     adapter = open_checkpoint(src.folder / LORA / ADAPTER).tensors if plan.ranks else {}
     rest = [key for key in src.tensors.tensors if not key.startswith(inner)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -80,10 +80,21 @@ def of_depths(
     return found
 
 
-def refined(weights: Sequence[Tensor], stored: Tensor, factors: Sequence[Factors]) -> Tensor:
-    """mean_l (W_l - B_l A_l): the stored weight that fits best with the matrices as they are."""
+def refined(
+    weights: Sequence[Tensor],
+    stored: Tensor,
+    factors: Sequence[Factors],
+    without: Iterable[Tensor] = (),
+) -> Tensor:
+    """mean_l (W_l - B_l A_l): the stored weight that fits best with the matrices as they are.
+
+    Args:
+        weights, factors: of each depth with matrices.
+        stored: [out, in], whose dtype the result has.
+        without: weights of depths without matrices.
+    """
     rest = [w - b @ a for w, (a, b) in zip(weights, factors, strict=True)]
-    return torch.stack(rest).mean(0).to(stored.dtype)
+    return torch.stack([*rest, *without]).mean(0).to(stored.dtype)
 
 
 def _opposite(one: Tensor, other: Tensor, stored: Tensor) -> bool:

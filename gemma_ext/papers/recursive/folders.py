@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor
 
 from gemma_ext.nn.recursive import decoder_layers
-from gemma_ext.nn.recursive.files import ADAPTER, EXIT_HEAD, INDEX, WEIGHTS
+from gemma_ext.nn.recursive.parts import ADAPTER, EXIT_HEAD, INDEX, WEIGHTS
 from gemma_ext.papers.recursive.conversion import linear_sizes
 from gemma_ext.souping.engine.files import shards
 from gemma_ext.souping.engine.files.checkpoint import Checkpoint, open_checkpoint
 
 SHARD_BYTES = 5_000_000_000
 _OWN = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json", EXIT_HEAD)
-_JOURNAL = ".journal"
+_JOURNAL, _DONE = ".journal", re.compile(r"(\w+) (\d+)\n")
 Advance = Callable[[int], None]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 Pieces = Iterator[tuple[str, Tensor]]
@@ -97,7 +98,11 @@ class Source:
 
 
 def fill(partial: Path, groups: Sequence[Group], parts: Iterable[Part], advance: Advance) -> None:
-    """Lays out the safetensors files of the groups and fills them; parts that are there stay."""
+    """Lays out the safetensors files of the groups and fills them; parts that are there stay.
+
+    Raises:
+        ValueError: a piece of another dtype or shape than its place.
+    """
     places = {}
     for folder, layout, shard_bytes in groups:
         whole = sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape in layout.values())
@@ -111,21 +116,29 @@ def fill(partial: Path, groups: Sequence[Group], parts: Iterable[Part], advance:
             places |= {key: (folder / shard.name, e) for key, e in shard.tensors.items()}
     with (partial / _JOURNAL).open("a+", encoding="utf-8") as journal:
         journal.seek(0)
-        done = dict(line.rsplit(" ", 1) for line in journal.read().splitlines()[1:])
+        done = {}
+        for line in journal.readlines()[1:]:
+            if match := _DONE.fullmatch(line):  # an interruption can cut the last one
+                done |= {match[1]: int(match[2])}
         for name, pieces in parts:
             if name in done:
-                advance(int(done[name]))
+                advance(done[name])
                 continue
             count = 0
             for count, (key, tensor) in enumerate(pieces, 1):  # noqa: B007
                 path, entry = places[key]
+                if (tensor.dtype, tensor.shape) != (entry.dtype, entry.shape):
+                    raise ValueError(
+                        f"{key}: expected {entry.dtype} of {entry.shape}, got {tensor.dtype} of "
+                        f"{tuple(tensor.shape)}"
+                    )
                 with path.open("r+b") as file:
                     file.seek(entry.offset)
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
                 advance(1)
             for path in {path for path, _ in places.values()}:
                 shards.sync(path)
-            journal.write(f"{name} {count}\n")
+            journal.write(f"\n{name} {count}\n")
             journal.flush()
 
 

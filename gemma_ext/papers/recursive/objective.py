@@ -1,6 +1,7 @@
 """Losses of uptraining and of early-exit training (sections 2.5, 3.6 and 3.8 of the paper).
 
-    L = sum_i alpha_i L_i,     L_i = w_ce CE_i + w_d D(target, q_i)     over loops i = 1..B
+    L = sum_i alpha_i L_i                   over loops i = 1..B
+    L_i = w_ce CE_i + w_d D(target, q_i)    where loop i has a target, else CE_i
 
 In uptraining only alpha_B counts and the target is a full-size teacher. In exit training the last
 loop learns from the text, and the loops before it from the text and, with self-distillation, from
@@ -22,7 +23,6 @@ from gemma_ext.ops.cce import linear_cross_entropy
 from gemma_ext.ops.cce.divergence import KINDS, linear_divergence
 
 EXITS = ("none", "weighted", "aggressive", "frozen")
-_TEACHER = ("e", "c", "bias", "softcap", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Objective:
 
     Attributes:
         divergence: from the target: "forward_kl" (the paper's choice), "reverse_kl", "jsd", "tvd".
-        divergence_weight, ce_weight: w_d and w_ce; the paper does not say its own.
+        divergence_weight, ce_weight: w_d and w_ce of loops with a target; those without have
+            their cross-entropy at weight 1. The paper does not say its own.
         temperature: of both distributions in D. The paper does not say its own.
         exits: "none"; "weighted", alpha_i = i / sum_i i; "aggressive", alpha_B = 1 and
             alpha_i = exit_weight before it; "frozen", alpha_B = 0 and only an `ExitHead` learns.
@@ -128,7 +129,7 @@ class Objective:
     def _of(
         self, head: dict[str, Any], target: dict[str, Any] | None, common: dict[str, Any]
     ) -> Tensor:
-        """w_ce CE + w_d D; CE alone where there is nothing to learn from but the text."""
+        """w_ce CE + w_d D; CE at weight 1 where there is nothing to learn from but the text."""
         if target is None:
             return linear_cross_entropy(**head, **common)
         if not self.divergence_weight:
@@ -148,7 +149,6 @@ def _as_teacher(head: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"teacher_{name}": value.detach() if isinstance(value, Tensor) else value
         for name, value in head.items()
-        if name in _TEACHER
     }
 
 

@@ -26,10 +26,10 @@ class Recipe:
         rank: r of every linear, cut to the linear's size; 0 for none.
         ranks: by linear, before `rank`: "q_proj" or "self_attn.q_proj".
         lora_init: "svd" of the residuals, or "zero".
-        lora_from_loop: 1 leaves the first loop without matrices.
+        lora_from_loop: below B; 1 leaves the first loop without matrices.
         svd: "exact", "randomised", or "auto": randomised where the smaller side is above 1024.
         refine: rounds of W' <- mean(W_l - B_l A_l) and a new decomposition; changes nothing for
-            two loops averaged.
+            two loops averaged that both have matrices.
         prefix: P trained keys and values of each depth, the paper's other relaxation.
         norms: under "average": mean, or "first" for those of the first layer. The paper found no
             difference.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.nn.recursive import Plan
-from gemma_ext.nn.recursive.files import LORA, PREFIX, lora_key, write_adapter_config, write_tensors
+from gemma_ext.nn.recursive.parts import LORA, PREFIX, lora_key, write_adapter_config, write_tensors
 from gemma_ext.nn.recursive.prefix import initial_prefixes
 from gemma_ext.papers.recursive.conversion import stored_layer
 from gemma_ext.papers.recursive.folders import (
@@ -112,7 +112,8 @@ def _layouts(src: Source, plan: Plan, dtype: torch.dtype | None) -> tuple[Layout
         out, in_ = src.sizes[linear]
         for depth in range(plan.layers):
             if rank := plan.rank_of(depth, linear):
-                stored, _ = src.info(f"{inner}{depth}.{linear}.weight")
+                first = plan.depths_of(plan.stored_of_depth[depth])[0]
+                stored, _ = src.info(f"{inner}{first}.{linear}.weight")
                 lora[lora_key(src.layers, depth, linear, "A")] = stored, (rank, in_)
                 lora[lora_key(src.layers, depth, linear, "B")] = stored, (out, rank)
     if dtype is not None:

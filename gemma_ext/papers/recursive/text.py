@@ -49,8 +49,13 @@ def _texts(paths: Sequence[Path]) -> Iterator[str]:
         if path.suffix != ".jsonl":
             yield path.read_text(encoding="utf-8")
             continue
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise ValueError(f"{path}:{number}: expected an object with the key text") from None
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                yield _text_of(line, f"{path}:{number}")
+
+
+def _text_of(line: str, place: str) -> str:
+    try:
+        return json.loads(line)["text"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{place}: expected an object with the key text") from None

@@ -118,10 +118,11 @@ class RecursiveTrainer(Trainer):
             super()._save(output_dir, state_dict)
             return
         folder = Path(output_dir or self.args.output_dir)
-        save(inner, folder)
+        folder.mkdir(parents=True, exist_ok=True)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
         torch.save(self.args, folder / "training_args.bin")
+        save(inner, folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
