@@ -57,7 +57,7 @@ def test_parameters_outside_the_embedding():
 
 
 def test_runs_give_their_records(tmp_path):
-    b = replace(bench(), steps=1, exit_steps=1, batch=2)
+    b = replace(bench(), steps=2, exit_steps=2, batch=2)
     few = [name[:2] for name in grid.runs(b, 2, (2, 4, 8), 0, tmp_path, False)]
     rows = list(grid.runs(b, 2, (2, 4, 8), 0, tmp_path, True))
     names = [(table, row) for table, row, _, _ in rows]
