@@ -24,6 +24,9 @@ struct Head {
   float scale, cap;   // cap 0: none
 };
 
+constexpr int kMostCandidates = 1024;
+constexpr float kLeastHeat = 1e-6f;  // a row of less takes the best; also 1 / T stays finite
+
 enum ExitMode : int32_t { kNever, kMaxProb, kMargin, kEntropy };
 
 // Null where not wanted.
@@ -32,15 +35,15 @@ struct HeadExit {
   ExitMode mode;
   bool strict;               // a score at the threshold stays
   const float* threshold;    // [n]
-  const float* temperature;  // [n]; 0: the best is the sample
+  const float* temperature;  // [n]; below kLeastHeat the best is the sample
   const int64_t* keys;       // [n, 3], with temperature (noise.h)
-  int64_t candidates;        // C <= V
+  int64_t candidates;        // C <= min(V, kMostCandidates)
   int32_t* ids;              // [n] lowest id on ties
   float* top;                // [n, 2]
   float *lse, *entropy;      // [n]
   uint8_t* exits;            // [n]
   int32_t* samples;          // [n]
-  float* tempered;           // [n] log sum exp(s / T); lse where T is 0
+  float* tempered;           // [n] log sum exp(s / T); lse where the best is the sample
   float* values;             // [n, C] descending, equal ones by id
   int32_t* indices;          // [n, C]
 };
@@ -79,8 +82,8 @@ struct Shortlist {
   int64_t candidates;       // C
   int32_t* ids;             // [n] the best of the candidates
   float* top;               // [n, 2] the two best of them; -inf where there is one
-  float* rest;              // [n] s of no other token is above
-  float *low, *high;        // [n] bounds of lse
+  float* rest;              // [n] s of no other token is above; NaN: not known
+  float *low, *high;        // [n] bounds of lse - top
 };
 
 // Whether a row leaves. The sums are of exp(s - top), p = exp(s - lse).
@@ -94,6 +97,11 @@ GEMMA_EXT_DEPTH_EXIT static inline bool leaves_above(float score, float threshol
 }
 GEMMA_EXT_DEPTH_EXIT static inline bool leaves_below(float score, float threshold, bool strict) {
   return strict ? score < threshold : score <= threshold;
+}
+
+// T of a row that is sampled, or 0.
+GEMMA_EXT_DEPTH_EXIT static inline float heat_of(const HeadExit& call, int64_t row) {
+  return call.temperature && call.temperature[row] >= kLeastHeat ? call.temperature[row] : 0.0f;
 }
 
 }  // namespace gemma_ext::depth_batching

@@ -94,8 +94,9 @@ struct HeadBinding {
                     ": expected a threshold with a mode of 1 to 3, and none with 0");
     STD_TORCH_CHECK(temperature.has_value() == keys.has_value(), op,
                     ": expected temperature and keys together");
-    STD_TORCH_CHECK(candidates >= 0 && candidates <= p.head.V, op,
-                    ": expected candidates in [0, V]");
+    STD_TORCH_CHECK(candidates >= 0 && candidates <= p.head.V && candidates <= kMostCandidates, op,
+                    ": expected candidates in [0, min(V, ", kMostCandidates, ")], got ",
+                    candidates);
     HeadExit call{};
     call.head = p.head;
     call.mode = ExitMode(mode);

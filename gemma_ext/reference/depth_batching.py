@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from gemma_ext.reference.depth_batching_linear import rms_norm
+
 PAGE = 16
 """Tokens of a page."""
 
@@ -34,12 +36,6 @@ def depth_compact(loop: Tensor, leave: Tensor, drop: Tensor | None, loops: int):
     next_loop = torch.where(kind < loops, kind, -1)[order]
     counts = torch.stack([ends[loops - 1], sizes[loops], sizes[loops + 1]])
     return tuple(t.to(torch.int32) for t in (order, next_loop, offsets, counts))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
-    """x / sqrt(mean x^2 + eps) weight, over the last dimension; weight + 1 with plus_one."""
-    scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
-    return scaled * (weight + 1 if plus_one else weight)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from gemma_ext.reference.depth_batching_linear import rms_norm
+from gemma_ext.reference.depth_batching_linear import by_rows, rms_norm, row_products
 from gemma_ext.reference.souping import philox
 
+LEAST_HEAT = 1e-6
+"""A row of less temperature takes the best token."""
 _WORD = 0xFFFFFFFF
 
 
@@ -29,6 +30,8 @@ class HeadRows(NamedTuple):
     ids: Tensor
     top: Tensor
     lse: Tensor
+    gap: Tensor
+    """float64 lse - top[:, 0]: at large logits the two leave no bits for it."""
     entropy: Tensor
     tempered: Tensor
     samples: Tensor
@@ -51,10 +54,10 @@ def head_logits(
     if norm_weight is not None:
         h = rms_norm(h, norm_weight, eps, plus_one=plus_one).to(weight.dtype)
     wide = torch.promote_types(torch.promote_types(h.dtype, weight.dtype), torch.float32)
-    s = logit_scale * functional.linear(h.to(wide), weight.to(wide))
+    s = logit_scale * row_products(h.to(wide), weight.to(wide))
     if bias is not None:
         s = s + bias.to(wide)
-    return s if softcap is None else softcap * torch.tanh(s / softcap)
+    return s if softcap is None else softcap * by_rows(torch.tanh, s / softcap)
 
 
 def gumbel(ids: Tensor, keys: Tensor) -> Tensor:
@@ -67,32 +70,47 @@ def gumbel(ids: Tensor, keys: Tensor) -> Tensor:
     return -torch.log(-torch.log1p(-(word.double() + 0.5) * 2.0**-32))
 
 
+def _log_sum(s: Tensor) -> Tensor:
+    return s.logsumexp(-1)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
+    return -torch.where(log_p == -torch.inf, 0, log_p.exp() * log_p).sum(-1)
+
+
 def head_rows(
     s: Tensor, temperature: Tensor | None, keys: Tensor | None, candidates: int
 ) -> HeadRows:
-    """What is read off logits [n, V]. NaN counts as -inf wherever logits are compared; rows of
-    temperature 0 take the best as their sample, and lse as `tempered`, log sum exp(s / T)."""
+    """What is read off logits [n, V]. NaN counts as -inf wherever logits are compared, and NaN and
+    +inf make the sums NaN; rows of a temperature below `LEAST_HEAT` take the best as their sample,
+    and lse as `tempered`, log sum exp(s / T)."""
     n, vocabulary = s.shape
     order = torch.where(s.isnan(), -torch.inf, s).sort(dim=-1, descending=True, stable=True)
     ids = order.indices[:, 0]
     second = order.values[:, 1] if vocabulary > 1 else torch.full_like(s[:, 0], -torch.inf)
-    lse = s.logsumexp(-1)
-    log_p = s - lse.unsqueeze(-1)
-    entropy = -torch.where(s == -torch.inf, 0, log_p.exp() * log_p).sum(-1)
+    best = order.values[:, :1].double()
+    base = torch.where(best == -torch.inf, 0, best)
+    below = s.double() - base
+    log_sum = by_rows(_log_sum, below)
+    lse = (base.squeeze(-1) + log_sum).to(s.dtype)
+    gap = log_sum + (base - best).squeeze(-1)
+    entropy = by_rows(_entropy, s - lse.unsqueeze(-1))
     entropy = torch.where(lse.isfinite(), entropy, torch.nan)
     tempered, samples = s.new_empty(0), ids.new_empty(0)
     if temperature is not None and keys is not None:
-        hot = (temperature > 0).unsqueeze(-1)
-        scaled = s / torch.where(hot, temperature.unsqueeze(-1).to(s.dtype), 1)
+        hot = (temperature >= LEAST_HEAT).unsqueeze(-1)
+        heat = torch.where(hot, temperature.unsqueeze(-1).to(s.dtype), 1)
+        scaled = s / heat
         noise = gumbel(torch.arange(vocabulary, device=s.device).expand(n, -1), keys).to(s.dtype)
         score = scaled + noise
         drawn = torch.where(score.isnan(), -torch.inf, score).argmax(-1)
-        tempered = scaled.logsumexp(-1)
+        tempered = ((base / heat).squeeze(-1) + by_rows(_log_sum, below / heat)).to(s.dtype)
         samples = torch.where(hot.squeeze(-1), drawn, ids)
     return HeadRows(
         ids.int(),
         torch.stack([order.values[:, 0], second], -1),
         lse,
+        gap,
         entropy,
         tempered,
         samples.int(),
@@ -106,14 +124,16 @@ def exits_by_head(
 ) -> tuple[Tensor, Tensor]:
     """(bool [n], score [n]): the largest probability and the margin of the two largest leave above
     the threshold, the entropy below; NaN does not leave."""
-    p = (rows.top - rows.lse.unsqueeze(-1)).exp()
+    first, second = rows.top.double().unbind(-1)
+    p = by_rows(torch.exp, -rows.gap)
     if mode == "max_prob":
-        score = p[:, 0]
+        score = p
     elif mode == "margin":
-        score = p[:, 0] - p[:, 1]
+        score = p - by_rows(torch.exp, second - first - rows.gap)
     else:
         score = rows.entropy
         return (score < threshold if strict else score <= threshold), score
+    score = score.to(rows.lse.dtype)
     return (score > threshold if strict else score >= threshold), score
 
 
@@ -134,12 +154,12 @@ def gate_scores(
     wide = torch.promote_types(h.dtype, torch.float32)
     h = h.to(wide)
     if mode in ("gate", "hazard"):
-        z = h @ weight.to(wide)
+        z = row_products(h, weight.to(wide).unsqueeze(0)).squeeze(-1)
         if bias is not None:
             z = z + bias.to(wide)
         if mode == "gate":
-            return torch.sigmoid(z), z.new_empty(0)
-        survival = survival.to(wide) * torch.sigmoid(-z)
+            return by_rows(torch.sigmoid, z), z.new_empty(0)
+        survival = survival.to(wide) * by_rows(torch.sigmoid, -z)
         return 1 - survival, survival
     before = previous.to(wide)
     norm = h.square().sum(-1).sqrt()
@@ -188,7 +208,7 @@ def shortlist(
     logit_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(ids, top [n, 2], rest, low, high): the best candidate and the two best logits of them, what
-    no other logit is above, and bounds of lse."""
+    no other logit is above, and float64 bounds of lse - top[:, 0]."""
     if norm_weight is not None:
         h = rms_norm(h, norm_weight, eps, plus_one=plus_one).to(weight.dtype)
     wide = torch.promote_types(h.dtype, torch.float32)
@@ -197,10 +217,12 @@ def shortlist(
     def cap(a: Tensor) -> Tensor:
         return a if softcap is None else softcap * torch.tanh(a / softcap)
 
-    middle = logit_scale * (x @ codes.to(wide).T) * scale.to(wide)
+    middle = logit_scale * row_products(x, codes.to(wide)) * scale.to(wide)
     if bias is not None:
         middle = middle + bias.to(wide)
     around = abs(logit_scale) * x.norm(dim=-1, keepdim=True) * slack.to(wide)
+    # a bias is added here and in the head, and a width to it: each rounds by 2^-24 of the sum
+    around = around + torch.where(middle.isfinite(), middle.abs(), 0) * 2.0**-21
     upper, lower = middle + around, middle - around
     exact = head_logits(
         h, weight, bias, None, eps, plus_one=plus_one, softcap=softcap, logit_scale=logit_scale
@@ -216,8 +238,13 @@ def shortlist(
     ids = chosen.gather(-1, best.indices[:, :1]).squeeze(-1)
     above = torch.cat([cap(upper).gather(-1, others), least], -1).amax(-1)
     rest = torch.where(above == -torch.inf, above, above + error)
-    high = torch.cat([found, cap(upper).gather(-1, others)], -1).logsumexp(-1) + error
-    low = torch.maximum(found.logsumexp(-1), cap(lower).logsumexp(-1)) - error
+    base = top[:, :1].double()
+
+    def log_sum(s: Tensor) -> Tensor:
+        return (s.double() - base).logsumexp(-1)
+
+    high = log_sum(torch.cat([found, cap(upper).gather(-1, others)], -1)) + error
+    low = torch.maximum(log_sum(found), log_sum(cap(lower))) - error
     return ids.int(), top, rest, low, high
 
 
@@ -225,11 +252,12 @@ def exit_bounds(
     mode: str, top: Tensor, rest: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Least and most that the score of a certified row can be."""
-    first = top[:, 0]
+    low, high = low.double(), high.double()
     if mode == "max_prob":
-        return (first - high).exp(), (first - low).exp()
-    second = torch.maximum(top[:, 1], rest)
+        return (-high).exp(), (-low).exp()
+    first, second = top.double().unbind(-1)
+    most = torch.maximum(second, rest.double())
     return (
-        (first - high).exp() - (second - high).exp(),
-        (first - low).exp() - (top[:, 1] - low).exp(),
+        (-high).exp() * -torch.expm1(most - first),
+        (-low).exp() * -torch.expm1(second - first),
     )

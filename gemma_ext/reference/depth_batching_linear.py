@@ -8,7 +8,7 @@ Bae et al. 2024, arXiv 2410.20672, appendix K, there with the LoRAs of all loops
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.nn import functional
 ACTIVATIONS = ("gelu_tanh", "silu")
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, plus_one: bool) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """x / sqrt(mean x^2 + eps) * (weight, or 1 + weight), at least float32 and not rounded."""
     wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
     x, w = x.to(wide), weight.to(wide)
@@ -55,6 +55,23 @@ def scatter_rms_norm(
     return gather_rms_norm(bank, slots, next_weight, eps, plus_one=plus_one)
 
 
+def by_rows(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """f of every row of x [n, ...] by itself: functions such as exp round otherwise at the end of
+    a tensor, where vectors of it are not full."""
+    return torch.stack([f(row) for row in x]) if x.shape[0] else f(x)
+
+
+def row_products(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T [n, F] of x [n, D] and weight [F, D] of one dtype, row by row.
+
+    A product of matrices takes other sums for other n. Each row is copied first, since a product
+    with a vector may begin its sums by where that lies in memory.
+    """
+    if x.shape[0] == 0:
+        return x.new_empty(0, weight.shape[0])
+    return torch.stack([torch.mv(weight, row.clone()) for row in x.contiguous()])
+
+
 def segmented_linear(
     x: Tensor,
     weight: Tensor,
@@ -66,23 +83,25 @@ def segmented_linear(
 ) -> Tensor:
     """y = x W^T + bias + scale (x A_j^T) B_j^T, at least float32 and not rounded, of x [n, D],
     weight [F, D], a [B, r, D] and b [B, F, r]. What comes between A and B is rounded to the dtype
-    of x. Rows outside every segment have no adapter."""
+    of x. Rows outside every segment have no adapter. A row has the bits that it has alone."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    y = functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
+    y = row_products(x.to(wide), weight.to(wide))
+    if bias is not None:
+        y = y + bias.to(wide)
     if a is None or b is None or seg_offsets is None:
         return y
     ends = seg_offsets.tolist()
     for j, (begin, end) in enumerate(itertools.pairwise(ends)):
-        low = (scale * (x[begin:end].to(wide) @ a[j].to(wide).T)).to(x.dtype)
-        y[begin:end] += low.to(wide) @ b[j].to(wide).T
+        low = (scale * row_products(x[begin:end].to(wide), a[j].to(wide))).to(x.dtype)
+        y[begin:end] += row_products(low.to(wide), b[j].to(wide))
     return y
 
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """act(gate) * up: GeGLU with the tanh form of GELU, or SwiGLU."""
     if activation == "gelu_tanh":
-        return functional.gelu(gate, approximate="tanh") * up
-    return functional.silu(gate) * up
+        return by_rows(lambda x: functional.gelu(x, approximate="tanh"), gate) * up
+    return by_rows(functional.silu, gate) * up
 
 
 def seg_depth_lora(

@@ -229,9 +229,7 @@ CALLS = {
         "pool": P.pool.transpose(0, 1).contiguous().transpose(0, 1)
     },
     "expected q to be [2, n_q, 32], got [2, 4, 31]": {"q": P.q[..., 1:]},
-    "expected q in torch.float32 on cpu like kv_pool, got it in torch.float16 on cpu": {
-        "q": P.q.half()
-    },
+    "expected q on cpu, got it on meta": {"q": P.q.to("meta")},
     "expected heads of q in multiples of 2, got 3": {"q": P.q[:, :3]},
     "expected row_pos to be [2], got [1]": {"pos": P.pos[:1]},
     "expected row_loop to be [2], got [3]": {"loop": ints(0, 0, 0)},
@@ -253,6 +251,8 @@ def test_options_that_do_not_fit():
         attend(P, softcap=0.0)
     with pytest.raises(ValueError, match="expected impl to be 'auto' or 'reference', got 'x'"):
         attend(P, impl="x")
+    with pytest.raises(TypeError, match=r"expected q in torch\.float32, got it in torch\.float16"):
+        attend(replace(P, q=P.q.half()))
     with pytest.raises(TypeError, match=r"expected row_req to be int32, got torch\.int64"):
         attend(replace(P, req=P.req.long()))
     with pytest.raises(TypeError, match=r"expected kv_pool to be float32, .* got torch\.int32"):

@@ -167,6 +167,61 @@ def test_tokens_that_cannot_be(impl, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("impl", IMPLS)
+def test_a_logit_of_infinity(impl, device):
+    """It is the best and the sample; sums are NaN, and nothing leaves."""
+    h, weight, bias = head_of(2, 8, 600, device=device)
+    bias[400] = torch.inf
+    for mode, threshold in (("max_prob", 0.0), ("margin", -1.0), ("entropy", 100.0)):
+        got = head_exit(
+            h, weight, bias=bias, mode=mode, threshold=threshold, temperature=0.5,
+            keys=keys(2).to(device), candidates=2, impl=impl,
+        )  # fmt: skip
+        assert got.ids.tolist() == got.samples.tolist() == [400, 400]
+        assert got.top[:, 0].tolist() == got.values[:, 0].tolist() == [torch.inf] * 2
+        assert not bool(got.exits.any())
+        for sums in (got.lse, got.entropy, got.tempered):
+            assert bool(sums.isnan().all())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("heat", [1e-6, 9.9e-7, 1e-38, 1e-40, 1e-45, -1.0, torch.nan])
+def test_temperatures_close_to_zero_take_the_best(heat, impl, device):
+    h, weight, bias = head_of(5, 8, 600, device=device)
+    got = head_exit(
+        h, weight, bias=bias, temperature=heat, keys=keys(5).to(device), impl=impl
+    )  # fmt: skip
+    assert torch.equal(got.samples, got.ids)
+    assert bool(got.tempered.isfinite().all())
+    greedy = not heat >= 1e-6
+    assert torch.equal(got.tempered, got.lse) == greedy
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_scores_of_large_logits(impl, device):
+    """Two tokens 1 apart at 1e5, where lse has no bits left for p."""
+    h, weight = torch.ones(1, 1, device=device), torch.tensor([[1e5], [1e5 + 1]], device=device)
+    p = torch.tensor(1.0, dtype=torch.float64).sigmoid().item()
+    for mode, score in (("max_prob", p), ("margin", 2 * p - 1)):
+        for shift, leaves in ((-1e-5, True), (1e-5, False)):
+            limit = {"mode": mode, "threshold": score + shift}
+            assert head_exit(h, weight, **limit, impl=impl).exits.item() == leaves
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_op_takes_no_more_candidates_than_a_card_holds(device):
+    """What a caller of torch.ops gets, past the checks of `head_exit`."""
+    h, weight = torch.ones(1, 1, device=device), torch.ones(2000, 1, device=device)
+    for candidates in (1025, 2000, -1):
+        with pytest.raises(RuntimeError, match=r"expected candidates in \[0, min\(V, 1024\)\]"):
+            torch.ops.gemma_ext.depth_head_exit(
+                h, None, weight, None, None, None, None, 1e-6, False, 0.0, 1.0, 0, False, candidates
+            )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_logits_of_ten_thousand(softcap, impl, device):
     h = torch.tensor([[1e4], [-1e4], [0.0]], device=device)  # exact in two halves of bfloat16

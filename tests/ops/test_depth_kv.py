@@ -242,9 +242,7 @@ P, K, V, ROPE = given()
 CALLS = {
     "expected k to be [{n}, 2, 32], got [{n}, 1, 32]": {"k": K[:, :1]},
     "expected v to be [{n}, 2, 32], got [{n}, 2, 31]": {"v": V[..., 1:]},
-    "expected v in torch.float32 on cpu like kv_pool, got it in torch.bfloat16 on cpu": {
-        "v": V.bfloat16()
-    },
+    "expected v on cpu, got it on meta": {"v": V.to("meta")},
     "expected rope to be [S, positions, 2, H], got [64, 16]": {"rope": ROPE[0, :, 0]},
     "expected rope to turn at most 32 elements, got 34": {"rope": torch.zeros(9, 2, 17)},
     "expected rope_of to be [3], got [2]": {"rope": ROPE, "rope_of": ints(0, 0)},
@@ -269,6 +267,8 @@ def test_calls_that_do_not_fit(message):
 
 
 def test_types_that_do_not_fit():
+    with pytest.raises(TypeError, match=r"expected v in torch\.float32, got it in torch\.bfloat16"):
+        write(P, K, V.bfloat16(), P.pool)
     with pytest.raises(TypeError, match=r"expected fill_mark to be uint8, got torch\.int32"):
         write(P, K, V, P.pool, fill_mark=torch.zeros(3, 16, dtype=torch.int32))
     with pytest.raises(TypeError, match=r"expected rope to be float32, .* got torch\.int32"):

@@ -20,6 +20,8 @@ from depth_rows import (
 )
 from torch.nn import functional
 
+from gemma_ext.ops.depth_batching.gates import gate_exit
+from gemma_ext.ops.depth_batching.head import head_exit
 from gemma_ext.ops.depth_batching.linear import Projection, seg_depth_gated, seg_depth_lora
 
 # popularity of loops: identical, distinct, uniform, zipf, skewed; empty and one-row segments
@@ -123,6 +125,41 @@ def test_gates_far_out_are_zero_or_the_number():
 def bits(rows, ps, sizes, **options):
     """[n, sum of F] of a batch."""
     return torch.cat(seg_depth_lora(rows, ps, offsets(*sizes), **options), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("width", [1, 33, 64, 257, 700])
+def test_a_row_of_the_reference_has_its_bits_alone(width, dtype):
+    """float64 is served by the reference, under the same promise."""
+    n, loops = 21, 3
+    x = randn(2 * n, width + 1, dtype=dtype)[::2, 1:]
+    loop = torch.arange(n) * loops // n
+    ps = [
+        projection(f, width, loops, r, bias=True, seed=f, dtype=dtype)
+        for f, r in ((70, 20), (5, 1), (33, 0))
+    ]
+    head = randn(403, width, seed=8, dtype=dtype)
+    gate = randn(width, seed=9, dtype=dtype)
+
+    def run(rows):
+        sizes = [int((loop[rows] == j).sum()) for j in range(loops)]
+        y = bits(x[rows], ps, sizes, impl="reference")
+        keys = torch.stack([rows, rows, rows], -1)
+        read = head_exit(
+            x[rows], head, softcap=9.0, temperature=0.7, keys=keys, candidates=4, impl="reference"
+        )
+        score = gate_exit(x[rows], "gate", 0.5, weight=gate, impl="reference").scores
+        cut = offsets(*sizes)
+        gated = [
+            seg_depth_gated(x[rows], *ps[:1] * 2, cut, activation=act, impl="reference")
+            for act in ("gelu_tanh", "silu")
+        ]
+        return [y, *gated, *(t for t in read if t is not None), score]
+
+    whole = run(torch.arange(n))
+    for rows in (torch.arange(5, 18), torch.arange(0, n, 4), *torch.arange(n).split(1)):
+        for mine, of_all in zip(run(rows), whole, strict=True):
+            assert torch.equal(mine, of_all[rows])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)

@@ -42,7 +42,7 @@ def test_bounds_hold(impl, options, dtype):
     s = given["logit_scale"] * (h.double() @ weight.double().T) + bias.double()
     if given["softcap"]:
         s = given["softcap"] * torch.tanh(s / given["softcap"])
-    lse = s.logsumexp(-1)
+    lse = s.logsumexp(-1) - top[:, 0].double()
     assert bool((low <= lse).all())
     assert bool((lse <= high).all())
     assert float((high - low).mean()) < 1.5
@@ -53,6 +53,56 @@ def test_bounds_hold(impl, options, dtype):
     beyond = s.clone()
     beyond.scatter_(-1, order.indices[:, :1], -torch.inf)
     assert bool((beyond.amax(-1) <= torch.maximum(top[:, 1], rest) + 1e-5)[sure].all())
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, -1000.0, 1e4])
+@pytest.mark.parametrize("candidates", [8, 300])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_certificates_hold_at_large_logits(impl, candidates, offset):
+    """Thresholds beside the score: where float32 has no bits left of lse, nothing is certified
+    that the head decides otherwise."""
+    n, vocabulary = 1500 if impl == "auto" else 300, 300
+    h, weight = randn(n, 16, seed=4), 2 * randn(vocabulary, 16, seed=5)
+    bias = torch.full((vocabulary,), offset)
+    short = make_shortlist(weight)
+    certified = 0
+    for mode in ("max_prob", "margin"):
+        s = (h @ weight.T + bias).double()  # the offset takes the same bits from the head's
+        p = s.softmax(-1).sort(-1, descending=True).values
+        score = p[:, 0] if mode == "max_prob" else p[:, 0] - p[:, 1]
+        for shift in (-1e-4, -2e-5, -1e-5, 1e-5, 2e-5, 1e-4):
+            asked = {"bias": bias, "mode": mode, "threshold": (score * (1 + shift)).float()}
+            want = head_exit(h, weight, **asked, impl=impl)
+            got = shortlist_head(h, short, **asked, candidates=candidates, impl=impl)
+            assert torch.equal(got.ids, want.ids)
+            assert torch.equal(got.exits, want.exits)
+            certified += int(got.certified.sum())
+    assert certified > 0 or candidates < vocabulary
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_logits_as_close_as_their_rounding(impl):
+    """With a bias of 1e6 logits are multiples of 1/16: the head's best is the lowest id of many."""
+    h, weight = randn(300, 16, seed=6), 0.2 * randn(300, 16, seed=7)
+    bias = torch.full((300,), 1e6)
+    want = head_exit(h, weight, bias=bias, impl=impl)
+    got = shortlist_head(h, make_shortlist(weight), bias=bias, candidates=4, impl=impl)
+    assert torch.equal(got.ids, want.ids)
+    assert torch.equal(got.top, want.top[:, 0])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_infinite_logits_take_the_head(impl):
+    h, weight, bias = head_of(3)
+    bias[400] = torch.inf
+    options = {"bias": bias, "mode": "max_prob", "threshold": 0.0, "impl": impl}
+    got = shortlist_head(h, make_shortlist(weight), **options, candidates=8)
+    assert got.ids.tolist() == [400] * 3
+    assert not got.exits.any()
+    assert not got.certified.any()
+    bias[400] = -torch.inf
+    got = shortlist_head(h, make_shortlist(weight), **options, candidates=8)
+    assert bool(got.certified.any())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)

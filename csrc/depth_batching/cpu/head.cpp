@@ -43,7 +43,7 @@ void exit_row(const HeadExit& call, int64_t row, double lse) {
 void finish_row(const HeadExit& call, const TileSums& sums, const std::vector<Best>& best,
                 int64_t tasks, int64_t row) {
   const int64_t n = call.head.n, tiles = tiles_of(call.head.V);
-  const float heat = call.temperature ? call.temperature[row] : 0.0f;
+  const float heat = heat_of(call, row);
   Best all = best[row];
   for (int64_t task = 1; task < tasks; ++task) {
     const Best& other = best[task * n + row];

@@ -125,7 +125,7 @@ void read_logits(const HeadTask& task, int64_t tile, int64_t row, float* s) {
   const int valid = int(least(kTile, call.head.V - id0));
   Best& best = task.best[row];
   const float top = largest(s), base = top == -kInfinity ? 0.0f : top;
-  const float heat = call.temperature ? call.temperature[row] : 0.0f;
+  const float heat = heat_of(call, row);
   const float inverse = heat > 0 ? 1.0f / heat : 0.0f;
   Vf sum_e{}, below{}, tempered{};
   for (int i = 0; i < kTile; i += kLanes) {

@@ -27,7 +27,9 @@ void screen_tile(const ScreenTask& task, int64_t tile, Scratch& scratch) {
       alignas(64) float low[kTile];
       for (int i = 0; i < kTile; i += kLanes) {
         const Vf a = load(s + i) * load(scale + i) * head.scale + load(bias + i);
-        const Vf around = load(slack + i) * width;
+        const Vf size = a < 0.0f ? -a : a;
+        // a bias is added here and in the head, and a width to it: each rounds by 2^-24 of the sum
+        const Vf around = load(slack + i) * width + (size < kInfinity ? size * 0x1p-21f : Vf{});
         store(s + i, a + around);
         store(low + i, a - around);
       }

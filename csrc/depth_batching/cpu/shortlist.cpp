@@ -40,8 +40,6 @@ void finish_row(const Shortlist& call, const Packed& x, const TileSums& sums, co
   call.ids[row] = std::max(id, 0);
   call.top[2 * row] = first;
   call.top[2 * row + 1] = second;
-  call.rest[row] = rest == -kInfinity ? rest : float(rest + error);
-
   double base = -kInfinity, high = 0, low = 0, of_high = 0, known = 0;
   for (int64_t tile = 0; tile < tiles; ++tile)
     base = std::max<double>(base, sums.max[tile * n + row]);
@@ -57,10 +55,14 @@ void finish_row(const Shortlist& call, const Packed& x, const TileSums& sums, co
     of_high += std::exp(kernels().head.capped(head, best[i].value) - base);
     known += std::exp(s[i] - base);
   }
+  // a bound that is NaN took no part in the comparisons
+  call.rest[row] = std::isnan(high) ? float(high) : rest == -kInfinity ? rest : float(rest + error);
   // at most what the others' upper bounds leave; at least the candidates, and at least all lower bounds
   const double others = std::max(high * (1 + error) - of_high * (1 - error), 0.0);
-  call.high[row] = float(base + std::log(known + others) + error);
-  call.low[row] = float(base + std::log(std::max(known, low * (1 - error))) - error);
+  const double above = base - first + std::log(known + others);
+  const double below = base - first + std::log(std::max(known, low * (1 - error)));
+  call.high[row] = float(above + error + std::abs(above) * 0x1p-23);
+  call.low[row] = float(below - error - std::abs(below) * 0x1p-23);
 }
 
 }  // namespace

@@ -9,7 +9,6 @@
 namespace gemma_ext::depth_batching::cuda {
 
 constexpr int kSelectThreads = 256, kSelectEach = 8, kDigits = 256;
-constexpr int kMostCandidates = 1024;
 
 struct SelectParams {
   const float* logits;  // [n, width]

@@ -57,7 +57,7 @@ DEVICE TilePart read_row(const HeadParams& p, int64_t row, int64_t id0, const fl
   constexpr int kEach = kHeadTile / simt::kWarpSize;
   const HeadExit& call = p.call;
   const int first = simt::lane_idx() * kEach;
-  const float heat = call.temperature ? call.temperature[row] : 0.0f;
+  const float heat = heat_of(call, row);
   float x[kEach];
   TopTwo top{kLeast, kLeast, -1};
   UNROLL
@@ -159,7 +159,7 @@ KERNEL_BOUNDS(kRowThreads, 8) void depth_head_row_kernel(HeadParams p) {
   const int64_t n = call.head.n, tiles = ceil_div(call.head.V, kHeadTile);
   const int64_t row = int64_t{simt::block_idx()} * kRowWarps + simt::warp_idx();
   if (row >= n) return;
-  const float heat = call.temperature ? call.temperature[row] : 0.0f;
+  const float heat = heat_of(call, row);
   TopTwo top{kLeast, kLeast, -1}, drawn{kLeast, kLeast, -1};
   RowSums sums{kLeast, 0.0f, 0.0f, 0.0f};
   for (int64_t tile = simt::lane_idx(); tile < tiles; tile += simt::kWarpSize) {

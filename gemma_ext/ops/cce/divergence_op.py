@@ -26,8 +26,9 @@ _STATES = 5
 _Forward = record("cce_divergence_forward")
 _Backward = record("cce_divergence_backward")
 _Differentiable = record("cce_divergence_forward", "seed")
+_HEADS = ("e", "c", "bias", "teacher_e", "teacher_c", "teacher_bias", "targets")
 # numbers that forward and backward take
-_NUMBERS = [name for name in _Forward._fields if name in _Backward._fields][7:]
+_NUMBERS = [x for x in _Forward._fields if x in _Backward._fields and x not in _HEADS]
 Forwarded = namedtuple(
     "Forwarded", ["divergence", "nll", "lse", "teacher_nll", "state", "masses", "summary"]
 )
@@ -94,17 +95,17 @@ class CceDivergence(torch.autograd.Function):
         x, out = _Differentiable(*inputs), Forwarded(*output)
         ctx.mark_non_differentiable(out.teacher_nll, out.state, out.masses, out.summary)
         ctx.set_materialize_grads(False)
-        heads = (x.e, x.c, x.bias, x.teacher_e, x.teacher_c, x.teacher_bias, x.targets)
+        heads = (getattr(x, name) for name in _HEADS)
         ctx.save_for_backward(*heads, out.nll, out.lse, out.state, out.masses, out.summary)
         ctx.options = {name: getattr(x, name) for name in (*_NUMBERS, "seed")}
 
     @staticmethod
     def backward(ctx, *grads):
-        saved = ctx.saved_tensors
+        saved = _Backward(*ctx.saved_tensors)
         d, needs = Forwarded(*grads), _Differentiable(*ctx.needs_input_grad)
-        zero = torch.zeros_like(saved[8])
+        zero = torch.zeros_like(saved.lse)
         de, dc, dbias = _ops.cce_divergence_backward(
-            *saved,
+            *ctx.saved_tensors,
             d_divergence=zero if d.divergence is None else d.divergence,
             d_nll=zero if d.nll is None else d.nll,
             d_lse=zero if d.lse is None else d.lse,
@@ -116,7 +117,7 @@ class CceDivergence(torch.autograd.Function):
         named = _Differentiable(
             e=de if needs.e else None,
             c=dc if needs.c else None,
-            bias=dbias.to(saved[2].dtype) if needs.bias else None,
+            bias=dbias.to(saved.bias.dtype) if needs.bias else None,
         )
         return tuple(named)
 

@@ -58,7 +58,7 @@ def paged_attn_mixed_depth(
     n = check_rows(kv_pool, block_tables, row_req, row_pos, row_loop)
     kv_heads, width = kv_pool.shape[3], kv_pool.shape[5]
     check_shape("q", q, (n, "n_q", width))
-    check_like("q", q, "kv_pool", kv_pool)
+    check_like("q", q, kv_pool)
     if q.shape[1] % kv_heads:
         raise ValueError(f"expected heads of q in multiples of {kv_heads}, got {q.shape[1]}")
     check_ints("depth_of", depth_of, ("B",), kv_pool)

@@ -9,13 +9,8 @@ from torch import Tensor
 
 from gemma_ext.ops.depth_batching import head_op
 from gemma_ext.ops.depth_batching.head import check_exit
-from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
-from gemma_ext.ops.depth_batching.linear_inputs import (
-    check_index,
-    check_like,
-    check_storage,
-    per_row,
-)
+from gemma_ext.ops.depth_batching.inputs import check_like, check_shape, is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_index, check_storage, per_row
 from gemma_ext.reference import depth_batching_head as formulas
 
 MODES = ("gate", "hazard", "cosine", "latent_diff")

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.depth_batching import head_op
-from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
-from gemma_ext.ops.depth_batching.linear_inputs import check_like, check_storage, per_row
+from gemma_ext.ops.depth_batching.inputs import check_like, check_shape, is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_storage, per_row
 from gemma_ext.reference import depth_batching_head as formulas
 
 MODES = ("max_prob", "margin", "entropy")
@@ -27,8 +27,8 @@ class HeadExit(NamedTuple):
         lse: [n], log sum exp of the logits.
         entropy: [n], in nats.
         exits: bool [n].
-        samples: int32 [n], drawn at the row's temperature; `ids` where that is 0.
-        tempered: [n], log sum exp(logit / T), or `lse` where T is 0.
+        samples: int32 [n], drawn at the row's temperature; `ids` where that is below 1e-6.
+        tempered: [n], log sum exp(logit / T), or `lse` where T is below 1e-6.
         values: [n, C], the largest logits, in descending order.
         indices: int32 [n, C], their ids, ascending among equal ones.
     """
@@ -66,7 +66,7 @@ def head_exit(
 
     W is read once for all rows (up to 128 of them), logits never reach memory, and every result of
     a row has the bits that it has alone. NaN logits count as -inf where logits are compared, make
-    lse and entropy NaN, and never leave. No autograd.
+    lse and entropy NaN, and never leave; +inf does the same to the sums. No autograd.
 
     Top-k, top-p, min-p, penalties and logprobs follow from candidates: the share of candidate c is
     exp(values[c] - lse), or exp(values[c] / T - tempered) at the temperature. A sample among them
@@ -83,7 +83,7 @@ def head_exit(
         mode: leave by "max_prob" p1, "margin" p1 - p2 above the threshold, or "entropy" below it.
         threshold: [n] or one number.
         strict: whether a score at the threshold stays; by default that of the mode: margin only.
-        temperature: [n] or one number, 0 or more; asks for samples.
+        temperature: [n] or one number; asks for samples. Below 1e-6 the best token is taken.
         keys: int64 [n, 3]: seed, request and position, which alone decide a row's noise.
         candidates: C, at most 1024; rows have min(C, V).
         impl: "auto", or "reference" for plain torch, which also takes float64 and holds logits.
@@ -113,7 +113,17 @@ def head_exit(
         exits = None
         if mode is not None:
             exits, _ = formulas.exits_by_head(mode, rows, limit, strict=strict)
-        fields = (*rows[:4], exits, rows.samples, rows.tempered, rows.values, rows.indices)
+        fields = (
+            rows.ids,
+            rows.top,
+            rows.lse,
+            rows.entropy,
+            exits,
+            rows.samples,
+            rows.tempered,
+            rows.values,
+            rows.indices,
+        )
     else:
         fields = head_op.head_exit(
             h, weight, bias, norm_weight, limit, heat, keys, eps, plus_one, softcap, logit_scale,

@@ -31,13 +31,12 @@ def check_floats(name: str, x: Tensor) -> None:
         raise TypeError(f"expected {name} to be float32, bfloat16 or float16, got {x.dtype}")
 
 
-def check_like(name: str, x: Tensor, like_name: str, like: Tensor) -> None:
-    """One dtype and device."""
-    if x.dtype != like.dtype or x.device != like.device:
-        raise ValueError(
-            f"expected {name} in {like.dtype} on {like.device} like {like_name}, "
-            f"got it in {x.dtype} on {x.device}"
-        )
+def check_like(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
+    """On the device of `like`, and in its dtype."""
+    if x.device != like.device:
+        raise ValueError(f"expected {name} on {like.device}, got it on {x.device}")
+    if dtype and x.dtype != like.dtype:
+        raise TypeError(f"expected {name} in {like.dtype}, got it in {x.dtype}")
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int | str, ...]) -> None:

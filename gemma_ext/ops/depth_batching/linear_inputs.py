@@ -5,20 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.depth_batching.inputs import STORAGE, check_shape
+from gemma_ext.ops.depth_batching.inputs import STORAGE, check_like, check_shape
 
 
 def check_storage(name: str, x: Tensor, *, reference: bool) -> None:
     if x.dtype not in STORAGE and not (reference and x.dtype == torch.float64):
         raise TypeError(f"expected {name} to be float32, bfloat16 or float16, got {x.dtype}")
-
-
-def check_like(name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
-    """On the device of `like`, and in its dtype."""
-    if x.device != like.device:
-        raise ValueError(f"expected {name} on {like.device}, got it on {x.device}")
-    if dtype and x.dtype != like.dtype:
-        raise TypeError(f"expected {name} in {like.dtype}, got it in {x.dtype}")
 
 
 def check_index(name: str, x: Tensor, count: int, like: Tensor, dtype=torch.int32) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from gemma_ext.ops.depth_batching import linear_op
-from gemma_ext.ops.depth_batching.inputs import check_shape, is_reference
-from gemma_ext.ops.depth_batching.linear_inputs import check_index, check_like, check_storage
+from gemma_ext.ops.depth_batching.inputs import check_like, check_shape, is_reference
+from gemma_ext.ops.depth_batching.linear_inputs import check_index, check_storage
 from gemma_ext.reference import depth_batching_linear as formulas
 
 

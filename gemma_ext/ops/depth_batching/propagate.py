@@ -65,7 +65,7 @@ def kv_propagate(
     """
     n = check_rows(kv_pool, block_tables, row_req, row_pos, row_loop)
     check_shape("h", h, (n, "D"))
-    check_like("h", h, "kv_pool", kv_pool)
+    check_like("h", h, kv_pool)
     no_queries = h.new_empty(n, 0, kv_pool.shape[5])
     every = torch.arange(n, dtype=torch.int32, device=h.device)
     for at, layer in enumerate(layers):

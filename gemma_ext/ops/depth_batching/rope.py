@@ -84,7 +84,7 @@ def rope_kv_write(
     check_shape("k", k, (n, kv_heads, width))
     check_shape("v", v, (n, kv_heads, width))
     for name, x in (("q", q), ("k", k), ("v", v)):
-        check_like(name, x, "kv_pool", kv_pool)
+        check_like(name, x, kv_pool)
     check_ints("depth_of", depth_of, ("B",), kv_pool)
     loops = depth_of.shape[0]
     if rope is not None:

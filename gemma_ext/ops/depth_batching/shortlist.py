@@ -9,8 +9,7 @@ from torch import Tensor
 
 from gemma_ext.ops.depth_batching import head_op
 from gemma_ext.ops.depth_batching.head import STRICT, check_exit, check_head, head_exit
-from gemma_ext.ops.depth_batching.inputs import is_reference
-from gemma_ext.ops.depth_batching.linear_inputs import check_like
+from gemma_ext.ops.depth_batching.inputs import check_like, is_reference
 from gemma_ext.reference import depth_batching_head as formulas
 
 MODES = ("max_prob", "margin")
