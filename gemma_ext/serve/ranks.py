@@ -1,4 +1,7 @@
-"""The processes of a tensor-parallel engine on one machine: rank 0 serves, the others follow it."""
+"""The processes of a tensor-parallel engine on one machine: rank 0 serves, the others follow it.
+
+What they tell each other is pickled, so nobody else may reach them.
+"""
 
 from __future__ import annotations
 
