@@ -210,7 +210,8 @@ async def _events(answer: httpx.Response) -> AsyncIterator[str]:
 
 async def _malformed(client: httpx.AsyncClient, load: Load, result: Result) -> None:
     body = MALFORMED[result.number % len(MALFORMED)].replace(b"%s", load.model.encode())
-    answer = await client.post("completions", content=body)
+    headers = {"Content-Type": "application/json"}
+    answer = await client.post("completions", content=body, headers=headers)
     if answer.status_code in AGAIN:
         raise Server(f"{answer.status_code} {answer.text[:200]}")
     message = answer.json()["error"]["message"]

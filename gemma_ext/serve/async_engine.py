@@ -9,8 +9,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from gemma_ext.serve.batch import Batch, EngineBusy, EngineStopped, RequestExpired
+from gemma_ext.serve.config import PAGE
 from gemma_ext.serve.protocol import Engine, Event, Limits, Request, Stats
 
 
@@ -21,10 +23,10 @@ class AsyncEngine:
         make: gives the engine; called in the thread, since some device state belongs to a thread.
         finish: called in the thread when no step will come any more.
         most_open: requests that may be open at a time.
-        stall_seconds: a step that takes longer makes `healthy` false.
+        stall_seconds: a step that takes longer is a `trouble`.
 
     Attributes:
-        limits: of the engine, from `start` on.
+        limits: of the engine, from `start` on; the context is no longer than its KV pool.
         stats: of the engine after its last step.
     """
 
@@ -160,7 +162,8 @@ class AsyncEngine:
     def _run(self, made: asyncio.Future[None]) -> None:
         try:
             self._engine = self._make()
-            self.limits, self.stats = self._engine.limits, self._engine.stats()
+            self.stats = self._engine.stats()
+            self.limits = _held(self._engine.limits, self.stats)
         except BaseException as error:
             self._to_loop(_settle, made, error)
             return
@@ -221,6 +224,12 @@ class AsyncEngine:
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(function, *arguments)
+
+
+def _held(limits: Limits, stats: Stats) -> Limits:
+    if not stats.pages:  # an engine without a pool
+        return limits
+    return replace(limits, max_model_len=min(limits.max_model_len, PAGE * stats.pages))
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:

@@ -1,9 +1,14 @@
-"""The processes of a tensor-parallel engine on one machine: rank 0 serves, the others follow it."""
+"""The processes of a tensor-parallel engine on one machine: rank 0 serves, the others follow it.
+
+What they tell each other is pickled, so nobody else may reach them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -48,17 +53,20 @@ class Ranks:
         options: dict[str, Any],
     ) -> None:
         shard_weights(weights, 0, count)  # what does not split is told before others start
-        store = dist.TCPStore("127.0.0.1", 0, count, True, _START, wait_for_workers=False)
+        _stay_inside()
+        # in a folder of this user's alone: a port would be open to everybody on the network
+        self._folder = tempfile.TemporaryDirectory(prefix="gemma_ext-ranks-")
+        path = os.path.join(self._folder.name, "store")
         start = multiprocessing.get_context("spawn").Process
         self._processes = [
-            start(target=_follow, args=(read, rank, count, store.port, backend, sizes, options))
+            start(target=_follow, args=(read, rank, count, path, backend, sizes, options))
             for rank in range(1, count)
         ]
         try:
             for process in self._processes:
                 process.daemon = True
                 process.start()
-            group = _join(0, count, store, backend)
+            group = _join(0, count, path, backend)
             runner = _runner(weights, 0, count, sizes, options)
         except BaseException:
             self._end(0.0)
@@ -78,27 +86,36 @@ class Ranks:
                 process.join(seconds)
                 process.terminate()
                 process.join()
+        self._folder.cleanup()
 
 
 def _follow(
     read: Callable[[int], Weights],
     rank: int,
     count: int,
-    port: int,
+    path: str,
     backend: str,
     sizes: Sizes,
     options: dict[str, Any],
 ) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    store = dist.TCPStore("127.0.0.1", port, count, False, _START)
     weights = read(rank)
-    group = _join(rank, count, store, backend)
+    group = _join(rank, count, path, backend)
     follow(_runner(weights, rank, count, sizes, options), group)
     dist.destroy_process_group()
 
 
-def _join(rank: int, count: int, store: dist.Store, backend: str) -> dist.ProcessGroup:
+def _stay_inside() -> None:
+    """Gloo listens on the loopback interface alone, here and in processes started from here."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+def _join(rank: int, count: int, path: str, backend: str) -> dist.ProcessGroup:
     """Gives the group for what is asked; tensors go through the default one."""
+    store = dist.FileStore(path, count)
+    store.set_timeout(_START)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
     if backend == "gloo":
         return dist.group.WORLD

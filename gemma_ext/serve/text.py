@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ class Decoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(context[-4:])
+        # a special token is no text and must not be all the context there is
+        near = (id for id in reversed(context) if not self._special(id))
+        self._ids = list(islice(near, 4))[::-1]
         self._read = len(self._ids)
         # a character that the context leaves open is told when it is complete
         while self._read and self._text(self._read).endswith(_REPLACEMENT):
@@ -74,6 +77,8 @@ class Decoder:
 
     def push(self, token: int) -> str:
         """What can be told after one more token; empty within a character."""
+        if self._special(token):
+            return ""
         self._ids.append(token)
         before, text = self._text(self._read), self._text()
         held = len(self._ids) - self._read
@@ -90,6 +95,12 @@ class Decoder:
         del self._ids[: self._read]
         self._read = len(self._ids)
         return text[len(before) :]
+
+    def _special(self, token: int) -> bool:
+        decode = self._tokenizer.decode
+        return not decode([token], skip_special_tokens=True) and bool(
+            decode([token], skip_special_tokens=False)
+        )
 
     def _text(self, end: int | None = None) -> str:
         return self._tokenizer.decode(
@@ -108,7 +119,7 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        self._strings = tuple(strings)
+        self._matches = [_Match(string) for string in strings]
         self._held = ""
         self.hit = False
 
@@ -117,11 +128,12 @@ class StopStrings:
         if self.hit:
             return ""
         text = self._held + piece
-        found = [place for string in self._strings if (place := text.find(string)) >= 0]
-        if found:
-            self.hit, self._held = True, ""
-            return text[: min(found)]
-        keep = max((_overlap(text, string) for string in self._strings), default=0)
+        for place, letter in enumerate(piece, len(self._held) + 1):
+            found = [len(match.string) for match in self._matches if match.advance(letter)]
+            if found:
+                self.hit, self._held = True, ""
+                return text[: place - max(found)]
+        keep = max((match.length for match in self._matches), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -131,12 +143,29 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of `text` that `string` begins with, `string` itself aside."""
-    for length in range(min(len(text), len(string) - 1), 0, -1):
-        if text.endswith(string[:length]):
-            return length
-    return 0
+class _Match:
+    """How much of the start of a string stands at the end of a text, letter by letter.
+
+    Knuth, Morris and Pratt; the borders are found as far as the text ever reached, so that all of
+    it takes time in proportion to the text and none to the string.
+    """
+
+    def __init__(self, string: str) -> None:
+        self.string, self.length = string, 0
+        self._borders = [0, 0]  # of each start: its longest end that is a start, too
+
+    def advance(self, letter: str) -> bool:
+        """Whether the string is complete with this letter; nothing is to come after that."""
+        self.length = self._longer(self.length, letter)
+        if self.length == len(self._borders):
+            border = self._borders[-1]
+            self._borders.append(self._longer(border, letter))
+        return self.length == len(self.string)
+
+    def _longer(self, length: int, letter: str) -> int:
+        while length and self.string[length] != letter:
+            length = self._borders[length]
+        return length + (self.string[length] == letter)
 
 
 def _byte_alphabet() -> dict[str, int]:

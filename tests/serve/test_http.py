@@ -1,6 +1,5 @@
 """The wire: bodies, keys, limits, slow and leaving clients, failure, the end of the server."""
 
-import asyncio
 import json
 import socket
 import threading
@@ -10,7 +9,6 @@ import httpx
 import pytest
 from live_server import LIMITS, NAME, live, nano_tokenizer  # noqa: F401
 
-from gemma_ext.serve.http.connection import EventStream
 from gemma_ext.serve.http.settings import Settings
 from gemma_ext.serve.scripted import ScriptedEngine
 
@@ -35,7 +33,15 @@ def slow(nano_tokenizer):  # noqa: F811
 
 def post(server, body, path="/v1/completions", **options):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(server.url + path, content=content, timeout=20, **options)
+    headers = {"Content-Type": "application/json", **options.pop("headers", {})}
+    return httpx.post(server.url + path, content=content, headers=headers, timeout=20, **options)
+
+
+def head(length, path="/v1/completions"):
+    return (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+        "Content-Type: application/json\r\n\r\n"
+    ).encode()
 
 
 def refusal(answer):
@@ -144,6 +150,8 @@ def test_what_is_missing_is_named(server, field):
         {"n": 2, "best_of": 1},
         {"best_of": 2, "stream": True},
         {"min_loops": 2, "max_loops": 1},
+        {"stream_options": {"include_usage": True}},
+        {"max_tokens": 4, "min_tokens": 9},
         {"prompt": "a" * 300, "max_tokens": 256},
     ],
 )
@@ -208,7 +216,8 @@ def test_a_large_body_is_refused_unread(server):
         for _ in range(30):
             yield b" " * 1000
 
-    answer = httpx.post(f"{server.url}/v1/completions", content=parts())
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{server.url}/v1/completions", content=parts(), headers=headers)
     assert answer.status_code == 413
 
 
@@ -216,8 +225,8 @@ def test_a_lying_content_length(server):
     for length in ("9" * 30, "-1", "abc"):
         with socket.create_connection(("127.0.0.1", server.server.port), 5) as raw:
             raw.sendall(
-                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
-                "{}".encode()
+                f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n"
+                "Content-Type: application/json\r\n\r\n{}".encode()
             )
             assert raw.recv(100).split()[1] in (b"413", b"400")
 
@@ -225,7 +234,7 @@ def test_a_lying_content_length(server):
 def test_a_body_that_does_not_come(nano_tokenizer):  # noqa: F811
     with live(nano_tokenizer, settings=Settings(body_seconds=0.2)) as running:
         with socket.create_connection(("127.0.0.1", running.server.port), 5) as raw:
-            raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+            raw.sendall(head(99) + b"{")
             assert raw.recv(100).split()[1] == b"408"
         running.wait_idle()
 
@@ -290,8 +299,7 @@ def test_too_many_open_requests(slow):
 def test_a_client_that_leaves_frees_everything(slow, stream):
     body = json.dumps({**LONG, "stream": stream, "n": 2}).encode()
     with socket.create_connection(("127.0.0.1", slow.server.port), 5) as raw:
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        raw.sendall(head.encode() + body)
+        raw.sendall(head(len(body)) + body)
         if stream:
             assert raw.recv(50).split()[1] == b"200"
         else:
@@ -380,25 +388,6 @@ def test_the_end_answers_what_takes_longer(nano_tokenizer):  # noqa: F811
     )
 
 
-def test_a_client_that_does_not_read_is_given_up():
-    closed = []
-
-    async def events():
-        while True:
-            yield b"data: x\n\n"
-
-    async def receive():
-        await asyncio.sleep(60)
-
-    async def send(message):
-        if message["type"] == "http.response.body":
-            await asyncio.sleep(60)
-
-    stream = EventStream(events(), lambda: closed.append(True), write_seconds=0.05)
-    asyncio.run(asyncio.wait_for(stream({}, receive, send), 5))
-    assert closed == [True]
-
-
 @pytest.mark.parametrize("field", ["most_body", "body_seconds", "most_choices", "drain_seconds"])
 def test_settings_are_checked(field):
     with pytest.raises(ValueError, match=f"{field}: expected more than 0, got 0"):
@@ -421,7 +410,9 @@ def test_more_connections_than_may_be(nano_tokenizer):  # noqa: F811
         address = ("127.0.0.1", running.server.port)
         held = [socket.create_connection(address, 5) for _ in range(3)]
         time.sleep(0.1)
-        assert httpx.get(f"{running.url}/health").status_code == 503
+        answer = httpx.get(f"{running.url}/health")
+        assert refusal(answer) == (503, None, "too_many_connections")
+        assert answer.headers["Connection"] == "close"
         for raw in held:
             raw.close()
         time.sleep(0.1)
@@ -474,3 +465,219 @@ def test_tokens_there_and_back(server, nano_tokenizer):  # noqa: F811
         ("/detokenize", {"tokens": [2**70]}),
     ):
         assert refusal(post(server, body, path))[0] in (400, 404)
+
+
+def occupied(running):
+    """Connections that the server holds."""
+    return len(running.server.server_state.connections)
+
+
+def until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_does_not_read_is_given_up(nano_tokenizer, stream):  # noqa: F811
+    with live(nano_tokenizer, settings=Settings(write_seconds=0.5)) as running:
+        body = {**LONG, "n": 120, "stream": True, "logprobs": 20}
+        content = json.dumps(body).encode()
+        asked = head(len(content)) + content
+        if not stream:
+            asked = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+            running.server._service.served.facts["text"] = "a" * 20_000_000
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.connect(("127.0.0.1", running.server.port))
+            raw.sendall(asked)
+            until(lambda: occupied(running))
+            until(lambda: not occupied(running), 20)
+        running.wait_idle()
+
+
+def test_a_client_that_reads_slowly_gets_its_answer(nano_tokenizer):  # noqa: F811
+    with live(nano_tokenizer, settings=Settings(write_seconds=0.3)) as running:
+        text = "a" * 3_000_000
+        running.server._service.served.facts["text"] = text
+        with socket.socket() as raw:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+            raw.connect(("127.0.0.1", running.server.port))
+            raw.sendall(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            got, began = 0, time.monotonic()
+            while part := raw.recv(2**17):
+                got += len(part)
+                time.sleep(0.03)
+        assert got > len(text)
+        assert time.monotonic() - began > 1.0
+
+
+def test_each_request_has_to_come_in_time(nano_tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("gemma_ext.serve.http.server._HEAD_SECONDS", 0.4)
+    with live(nano_tokenizer) as running:
+        # the route of the second does not read its body
+        for parts in ((b"GET ", b"/hea"), (head(9, "/health"), b"{")):
+            with socket.create_connection(("127.0.0.1", running.server.port), 5) as raw:
+                raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert b"200 OK" in raw.recv(1000)
+                for part in parts:
+                    raw.sendall(part)
+                    time.sleep(0.1)
+                while raw.recv(1000):
+                    pass
+
+
+def test_a_kept_connection_may_be_idle_and_an_answer_slow(nano_tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("gemma_ext.serve.http.server._HEAD_SECONDS", 0.2)
+    make = lambda: ScriptedEngine(LIMITS, seconds=0.02)  # noqa: E731
+    with live(nano_tokenizer, make) as running, httpx.Client(base_url=running.url) as client:
+        body = {**LONG, "max_tokens": 30}
+        for _ in range(2):
+            assert client.post("/v1/completions", json=body).status_code == 200
+            time.sleep(0.4)
+        assert occupied(running) == 1
+
+
+def test_choices_are_counted_before_prompts_are_encoded(server, monkeypatch):
+    monkeypatch.setattr(server.server._service.served, "ids", lambda *_: 1 / 0)
+    for more in ({"prompt": ["a"] * 3000}, {"n": 9}, {"prompt": ["a", "b"], "best_of": 5}):
+        assert refusal(post(server, {**ASK, **more})) == (400, "n", None)
+    answer = post(server, {**CHAT, "n": 9}, "/v1/chat/completions")
+    assert refusal(answer) == (400, "n", None)
+
+
+def test_what_is_large_holds_up_only_what_is_large(nano_tokenizer, monkeypatch):  # noqa: F811
+    with live(nano_tokenizer) as running:
+        served, free = running.server._service.served, threading.Event()
+        encode, begun = served.ids, threading.Event()
+
+        def held(prompt, special):
+            if len(prompt) > 2**16:
+                begun.set()
+                assert free.wait(20)
+            return encode(prompt, special)
+
+        monkeypatch.setattr(served, "ids", held)
+        results = []
+        body = {"prompt": "ab" * 2**16}
+        large = threading.Thread(target=lambda: results.append(post(running, body, "/tokenize")))
+        large.start()
+        try:
+            assert begun.wait(10)
+            assert post(running, ASK).status_code == 200
+            assert post(running, {"prompt": "a"}, "/tokenize").json()["count"] == 2
+        finally:
+            free.set()
+            large.join()
+        assert nano_tokenizer.decode(results[0].json()["tokens"][1:]) == body["prompt"]
+
+
+def test_other_clients_come_between_prompts(nano_tokenizer, monkeypatch):  # noqa: F811
+    with live(nano_tokenizer) as running:
+        served, order = running.server._service.served, []
+        encode = served.ids
+
+        def slow(prompt, special):
+            order.append(prompt)
+            time.sleep(0.02)
+            return encode(prompt, special)
+
+        monkeypatch.setattr(served, "ids", slow)
+        many = {**ASK, "prompt": ["many"] * 100, "max_tokens": 0}
+        asking = threading.Thread(target=post, args=(running, many))
+        asking.start()
+        until(lambda: order)
+        assert post(running, {**ASK, "prompt": "one"}).status_code == 200
+        asking.join()
+        assert order.index("one") < 90
+
+
+def test_conversations_are_bounded(nano_tokenizer, monkeypatch):  # noqa: F811
+    path = "/v1/chat/completions"
+    with live(nano_tokenizer) as running:
+        empty = {"role": "user", "content": ""}
+        answer = post(running, {**CHAT, "messages": [empty] * 4097}, path)
+        assert refusal(answer) == (400, "messages", None)
+        monkeypatch.setattr(running.server._service.served, "ids", lambda *_: 1 / 0)
+        answer = post(running, {**CHAT, "messages": [empty] * 4096}, path)
+        assert refusal(answer) == (400, "messages", "context_length_exceeded")
+
+
+def test_texts_and_tokens_to_convert_are_bounded(nano_tokenizer):  # noqa: F811
+    with live(nano_tokenizer) as running:
+        for path, body in (
+            ("/tokenize", {"prompt": "a" * (2**20 + 1)}),
+            ("/detokenize", {"tokens": [5] * (2**18 + 1)}),
+            ("/detokenize", {"tokens": [-1] * 2**18}),
+        ):
+            answer = post(running, body, path)
+            assert refusal(answer) == (400, next(iter(body)), None)
+            assert len(answer.content) < 500
+
+
+@pytest.mark.parametrize(
+    ("field", "most", "more"),
+    [
+        ("logit_bias", {str(id): 1 for id in range(1024)}, {str(id): 1 for id in range(1025)}),
+        ("stop_token_ids", [5] * 1024, [5] * 1025),
+    ],
+)
+def test_tokens_that_a_request_names_are_bounded(server, field, most, more):
+    assert post(server, {**ASK, field: most}).status_code == 200
+    assert refusal(post(server, {**ASK, field: more})) == (400, field, None)
+
+
+def test_a_fault_is_counted_as_one(nano_tokenizer, monkeypatch):  # noqa: F811
+    with live(nano_tokenizer) as running:
+        monkeypatch.setattr("gemma_ext.serve.http.completions.Completion.whole", lambda *_: 1 / 0)
+        assert post(running, ASK).status_code == 500
+        assert metric(running, 'gemma_ext_answers_total{route="/v1/completions",status="500"}') == 1
+
+
+def test_what_is_no_http_is_refused_in_the_form_of_the_api(server):
+    with socket.create_connection(("127.0.0.1", server.server.port), 5) as raw:
+        raw.sendall(b"BAD\r\n\r\n")
+        told = b""
+        while part := raw.recv(4096):
+            told += part
+    said, _, body = told.partition(b"\r\n\r\n")
+    assert said.startswith(b"HTTP/1.1 400 Bad Request")
+    answer = httpx.Response(400, content=body)
+    assert refusal(answer) == (400, None, None)
+
+
+@pytest.mark.parametrize("told", ["text/plain", "application/x-www-form-urlencoded", "", None])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize"])
+def test_bodies_say_that_they_are_json(server, told, path):
+    headers = {} if told is None else {"Content-Type": told}
+    content = json.dumps(ASK).encode()
+    answer = httpx.post(server.url + path, content=content, headers=headers)
+    assert refusal(answer) == (415, None, None)
+
+
+def test_json_may_name_its_letters(server):
+    headers = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert post(server, ASK, headers=headers).status_code == 200
+
+
+def test_an_answer_goes_back_as_it_came(server):
+    message = {
+        "role": "assistant", "content": "x", "refusal": None, "annotations": None, "audio": None,
+        "function_call": None, "tool_calls": None,
+    }  # fmt: skip
+    for more in ({}, {"annotations": [], "tool_calls": []}):
+        body = {**CHAT, "messages": [*CHAT["messages"], {**message, **more}, *CHAT["messages"]]}
+        assert post(server, body, "/v1/chat/completions").status_code == 200
+    body = {**CHAT, "messages": [{**message, "tool_calls": [{"id": "a"}]}]}
+    assert refusal(post(server, body, "/v1/chat/completions"))[:2] == (400, "messages")
+
+
+def test_the_context_is_no_longer_than_the_pool(nano_tokenizer):  # noqa: F811
+    with live(nano_tokenizer, lambda: ScriptedEngine(LIMITS, pages=4)) as running:
+        body = {name: value for name, value in CHAT.items() if name != "max_tokens"}
+        answer = post(running, {**body, "ignore_eos": True}, "/v1/chat/completions")
+        assert answer.json()["usage"]["total_tokens"] == 64
+        assert httpx.get(f"{running.url}/v1/models").json()["data"][0]["max_model_len"] == 64
+        answer = post(running, {**ASK, "prompt": [5] * 65})
+        assert refusal(answer) == (400, "prompt", "context_length_exceeded")

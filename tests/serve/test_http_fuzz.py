@@ -64,7 +64,8 @@ def fields(kind):
 
 @pytest.fixture(autouse=True)
 def _client(server):
-    with httpx.Client(timeout=20) as client:
+    headers = {"Content-Type": "application/json"}
+    with httpx.Client(timeout=20, headers=headers) as client:
         server.http = client
         yield
 

@@ -1,6 +1,7 @@
 """Pieces of text that are never taken back, and strings that end it."""
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -90,6 +91,21 @@ def test_spaces_of_sentence_pieces():
     assert vocabulary.name(snowman[0]) == r"bytes:\xe2"
 
 
+def test_a_special_token_takes_no_space_away():
+    tokenizer = sentence_pieces()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    (turn,) = tokenizer.convert_tokens_to_ids(["<turn>"])
+    hello = tokenizer("hello", add_special_tokens=False)["input_ids"]
+    ids = [*hello, turn, *hello]
+    assert "".join(pieces(tokenizer, ids)) == plain(tokenizer, ids) == "hello hello"
+    # nor do many of them at the end of a prompt
+    assert "".join(pieces(tokenizer, hello, [*hello, *[turn] * 9])) == " hello"
+    # one between the bytes of a character
+    snowman = tokenizer("\N{SNOWMAN}", add_special_tokens=False)["input_ids"][-3:]
+    ids = [*hello, snowman[0], turn, *snowman[1:], turn, *hello]
+    assert "".join(pieces(tokenizer, ids)) == plain(tokenizer, ids)
+
+
 def sentence_pieces():
     """As of Llama and Gemma: a mark for a space, and bytes for what has no token."""
     from tokenizers import Tokenizer, decoders, models, normalizers
@@ -156,6 +172,14 @@ def test_a_stop_string_across_pieces():
 def test_the_first_stop_string_wins():
     assert cut(["cd", "b"], ["abcd"]) == (["a"], True)
     assert cut(["b", "bcd"], ["abcd"]) == (["a"], True)
+
+
+def test_long_stop_strings_take_time_as_the_text_does():
+    text, strings = "a" * 20_000, ["a" * 1023 + "b", *["c" * 1024] * 7]
+    began = time.process_time()
+    assert cut(strings, text) == ([*[""] * 1023, *"a" * 18_977, "a" * 1023], False)
+    # comparing every beginning at every letter takes hundreds of times as long
+    assert time.process_time() - began < 3
 
 
 def test_nothing_comes_after_a_stop_string():

@@ -18,7 +18,7 @@ from gemma_ext.serve.http.completions import Completion
 from gemma_ext.serve.http.connection import EventStream, unless_client_leaves
 from gemma_ext.serve.http.errors import ApiError, install
 from gemma_ext.serve.http.gate import Gate
-from gemma_ext.serve.http.generation import Service
+from gemma_ext.serve.http.generation import Service, check_choices
 from gemma_ext.serve.http.metrics import CONTENT_TYPE, Metrics
 from gemma_ext.serve.http.reading import read
 from gemma_ext.serve.http.schemas import ChatBody, CompletionBody
@@ -75,6 +75,7 @@ def build_app(engine: AsyncEngine, served: Served, settings: Settings | None = N
     @app.post("/v1/completions", openapi_extra=_described(CompletionBody))
     async def completions(request: Request) -> Response:
         body = await read(request, service, CompletionBody)
+        check_choices(service, len(body.prompt) * body.drawn)  # before encoding, which takes time
         most = engine.limits.max_model_len
         prompts = await served.encode(body.prompt, body.add_special_tokens, most)
         return await _answer(request, service, Completion(service, body, prompts), body.stream)
@@ -82,6 +83,7 @@ def build_app(engine: AsyncEngine, served: Served, settings: Settings | None = N
     @app.post("/v1/chat/completions", openapi_extra=_described(ChatBody))
     async def chat(request: Request) -> Response:
         body = await read(request, service, ChatBody)
+        check_choices(service, body.choices)
         try:
             messages = [message.plain() for message in body.messages]
         except ValueError as error:
@@ -118,7 +120,7 @@ async def _answer(
     # a refusal has to come before the first byte of a stream
     await unless_client_leaves(request.receive, answer.start())
     if stream:
-        return EventStream(answer.events(), answer.close, service.settings.write_seconds)
+        return EventStream(answer.events(), answer.close)
     try:
         whole = await unless_client_leaves(request.receive, answer.whole())
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from gemma_ext.serve.http import logprobs
@@ -14,6 +15,7 @@ from gemma_ext.serve.text import Decoder
 
 _KIND = "text_completion"
 _DEFAULT_TOKENS = 16
+_ECHO = 16  # letters that could be encoded while a token is decoded alone
 
 
 class Completion:
@@ -29,7 +31,7 @@ class Completion:
     """
 
     def __init__(self, service: Service, body: CompletionBody, prompts: list[list[int]]) -> None:
-        self._drawn, self._kept = body.best_of or body.choices, body.choices
+        self._drawn, self._kept = body.drawn, body.choices
         wrong = f"best_of: expected at least n, {self._kept}" if self._drawn < self._kept else None
         if self._drawn > self._kept and body.stream:
             wrong = f"best_of: expected n, {self._kept}, for a stream"
@@ -54,7 +56,11 @@ class Completion:
 
     async def start(self) -> None:
         if self._body.echo:
-            self._echoes = await self._service.served.apart(self._echo)
+            for asked, ids in zip(self._body.prompt, self._prompts, strict=True):
+                echo = await self._service.served.apart(
+                    partial(self._echo, asked, ids), _ECHO * len(ids)
+                )
+                self._echoes.append(echo)
         await self._generation.start()
 
     def close(self) -> None:
@@ -103,15 +109,12 @@ class Completion:
         output = self._generation.outputs[place]
         return output.logprob / max(output.drawn, 1)
 
-    def _echo(self) -> list[tuple[str, list[int]]]:
-        echoes = []
-        for asked, ids in zip(self._body.prompt, self._prompts, strict=True):
-            text = asked if isinstance(asked, str) else self._service.served.decode(ids)
-            offsets: list[int] = []
-            if self._body.logprobs is not None:
-                decoder, place = Decoder(self._service.served.tokenizer), 0
-                for token in ids:
-                    offsets.append(min(place, len(text)))
-                    place += len(decoder.push(token))
-            echoes.append((text, offsets))
-        return echoes
+    def _echo(self, asked: str | list[int], ids: list[int]) -> tuple[str, list[int]]:
+        text = asked if isinstance(asked, str) else self._service.served.decode(ids)
+        offsets: list[int] = []
+        if self._body.logprobs is not None:
+            decoder, place = Decoder(self._service.served.tokenizer), 0
+            for token in ids:
+                offsets.append(min(place, len(text)))
+                place += len(decoder.push(token))
+        return text, offsets

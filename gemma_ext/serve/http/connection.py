@@ -1,4 +1,4 @@
-"""Clients that send slowly, read slowly, or leave."""
+"""Clients that send slowly, or leave."""
 
 from __future__ import annotations
 
@@ -81,15 +81,12 @@ class EventStream(Response):
     Args:
         events: bytes of one or more whole events each.
         close: called once, whatever happens, after the last event or the loss of the client.
-        write_seconds: that a client may leave a write waiting; then it is given up.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, events: AsyncIterator[bytes], close: Callable[[], None], write_seconds: float
-    ) -> None:
-        self.events, self.close, self.write_seconds = events, close, write_seconds
+    def __init__(self, events: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+        self.events, self.close = events, close
         self.status_code, self.background = 200, None
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
 
@@ -109,11 +106,5 @@ class EventStream(Response):
             }
         )
         async for data in self.events:
-            await self._send(send, {"type": "http.response.body", "body": data, "more_body": True})
-        await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send(self, send: Send, message: dict[str, Any]) -> None:
-        try:
-            await asyncio.wait_for(send(message), self.write_seconds)
-        except asyncio.TimeoutError:
-            raise ClientLeft from None
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -97,8 +98,7 @@ def of_validation(error: ValidationError) -> ApiError:
         return ApiError(400, f"{where}: expected a value, got none", param=where, code=code)
     if message.startswith(f"{param}: "):
         return ApiError(400, message, param=param)
-    got = str(first["input"])
-    got = got if len(got) <= 80 else got[:77] + "..."
+    got = reprlib.repr(first["input"])  # of something large in no time
     return ApiError(400, f"{where}: {message[:1].lower()}{message[1:]}, got {got}", param=param)
 
 

@@ -48,6 +48,10 @@ class Gate:
                 await refusal.response()(scope, receive, counted)
             else:
                 await self._app(scope, receive, counted)
+        except Exception:
+            if status == CLIENT_LEFT:  # no answer began; the 500 is given in front of this
+                status = 500
+            raise
         finally:
             route = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.answers.labels(route, str(status)).inc()

@@ -65,9 +65,6 @@ class Generation:
         kind: str,
     ) -> None:
         self.service, self.body, self.prompts, self.params = service, body, prompts, params
-        most = min(service.settings.most_choices, service.engine.most_open)
-        if len(prompts) * choices > most:
-            raise ApiError(400, f"n: expected at most {most} choices in all", param="n")
         try:
             self._requests = [
                 Request(tuple(prompt), params, choice, prompt_logprobs)
@@ -194,6 +191,13 @@ class Generation:
         else:
             metrics.first_token_seconds.observe(now - self._batch.submitted)
         self._last_token[place] = now
+
+
+def check_choices(service: Service, count: int) -> None:
+    """Raises a 400 for more choices, prompts times those of each, than a request may have."""
+    most = min(service.settings.most_choices, service.engine.most_open)
+    if count > most:
+        raise ApiError(400, f"n: expected at most {most} choices in all, got {count}", param="n")
 
 
 def sampling(

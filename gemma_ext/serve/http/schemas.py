@@ -9,12 +9,14 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
 from gemma_ext.serve.protocol import MOST_LOGPROBS, SamplingParams
 
 MOST_STOPS = 64
 MOST_STOP_LETTERS = 1024  # of one stop string; so many may be held back
+MOST_IDS = 1024  # tokens that logit_bias or stop_token_ids name
+MOST_MESSAGES = 4096
 
 _COPIED = (
     "min_tokens",
@@ -60,6 +62,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _bias(value: Any) -> dict[int, float]:
+    if isinstance(value, dict) and len(value) > MOST_IDS:
+        raise ValueError(f"logit_bias: expected at most {MOST_IDS} tokens, got {len(value)}")
     try:
         return {int(token): float(bias) for token, bias in (value or {}).items()}
     except (TypeError, ValueError, AttributeError):
@@ -106,7 +110,7 @@ class Sampled(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_IDS), FailFast()] = []
     ignore_eos: bool = False
     # of models with loops
     exit_threshold: float | None = None
@@ -134,6 +138,13 @@ class Sampled(BaseModel):
         Raises:
             TypeError, ValueError: a value that does not fit.
         """
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: expected stream to be true beside it")
+        if self.min_tokens is not None and self.min_tokens > max_tokens:
+            raise ValueError(
+                f"min_tokens: expected at most the {max_tokens} of max_tokens, "
+                f"got {self.min_tokens}"
+            )
         given = {name: value for name in _COPIED if (value := getattr(self, name)) is not None}
         return SamplingParams(
             **given,
@@ -153,6 +164,14 @@ class CompletionBody(Sampled):
     suffix: _only("suffix", None, "") = None
     add_special_tokens: bool = True
 
+    @property
+    def drawn(self) -> int:
+        """Choices of each prompt, of which `choices` are kept."""
+        return self.best_of or self.choices
+
+
+_Empty = Annotated[list[Any], Field(max_length=0)] | None
+
 
 class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -160,7 +179,12 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     name: str | None = None
+    # empty in an answer of this server, which clients send back as it came
     refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: _Empty = None
+    tool_calls: _Empty = None
 
     def plain(self) -> dict[str, str]:
         """Role and text, as chat templates take them.
@@ -181,7 +205,7 @@ class Message(BaseModel):
 
 
 class ChatBody(Sampled):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES), FailFast()]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None

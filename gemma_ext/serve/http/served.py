@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -17,6 +18,9 @@ from gemma_ext.serve.text import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+LARGE = 2**16  # letters or bytes; what has more holds up only what has more
+_MESSAGE = 32  # letters that a message costs beyond its own
+
 
 @dataclass
 class Served:
@@ -24,7 +28,7 @@ class Served:
 
     Attributes:
         name: what clients call the model.
-        tokenizer: of `transformers`; used by one thread at a time where it encodes.
+        tokenizer: of `transformers`.
         stop_ids: tokens that end a text of this model.
         chat_template: used in place of the tokenizer's.
         facts: more about the model for `/v1/models`.
@@ -40,7 +44,10 @@ class Served:
         self.created = int(time.time())
         self.vocabulary = Vocabulary(self.tokenizer)
         self._longest = max(map(len, self.tokenizer.get_vocab()), default=1)  # letters of a token
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        # leaves the tokenizer without padding and truncation: two threads may use but not set them
+        self.ids("", special=False)
+        self._small = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-large")
 
     def check_name(self, name: str) -> None:
         """Raises a 404 for another model."""
@@ -61,8 +68,14 @@ class Served:
             ApiError: 400, a text without any token, or one of more than `most`.
         """
         for prompt in prompts:
-            self._refuse_long(prompt, most, "prompt")
-        encoded = await self.apart(lambda: [self.ids(prompt, special) for prompt in prompts])
+            if isinstance(prompt, str):
+                self._refuse_long(len(prompt), most, "prompt")
+            else:
+                self._refuse(len(prompt), most, "prompt")
+        # one by one: other clients come between them
+        encoded = [
+            await self.apart(partial(self.ids, prompt, special), len(prompt)) for prompt in prompts
+        ]
         if not all(encoded):
             raise ApiError(400, "prompt: expected at least one token, got none", param="prompt")
         return encoded
@@ -73,7 +86,8 @@ class Served:
         Raises:
             ApiError: 400, there is no chat template or it refuses the messages.
         """
-        self._refuse_long("".join(message["content"] for message in messages), most, "messages")
+        letters = sum(len(message["content"]) for message in messages)
+        self._refuse_long(letters, most, "messages")
         if not (self.chat_template or self.tokenizer.chat_template):
             raise ApiError(400, "messages: this model has no chat template", param="messages")
 
@@ -84,10 +98,11 @@ class Served:
                 tokenize=False,
                 add_generation_prompt=True,
             )
+            self._refuse_long(len(text), most, "messages")
             return self.ids(text, special=False)  # the template writes them
 
         try:
-            ids = await self.apart(render)
+            ids = await self.apart(render, letters + _MESSAGE * len(messages))
         except TemplateError as error:
             raise ApiError(400, f"messages: {error}", param="messages") from None
         if not ids:
@@ -99,11 +114,11 @@ class Served:
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
-    def _refuse_long(self, prompt: str | list[int], most: int, name: str) -> None:
-        """Of a text, by the letters of its longest possible tokens: encoding it takes seconds."""
-        least = len(prompt)
-        if isinstance(prompt, str):
-            least = -(-least // self._longest)
+    def _refuse_long(self, letters: int, most: int, name: str) -> None:
+        """By the longest possible tokens of a text, before seconds go into encoding it."""
+        self._refuse(-(-letters // self._longest), most, name)
+
+    def _refuse(self, least: int, most: int, name: str) -> None:
         if least > most:
             raise ApiError(
                 400,
@@ -118,8 +133,11 @@ class Served:
             return prompt
         return self.tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
 
-    async def apart(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns, from the thread that alone encodes."""
-        # a long text takes longer than an event loop may be held up, and one thread keeps the
-        # padding state of a tokenizer from being borrowed twice
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def apart(self, work: Callable[[], Any], size: int) -> Any:
+        """What `work` returns, from another thread than the event loop's.
+
+        Args:
+            size: of what it works on, about as many letters; what is large waits for itself alone.
+        """
+        thread = self._large if size > LARGE else self._small
+        return await asyncio.get_running_loop().run_in_executor(thread, work)

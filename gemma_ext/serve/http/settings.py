@@ -17,7 +17,7 @@ class Settings:
         most_connections: of clients; more get a 503 without a look at what they want.
         body_seconds: that a body may take to arrive.
         request_seconds: that an answer may take in all; None for no end.
-        write_seconds: that a client may leave a piece of its answer unread.
+        write_seconds: that a client may go without reading any of an answer that waits for it.
         drain_seconds: that open requests have to end when the server is told to.
     """
 

@@ -5,20 +5,25 @@ lm-eval looks for them and then needs no tokenizer of its own.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi.responses import Response
+from pydantic import BaseModel, ConfigDict, FailFast, Field
 
 from gemma_ext.serve.http.generation import Service
 from gemma_ext.serve.http.reading import read
+
+MOST_LETTERS = 2**20
+MOST_TOKENS = 2**18
 
 
 class TokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
-    prompt: str
+    prompt: Annotated[str, Field(max_length=MOST_LETTERS)]
     add_special_tokens: bool = True
 
 
@@ -26,7 +31,9 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
+    tokens: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MOST_TOKENS), FailFast()
+    ]
 
 
 def router(service: Service) -> APIRouter:
@@ -43,17 +50,28 @@ def router(service: Service) -> APIRouter:
         }
 
     @routes.post("/tokenize")
-    async def tokenize(request: Request) -> dict[str, Any]:
+    async def tokenize(request: Request) -> Response:
         body = await read(request, service, TokenizeBody)
-        ids = await served.apart(lambda: served.ids(body.prompt, body.add_special_tokens))
         most = service.engine.limits.max_model_len
-        return {"tokens": ids, "count": len(ids), "max_model_len": most}
+
+        def told() -> str:
+            ids = served.ids(body.prompt, body.add_special_tokens)
+            return json.dumps({"tokens": ids, "count": len(ids), "max_model_len": most})
+
+        return _json(await served.apart(told, len(body.prompt)))
 
     @routes.post("/detokenize")
-    async def detokenize(request: Request) -> dict[str, Any]:
+    async def detokenize(request: Request) -> Response:
         body = await read(request, service, DetokenizeBody)
+
         # special tokens stay, so that text and tokens go there and back
-        text = await served.apart(lambda: served.tokenizer.decode(body.tokens))
-        return {"prompt": text}
+        def told() -> str:
+            return json.dumps({"prompt": served.tokenizer.decode(body.tokens)})
+
+        return _json(await served.apart(told, len(body.tokens)))
 
     return routes
+
+
+def _json(text: str) -> Response:
+    return Response(text, media_type="application/json")
