@@ -21,7 +21,7 @@ class AsyncEngine:
         make: gives the engine; called in the thread, since some device state belongs to a thread.
         finish: called in the thread when no step will come any more.
         most_open: requests that may be open at a time.
-        stall_seconds: a step that takes longer makes `healthy` false.
+        stall_seconds: a step that takes longer is `trouble`.
 
     Attributes:
         limits: of the engine, from `start` on.

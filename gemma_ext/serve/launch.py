@@ -20,6 +20,7 @@ from gemma_ext.serve.http.settings import Settings
 from gemma_ext.serve.memory import pages_for
 from gemma_ext.serve.protocol import SamplingParams
 from gemma_ext.serve.runner import Sizes
+from gemma_ext.serve.trace import Trace
 from gemma_ext.serve.weights import Weights, read_weights
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Launch:
             many pages it has.
         exits: fields of `ExitTest`.
         exit_weights: safetensors file with `weight` and `bias` of a learned exit test.
+        shortlist: read codes of the head for greedy requests (`gemma_ext.serve.readout.Head`).
+        trace: file that gets a line for every step (`gemma_ext.serve.trace`).
         chat_template: used in place of the tokenizer's.
         settings: bounds of requests.
         most_open: requests at a time.
@@ -64,6 +67,8 @@ class Launch:
     kv_memory: float = 0.5
     exits: dict[str, Any] = field(default_factory=dict)
     exit_weights: str | None = None
+    shortlist: bool = False
+    trace: str | None = None
     chat_template: str | None = None
     settings: Settings = field(default_factory=Settings)
     most_open: int = 256
@@ -114,8 +119,15 @@ class Launch:
     def _engine(
         self, model: PreTrainedModel, config: EngineConfig, exits: ExitTest
     ) -> tuple[Engine, Callable[[], None]]:
+        if self.ranks > 1 and self.shortlist:
+            raise ValueError(f"shortlist: expected one rank with it, got {self.ranks}")
+        file = open(self.trace, "w", buffering=1) if self.trace else None  # noqa: SIM115
+        trace, close = (Trace(file), file.close) if file else (None, lambda: None)
         if self.ranks == 1:
-            return Engine.of_model(model, config, exits=exits), lambda: None
+            engine = Engine.of_model(
+                model, config, exits=exits, shortlist=self.shortlist, trace=trace
+            )
+            return engine, close
         if config.kv_pressure == "offload":
             raise ValueError("kv_pressure: expected another with more than one rank, got offload")
         from gemma_ext.serve.ranks import Ranks
@@ -125,7 +137,12 @@ class Launch:
         sizes = Sizes(config.requests, config.slots, config.pages, config.max_model_len)
         options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
         ranks = Ranks(whole, self.weights, self.ranks, backend, sizes, options)
-        return Engine(ranks.runner, config), ranks.close
+
+        def finish() -> None:
+            ranks.close()
+            close()
+
+        return Engine(ranks.runner, config, trace=trace), finish
 
     def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
         longest = model.config.max_position_embeddings
