@@ -52,7 +52,7 @@ def _check(
     if not least <= value <= most:  # NaN too
         low = value < least and most == MOST_COUNT
         span = f"at least {least}" if low else f"{least} to {most}"
-        raise ValueError(f"{name}: expected {what} of {span}, got {float(value):g}")
+        raise ValueError(f"{name}: expected {what} of {span}, got {value}")
 
 
 @dataclass(frozen=True)
