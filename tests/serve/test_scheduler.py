@@ -260,6 +260,8 @@ def test_what_a_scheduler_refuses():
             np.zeros(0, np.int32), max_tokens=1, min_loops=1, max_loops=1, score=False,
             stops=[], depths=[],
         )  # fmt: skip
+    with pytest.raises(ValueError, match=f"prompt: expected at most {LENGTH} tokens of prompt and"):
+        submit(scheduler, max_tokens=LENGTH)
     assert not scheduler.has_work()
     with pytest.raises(ValueError, match="loops: expected at most 255, got 256"):
         EngineConfig().scheduler(loops=256)
@@ -298,3 +300,21 @@ def test_a_prefix_outlives_the_eviction_of_its_first_page():
     step_while(engine.has_work)
     assert found[again][0] == decode(model, request, config)[0]
     assert engine.scheduler.free_pages == config.pages
+
+
+@pytest.mark.parametrize("policy", ["single", "modulo", "first_then_shared"])
+def test_pages_of_all_loops_serve_no_request_of_fewer_where_loops_share_them(policy):
+    config = EngineConfig(
+        width=2, max_model_len=LENGTH, kv_policy=policy, prefill_tokens=16, prefix_cache=True
+    )
+    model = ToyModel(loops=3)
+    engine, found = Engine(ToyRunner(model, config), config), {}
+    for loops, cached in ((3, 0), (1, 0), (3, 32)):
+        before = engine.scheduler.counters()["cached_tokens"]
+        params = SamplingParams(max_tokens=5, temperature=0.0, max_loops=loops)
+        request = Request(SHARED, params)
+        id = engine.submit(request)
+        while engine.has_work():
+            collect(found, engine.step())
+        assert engine.scheduler.counters()["cached_tokens"] - before == cached
+        assert found[id][0] == decode(model, request, config)[0]
