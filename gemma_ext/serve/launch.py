@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,9 +88,13 @@ class Launch:
         EngineConfig(**given)  # what is wrong is told before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
         exits.own_threshold(SamplingParams())
+        file = open(self.trace, "w", buffering=1) if self.trace else None  # noqa: SIM115
         model, tokenizer = self._load(0)
         config = self._config(model, given)
         engine, finish = self._engine(model, config, exits)
+        if file:
+            engine.trace = Trace(file)
+            weakref.finalize(engine, file.close)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -121,13 +126,9 @@ class Launch:
     ) -> tuple[Engine, Callable[[], None]]:
         if self.ranks > 1 and self.shortlist:
             raise ValueError(f"shortlist: expected one rank with it, got {self.ranks}")
-        file = open(self.trace, "w", buffering=1) if self.trace else None  # noqa: SIM115
-        trace, close = (Trace(file), file.close) if file else (None, lambda: None)
         if self.ranks == 1:
-            engine = Engine.of_model(
-                model, config, exits=exits, shortlist=self.shortlist, trace=trace
-            )
-            return engine, close
+            engine = Engine.of_model(model, config, exits=exits, shortlist=self.shortlist)
+            return engine, lambda: None
         if config.kv_pressure == "offload":
             raise ValueError("kv_pressure: expected another with more than one rank, got offload")
         from gemma_ext.serve.ranks import Ranks
@@ -137,12 +138,7 @@ class Launch:
         sizes = Sizes(config.requests, config.slots, config.pages, config.max_model_len)
         options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
         ranks = Ranks(whole, self.weights, self.ranks, backend, sizes, options)
-
-        def finish() -> None:
-            ranks.close()
-            close()
-
-        return Engine(ranks.runner, config, trace=trace), finish
+        return Engine(ranks.runner, config), ranks.close
 
     def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
         longest = model.config.max_position_embeddings
