@@ -33,7 +33,7 @@ def test_a_pocket_is_tuned_once(tiny_size, tmp_path):
     rows = torch.randint(4, 40, (6, 16))
     read = once(rows)
     made = [
-        tuned_model(name, tmp_path / "out" / "tuned", read, steps=12, batch=4) for _ in range(2)
+        tuned_model(name, tmp_path / "out" / "tuned", read, steps=60, batch=4) for _ in range(2)
     ]
     assert mean_loss(made[0], rows) < mean_loss(base, rows) - 0.5
     for a, b in zip(made[0].parameters(), made[1].parameters(), strict=True):

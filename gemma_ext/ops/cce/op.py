@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from gemma_ext._loader import find_op
 from gemma_ext.ops._derivatives import apply, refuse_derivatives
 from gemma_ext.ops.cce.head import Head
 from gemma_ext.ops.cce.loss import Rows
@@ -23,7 +24,7 @@ _HEAD = ("softcap", "logit_scale", "temperature", "ignore_index")
 
 
 def _names(op: str) -> list[str]:
-    return [argument.name for argument in getattr(_ops, op).default._schema.arguments]
+    return [argument.name for argument in find_op(op)._schema.arguments]
 
 
 def record(op: str, *more: str) -> type:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from gemma_ext._loader import find_op
 from gemma_ext.ops._derivatives import apply, refuse_derivatives
 from gemma_ext.ops.sae.codes import Codes
 from gemma_ext.reference.sae_products import row_sparse
@@ -19,7 +20,7 @@ REMEDY = "gemma_ext.ops.sae with impl='reference' has derivatives of every order
 
 def record(op: str, *more: str) -> type:
     """A named tuple of the arguments of `op`, and `more`; None unless given."""
-    names = [a.name for a in getattr(_ops, op).default._schema.arguments] + list(more)
+    names = [a.name for a in find_op(op)._schema.arguments] + list(more)
     return namedtuple(op, names, defaults=[None] * len(names))
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from gemma_ext._loader import find_op
 from gemma_ext.ops._derivatives import apply, refuse_derivatives
 from gemma_ext.ops.sae.decode_op import REMEDY
 from gemma_ext.reference.sae_products import row_sparse
@@ -18,7 +19,7 @@ _ops = torch.ops.gemma_ext
 
 def _record(op: str, *more: str, results: bool = False) -> type:
     """A named tuple of the arguments of `op` and `more`, or of its results; None unless given."""
-    schema = getattr(_ops, op).default._schema
+    schema = find_op(op)._schema
     names = [x.name for x in (schema.returns if results else schema.arguments)] + list(more)
     return namedtuple(op, names, defaults=[None] * len(names))
 
