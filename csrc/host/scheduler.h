@@ -60,8 +60,8 @@ struct Options {
 
 struct Submission {
   std::vector<int32_t> prompt;
-  int max_tokens = 1, min_tokens = 0, min_loops = 1, max_loops = 1;
-  bool no_exit = false, score = false;
+  int max_tokens = 1, min_loops = 1, max_loops = 1;
+  bool score = false;
   std::vector<int32_t> stops;
   std::vector<int> depths;  // of every output token where exits are replayed
 };

@@ -152,22 +152,20 @@ void bind_scheduler(py::module_& m) {
       .def(
           "submit",
           [](Scheduler& self, const Input<int32_t>& prompt, int max_tokens, int min_loops,
-             int max_loops, bool no_exit, bool score, std::vector<int32_t> stops,
+             int max_loops, bool score, std::vector<int32_t> stops,
              const std::vector<int>& depths) {
             Submission s;
             s.prompt.assign(prompt.data(), prompt.data() + prompt.size());
             s.max_tokens = max_tokens;
             s.min_loops = min_loops;
             s.max_loops = max_loops;
-            s.no_exit = no_exit;
             s.score = score;
             s.stops = std::move(stops);
             s.depths = depths;
             return self.submit(std::move(s));
           },
           py::arg("prompt"), py::kw_only(), py::arg("max_tokens"), py::arg("min_loops"),
-          py::arg("max_loops"), py::arg("no_exit"), py::arg("score"), py::arg("stops"),
-          py::arg("depths"))
+          py::arg("max_loops"), py::arg("score"), py::arg("stops"), py::arg("depths"))
       .def("cancel", &Scheduler::cancel, py::arg("id"))
       .def("has_work", &Scheduler::has_work)
       .def(

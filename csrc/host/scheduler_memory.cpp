@@ -64,6 +64,7 @@ int Pages::publish(int page, int parent, const int32_t* tokens) {
   const int before = find(parent, tokens);
   if (before >= 0) return before;
   Page& p = pages_[page];
+  if (p.hash) unpublish(page);  // behind a parent that is gone: nobody can find it there
   p.hash = hash(parent, tokens);
   p.node = ++nodes_;
   p.parent = parent < 0 ? 0 : pages_[parent].node;
@@ -101,6 +102,18 @@ void Pages::check(const std::vector<int>& uses) const {
   if (idle != free_.size() + unused_.size())
     throw std::logic_error("scheduler: " + std::to_string(idle) + " pages are idle, but " +
                            std::to_string(available()) + " are listed");
+  for (const int page : free_)
+    if (pages_[page].hash)
+      throw std::logic_error("scheduler: page " + std::to_string(page) + " is free and published");
+  for (const auto& [key, page] : table_)
+    if (pages_[page].hash != key)
+      throw std::logic_error("scheduler: page " + std::to_string(page) +
+                             " is listed for a prefix that it does not hold");
+  const auto known =
+      std::count_if(pages_.begin(), pages_.end(), [](const Page& p) { return p.hash != 0; });
+  if (static_cast<size_t>(known) != table_.size())
+    throw std::logic_error("scheduler: " + std::to_string(known) + " pages are published, but " +
+                           std::to_string(table_.size()) + " are listed");
 }
 
 Slots::Slots(int count) : count_(count), free_(count) {

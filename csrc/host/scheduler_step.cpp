@@ -295,7 +295,7 @@ void Scheduler::ran(Request& r, bool signal) {
   const Submission& asked = r.asked;
   const int loops = ++r.loop;
   bool leaves = loops == asked.max_loops;
-  if (options_.mode != Mode::kSequence && options_.mode != Mode::kStatic && !asked.no_exit) {
+  if (options_.mode != Mode::kSequence && options_.mode != Mode::kStatic) {
     leaves |= asked.depths.empty() ? signal && loops >= asked.min_loops
                                    : loops >= asked.depths[r.outputs];
   }

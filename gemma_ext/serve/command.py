@@ -71,6 +71,22 @@ def main(
     exit_weights: Annotated[
         Path | None, typer.Option(help="Safetensors file of a learned exit test.")
     ] = None,
+    exit_strict: Annotated[
+        bool | None,
+        typer.Option(
+            "--exit-strict/--exit-at-threshold",
+            help="Whether a score at the threshold stays; each test has its own way.",
+        ),
+    ] = None,
+    exit_decay: Annotated[
+        float, typer.Option(help="tau of CALM's falling threshold; 0 for a constant one.")
+    ] = 0.0,
+    shortlist: Annotated[
+        bool, typer.Option("--shortlist", help="8-bit codes of the head for greedy requests.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="File that gets a line of JSON for every step.")
+    ] = None,
     api_key: Annotated[
         list[str], typer.Option(envvar=KEY, help="One has to be sent; repeatable.")
     ] = [],  # noqa: B006 (typer)
@@ -139,8 +155,15 @@ def main(
                 "prefill_tokens": prefill_tokens,
             },
             kv_memory=kv_memory,
-            exits={"name": exit, "threshold": exit_threshold},
+            exits={
+                "name": exit,
+                "threshold": exit_threshold,
+                "strict": exit_strict,
+                "decay": exit_decay,
+            },
             exit_weights=str(exit_weights) if exit_weights else None,
+            shortlist=shortlist,
+            trace=str(trace) if trace else None,
             chat_template=chat_template.read_text() if chat_template else None,
             settings=Settings(
                 api_keys=tuple(api_key),
@@ -153,6 +176,8 @@ def main(
             threads=threads,
             ranks=tensor_parallel,
         )
+        if trace and replicas > 1:
+            raise ValueError(f"trace: expected one replica with it, got {replicas}")
         if replicas > 1 or ray is not None:
             serve_replicas(launch, replicas, host=host, port=port, address=ray, gpus=gpus)
             return

@@ -10,6 +10,7 @@ left is replaced in the next one.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gemma_ext.serve.config import EngineConfig
+from gemma_ext.serve.config import PAGE, EngineConfig
 from gemma_ext.serve.kv import HostStore
 from gemma_ext.serve.protocol import Event, Limits, Request, Stats, Token
 from gemma_ext.serve.runner import ModelRunner, Rows, Sizes
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from gemma_ext.serve.exits import ExitTest
 
 _REASONS = (None, "stop", "length", "error")
+_NO_PAGE = "the KV pool has no page left for this request"
 
 
 class Engine:
@@ -56,13 +58,15 @@ class Engine:
         revision: str = "",
     ) -> None:
         self.runner, self.config, self.trace, self.clock = runner, config, trace, clock
-        self.limits = Limits(runner.vocabulary, runner.loops, config.max_model_len)
+        longest = min(config.max_model_len, PAGE * config.pages)
+        self.limits = Limits(runner.vocabulary, runner.loops, longest)
         self.scheduler = config.scheduler(runner.loops, revision)
         self.latencies = Latencies()
         self.store = HostStore(runner)
         self._requests: dict[int, Request] = {}
         self._drawn: dict[int, list[int]] = {}
         self._scored: dict[int, list[Token]] = {}
+        self._refused: list[int] = []
         memory = self.scheduler.buffers()
         self._seen = {name: memory[name] for name in ("id", "depth", "output", "end", "exits")}
         self._tensors = {
@@ -132,7 +136,6 @@ class Engine:
             max_tokens=params.max_tokens,
             min_loops=params.min_loops,
             max_loops=params.max_loops or self.limits.loops,
-            no_exit=False,
             score=request.prompt_logprobs is not None,
             stops=list(params.stop_ids),
             depths=list(exit_depths or ()),
@@ -155,9 +158,13 @@ class Engine:
         stage, n = self.scheduler.plan()
         events = self._take_news()
         if self.trace is None:
-            return events + self._run[stage](n)
-        begin = self.clock()
-        events += self.trace.step(self, stage, n, begin, lambda: self._run[stage](n))
+            events += self._run[stage](n)
+        else:
+            begin = self.clock()
+            events += self.trace.step(self, stage, n, begin, lambda: self._run[stage](n))
+        for id in self._refused:  # a plan that is not reported yet may have rows of it
+            self.scheduler.cancel(id)
+        self._refused.clear()
         return events
 
     def stats(self) -> Stats:
@@ -181,12 +188,22 @@ class Engine:
         closed, opened, ended = self.scheduler.news()
         for row in closed:
             self.runner.close(row)
+        events = []
         for id, row in opened:
-            self.runner.open(row, self._requests[id], self._drawn[id])
-        return [self._end(id, _REASONS[how]) for id, how in ended if id in self._requests]
+            try:
+                self.runner.open(row, self._requests[id], self._drawn[id])
+            except Exception as error:
+                logging.getLogger(__name__).exception("a request could not begin")
+                self._refused.append(id)
+                sentence = f"the request could not begin: {type(error).__name__}: {error}"
+                events.append(self._end(id, "error", sentence))
+        for id, how in ended:
+            if id in self._requests:
+                reason = _REASONS[how]
+                events.append(self._end(id, reason, _NO_PAGE if reason == "error" else None))
+        return events
 
-    def _end(self, id: int, reason: str) -> Event:
-        error = "the KV pool has no page left for this request" if reason == "error" else None
+    def _end(self, id: int, reason: str, error: str | None) -> Event:
         prompt = self._scored.get(id)
         self._forget(id)
         self.latencies.finished(id, self.clock())

@@ -29,6 +29,8 @@ class History:
         self.start = np.zeros(requests, np.int64)  # position of the first drawn token
         self.min_tokens = np.zeros(requests, np.int64)  # 0 without stop ids
         self.weighs = np.zeros(requests, bool)  # bias or a penalty
+        self.biases: list[tuple[Tensor, Tensor] | None] = [None] * requests  # ids, values
+        self.stops: list[Tensor | None] = [None] * requests
 
     def open(
         self, row: int, prompt: Sequence[int], drawn: Sequence[int], params: SamplingParams
@@ -39,6 +41,15 @@ class History:
         self.start[row] = len(prompt)
         self.params[row] = params
         self.min_tokens[row] = params.min_tokens if params.stop_ids else 0
+        self.biases[row] = self.stops[row] = None
+        if params.logit_bias:
+            ids, values = zip(*params.logit_bias, strict=True)
+            self.biases[row] = (
+                torch.tensor(ids, device=self.device),
+                torch.tensor(values, dtype=torch.float64, device=self.device),
+            )
+        if self.min_tokens[row]:
+            self.stops[row] = torch.tensor(params.stop_ids, device=self.device)
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         self.weighs[row] = bool(params.logit_bias) or penalties != (1.0, 0.0, 0.0)
 
@@ -54,12 +65,12 @@ class History:
         """Logits [n, V] with bias, stop ids that come too early, and penalties, in this order."""
         params = [self.params[row] for row in rows.tolist()]
         drawn = positions + 1 - torch.from_numpy(self.start)[rows]
-        for z, each, done in zip(logits, params, drawn.tolist(), strict=True):
-            if each.logit_bias:
-                ids, values = zip(*each.logit_bias, strict=True)
-                z[list(ids)] += torch.tensor(values, dtype=z.dtype, device=z.device)
-            if done < each.min_tokens:
-                z[list(each.stop_ids)] = -torch.inf
+        for z, row, done in zip(logits, rows.tolist(), drawn.tolist(), strict=True):
+            if self.biases[row] is not None:
+                ids, values = self.biases[row]
+                z[ids] += values.to(z.dtype)
+            if done < self.min_tokens[row]:
+                z[self.stops[row]] = -torch.inf
         said, counts = self._counts(rows, positions)
 
         def column(name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from gemma_ext.serve.http.settings import Settings
 from gemma_ext.serve.memory import pages_for
 from gemma_ext.serve.protocol import SamplingParams
 from gemma_ext.serve.runner import Sizes
+from gemma_ext.serve.trace import Trace
 from gemma_ext.serve.weights import Weights, read_weights
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Launch:
             many pages it has.
         exits: fields of `ExitTest`.
         exit_weights: safetensors file with `weight` and `bias` of a learned exit test.
+        shortlist: read codes of the head for greedy requests (`gemma_ext.serve.readout.Head`).
+        trace: file that gets a line for every step (`gemma_ext.serve.trace`).
         chat_template: used in place of the tokenizer's.
         settings: bounds of requests.
         most_open: requests at a time.
@@ -64,6 +68,8 @@ class Launch:
     kv_memory: float = 0.5
     exits: dict[str, Any] = field(default_factory=dict)
     exit_weights: str | None = None
+    shortlist: bool = False
+    trace: str | None = None
     chat_template: str | None = None
     settings: Settings = field(default_factory=Settings)
     most_open: int = 256
@@ -82,9 +88,13 @@ class Launch:
         EngineConfig(**given)  # what is wrong is told before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
         exits.own_threshold(SamplingParams())
+        file = open(self.trace, "w", buffering=1) if self.trace else None  # noqa: SIM115
         model, tokenizer = self._load(0)
         config = self._config(model, given)
         engine, finish = self._engine(model, config, exits)
+        if file:
+            engine.trace = Trace(file)
+            weakref.finalize(engine, file.close)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -114,8 +124,11 @@ class Launch:
     def _engine(
         self, model: PreTrainedModel, config: EngineConfig, exits: ExitTest
     ) -> tuple[Engine, Callable[[], None]]:
+        if self.ranks > 1 and self.shortlist:
+            raise ValueError(f"shortlist: expected one rank with it, got {self.ranks}")
         if self.ranks == 1:
-            return Engine.of_model(model, config, exits=exits), lambda: None
+            engine = Engine.of_model(model, config, exits=exits, shortlist=self.shortlist)
+            return engine, lambda: None
         if config.kv_pressure == "offload":
             raise ValueError("kv_pressure: expected another with more than one rank, got offload")
         from gemma_ext.serve.ranks import Ranks

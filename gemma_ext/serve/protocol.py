@@ -6,7 +6,6 @@ loops and exit depths are counted from 1, log-probabilities are natural.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,18 +13,21 @@ from typing import Literal, Protocol
 
 MOST_LOGPROBS = 20  # top tokens that can be asked for; as of the OpenAI API
 MOST_SEED = 2**63
+MOST_COUNT = 2**31 - 1  # of what the scheduler and the kernels count in 32 bits
+MOST_IDS = 1024  # of logit_bias and stop_ids; each is looked at for every token drawn
+GREEDY = 1e-6  # temperatures below it are 0: their inverse leaves no digit of a logit
 
 FinishReason = Literal["stop", "length", "error"]
 
 # name: least and largest value, both legal
 _INTEGERS = {
-    "max_tokens": (0, math.inf),
-    "min_tokens": (0, math.inf),
-    "top_k": (0, math.inf),
+    "max_tokens": (0, MOST_COUNT),
+    "min_tokens": (0, MOST_COUNT),
+    "top_k": (0, MOST_COUNT),
     "seed": (-MOST_SEED, MOST_SEED - 1),
     "logprobs": (0, MOST_LOGPROBS),
-    "min_loops": (1, math.inf),
-    "max_loops": (1, math.inf),
+    "min_loops": (1, MOST_COUNT),
+    "max_loops": (1, MOST_COUNT),
 }
 _NUMBERS = {
     "temperature": (0.0, 100.0),
@@ -34,7 +36,7 @@ _NUMBERS = {
     "repetition_penalty": (0.0, 100.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
-    "exit_threshold": (-math.inf, math.inf),
+    "exit_threshold": (-1e30, 1e30),  # finite in float32
 }
 _OPTIONAL = ("logprobs", "max_loops", "exit_threshold")
 
@@ -48,7 +50,8 @@ def _check(
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}: expected {what}, got {value!r}")
     if not least <= value <= most:  # NaN too
-        span = f"at least {least}" if most == math.inf else f"{least} to {most}"
+        low = value < least and most == MOST_COUNT
+        span = f"at least {least}" if low else f"{least} to {most}"
         raise ValueError(f"{name}: expected {what} of {span}, got {value}")
 
 
@@ -63,7 +66,8 @@ class SamplingParams:
     Attributes:
         max_tokens: tokens to draw at most; 0 only scores the prompt.
         min_tokens: stop ids are not drawn before this many tokens.
-        temperature: 0 takes the likeliest token, the lowest id of equal ones.
+        temperature: 0 takes the likeliest token, the lowest id of equal ones; below 1e-6 it is
+            made 0.
         top_k: draw from the k likeliest; 0 for all.
         top_p: draw from the likeliest whose probabilities reach p, in (0, 1].
         min_p: draw from those with at least min_p times the probability of the likeliest.
@@ -71,12 +75,13 @@ class SamplingParams:
             prompt or output.
         presence_penalty, frequency_penalty: in [-2, 2]; subtracted from the logits of drawn
             tokens, once and per occurrence.
-        logit_bias: (token, added to its logit) pairs, each token once; a mapping is taken too.
+        logit_bias: (token, added to its logit) pairs, each token once, 1024 at most; a mapping is
+            taken too.
         seed: any signed 64-bit integer.
         logprobs: None for none; n for the log-probability of each drawn token and of the n
             likeliest ones, under the model's own distribution: soft-capped logits, before bias,
             penalties and temperature.
-        stop_ids: tokens that end the output; the last event has the token that did.
+        stop_ids: 1024 tokens at most that end the output; the last event has the one that did.
         exit_threshold: of the engine's exit test; None for the engine's own.
         min_loops, max_loops: bounds of the loop after which a token is read; None for all loops.
 
@@ -105,6 +110,13 @@ class SamplingParams:
         for names, kind in ((_INTEGERS, Integral), (_NUMBERS, Real)):
             for name, (least, most) in names.items():
                 _check(name, getattr(self, name), kind, least, most, name in _OPTIONAL)
+        if self.temperature < GREEDY:
+            object.__setattr__(self, "temperature", 0.0)
+        for name in ("logit_bias", "stop_ids"):
+            if len(getattr(self, name)) > MOST_IDS:
+                raise ValueError(
+                    f"{name}: expected at most {MOST_IDS} tokens, got {len(getattr(self, name))}"
+                )
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}: expected more than 0, got {getattr(self, name)}")
@@ -116,13 +128,13 @@ class SamplingParams:
         pairs = bias.items() if isinstance(bias, Mapping) else bias
         object.__setattr__(self, "logit_bias", tuple((token, value) for token, value in pairs))
         for token, value in self.logit_bias:
-            _check("logit_bias", token, Integral, 0, math.inf)
+            _check("logit_bias", token, Integral, 0, MOST_COUNT)
             _check("logit_bias", value, Real, -100.0, 100.0)
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise ValueError(f"logit_bias: expected every token once, got {self.logit_bias}")
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         for token in self.stop_ids:
-            _check("stop_ids", token, Integral, 0, math.inf)
+            _check("stop_ids", token, Integral, 0, MOST_COUNT)
 
 
 @dataclass(frozen=True)
@@ -152,7 +164,7 @@ class Request:
             raise ValueError("prompt: expected at least one token, got none")
         if not all(type(token) is int and token >= 0 for token in self.prompt):
             raise TypeError("prompt: expected token ids, integers of at least 0")
-        _check("choice", self.choice, Integral, 0, math.inf)
+        _check("choice", self.choice, Integral, 0, MOST_COUNT)
         _check("prompt_logprobs", self.prompt_logprobs, Integral, 0, MOST_LOGPROBS, True)
 
     def check(self, limits: Limits) -> None:

@@ -230,8 +230,9 @@ class ModelRunner:
     def score(
         self, slots: Tensor, requests: Tensor, positions: Tensor, ids: Tensor, top: int
     ) -> Sampled:
-        """Log-probabilities of the given tokens `ids` [n] behind `positions`, after all loops."""
-        early = torch.zeros(len(slots), dtype=torch.bool)
+        """Log-probabilities of the given tokens `ids` [n] behind `positions`, after all the loops
+        that their requests may run."""
+        early = torch.from_numpy(self.last_loop[requests.numpy()] < self.loops - 1)
         where = (slots.long(), requests.long(), positions.long())
         return self.sampler.score(*where, ids, early, top)
 

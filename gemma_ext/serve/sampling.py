@@ -66,10 +66,12 @@ def kept(
     share = (values - torch.where(some, of_first, lse).unsqueeze(-1)).exp()
     up_to = share.cumsum(-1)
     least = min_p * share[:, 0]
-    keep = first & (up_to - share < top_p.unsqueeze(-1)) & (share >= least.unsqueeze(-1))
+    whole_mass = (top_p >= 1).unsqueeze(-1)  # which rounding must not cut
+    inside = (up_to - share < top_p.unsqueeze(-1)) | whole_mass | (rank == 0)
+    keep = first & inside & (share >= least.unsqueeze(-1))
     if whole:
         return keep, torch.ones_like(some)
-    reached = (up_to[:, -1] >= top_p) | (share[:, -1] < least)
+    reached = ((up_to[:, -1] >= top_p) & (top_p < 1)) | (share[:, -1] < least)
     return keep, torch.where(some, top_k <= count, reached)
 
 
@@ -162,28 +164,33 @@ class Sampler:
         whole = count == self.readout.head.vocabulary
         keep, covered = kept(scaled, read.tempered[at], *self._cuts(rows), whole=whole)
         sample = read.samples[at]
-        is_sample = keep & (ids == sample.unsqueeze(-1))
-        if is_sample.any(-1).all():  # the best of all is the best of those kept
+        stays = (keep & (ids == sample.unsqueeze(-1))).any(-1)  # the best of all is the best kept
+        if stays.all():
             return sample, covered
-        return self._best(scaled, ids, keep, rows, positions), covered
+        best = self._best(scaled, ids, keep, rows, positions)
+        return torch.where(stays, sample, best), covered
 
     def _among_all(self, slots: Tensor, rows: Tensor, positions: Tensor, early: Tensor) -> Tensor:
         """Draws from all logits of some rows."""
         z = self.readout.logits(slots, early)
         z = self.history.adjust(z, rows, positions)
         best = z.argmax(-1).int()
-        heat = self.readout.temperature[rows].unsqueeze(-1)
-        hot = (heat > 0).squeeze(-1)
-        if not hot.any():
-            return best
-        scaled = z / torch.where(heat > 0, heat, 1)
-        if self.cuts[rows.numpy()].any():
-            values, ids = scaled.sort(dim=-1, descending=True, stable=True)
-            keep, _ = kept(values, scaled.logsumexp(-1), *self._cuts(rows), whole=True)
-        else:
-            ids = torch.arange(z.shape[1], device=z.device).expand(z.shape)
-            values, keep = scaled, torch.ones_like(z, dtype=torch.bool)
-        return torch.where(hot, self._best(values, ids.int(), keep, rows, positions), best)
+        hot, cuts = self.hot[rows.numpy()], self.cuts[rows.numpy()]
+        for cut in (False, True):
+            at = torch.from_numpy(np.flatnonzero(hot & (cuts == cut)))
+            if len(at) == 0:
+                continue
+            own = rows[at]
+            values = z[at] / self.readout.temperature[own].unsqueeze(-1)
+            if cut:
+                lse = values.logsumexp(-1)
+                values, ids = values.sort(dim=-1, descending=True, stable=True)
+                keep, _ = kept(values, lse, *self._cuts(own), whole=True)
+            else:
+                ids = torch.arange(z.shape[1], device=z.device).expand(values.shape)
+                keep = torch.ones_like(values, dtype=torch.bool)
+            best[at] = self._best(values, ids.int(), keep, own, positions[at])
+        return best
 
     def _cuts(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.top_k[rows], self.top_p[rows], self.min_p[rows]
@@ -199,7 +206,8 @@ class Sampler:
     def _logprobs(
         self, ids: Tensor, read: HeadExit, slots: Tensor, early: Tensor, asked: np.ndarray
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of rows that ask for none, NaN."""
+        """Of rows that ask for none, NaN. A row looks at no more columns than it asks for: a logit
+        of the candidates and one of `logits_at` may differ in their last bit."""
         wanted = torch.from_numpy(np.flatnonzero(asked >= 0))
         if len(wanted) == 0:
             return None, None, None
@@ -207,7 +215,8 @@ class Sampler:
         chosen = ids[wanted]
         logit = torch.where(chosen == read.ids[wanted], read.top[wanted, 0], torch.nan)
         if top:
-            same = read.indices[wanted] == chosen.unsqueeze(-1)
+            own = torch.arange(read.indices.shape[1]) < torch.from_numpy(asked)[wanted, None]
+            same = (read.indices[wanted] == chosen.unsqueeze(-1)) & own.to(chosen.device)
             found = torch.where(same, read.values[wanted], 0).sum(-1)
             logit = torch.where(same.any(-1), found, logit)
         missing = torch.from_numpy(np.flatnonzero(logit.isnan().cpu().numpy()))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from array import array
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
+
+LATEST = 2**18  # values that are kept, 8 MB of each kind
 
 
 @dataclass
@@ -16,9 +18,13 @@ class _Open:
     tokens: int = 0
 
 
+def _latest() -> deque[float]:
+    return deque(maxlen=LATEST)
+
+
 @dataclass
 class Latencies:
-    """Times of requests, in seconds of the engine's clock.
+    """Times of the latest requests and tokens, in seconds of the engine's clock.
 
     Attributes:
         to_first: of each request, from its submission to its first token.
@@ -28,11 +34,11 @@ class Latencies:
         tokens: when each token came.
     """
 
-    to_first: array = field(default_factory=lambda: array("d"))
-    between: array = field(default_factory=lambda: array("d"))
-    per_token: array = field(default_factory=lambda: array("d"))
-    ends: array = field(default_factory=lambda: array("d"))
-    tokens: array = field(default_factory=lambda: array("d"))
+    to_first: deque[float] = field(default_factory=_latest)
+    between: deque[float] = field(default_factory=_latest)
+    per_token: deque[float] = field(default_factory=_latest)
+    ends: deque[float] = field(default_factory=_latest)
+    tokens: deque[float] = field(default_factory=_latest)
     _open: dict[int, _Open] = field(default_factory=dict)
 
     def submitted(self, id: int, now: float) -> None:
@@ -61,7 +67,7 @@ class Latencies:
     def forget(self) -> None:
         """Drops what was measured; requests stay open."""
         for values in (self.to_first, self.between, self.per_token, self.ends, self.tokens):
-            del values[:]
+            values.clear()
 
     def summary(self) -> dict[str, float]:
         """Quantiles in seconds; NaN where nothing was measured."""

@@ -5,6 +5,8 @@ import torch.distributed as dist
 from serve_driver import Driver
 from serve_tiny import VOCABULARY, tiny
 
+from gemma_ext.serve.config import EngineConfig
+from gemma_ext.serve.engine import Engine
 from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.parallel import Leader, ShardedRunner, follow, shard_weights
 from gemma_ext.serve.protocol import Request, SamplingParams
@@ -89,4 +91,31 @@ def check_middle_cycle_with_an_exit_head(rank, world):
     assert_tokens_of_one_process(rank, world, model, exits=exits)
 
 
+def check_a_request_that_cannot_begin(rank, world):
+    """Fails on every rank, and none of them goes."""
+    runner = ShardedRunner(
+        shard_weights(read_weights(tiny("Gemma2")), rank, world), SIZES, dist.group.WORLD
+    )
+    if rank:
+        follow(runner, dist.group.WORLD)
+        return
+    leader = Leader(runner, dist.group.WORLD)
+    config = EngineConfig(
+        width=4, requests=4, max_model_len=64, pages=24, backlog=4, prefill_tokens=16
+    )
+    engine = Engine(leader, config)
+    bad = Request((1,), SamplingParams(max_tokens=2))
+    object.__setattr__(bad.params, "seed", 2**70)  # more than the protocol lets through
+    try:
+        ids = [engine.submit(bad), *map(engine.submit, requests())]
+        events = []
+        while engine.has_work():
+            events += engine.step()
+    finally:
+        leader.stop()
+    ends = {event.request: event.finish_reason for event in events if event.finish_reason}
+    assert [ends[id] for id in ids] == ["error", *["length"] * len(SETTINGS)]
+
+
+check_a_request_that_cannot_begin.worlds = (2,)
 check_bias_and_norms_of_heads.worlds = check_middle_cycle_with_an_exit_head.worlds = (2,)

@@ -341,7 +341,11 @@ def test_what_a_configuration_refuses(options, sentence):
     ("request_", "depths", "sentence"),
     [
         (Request((1,) * 60, greedy(9)), None, "max_tokens: expected prompt and output of at most"),
-        (Request((1,) * 60, greedy(4)), None, "prompt: expected at most 48 tokens of prompt and"),
+        (
+            Request((1,) * 60, greedy(4)),
+            None,
+            "max_tokens: expected prompt and output of at most 48",
+        ),
         (Request((1,), greedy(4, max_loops=3)), None, "max_loops: expected at most 2 loops, got 3"),
         (Request((1,), greedy(4)), [1, 1], "exit_depths: expected one for each of 4 tokens, got 2"),
         (Request((1,), greedy(2)), [1, 3], "exit_depths: expected loops 1 to 2, got 3"),

@@ -246,21 +246,9 @@ def test_steps_and_reports_come_in_turn():
 
 
 def submit(scheduler, **options):
-    given = {"max_tokens": 4, "min_loops": 1, "max_loops": 2, "no_exit": False, "score": False}
+    given = {"max_tokens": 4, "min_loops": 1, "max_loops": 2, "score": False}
     given |= {"stops": [], "depths": [], **options}
     return scheduler.submit(np.array([1, 2, 3], np.int32), **given)
-
-
-def test_no_exit_runs_every_loop_whatever_the_test_says():
-    scheduler = EngineConfig(width=2, max_model_len=LENGTH).scheduler(loops=2)
-    submit(scheduler, no_exit=True)
-    while scheduler.has_work():
-        stage, n = scheduler.plan()
-        if stage == "block":
-            scheduler.report_block(np.ones(n, np.uint8))
-        elif stage == "coda":
-            scheduler.report_coda(np.zeros(n, np.int32))
-    assert scheduler.counters()["exit_loops"] == 2 * 3
 
 
 def test_what_a_scheduler_refuses():
@@ -269,11 +257,64 @@ def test_what_a_scheduler_refuses():
         submit(scheduler, min_loops=2, max_loops=1)
     with pytest.raises(ValueError, match="prompt: expected at least one token, got none"):
         scheduler.submit(
-            np.zeros(0, np.int32), max_tokens=1, min_loops=1, max_loops=1, no_exit=False,
-            score=False, stops=[], depths=[],
+            np.zeros(0, np.int32), max_tokens=1, min_loops=1, max_loops=1, score=False,
+            stops=[], depths=[],
         )  # fmt: skip
+    with pytest.raises(ValueError, match=f"prompt: expected at most {LENGTH} tokens of prompt and"):
+        submit(scheduler, max_tokens=LENGTH)
     assert not scheduler.has_work()
     with pytest.raises(ValueError, match="loops: expected at most 255, got 256"):
         EngineConfig().scheduler(loops=256)
     with pytest.raises(ValueError, match="loops: expected at least 1, got 0"):
         EngineConfig().scheduler(loops=0)
+
+
+def test_a_prefix_outlives_the_eviction_of_its_first_page():
+    """A request whose first page is another's publishes the rest again once that is gone."""
+    config = EngineConfig(
+        width=4, max_model_len=160, pages=10, requests=4, prefix_cache=True, verify=True
+    )
+    model = ToyModel(loops=1, seed=2)
+    engine, found = Engine(ToyRunner(model, config), config), {}
+
+    def serve(prompt, count):
+        request = Request(prompt, SamplingParams(max_tokens=count, temperature=0.0))
+        return engine.submit(request), request
+
+    def step_while(going):
+        while going():
+            collect(found, engine.step())
+            engine.scheduler.check()
+
+    shared = (1,) * 16
+    first, _ = serve(shared + (2,) * 17, 1)
+    serve(shared + (3,) * 17, 40)  # in a page of its own, beside the same one of the first
+    step_while(lambda: engine.scheduler.tokens(first))
+    serve((5,) * 70, 10)  # takes the page of the first
+    step_while(engine.has_work)
+    random = np.random.default_rng(1)
+    long, _ = serve(tuple(random.integers(0, 29, size=127).tolist()), 1)
+    serve(tuple(random.integers(0, 29, size=4).tolist()), 12)
+    step_while(lambda: engine.scheduler.tokens(long))
+    again, request = serve(shared + (3,) * 17, 6)
+    step_while(engine.has_work)
+    assert found[again][0] == decode(model, request, config)[0]
+    assert engine.scheduler.free_pages == config.pages
+
+
+@pytest.mark.parametrize("policy", ["single", "modulo", "first_then_shared"])
+def test_pages_of_all_loops_serve_no_request_of_fewer_where_loops_share_them(policy):
+    config = EngineConfig(
+        width=2, max_model_len=LENGTH, kv_policy=policy, prefill_tokens=16, prefix_cache=True
+    )
+    model = ToyModel(loops=3)
+    engine, found = Engine(ToyRunner(model, config), config), {}
+    for loops, cached in ((3, 0), (1, 0), (3, 32)):
+        before = engine.scheduler.counters()["cached_tokens"]
+        params = SamplingParams(max_tokens=5, temperature=0.0, max_loops=loops)
+        request = Request(SHARED, params)
+        id = engine.submit(request)
+        while engine.has_work():
+            collect(found, engine.step())
+        assert engine.scheduler.counters()["cached_tokens"] - before == cached
+        assert found[id][0] == decode(model, request, config)[0]

@@ -39,7 +39,7 @@ def test_defaults(started):
     (made, host, port, level), ran = started
     assert (made.model, host, port, level, ran) == ("pocket", "127.0.0.1", 8000, "info", "run")
     assert made.settings.api_keys == ()
-    assert made.exits == {"name": "none", "threshold": None}
+    assert made.exits == {"name": "none", "threshold": None, "strict": None, "decay": 0.0}
 
 
 def test_every_option_has_its_place(started, tmp_path):
@@ -51,12 +51,22 @@ def test_every_option_has_its_place(started, tmp_path):
         "kv-memory": 0.25, "kv-policy": "copy", "keep": 2, "kv-pressure": "none", "backlog": 3,
         "order": "deepest", "mode": "csb",
         "min-coda-batch": 8, "prefill-tokens": 9, "exit": "margin", "exit-threshold": 0.5,
-        "exit-weights": "gate.safetensors", "max-open": 10, "max-tokens": 11, "max-body": 12,
+        "exit-weights": "gate.safetensors", "exit-decay": 4.0, "trace": "steps.jsonl",
+        "max-open": 10, "max-tokens": 11, "max-body": 12,
         "request-timeout": 13, "drain": 14, "chat-template": template, "tensor-parallel": 2,
         "log-level": "error",
     }  # fmt: skip
     given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    given += ["--prefix-cache", "--fill-on-finish", "--api-key", "a", "--api-key", "b"]
+    given += [
+        "--exit-strict",
+        "--shortlist",
+        "--prefix-cache",
+        "--fill-on-finish",
+        "--api-key",
+        "a",
+        "--api-key",
+        "b",
+    ]
     result = run("folder", *given)
     assert result.exit_code == 0, result.output
     made, host, port, level = started[0]
@@ -73,8 +83,10 @@ def test_every_option_has_its_place(started, tmp_path):
             "min_coda_batch": 8, "prefill_tokens": 9,
         },
         kv_memory=0.25,
-        exits={"name": "margin", "threshold": 0.5},
+        exits={"name": "margin", "threshold": 0.5, "strict": True, "decay": 4.0},
         exit_weights="gate.safetensors",
+        shortlist=True,
+        trace="steps.jsonl",
         chat_template="{{ messages }}",
         settings=launch.Settings(
             api_keys=("a", "b"), most_body=12, most_tokens=11, request_seconds=13, drain_seconds=14
@@ -109,6 +121,17 @@ def test_what_does_not_fit_is_one_sentence(started):
     assert result.exit_code == 1
     assert "gemma-ext serve: drain_seconds: expected more than 0, got 0.0" in result.output
     assert "Traceback" not in result.output
+    result = run("--trace", "steps.jsonl", "--replicas", "2")
+    assert "gemma-ext serve: trace: expected one replica with it, got 2" in result.output
+    assert len(started) == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "strict"), [("--exit-strict", True), ("--exit-at-threshold", False)]
+)
+def test_a_score_at_the_threshold_may_go_either_way(started, flag, strict):
+    assert run(flag).exit_code == 0
+    assert started[0][0].exits["strict"] is strict
 
 
 def test_a_missing_package_is_named(started, monkeypatch):

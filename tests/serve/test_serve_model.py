@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -268,6 +269,8 @@ def test_a_vanilla_model_is_one_loop(pocket_nano):
             {"ranks": 2, "engine": {"kv_pressure": "offload"}},
             "kv_pressure: expected another with more than one rank, got offload",
         ),
+        ({"ranks": 2, "shortlist": True}, "shortlist: expected one rank with it, got 2"),
+        ({"exits": {"decay": 1.0}}, "decay: expected exit test max_prob, margin, cosine, gate"),
     ],
 )
 def test_options_that_do_not_fit(pocket_nano, options, sentence):
@@ -285,6 +288,23 @@ def test_exit_weights_are_read(pocket_nano, tmp_path):
         launch.app()
     save_file({"weight": torch.ones(128), "bias": torch.zeros(())}, path)
     assert launching._learned(str(path))["weight"].shape == (128,)
+
+
+def test_a_trace_and_a_shortlist(launch, server, tmp_path):
+    path = tmp_path / "steps.jsonl"
+    asked = [{"prompt": "def f", "temperature": 0}]
+    app = dataclasses.replace(launch, trace=str(path), shortlist=True).app()
+    with running(app) as other:
+        engine = app.state.service.engine._engine
+        (mine,) = ask(Live(other, app.state.service.engine, [engine]), asked)
+        assert engine.runner.readout.head.shortlist is not None
+        lines = [json.loads(line) for line in path.read_text().splitlines()]  # while it serves
+    (expected,) = ask(server, asked)
+    assert mine.choices[0].text == expected.choices[0].text
+    codas = [line for line in lines if line["stage"] == "coda"]
+    assert len(codas) == mine.usage.completion_tokens
+    with pytest.raises(OSError, match="nowhere"):
+        dataclasses.replace(launch, trace=str(tmp_path / "nowhere" / "f")).app()
 
 
 def test_names(tmp_path):
