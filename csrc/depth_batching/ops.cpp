@@ -7,7 +7,7 @@
 #include "depth_batching/head_binding.h"
 #include "depth_batching/kv_binding.h"
 #include "depth_batching/linear_binding.h"
-#include "depth_batching/shortlist_binding.h"
+#include "depth_batching/shortlist_cpu.h"
 
 #define GEMMA_EXT_PLACES "Tensor block_tables, Tensor row_req, Tensor row_pos, Tensor row_loop, "
 
