@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import functools
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,13 +88,7 @@ def test_workers_that_make_no_sense_are_refused():
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
-    def refuse(name, *args, **kwargs):
-        if name == "ray":
-            raise ImportError(name)
-        return found(name, *args, **kwargs)
-
-    found = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "ray", None)
     with (
         pytest.raises(ImportError, match=r"pip install 'gemma_ext\[ray\]'"),
         open_fleet(make_square, 1, ray="auto"),

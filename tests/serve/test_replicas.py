@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 import time
 from importlib.util import find_spec
 
@@ -50,8 +51,9 @@ def url():
     import socket
 
     import ray
-    from ray import serve
+    from ray import cloudpickle, serve
 
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
