@@ -167,9 +167,11 @@ def test_public_names():
     assert set(gemma_ext.__all__) == {
         "LinearCrossEntropy",
         "LinearCrossEntropyOutput",
+        "LinearDivergenceOutput",
         "VocabState",
         "__version__",
         "linear_cross_entropy",
+        "linear_divergence",
         "linear_logprobs",
     }
     for name in ("linear_cross_entropy", "linear_logprobs"):

@@ -98,7 +98,7 @@ def test_a_dead_replica_is_replaced(url):
     os.kill(killed, signal.SIGKILL)
     answer = client.completions.create(model=NAME, prompt="a", seed=1)
     assert answer.usage.completion_tokens > 0
-    end = time.monotonic() + 60
+    end = time.monotonic() + 200
     while len(now := processes()) < 2 or killed in now:
         assert time.monotonic() < end, f"{killed} was not replaced: {now}"
         time.sleep(0.5)
@@ -109,7 +109,7 @@ def test_a_replica_whose_engine_failed_is_replaced(url):
     before = {client.models.list().data[0].process for _ in range(10)}
     with pytest.raises(openai.InternalServerError, match="the engine failed: ZeroDivisionError"):
         client.completions.create(model=NAME, prompt=[POISON])
-    client, end = client.with_options(max_retries=10), time.monotonic() + 90
+    client, end = client.with_options(max_retries=10), time.monotonic() + 200
     while len(before & {client.models.list().data[0].process for _ in range(10)}) == 2:
         assert time.monotonic() < end, "the failed replica was not replaced"
         time.sleep(1)
