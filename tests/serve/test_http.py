@@ -620,7 +620,7 @@ def test_texts_and_tokens_to_convert_are_bounded(nano_tokenizer):  # noqa: F811
     ("field", "most", "more"),
     [
         ("logit_bias", {str(id): 1 for id in range(1024)}, {str(id): 1 for id in range(1025)}),
-        ("stop_token_ids", [5] * 1024, [5] * 1025),
+        ("stop_token_ids", [5] * 960, [5] * 961),
     ],
 )
 def test_tokens_that_a_request_names_are_bounded(server, field, most, more):

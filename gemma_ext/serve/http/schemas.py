@@ -11,11 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 
-from gemma_ext.serve.protocol import MOST_LOGPROBS, SamplingParams
+from gemma_ext.serve.protocol import MOST_IDS, MOST_LOGPROBS, SamplingParams
 
 MOST_STOPS = 64
 MOST_STOP_LETTERS = 1024  # of one stop string; so many may be held back
-MOST_IDS = 1024  # tokens that logit_bias or stop_token_ids name
+MOST_STOP_IDS = MOST_IDS - 64  # the model's own join them
 MOST_MESSAGES = 4096
 
 _COPIED = (
@@ -110,7 +110,7 @@ class Sampled(BaseModel):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: Annotated[list[int], Field(max_length=MOST_IDS), FailFast()] = []
+    stop_token_ids: Annotated[list[int], Field(max_length=MOST_STOP_IDS), FailFast()] = []
     ignore_eos: bool = False
     # of models with loops
     exit_threshold: float | None = None
