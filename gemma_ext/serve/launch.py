@@ -163,6 +163,9 @@ def load_model(
     Args:
         name: "pocket", "pocket:nano", a folder, or the id of a hub.
         dtype: of the weights; None for the stored one.
+
+    Raises:
+        ValueError: a folder that is not there.
     """
     kind, _, size = name.partition(":")
     if kind == "pocket":
@@ -172,6 +175,8 @@ def load_model(
         return made.model.to(device, dtype).eval(), made.tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if not Path(name).is_dir() and name.startswith(("/", ".", "~")):
+        raise ValueError(f"model: expected pocket, a folder or the id of a hub, got {name!r}")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if Path(name).is_dir():
         from gemma_ext.nn import recursive

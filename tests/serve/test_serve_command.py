@@ -140,3 +140,8 @@ def test_a_missing_package_is_named(started, monkeypatch):
     assert result.exit_code == 1
     assert "gemma-ext serve needs fastapi, uvicorn" in result.output
     assert "pip install 'gemma_ext[serve]'" in result.output
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model: expected pocket, a folder or the id of a hub"):
+        launch.load_model(str(tmp_path / "none"), "cpu", None)
