@@ -3,8 +3,17 @@
     k1 = log pi - log ref,   k2 = k1^2 / 2,   k3 = exp(-k1) - 1 + k1,   abs = |k1|
     full = sum_v pi_v (log pi_v - log ref_v)
 
-E_pi[k1] = E_pi[k3] = full. Of the gradients only that of k2 has the expectation of full's: "k1+"
-and "k3+" have the values of k1 and k3 and the gradient of k2 (verl's straight-through forms).
+E_pi[k1] = E_pi[k3] = full, but their gradients differ: the expectation of that of k1 is 0, of k3 that
+of KL(ref || pi), and only k2 has that of full. "k1+" and "k3+" have the values of k1 and k3 and the
+gradient of k2 (verl's straight-through forms). A reward is not differentiated, so there the place of
+the estimate decides too. Where the optimum ref exp(r / beta) is found, by a bandit
+(`tests/ppo/test_bandit.py`):
+
+| place  | finds it              | does not                                                   |
+|--------|-----------------------|------------------------------------------------------------|
+| reward | k1                    | k3 (drives away tokens below ref), full (same for every    |
+|        |                       | token, so no token is held back for its own divergence)    |
+| loss   | full, k2, k1+, k3+    | k1 (no penalty at all), k3 (penalises the other divergence)|
 """
 
 from __future__ import annotations
