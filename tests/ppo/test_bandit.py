@@ -108,7 +108,8 @@ def test_in_the_loss_the_right_gradient_counts(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"), [("k3", "reward"), ("full", "reward"), ("k1", "loss"), ("k3", "loss")]
+    ("kind", "place"),
+    [("k2", "reward"), ("k3", "reward"), ("full", "reward"), ("k1", "loss"), ("k3", "loss")],
 )
 def test_elsewhere_they_end_at_another_policy(kind, place):
     """What the docstring of `gemma_ext.nn.ppo.kl` warns of."""
