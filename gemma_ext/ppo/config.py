@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from gemma_ext.nn.ppo import AGGREGATIONS, KL_ESTIMATORS
 
 ADVANTAGES = ("gae", "rloo", "grpo", "remax", "reinforce++")
@@ -160,6 +162,10 @@ class PPOConfig:
     @property
     def has_critic(self) -> bool:
         return self.advantage == "gae"
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Products in bfloat16, if the run has them."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.bf16)
 
     def steps(self, world: int = 1) -> int:
         """Batches of the run on so many ranks."""
