@@ -141,9 +141,11 @@ def weights(made: PPOTrainer) -> dict[str, torch.Tensor]:
     if made.critic is not None:
         found |= {f"critic.{k}": v for k, v in made.critic.state_dict().items()}
     state = made.reference.state_dict()
-    return found | {f"reference.{k}": v for k, v in state.items()} | {
-        "coefficient": torch.tensor(made.control.coef, dtype=torch.float64)
-    }
+    return (
+        found
+        | {f"reference.{k}": v for k, v in state.items()}
+        | {"coefficient": torch.tensor(made.control.coef, dtype=torch.float64)}
+    )
 
 
 def lines(history: History | Path) -> list[str]:
