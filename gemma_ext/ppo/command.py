@@ -88,6 +88,10 @@ def main(
             typer.echo(done.page)
 
 
+# flags that are no options here are fields of the configuration
+main.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Errors of the input as one sentence; a stopped run says how it goes on."""
