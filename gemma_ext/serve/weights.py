@@ -295,8 +295,10 @@ def _low_rank(linear: nn.Module) -> tuple[Tensor, Tensor]:
     if hasattr(linear, "base_layer"):  # peft's
         active = () if linear.disable_adapters or linear.merged else linear.active_adapters
         for name in active:
-            if name not in getattr(linear, "lora_A", ()) or linear.use_dora.get(name):
+            if not hasattr(linear, "lora_A") or linear.use_dora.get(name):
                 raise ValueError(f"model: expected plain LoRA adapters, got another kind in {name}")
+            if name not in linear.lora_A:  # it leaves this layer alone
+                continue
             downs.append(linear.lora_A[name].weight)
             ups.append(linear.lora_B[name].weight * linear.scaling[name])
     elif hasattr(linear, "lora_A"):  # a plan may leave out the matrices of the first loops
