@@ -87,9 +87,7 @@ def test_function_of_the_working_folder(tmp_path, monkeypatch):
         load_reward("my_rewards_of_ppo:three")
     with pytest.raises(ValueError, match="expected a module no_such_rewards"):
         load_reward("no_such_rewards:f")
-    with pytest.raises(
-        ValueError, match="expected module:function, a folder or a hub id, got nowhere"
-    ):
+    with pytest.raises(ValueError, match="a folder or a hub id, got nowhere"):
         load_reward("nowhere")
 
 
@@ -130,9 +128,9 @@ def test_mistakes():
         Rewards(3)
     with pytest.raises(TypeError, match="expected a tokenizer for the module Linear"):
         Rewards(torch.nn.Linear(D, 1))
+
+    def short(completions):
+        return [1.0]
+
     with pytest.raises(ValueError, match=r"expected 3 numbers of short, .* got \[1\]"):
-
-        def short(completions):
-            return [1.0]
-
         Rewards(short)(responses())
