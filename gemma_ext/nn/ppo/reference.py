@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.nn.ppo.adapters import peft_model
+from gemma_ext.nn.ppo.adapters import peft_model, without
 from gemma_ext.nn.ppo.hidden import HiddenHead, read
 from gemma_ext.nn.ppo.sequences import Sequences
 
@@ -87,7 +87,7 @@ class AdapterOffReference:
         training = self.policy.training
         self.policy.eval()
         try:
-            with peft_model(self.policy).disable_adapter():
+            with without(self.policy):
                 return [(1.0, read(self.policy, sequences).head)]
         finally:
             self.policy.train(training)
