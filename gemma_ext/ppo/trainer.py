@@ -102,7 +102,8 @@ class PPOTrainer:
         self.pad, self.ends = pad_of(tokenizer), ends_of(config, policy, tokenizer)
         self.reference = reference if reference is not None else _default_reference(policy)
         self.critic = self._critic(value) if config.has_critic else None
-        without_dropout(config, policy, *(() if self.critic is None else (self.critic,)))
+        own = [self.critic.model] if isinstance(self.critic, SeparateCritic) else []
+        without_dropout(config, policy, *own)
         self.prompts = (
             prompts
             if isinstance(prompts, Prompts)
