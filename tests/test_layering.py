@@ -19,7 +19,7 @@ ALLOWED = {
     "report": CORE | {"gemma_ext", "info"},
     "souping": CORE | {"gemma_ext", "_host", "report", "lm", "info"},
     "sae": CORE | {"gemma_ext", "lm", "report", "integrations", "pocket"},
-    "ppo": CORE | {"gemma_ext", "lm", "report", "integrations", "pocket"},
+    "ppo": CORE | {"gemma_ext", "lm", "report", "integrations", "pocket", "serve"},
     "lm": CORE | {"gemma_ext", "info"},
     "testing": CORE,
     "integrations": CORE | {"gemma_ext"},

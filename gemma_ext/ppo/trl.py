@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,13 +236,14 @@ class PPOTrainer:
             if not hasattr(callback, "on_step_end"):
                 callback(trainer, step, line)
         self._tell("on_step_end")
+        if self.control.should_training_stop and step < trainer.steps:
+            trainer.steps = step
+            trainer.save()
         if step % self.args.logging_steps == 0 or step == trainer.steps:
             self.state.log_history.append(dict(line))
             self._tell("on_log", logs=dict(line))
         if step % self.args.save_steps == 0 or step == trainer.steps:
             self._tell("on_save")
-        if self.control.should_training_stop:
-            trainer.steps = step
 
     def _tell(self, event: str, **more: Any) -> None:
         told = {"model": self.model, "processing_class": self.processing_class, **more}
@@ -287,7 +289,7 @@ class NamedAdapterReference(AdapterOffReference):
         self.name = name
         super().__init__(policy)
 
-    def _off(self) -> Any:
+    def acting(self) -> AbstractContextManager[None]:
         return active(self.policy, self.name)
 
 

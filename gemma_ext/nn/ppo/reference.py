@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,10 +88,14 @@ class AdapterOffReference:
         training = self.policy.training
         self.policy.eval()
         try:
-            with without(self.policy):
+            with self.acting():
                 return [(1.0, read(self.policy, sequences).head)]
         finally:
             self.policy.train(training)
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Within it the policy is the reference."""
+        return without(self.policy)
 
     def after_update(self, policy: nn.Module, step: int) -> dict[str, float]:
         return {}
