@@ -78,7 +78,7 @@ class ChunkedLogProbFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         ctx.dtype = _dtype_of(hidden)
-        e, c, b = (_to(x, ctx.dtype) for x in (hidden, weight, bias))
+        e, c, b = _computed(hidden, weight, bias, ctx.dtype, head.logit_scale)
         check_problem(e, c, targets, b, method)
         check_labels(targets, c.shape[0], head.ignore_index)
         out = op.forward(
@@ -123,15 +123,20 @@ class ChunkedLogProbFunction(torch.autograd.Function):
             mean=None if d_entropy is None else -d_entropy,
         )
         with _gathered(weight, bias):
-            e, c, b = (_to(x, ctx.dtype) for x in (hidden, weight, bias))
-            found = op.gradients(
+            e, c, b = _computed(hidden, weight, bias, ctx.dtype, ctx.options["logit_scale"])
+            de, dc, dbias = op.gradients(
                 *(e, c, targets, b, None, op.Forwarded(*out), d),
                 needs=ctx.needs_input_grad[:3],
                 **ctx.options,
             )
-        of = (hidden, weight, bias)
-        grads = (x if x is None else x.to(t.dtype) for x, t in zip(found, of, strict=True))
-        return (*grads, None, None, None, None)
+        if dbias is not None:
+            dbias = (dbias * ctx.options["logit_scale"]).to(bias.dtype)
+        return (
+            None if de is None else de.to(hidden.dtype),
+            None if dc is None else dc.to(weight.dtype),
+            dbias,
+            *(None, None, None, None),
+        )
 
 
 def _dtype_of(hidden: Tensor) -> torch.dtype:
@@ -140,8 +145,13 @@ def _dtype_of(hidden: Tensor) -> torch.dtype:
     return torch.float32 if dtype == torch.float64 else dtype
 
 
-def _to(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if x is None else x.to(dtype)
+def _computed(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, scale: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in `dtype`; the bias scaled, for trl scales its sum with the product."""
+    if bias is not None:
+        bias = bias.to(dtype).float() * scale
+    return hidden.to(dtype), weight.to(dtype), bias
 
 
 def _gathered(weight: Tensor, bias: Tensor | None) -> contextlib.AbstractContextManager:
