@@ -63,7 +63,10 @@ def policy(
 
     mine = head(d)
     if ref_d is None:
-        theirs = tuple(x if x is None else x + distance * normal(*x.shape) * x.std() for x in mine)
+        theirs = tuple(
+            None if x is None else x + distance * x.square().mean().sqrt() * normal(*x.shape)
+            for x in mine
+        )
     else:
         theirs = head(ref_d)
     targets = torch.randint(0, v, (n,), generator=g)

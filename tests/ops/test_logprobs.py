@@ -145,7 +145,7 @@ def test_gradcheck_of_the_reference(temperature, softcap, biased):
         torch.randn(*size, generator=g, dtype=torch.float64)
         for size in ((5, 3), (7, 3), (7,), (5, 4), (7, 4))
     )
-    e, c = e * 20.0, c.requires_grad_()
+    e, c = e * 2.0, c.requires_grad_()
     targets = torch.tensor([0, 6, IGNORE, 3, 2])
     tensors = (e.requires_grad_(), c, *([bias.requires_grad_()] if biased else []))
     for kl in KL_KINDS:
@@ -171,7 +171,7 @@ def test_sixteen_bits_against_float64_of_the_same_inputs(impl, dtype):
     )  # fmt: skip
     want = truth(p, theirs)
     for field in FIELDS:
-        assert float((getattr(out, field) - want[field]).abs().max()) < 1e-4, field
+        assert float((getattr(out, field) - want[field]).detach().abs().max()) < 1e-4, field
     u = torch.randn(3, 41, generator=torch.Generator().manual_seed(6))
     names = ("logprobs", "entropy", "kl")
     got = gradients(sum((w * getattr(out, n)).sum() for n, w in zip(names, u, strict=True)), mine)
@@ -211,7 +211,8 @@ def test_large_vocabularies(impl, vocab):
     )
     want = truth(p, theirs)
     for field, tolerance in zip(FIELDS, (2e-5, 1e-4, 1e-4, 2e-5, 1e-4, 2e-5), strict=True):
-        assert float((getattr(out, field) - want[field]).abs().max()) < tolerance, field
+        error = (getattr(out, field) - want[field]).detach().abs().max()
+        assert float(error) < tolerance, field
     got = gradients((out.logprobs + 0.1 * out.entropy).sum(), mine)
     wanted = gradients((want["logprobs"] + 0.1 * want["entropy"]).sum(), theirs)
     for leaf, grad in got.items():
