@@ -171,12 +171,13 @@ def check_every_field_of_logprobs(rank, world):
                     e, problem.mine(c), targets, bias=problem.mine(bias), **options
                 )
 
-            options = {**fields, "impl": impl, "kl": "k3", "ref_logprobs": ref}
+            options = {**fields, "impl": impl, "kl": "k2", "ref_logprobs": ref}
             given = (problem.e, problem.c, problem.b, problem.targets)
             one = solve(gemma_ext.linear_logprobs, *given, **options)
             many = solve(sharded, *given, **options)
             assert len(one.outputs) == len(many.outputs) == 7
-            near = {"rtol": 1e-10, "atol": 1e-12} if impl == "reference" else {}
+            near = 1e-10 if impl == "reference" else 2e-5
+            near = {"rtol": near, "atol": near}
             torch.testing.assert_close(many.outputs, one.outputs, **near)
             torch.testing.assert_close(many.de, one.de, **near)
             torch.testing.assert_close(problem.mine(many.dc), problem.mine(one.dc), **near)

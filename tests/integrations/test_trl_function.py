@@ -310,3 +310,18 @@ def test_a_whole_trainer_takes_the_same_steps(tmp_path):
     for ours, theirs in zip(got.logs, expected.logs, strict=True):
         for name in ("entropy", "mean_token_accuracy"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True)]
+)
+def test_some_of_the_inputs_may_be_frozen(wanted):
+    *tensors, targets = problem()
+    mine = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
+    all_of_them = leaves(*tensors)
+    for args in (mine, all_of_them):
+        out = Ours.apply(*args, targets, 0.8, 256, 5.0)
+        (out[0] - 0.1 * out[1]).sum().backward()
+    for x, y, w in zip(mine, all_of_them, wanted, strict=True):
+        assert (x.grad is not None) == w
+        assert not w or torch.equal(x.grad, y.grad)

@@ -430,3 +430,22 @@ def test_what_does_not_fit_is_refused(name):
 def test_what_is_no_tensor_is_refused():
     with pytest.raises(TypeError, match="expected ref_logprobs to be a tensor, got float"):
         gemma_ext.linear_logprobs(P.e, P.c, P.targets, kl="k1", ref_logprobs=0.5)
+
+
+def test_one_graph_of_a_compiler(impl):
+    torch._dynamo.reset()
+    p = policy(19, 16, 300, ignored=0.2, bias=False, seed=22)
+
+    def fields(e: Tensor, c: Tensor, y: Tensor, ref_e: Tensor, ref_c: Tensor) -> tuple:
+        out = impl.logprobs(e, c, y, kl="full", ref_e=ref_e, ref_c=ref_c, **EVERYTHING, **CAPPED)
+        return tuple(out)
+
+    def run(function: object) -> list[Tensor]:
+        mine = p.leaves()
+        out = function(mine["e"], mine["c"], p.targets, p.ref_e, p.ref_c)
+        total = out[0].sum() + out[1].sum() + out[5].sum()
+        return [*out, *gradients(total, mine).values()]
+
+    compiled = torch.compile(fields, fullgraph=True, dynamic=True, backend="aot_eager")
+    for a, b in zip(run(compiled), run(fields), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
