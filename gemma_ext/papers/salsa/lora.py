@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from gemma_ext.papers.salsa.soup import check_parents, soup, uniform, weights_of
+from gemma_ext.papers.salsa.soup import check_parents, check_weights, soup, uniform
 from gemma_ext.souping.lora import Adapter, Factors, merge_adapters
 
 
@@ -29,9 +29,10 @@ def lora_average(adapters: Sequence[Adapter], weights: Sequence[float] | None = 
     Raises:
         ValueError: see `souping.lora.merge_adapters`; or weights that do not add up to 1.
     """
-    weights = uniform(len(adapters)) if weights is None else weights
-    (row,) = weights_of(weights, ["adapters"], len(adapters))
-    return merge_adapters([_widened(adapter) for adapter in adapters], row, "cat")
+    if not adapters:
+        raise ValueError("expected at least one adapter, got none")
+    weights = check_weights(weights or uniform(len(adapters)), len(adapters))
+    return merge_adapters([_widened(adapter) for adapter in adapters], weights, "cat")
 
 
 def lora_soup(

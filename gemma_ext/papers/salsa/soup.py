@@ -93,12 +93,27 @@ def weights_of(weights: Weights, names: Sequence[str], parents: int) -> list[lis
         ValueError: another number than K, a sum other than 1, or a group without weights.
     """
     if not isinstance(weights, Mapping):
-        return [_checked("weights", weights, parents)] * len(names)
-    held = {group: _checked(group, row, parents) for group, row in weights.items()}
+        return [check_weights(weights, parents)] * len(names)
+    held = {group: check_weights(row, parents, group) for group, row in weights.items()}
     for name in names:
         if group_of(name) not in held:
             raise ValueError(f"expected weights of {group_of(name)} for {name}, got none")
     return [held[group_of(name)] for name in names]
+
+
+def check_weights(weights: Sequence[float], parents: int, who: str = "weights") -> list[float]:
+    """K floats.
+
+    Raises:
+        ValueError: another number than K, or a sum other than 1.
+    """
+    weights = [float(weight) for weight in weights]
+    if len(weights) != parents:
+        raise ValueError(f"expected {parents} numbers in {who}, got {len(weights)}")
+    total = math.fsum(weights)
+    if not abs(total - 1) <= 1e-6:  # a NaN too
+        raise ValueError(f"expected {who} to add up to 1, got {total:g}")
+    return weights
 
 
 def check_parents(parents: Sequence[nn.Module]) -> None:
@@ -153,16 +168,6 @@ def check_tokenizers(tokenizers: Sequence[Any]) -> None:
                 raise ValueError(
                     f"expected the {what} of the first tokenizer in tokenizers[{k}], got another"
                 )
-
-
-def _checked(who: str, weights: Sequence[float], parents: int) -> list[float]:
-    weights = [float(weight) for weight in weights]
-    if len(weights) != parents:
-        raise ValueError(f"expected {parents} numbers in {who}, got {len(weights)}")
-    total = math.fsum(weights)
-    if not abs(total - 1) <= 1e-6:  # a NaN too
-        raise ValueError(f"expected {who} to add up to 1, got {total:g}")
-    return weights
 
 
 def _other_setting(first: nn.Module, other: nn.Module) -> str | None:
