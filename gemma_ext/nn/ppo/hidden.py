@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from gemma_ext.nn._defer_head import defer_head
@@ -12,6 +14,7 @@ from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.nn.ppo.sequences import Sequences
 from gemma_ext.ops.cce import linear_logprobs
+from gemma_ext.ops.cce.divergence import divergence_rows
 
 _REMEDY = "its log-probabilities cannot be had without holding its logits"
 
@@ -59,11 +62,14 @@ class Read(NamedTuple):
     states: Tensor
 
 
-def read(model: nn.Module, sequences: Sequences) -> Read:
+def read(model: nn.Module, sequences: Sequences, where: Tensor | None = None) -> Read:
     """Hidden states and head of a causal LM of transformers, under any wrapper of `unwrap`.
 
     The model's own forward runs, so that caps, scales, biases, adapters of the head and autocast
     are the model's; of its logits nothing is multiplied out.
+
+    Args:
+        where: bool [B, P + T], the places to read instead of those before response tokens.
 
     Raises:
         TypeError, DeferredLogitsError: the model makes its logits in another way than by a product
@@ -76,10 +82,39 @@ def read(model: nn.Module, sequences: Sequences) -> Read:
     logits = output.logits
     if not isinstance(logits, DeferredLogits):
         raise TypeError(f"expected {options.owner} to return the logits of its head; {_REMEDY}")
-    rows = sequences.hidden_rows(logits)
+    rows = sequences.hidden_rows(logits) if where is None else logits[where]
     found = rows.head()
     head = HiddenHead(found["e"], found["c"], found["bias"], found["softcap"], found["logit_scale"])
     return Read(head, rows.terms[0].hidden)
+
+
+def exact_kl(
+    head: HiddenHead, references: Sequence[tuple[float, HiddenHead]], temperature: float = 1.0
+) -> Tensor:
+    """sum_k a_k KL(head || reference_k) of whole distributions, float32 [N], differentiable.
+
+    Args:
+        references: weights and heads, as `Reference.heads` gives them.
+    """
+    total = torch.zeros(head.hidden.shape[0], device=head.hidden.device)
+    for weight, other in references:
+        rows = divergence_rows(
+            head.hidden,
+            head.weight,
+            other.hidden,
+            other.weight,
+            bias=head.bias,
+            teacher_bias=other.bias,
+            kind="reverse_kl",
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            temperature=temperature,
+            teacher_softcap=other.softcap,
+            teacher_logit_scale=other.logit_scale,
+            filter_eps=None,
+        )
+        total = total + weight * rows.divergence
+    return total
 
 
 def model_inputs(bare: nn.Module, sequences: Sequences) -> dict[str, Any]:

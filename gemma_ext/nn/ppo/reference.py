@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.nn._models import unwrap
+from gemma_ext.nn.ppo.adapters import peft_model
 from gemma_ext.nn.ppo.hidden import HiddenHead, read
 from gemma_ext.nn.ppo.sequences import Sequences
 
@@ -77,7 +76,7 @@ class AdapterOffReference:
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
-        self._off()
+        peft_model(policy)
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:
@@ -88,7 +87,7 @@ class AdapterOffReference:
         training = self.policy.training
         self.policy.eval()
         try:
-            with self._off():
+            with peft_model(self.policy).disable_adapter():
                 return [(1.0, read(self.policy, sequences).head)]
         finally:
             self.policy.train(training)
@@ -101,13 +100,3 @@ class AdapterOffReference:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
-
-    def _off(self) -> AbstractContextManager[None]:
-        model = self.policy
-        while not hasattr(model, "disable_adapter"):
-            inner = getattr(model, "module", getattr(model, "_orig_mod", None))
-            if not isinstance(inner, nn.Module):
-                kind = type(unwrap(self.policy)).__name__
-                raise TypeError(f"policy: expected a model of peft, got {kind}")
-            model = inner
-        return model.disable_adapter()
