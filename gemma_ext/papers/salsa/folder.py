@@ -70,6 +70,18 @@ def record(
     }
 
 
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file beside its place and renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def save(
     folder: str | Path, soup: nn.Module, entry: Mapping[str, Any], tokenizer: Any = None
 ) -> Path:
@@ -87,7 +99,7 @@ def save(
     soup.save_pretrained(beside)
     if tokenizer is not None:
         tokenizer.save_pretrained(beside)
-    (beside / RECORD).write_text(json.dumps(entry, indent=1) + "\n", encoding="utf-8")
+    write_json(beside / RECORD, entry)
     os.replace(beside, folder)
     return folder
 
@@ -101,7 +113,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / RECORD
     if not path.exists():
         raise ValueError(f"folder: expected {RECORD} in {folder}, got none")
-    entry = json.loads(path.read_text(encoding="utf-8"))
+    entry = read_json(path)
     if entry.get("format") != 1:
         raise ValueError(f"{path}: expected format 1, got {entry.get('format')}")
     return entry
