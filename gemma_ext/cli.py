@@ -40,7 +40,9 @@ def main() -> None:
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name)
         else:
-            app.command(name)(target)
+            # a command whose further flags are its own business says so
+            settings = getattr(target, "context_settings", None)
+            app.command(name, context_settings=settings)(target)
     app(prog_name="gemma-ext")
 
 

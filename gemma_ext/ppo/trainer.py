@@ -31,6 +31,7 @@ from gemma_ext.nn.ppo.critic import width_of
 from gemma_ext.ppo import checkpoint, experience, metrics
 from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.history import History, live_metrics
+from gemma_ext.ppo.memory import Plan, plan
 from gemma_ext.ppo.prompts import Prompts
 from gemma_ext.ppo.ranks import rank, world
 from gemma_ext.ppo.rewards import Responses, Rewards
@@ -257,6 +258,13 @@ class PPOTrainer:
                 responses.prompts, responses.completions, scores.tolist(), strict=True
             )
         ]
+
+    def plan(self) -> Plan:
+        """Predicted bytes of each phase, for the longest of the first prompts."""
+        others = [self.critic, getattr(self.reference, "model", None), *self.rewards.functions]
+        longest = max(len(self.prompts.ids(row)) for row in range(min(64, len(self.prompts))))
+        modules = [part for part in others if isinstance(part, nn.Module)]
+        return plan(self.config, self.policy, self.update.trained(), modules, longest)
 
     def save(self) -> None:
         """Writes the checkpoint; the one before stays until it is whole."""

@@ -148,7 +148,7 @@ class ScriptedEngine:
             reason = "stop"
         elif len(entry.output) == params.max_tokens:
             reason = "length"
-        token = _token(id, logits, params.logprobs, depth)
+        token = _token(id, logits / params.divisor, params.logprobs, depth)
         return Event(entry.id, token, reason, prompt=prompt)
 
     def _score(self, request: Request) -> tuple[Token, ...]:

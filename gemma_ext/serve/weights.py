@@ -121,7 +121,8 @@ def read_weights(
     """The tensors of `model`, shared with it where dtype and device are its own.
 
     Args:
-        model: a causal LM of `ARCHITECTURES`, vanilla or of `gemma_ext.nn.recursive`.
+        model: a causal LM of `ARCHITECTURES`, vanilla or of `gemma_ext.nn.recursive`. Active LoRA
+            adapters of peft inside it are read as they are, at any rank, beside the shared weights.
 
     Raises:
         ValueError: the architecture, or an option of it, that the engine does not run.
@@ -157,6 +158,8 @@ class _Reader:
             self.body.embed_tokens,
             self.body.norm,
         )
+        if any(hasattr(m, "modules_to_save") or hasattr(m, "base_layer") for m in (head, embed)):
+            raise ValueError("model: expected adapters of the layers alone, got one of the head")
         if head.bias is not None:
             raise ValueError("model: expected a head without bias, got one with a bias")
         attention = self.layers[0].self_attn
@@ -236,15 +239,15 @@ class _Reader:
         first = loops[0]
         if any(loop.weight is not first.weight for loop in loops):
             raise ValueError("model: expected the loops of a layer to share their weights")
-        rank = max(getattr(loop, "rank", 0) for loop in loops)
+        found = [_low_rank(loop) for loop in loops]
+        rank = max(len(a) for a, _ in found)
         if rank == 0:
             return Projection(self.tensor(first.weight), self.tensor(first.bias))
         outs, ins = first.weight.shape
         a = torch.zeros(len(loops), rank, ins, **self.place)
         b = torch.zeros(len(loops), outs, rank, **self.place)
-        for j, loop in enumerate(loops):
-            if hasattr(loop, "lora_A"):  # a plan may leave out the matrices of the first loops
-                a[j], b[j] = loop.lora_A.detach(), loop.lora_B.detach()
+        for j, (down, up) in enumerate(found):
+            a[j, : len(down)], b[j, :, : len(down)] = down, up
         return Projection(self.tensor(first.weight), self.tensor(first.bias), a, b)
 
     def exit_head(self) -> tuple[Tensor, Tensor] | None:
@@ -282,3 +285,21 @@ class _Reader:
                 return entry
         self.ropes.append((frequencies.float(), float(scale)))
         return len(self.ropes) - 1
+
+
+@torch.no_grad()
+def _low_rank(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """A [r, D] and B [F, r] that act beside the weight, of a depth and of active adapters."""
+    downs = [linear.weight.new_zeros(0, linear.weight.shape[1])]
+    ups = [linear.weight.new_zeros(linear.weight.shape[0], 0)]
+    if hasattr(linear, "base_layer"):  # peft's
+        active = () if linear.disable_adapters or linear.merged else linear.active_adapters
+        for name in active:
+            if name not in getattr(linear, "lora_A", ()) or linear.use_dora.get(name):
+                raise ValueError(f"model: expected plain LoRA adapters, got another kind in {name}")
+            downs.append(linear.lora_A[name].weight)
+            ups.append(linear.lora_B[name].weight * linear.scaling[name])
+    elif hasattr(linear, "lora_A"):  # a plan may leave out the matrices of the first loops
+        downs.append(linear.lora_A)
+        ups.append(linear.lora_B)
+    return torch.cat(downs), torch.cat(ups, 1)

@@ -1,5 +1,6 @@
 """Proximal policy optimisation: sequences, references, values and the tensor functions."""
 
+from gemma_ext.nn.ppo.adapter_reward import AdapterReward
 from gemma_ext.nn.ppo.adapters import active, with_adapters
 from gemma_ext.nn.ppo.advantages import SCALES, grpo, reinforce_plus_plus, remax, rloo
 from gemma_ext.nn.ppo.aggregation import AGGREGATIONS, Counts, aggregate, count, token_weights
@@ -23,6 +24,7 @@ __all__ = [
     "SCALES",
     "AdapterCritic",
     "AdapterOffReference",
+    "AdapterReward",
     "AdaptiveKL",
     "Counts",
     "Critic",

@@ -3,8 +3,16 @@
     k1 = log pi - log ref,   k2 = k1^2 / 2,   k3 = exp(-k1) - 1 + k1,   abs = |k1|
     full = sum_v pi_v (log pi_v - log ref_v)
 
-E_pi[k1] = E_pi[k3] = full. Of the gradients only that of k2 has the expectation of full's: "k1+"
-and "k3+" have the values of k1 and k3 and the gradient of k2 (verl's straight-through forms).
+E_pi[k1] = E_pi[k3] = full, but the expectation of k1's gradient is 0, of k3's that of
+KL(ref || pi), and only k2's is that of full. "k1+" and "k3+" have the values of k1 and k3 and the
+gradient of k2 (verl's straight-through forms). A reward is not differentiated, so the place decides
+too. Which of them lead to the optimum ref exp(r / beta), as `tests/ppo/test_bandit.py` shows:
+
+| place  | there              | elsewhere                                                     |
+|--------|--------------------|---------------------------------------------------------------|
+| reward | k1                 | k2 and k3 (push tokens below ref further down); full (the     |
+|        |                    | same for every token, so none answers for its own divergence) |
+| loss   | full, k2, k1+, k3+ | k1 (no penalty at all); k3 (penalises KL(ref || pi))          |
 """
 
 from __future__ import annotations

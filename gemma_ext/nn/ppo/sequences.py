@@ -161,6 +161,11 @@ class Sequences:
         """
         return hidden[self._before()]
 
+    def last(self) -> Tensor:
+        """[B, P + T] bool, true at the last token of each row."""
+        places = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return places == (self.prompt_width - 1 + self.lengths).unsqueeze(1)
+
     def pack(self, values: Tensor) -> Tensor:
         """[N, ...] of [B, T, ...]."""
         return values[self.response_mask]
