@@ -102,7 +102,6 @@ def main(
     }
     identity = {k: v for k, v in facts.items() if k not in ("seeds", "betas")}
     kept = Kept(out / "results.json", identity | {"sft": sft_rate, "collapse": collapse_beta})
-    shown: dict[str, Any] = {"checks": []}
 
     @cache
     def parents(seed: int) -> list[Any]:
@@ -139,7 +138,7 @@ def main(
         }
 
     chosen = list(range(1, seeds + 1))
-    shown["checks"] = [kept(f"checks, seed {s}", lambda s=s: checked(s)) for s in chosen]
+    checks = [kept(f"checks, seed {s}", lambda s=s: checked(s)) for s in chosen]
     common = {
         "rewards": articles,
         "prompts": [cut(text)[0] for text in train],
@@ -159,8 +158,8 @@ def main(
     collapsing = []
     if collapse_beta:
         collapsing = collapses(setting, collapse_beta, parents, kept, out / "runs", common)
-    page.write(out / "report.html", records, shown["checks"], collapsing, facts)
-    text = page.markdown(records, shown["checks"], collapsing)
+    page.write(out / "report.html", records, checks, collapsing, facts=facts)
+    text = page.markdown(records, checks, collapsing)
     (out / "table.md").write_text(text, encoding="utf-8")
     print(f"{text}\n{out / 'report.html'}")
 

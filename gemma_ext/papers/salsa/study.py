@@ -225,6 +225,13 @@ def comparison(
     }
 
 
+def anchors_of(records: Sequence[Record]) -> list[str]:
+    """Models that all points have a divergence from, those that are further from a run first."""
+    sets = [set(point) for record in records for point in record["points"]]
+    order = ("theta_0", "sft_1", "soup")
+    return [name for name in order if all(f"kl_{name}" in names for names in sets)]
+
+
 def ends(records: Sequence[Record], names: Sequence[str]) -> list[dict[str, Any]]:
     """By method and beta: mean and half interval over seeds of the last point's numbers."""
     groups: dict[tuple[str, float], list[Record]] = {}
