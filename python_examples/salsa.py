@@ -67,12 +67,12 @@ def main(
     betas: Annotated[str, typer.Option(help="Weights of the divergence.")] = "0.05,0.2",
     sft_steps: Annotated[int, typer.Option(min=1, help="Of a parent.")] = 120,
     sft_rate: Annotated[float, typer.Option(help="Of a parent.")] = 2e-3,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of responses.")] = 16,
-    batch: Annotated[int, typer.Option(min=2, help="Responses of a batch.")] = 24,
-    length: Annotated[int, typer.Option(min=2, help="Tokens of a response.")] = 20,
-    rate: Annotated[float, typer.Option(help="Learning rate of the policy.")] = 5e-4,
-    every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 8,
-    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts of a measurement.")] = 96,
+    steps: Annotated[int, typer.Option(min=1, help="Batches of responses.")] = 12,
+    batch: Annotated[int, typer.Option(min=2, help="Responses of a batch.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a response.")] = 16,
+    rate: Annotated[float, typer.Option(help="Learning rate of the policy.")] = 1e-3,
+    every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 4,
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts of a measurement.")] = 64,
     collapse_beta: Annotated[
         float, typer.Option(help="Of runs that are to collapse; 0 for none.")
     ] = 4.0,

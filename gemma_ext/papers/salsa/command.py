@@ -30,6 +30,7 @@ from gemma_ext.ppo import Prompts, summary, train_policy
 from gemma_ext.ppo.command import join_ranks, make_config, parse_flags
 from gemma_ext.ppo.opening import load_causal
 from gemma_ext.ppo.rewards import Rewards
+from gemma_ext.ppo.run import SAMPLES
 
 RECORD = "salsa.json"
 _HELD = "A .jsonl with prompt and completion, or text: the SFT's held-out data."
@@ -155,7 +156,8 @@ def train(
             title=f"{label}: {', '.join(opened.models)}",
             facts={"parents": parents, "reference": reference, "init": init, "weights": str(given)},
         )
-        final = {"zero": trainer.zero, "stopped": trainer.stopped, "samples": trainer.before}
+        samples = read_json(out / SAMPLES)["after"]
+        final = {"zero": trainer.zero, "stopped": trainer.stopped, "samples": samples}
         write_json(out / RECORD, {**kept, **final, "points": points})
         typer.echo(summary(done.history))
         if trainer.stopped:

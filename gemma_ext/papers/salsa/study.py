@@ -12,6 +12,7 @@ import copy
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -268,35 +269,26 @@ def study(
         kept: of `report.Kept`: finished runs are not made again.
         rest: of `run`.
     """
-    records = []
-    for seed in seeds:
-        made: dict[str, Any] = {}
 
-        def one(method: str, beta: float, seed: int = seed, made: dict = made) -> dict[str, Any]:
-            if not made:
-                made["parents"] = parents(seed)
-                weights = [setting.alpha, 1 - setting.alpha]
-                made["anchors"] = {
-                    "theta_0": theta_0,
-                    "sft_1": made["parents"][0],
-                    "soup": soup(made["parents"], weights),
-                }
-            return run(
-                method,
-                beta,
-                seed,
-                setting=setting,
-                parents=made["parents"],
-                anchors=made["anchors"],
-                folder=folder / f"{method}-{beta:g}-{seed}".replace(" ", "-"),
-                **rest,
-            )
+    @cache
+    def of_seed(seed: int) -> tuple[Sequence[nn.Module], dict[str, nn.Module]]:
+        two = parents(seed)
+        made = soup(two, [setting.alpha, 1 - setting.alpha])
+        return two, {"theta_0": theta_0, "sft_1": two[0], "soup": made}
 
-        for method in methods:
-            for beta in setting.betas:
-                name = f"{method}, beta {beta:g}, seed {seed}"
-                records.append(kept(name, lambda m=method, b=beta: one(m, b)))
-    return records
+    def one(method: str, beta: float, seed: int) -> dict[str, Any]:
+        two, anchors = of_seed(seed)
+        place = folder / f"{method}-{beta:g}-{seed}".replace(" ", "-")
+        return run(
+            method, beta, seed, setting=setting, parents=two, anchors=anchors, folder=place, **rest
+        )
+
+    return [
+        kept(f"{method}, beta {beta:g}, seed {seed}", partial(one, method, beta, seed))
+        for beta in setting.betas
+        for seed in seeds
+        for method in methods
+    ]
 
 
 def facts(setting: Setting) -> dict[str, str]:
