@@ -67,7 +67,7 @@ def test_polynomial_is_the_least_squares_fit_and_its_edges_are_known():
     x = np.linspace(-5, 5, 100)
     fit = np.polyfit(x, 1 / (1 + np.exp(-x)), 5)
     a, b, c, d = rules.POLYNOMIAL
-    np.testing.assert_allclose(fit, [a, 0, b, 0, c, d], rtol=2e-8, atol=1e-12)
+    np.testing.assert_allclose(fit, [a, 0, b, 0, c, d], rtol=1e-11, atol=1e-14)
     dense = torch.linspace(-4.999999, 4.999999, 20001, dtype=torch.float64)
     found = rules.polynomial(dense)
     assert (found.diff() > 0).all()
@@ -149,9 +149,7 @@ def test_a_draw_from_the_references_own_distribution_is_worth_one_half(k):
 
 def test_slope_spans_the_quantile_and_the_linear_rule():
     r, q = batch(8)
-    torch.testing.assert_close(
-        rules.sigmoid(r, q, k=1e6), rules.quantile(r, q), atol=1e-12, rtol=0
-    )
+    torch.testing.assert_close(rules.sigmoid(r, q, k=1e6), rules.quantile(r, q), atol=1e-12, rtol=0)
     k = 1e-4
     torch.testing.assert_close(
         4 / k * (rules.sigmoid(r, q, k=k) - 0.5), rules.centred(r, q), atol=1e-6, rtol=0
@@ -180,9 +178,7 @@ def test_masked_references_do_not_count_whatever_they_hold():
     mask[:, :2] = True
     poisoned = torch.where(mask, q, math.nan)
     for name in RELATIVE:
-        rows = [
-            shaped(name, r[i : i + 1], q[i : i + 1, mask[i]])[0] for i in range(len(r))
-        ]
+        rows = [shaped(name, r[i : i + 1], q[i : i + 1, mask[i]])[0] for i in range(len(r))]
         found = RewardShaper(name)(r, poisoned, mask=mask)
         torch.testing.assert_close(found, torch.stack(rows))
         lists = [row[keep].tolist() for row, keep in zip(q, mask, strict=True)]

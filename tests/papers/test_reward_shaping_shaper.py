@@ -182,9 +182,7 @@ def test_flags_are_those_of_the_reference():
         "--reward_ceil", "4", "--sigmoid_k", "2", "--reward_maxref", "5", "--reward_sigmoid",
         "--gen_valid_len", "100", "--len_penalty", "0.1",
     )  # fmt: skip
-    assert many == Shaping(
-        ceil=4, k=2, max_references=5, sigmoid=True, length_penalty=(100, 0.1)
-    )
+    assert many == Shaping(ceil=4, k=2, max_references=5, sigmoid=True, length_penalty=(100, 0.1))
 
 
 def test_rows_without_references():
