@@ -13,6 +13,7 @@ COMMANDS = {
     "evolve": "gemma_ext.papers.genome.command:main",
     "info": "gemma_ext.info:main",
     "merge": "gemma_ext.souping.recipes.command:main",
+    "ppo": "gemma_ext.ppo.command:main",
     "recursive": "gemma_ext.papers.recursive.command:app",
     "sae": "gemma_ext.sae.command:app",
     "serve": "gemma_ext.serve.command:main",
