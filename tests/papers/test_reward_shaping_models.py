@@ -180,7 +180,7 @@ def test_pairs_as_batches(tokenizer):
 def planted_pairs(count, seed=0):
     """The preferred answer says yes."""
     rng = random.Random(seed)
-    words = "def class return import value list name self".split()
+    words = ["def", "class", "return", "import", "value", "list", "name", "self"]
     found = []
     for _ in range(count):
         texts = [" ".join(rng.choices(words, k=rng.randint(2, 6))) for _ in range(2)]
