@@ -186,7 +186,7 @@ def preference_loss(
     loss = bradley_terry(*total.chunk(2))
     weight = score_head(model).weight
     apart, overlap = odin_penalties(quality, found[:, LENGTH], tokens.to(found.device), weight)
-    facts |= {"length_penalty": float(apart), "overlap": float(overlap)}
+    facts |= {"length_penalty": float(apart.detach()), "overlap": float(overlap.detach())}
     return loss + config.length_weight * apart + config.overlap_weight * overlap, facts
 
 
