@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, tensor
 
@@ -33,7 +33,7 @@ class Planted:
     most: int = 8
     mark: str = "!"
     error: float = 1.5
-    __name__: str = "proxy"
+    __name__: ClassVar[str] = "proxy"
 
     def gold(self, text: str) -> float:
         found = {word.lower() for word in _WORD.findall(text)}
