@@ -4,7 +4,7 @@
     python python_examples/par.py --rules all --seeds 0,1,2
     python python_examples/par.py --model google/gemma-3-270m --dtype bfloat16 --rules vanilla,par
 
-Gold counts common words; the proxy, which the policy is trained on, pays for exclamation marks
+Gold counts common words; the proxy, which the policy is trained on, pays for asterisks
 too. Ten references of each prompt are drawn once. Each rule and seed is one run of PPO; reward
 models are trained on pairs with a bias for length. Finished pieces are kept in the output folder.
 """

@@ -26,7 +26,7 @@ def example():
 
 
 def test_gold_counts_words_once_and_the_proxy_pays_for_marks():
-    planted = Planted(words=("the", "of", "to"), most=2, error=1.5)
+    planted = Planted(words=("the", "of", "to"), most=2, mark="!", error=1.5)
     assert planted.gold("The the THE") == 1
     assert planted.gold("the of to") == 2
     assert planted.gold("theof!") == 0

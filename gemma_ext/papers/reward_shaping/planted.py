@@ -31,8 +31,8 @@ class Planted:
 
     words: tuple[str, ...] = WORDS
     most: int = 8
-    mark: str = "!"
-    error: float = 1.5
+    mark: str = "*"
+    error: float = 3.0
     __name__: ClassVar[str] = "proxy"
 
     def gold(self, text: str) -> float:

@@ -42,15 +42,15 @@ class Plan:
 
     Attributes:
         steps: of PPO, `batch` responses of `length` tokens each.
-        beta: price of a nat of divergence; the study's 0.005.
+        beta: price of a nat of divergence, the paper's.
         temperature: of drafts and of references.
         references: M of each prompt.
         ceil: of the rule of that name, in units of the proxy.
     """
 
-    steps: int = 60
-    batch: int = 48
-    length: int = 16
+    steps: int = 48
+    batch: int = 32
+    length: int = 12
     learning_rate: float = 5e-4
     epochs: int = 2
     beta: float = 0.005
