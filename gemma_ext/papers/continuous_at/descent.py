@@ -81,7 +81,9 @@ class Descent:
 
     def losses(self) -> Tensor:
         """[S, B] at all iterates that were run."""
-        return torch.stack(self._trace) if self._trace else self._latest.new_zeros(0, len(self.rows))
+        return (
+            torch.stack(self._trace) if self._trace else self._latest.new_zeros(0, len(self.rows))
+        )
 
     def result(self) -> tuple[Tensor, ...]:
         """The deltas that are kept."""
