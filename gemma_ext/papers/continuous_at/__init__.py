@@ -1,14 +1,14 @@
 """Efficient adversarial training of LLMs with continuous attacks (arXiv 2405.15589).
 
-| in the paper                                                  | here                            |
-|---------------------------------------------------------------|---------------------------------|
-| attack on prompt embeddings, sign steps in a ball per token   | `Attack`, `AttackConfig`        |
-| one-step variant; no attack, the control                      | `one_step()`; `steps=0`         |
-| C-AdvUL: toward, away, utility, cut-offs                      | `losses.cut`, `TrainConfig()`   |
-| C-AdvIPO                                                      | `losses.ipo`, `TrainConfig.ipo()` |
-| training, one perturbation for both answers                   | `ContinuousTrainer`             |
-| 100 behaviours x 12 targets, refusals, UltraChat, p = 0.125   | `data`, `Mixture`               |
-| perturbation of blocks (LAT, arXiv 2407.15549)                | `AttackConfig(sites=...)`       |
+| in the paper                                                | here                              |
+|-------------------------------------------------------------|-----------------------------------|
+| attack on prompt embeddings, sign steps in a ball per token | `Attack`, `AttackConfig`          |
+| one-step variant; no attack, the control                    | `one_step()`; `steps=0`           |
+| C-AdvUL: toward, away, utility, cut-offs                    | `losses.cut`, `TrainConfig()`     |
+| C-AdvIPO                                                    | `losses.ipo`, `TrainConfig.ipo()` |
+| training, one perturbation for both answers                 | `ContinuousTrainer`               |
+| 100 behaviours x 12 targets, refusals, UltraChat, p = 0.125 | `data`, `Mixture`                 |
+| perturbation of blocks (LAT, arXiv 2407.15549)              | `AttackConfig(sites=...)`         |
 
 What differs, on purpose, and what could not be verified, is on docs/papers/continuous_at.md.
 Attacks on text, formats and reports that audit a model are in `evaluation`.
