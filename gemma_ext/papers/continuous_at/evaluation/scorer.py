@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce import cce_rows
+from gemma_ext.papers.continuous_at.embeddings import Embeddings
 from gemma_ext.papers.continuous_at.evaluation.template import Parts
 
 Keys = list[tuple[Tensor, Tensor]]
@@ -78,7 +80,8 @@ class TargetScorer:
 
     Raises:
         TypeError: a model without a head that can be scored by.
-        ValueError: no target, or `batch_size` below 1.
+        ValueError: no target, or `batch_size` below 1; from `open`, a model that does not read the
+            embeddings of its embedding module.
     """
 
     def __init__(
@@ -103,8 +106,7 @@ class TargetScorer:
             filter_eps=None,
             remedy="it cannot be attacked without holding its logits",
         )
-        self._embed = model.get_input_embeddings()
-        self.device = self._embed.weight.device
+        self.device = model.get_input_embeddings().weight.device
         self.before, self.after, self.target = (
             torch.tensor(ids, dtype=torch.int64, device=self.device) for ids in parts
         )
@@ -113,6 +115,11 @@ class TargetScorer:
         self._cache_name = _cache_name(model) if share and len(self.before) else None
         self._prefix: Keys | None = None
 
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """Of the model, which agrees with them."""
+        return Embeddings(self.model)
+
     @property
     def shares(self) -> bool:
         return self._cache_name is not None
@@ -120,11 +127,11 @@ class TargetScorer:
     def open(self, ids: Tensor) -> Opened:
         """Loss, gradient and keys of a string [n]."""
         ids = ids.to(self.device)
-        string = self._embed(ids).detach().requires_grad_()
-        others = self._embed(self._tail).detach()
+        string = self.embeddings(ids).requires_grad_()
+        others = self.embeddings(self._tail)
         start = self._start(0)
         with evaluating(self.model), torch.enable_grad():
-            inputs = torch.cat([self._embed(start.before).detach(), string, others])
+            inputs = torch.cat([self.embeddings(start.before), string, others])
             cache = start.cache(1)
             logits = self._forward(cache, inputs_embeds=inputs.unsqueeze(0))
             first = torch.tensor([len(start.before) + len(ids) + len(self.after) - 1])
@@ -140,13 +147,9 @@ class TargetScorer:
         It is that of the input the model really has: whatever the embedding multiplies its rows by
         is part of it.
         """
-        count = self._embed.weight.shape[0]
-        parts = []
-        with torch.no_grad():
-            for first in range(0, count, _VOCABULARY_ROWS):
-                rows = torch.arange(first, min(first + _VOCABULARY_ROWS, count), device=self.device)
-                parts.append(opened.gradient @ self._embed(rows).float().T)
-        return torch.cat(parts, 1)
+        vocabulary = torch.arange(self.embeddings.vocab, device=self.device)
+        rows = vocabulary.split(_VOCABULARY_ROWS)
+        return torch.cat([opened.gradient @ self.embeddings(ids).float().T for ids in rows], 1)
 
     @torch.no_grad()
     def score(
