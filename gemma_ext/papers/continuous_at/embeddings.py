@@ -34,7 +34,7 @@ class Embeddings:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.module: nn.Module = model.get_input_embeddings()
-        self.vocab = self.module.weight.shape[0]
+        self.vocab, self.width = self.module.weight.shape
         _check(model, self)
 
     def __call__(self, ids: Tensor) -> Tensor:

@@ -52,6 +52,12 @@ class Row:
     def __len__(self) -> int:
         return len(self.prompt) + len(self.target)
 
+    @property
+    def moved(self) -> int:
+        """How many tokens an attack may move."""
+        start, end = self.free or (0, len(self.prompt))
+        return end - start
+
 
 class Encoder:
     """A tokenizer with its own chat template.
