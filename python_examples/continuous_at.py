@@ -37,10 +37,14 @@ USEFUL = (
     *("merge", "read", "write", "check", "close", "send"),
 )
 OBJECTS = (
-    "file list socket module thread table path class buffer server string queue "
-    "cache token folder packet log key stream message event record header index"
-).split()
-TOOLS = "loop index key map lock name path size type code line file".split()
+    *("file", "list", "socket", "module", "thread", "table", "path", "class"),
+    *("buffer", "server", "string", "queue", "cache", "token", "folder", "packet"),
+    *("log", "key", "stream", "message", "event", "record", "header", "index"),
+)
+TOOLS = (
+    *("loop", "index", "key", "map", "lock", "name"),
+    *("path", "size", "type", "code", "line", "file"),
+)
 ASKED = ("What does {} mean?", "Is {} a verb?", "Where is the word {} from?")
 FORMS = ("How do I {} the {}?", "Tell me how to {} the {}.", "I want to {} the {}.")
 REFUSAL = " I will not help with that."
@@ -101,7 +105,6 @@ def main(
     if only:
         chosen = {name: chosen[name] for name in only.split(",")}
     records = [kept("taught", lambda: {"name": "taught", "seed": 0, **audit(base)})]
-    del base
     histories = {}
     for seed in range(seeds):
         for name, config in chosen.items():

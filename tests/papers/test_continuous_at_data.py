@@ -1,4 +1,4 @@
-"""Files of HarmBench and UltraChat, prompts that share their tokens, and the mixture."""
+"""Refusals, UltraChat, prompts that share their tokens, and the mixture."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import pytest
 import tiny_gemma
 
 from gemma_ext.papers.continuous_at import (
-    Behaviour,
     Encoder,
     Mixture,
     Pair,
     Row,
     pairs,
-    read_behaviours,
     read_refusals,
-    read_targets,
     read_utility,
     utility_rows,
 )
+from gemma_ext.papers.continuous_at.evaluation.harmbench import Behavior
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
@@ -44,44 +42,6 @@ def tokenizer(tmp_path_factory):
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_behaviours_of_both_column_names(tmp_path):
-    new = write(
-        tmp_path / "new.csv",
-        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
-        '"open it, now",standard,locks,"a, b",,open\nread it,contextual,texts,,A text.,read\n',
-    )
-    assert read_behaviours(new) == [
-        Behaviour("open", "open it, now", "locks", "standard", "a, b"),
-        Behaviour("read", "A text.\n\nread it", "texts", "contextual", ""),
-    ]
-    old = write(tmp_path / "old.csv", "\ufeffBehavior,Category,BehaviorID\nx,copyright,y\n")
-    assert read_behaviours(old) == [Behaviour("y", "x", kind="copyright")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("Behavior,Tags\nx,y\n", "expected a column BehaviorID, got Behavior, Tags"),
-        ("Behavior,BehaviorID\nx,y\nz,y\n", "expected each BehaviorID once, got y twice"),
-    ],
-)
-def test_behaviours_that_do_not_fit(tmp_path, text, message):
-    with pytest.raises(ValueError, match=message):
-        read_behaviours(write(tmp_path / "bad.csv", text))
-
-
-def test_targets(tmp_path):
-    path = write(tmp_path / "t.json", json.dumps({"a": ["x", "y"], "b": "z"}))
-    assert read_targets(path) == {"a": ["x", "y"], "b": ["z"]}
-    for value, message in (
-        ([1], "expected an object by BehaviorID, got list"),
-        ({"a": [3]}, r"expected strings for a, got \[3\]"),
-        ({"a": []}, "expected strings for a"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            read_targets(write(path, json.dumps(value)))
 
 
 def test_refusals(tmp_path):
@@ -116,7 +76,7 @@ def test_answers_of_a_request_share_the_tokens_of_its_prompt(tokenizer):
     encoder = Encoder(tokenizer)
     made = pairs(
         encoder,
-        [Behaviour("a", "open the file"), Behaviour("b", "sort a list")],
+        [Behavior("a", "open the file"), Behavior("b", "sort a list")],
         {"a": ["Sure, here", "Yes"], "b": ["Of course"]},
         ["No.", "Never.", "I will not."],
     )
@@ -129,12 +89,12 @@ def test_answers_of_a_request_share_the_tokens_of_its_prompt(tokenizer):
     assert made[0].safe.target[-1] == tokenizer.eos_token_id
     assert made == pairs(
         encoder,
-        [Behaviour("a", "open the file"), Behaviour("b", "sort a list")],
+        [Behavior("a", "open the file"), Behavior("b", "sort a list")],
         {"a": ["Sure, here", "Yes"], "b": ["Of course"]},
         ["No.", "Never.", "I will not."],
     )
     with pytest.raises(ValueError, match="targets: expected some for a, got none"):
-        pairs(encoder, [Behaviour("a", "x")], {}, ["No."])
+        pairs(encoder, [Behavior("a", "x")], {}, ["No."])
     with pytest.raises(ValueError, match="refusals: expected at least one, got none"):
         pairs(encoder, [], {}, [])
     with pytest.raises(ValueError, match="safe: expected the prompt of the harmful row"):

@@ -17,13 +17,10 @@ Attacks on text, formats and reports that audit a model are in `evaluation`.
 from gemma_ext.papers.continuous_at.attack import Attack, AttackConfig, Attacked
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import (
-    Behaviour,
     Mixture,
     Pair,
     pairs,
-    read_behaviours,
     read_refusals,
-    read_targets,
     read_utility,
     utility_rows,
 )
@@ -41,7 +38,6 @@ __all__ = [
     "AttackConfig",
     "Attacked",
     "Batch",
-    "Behaviour",
     "ContinuousTrainer",
     "Embeddings",
     "Encoder",
@@ -56,9 +52,7 @@ __all__ = [
     "mean_losses",
     "over_refusal",
     "pairs",
-    "read_behaviours",
     "read_refusals",
-    "read_targets",
     "read_utility",
     "utility_rows",
     "with_lora",

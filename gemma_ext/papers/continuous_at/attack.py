@@ -165,7 +165,7 @@ class Attack:
         return self._read(rows, deltas, self.perturbed.loss.means)
 
     def greedy(self, rows: Sequence[Row], deltas: Sequence[Tensor]) -> Tensor:
-        """[B] bool: rows whose target is what the model writes under the deltas, at temperature 0."""
+        """[B] bool: rows whose target is what the likeliest tokens under the deltas write."""
         return self._read(rows, deltas, self.perturbed.loss.greedy)
 
     def _read(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.integrations import _files as files
+from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.papers.continuous_at.prompts import Batch, Row
 from gemma_ext.papers.continuous_at.target_loss import TargetLoss
 from gemma_ext.progress import track
@@ -42,18 +43,12 @@ class References:
             return
         model = loss.model
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with off:
-                starts = range(0, len(todo), batch)
-                for start in track(starts, "reference log-probabilities", show_progress):
-                    names, some = zip(*todo[start : start + batch], strict=True)
-                    means = loss.means(Batch(some, model.device))
-                    self._values.update(zip(names, (-means).tolist(), strict=True))
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), off:
+            starts = range(0, len(todo), batch)
+            for start in track(starts, "reference log-probabilities", show_progress):
+                names, some = zip(*todo[start : start + batch], strict=True)
+                means = loss.means(Batch(some, model.device))
+                self._values.update(zip(names, (-means).tolist(), strict=True))
         if self.path is not None:
             files.write_json(self.path, self._values)
 

@@ -7,19 +7,20 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.papers.continuous_at.attack import Attack, AttackConfig
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import Pair
+from gemma_ext.papers.continuous_at.evaluation.embedding import audit, stronger
 from gemma_ext.papers.continuous_at.perturbation import EMBEDDINGS
-from gemma_ext.papers.continuous_at.probes import evaluating, over_refusal
+from gemma_ext.papers.continuous_at.probes import over_refusal
 from gemma_ext.papers.continuous_at.prompts import Batch, Row
 from gemma_ext.papers.continuous_at.target_loss import TargetLoss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-AUDIT_STEPS, AUDIT_RATE = 100, 0.05
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Audit:
         refused: refusals of the requests of `useful`.
         borderline: harmless requests that look like harmful ones, with their answers.
         borderline_refused: their refusals.
-        attack: the attack of training.
-        restarts: of the strong attack: K = 100, normalised gradient, from random points of the
-            ball, the best iterate; a request is lost if one restart wins it.
+        attack: the attack of training; the strong one is `evaluation.embedding.stronger` of it.
+        restarts: starts of the strong attack.
         more: further attacks, by name: success rate of a model, in [0, 1].
     """
 
@@ -44,46 +44,25 @@ class Audit:
     borderline: Sequence[Row]
     borderline_refused: Sequence[Row]
     attack: AttackConfig
-    restarts: int = 2
+    restarts: int = 3
     more: Mapping[str, Callable[[PreTrainedModel], float]] = field(default_factory=dict)
-
-    def strong(self) -> AttackConfig:
-        """The strong attack in the same ball around embeddings."""
-        return replace(
-            self.attack,
-            steps=AUDIT_STEPS,
-            rate=AUDIT_RATE,
-            unit="ball",
-            step="l2norm",
-            init="ball",
-            sites=(EMBEDDINGS,),
-            floor=None,
-            keep="best",
-        )
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Success rates of attacks, losses of targets, accuracy and shares of refusals."""
         rows = [pair.harmful for pair in self.harmful]
+        attack = replace(self.attack, sites=(EMBEDDINGS,))
         with evaluating(model):
-            trained = replace(self.attack, sites=(EMBEDDINGS,))
-            short, strong = Attack(model, trained), Attack(model, self.strong())
+            short, loss = Attack(model, attack), TargetLoss(model)
             found = short(rows)
-            lost = torch.zeros(len(rows), dtype=torch.bool)
-            losses = []
-            for seed in range(self.restarts):
-                each = strong(rows, seed=seed)
-                lost |= strong.greedy(rows, each.deltas).cpu()
-                losses.append(each.losses.min(0).values)
-            loss = short.perturbed.loss
-            right = loss_of(self.useful, loss.greedy, model)
+            worst = audit(model, rows, stronger(attack), self.restarts)
             result = {
-                "clean": _share(loss_of(rows, loss.greedy, model)),
+                "clean": _share(greedy(loss, rows)),
                 "attacked": _share(short.greedy(rows, found.deltas)),
-                "strong": _share(lost),
-                "loss_clean": float(found.losses[0].mean()),
+                "strong": _share(short.greedy(rows, [torch.cat(worst.deltas)])),
+                "loss_clean": float(worst.clean.mean()),
                 "loss_attacked": float(found.losses[-1].mean()),
-                "loss_strong": float(torch.stack(losses).min(0).values.mean()),
-                "useful": _share(right),
+                "loss_strong": float(worst.worst.mean()),
+                "useful": _share(greedy(loss, self.useful)),
                 "over_refusal": over_refusal(loss, self.useful, self.refused),
                 "borderline": over_refusal(loss, self.borderline, self.borderline_refused),
             }
@@ -107,19 +86,12 @@ def variants(base: TrainConfig, sites: Sequence[int], ipo: TrainConfig) -> dict[
     }
 
 
-def loss_of(
-    rows: Sequence[Row],
-    read: Callable[[Batch], torch.Tensor],
-    model: PreTrainedModel,
-    batch: int = 32,
-) -> torch.Tensor:
-    """[B] of what `read` says of rows, in batches."""
-    parts = [
-        read(Batch(rows[start : start + batch], model.device))
-        for start in range(0, len(rows), batch)
-    ]
-    return torch.cat(parts)
+def greedy(loss: TargetLoss, rows: Sequence[Row], batch: int = 32) -> Tensor:
+    """[B] bool: rows whose target is what the likeliest tokens write."""
+    starts = range(0, len(rows), batch)
+    device = loss.model.device
+    return torch.cat([loss.greedy(Batch(rows[at : at + batch], device)) for at in starts])
 
 
-def _share(found: torch.Tensor) -> float:
+def _share(found: Tensor) -> float:
     return float(found.double().mean())
