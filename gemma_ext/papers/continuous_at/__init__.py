@@ -1,14 +1,14 @@
 """Efficient adversarial training of LLMs with continuous attacks (arXiv 2405.15589).
 
-| in the paper                                                  | here                            |
-|---------------------------------------------------------------|---------------------------------|
-| attack on prompt embeddings, sign steps in a ball per token   | `Attack`, `AttackConfig`        |
-| one-step variant; no attack, the control                      | `one_step()`; `steps=0`         |
-| C-AdvUL: toward, away, utility, cut-offs                      | `losses.cut`, `TrainConfig()`   |
-| C-AdvIPO                                                      | `losses.ipo`, `TrainConfig.ipo()` |
-| training, one perturbation for both answers                   | `ContinuousTrainer`             |
-| 100 behaviours x 12 targets, refusals, UltraChat, p = 0.125   | `data`, `Mixture`               |
-| perturbation of blocks (LAT, arXiv 2407.15549)                | `AttackConfig(sites=...)`       |
+| in the paper                                                | here                              |
+|-------------------------------------------------------------|-----------------------------------|
+| attack on prompt embeddings, sign steps in a ball per token | `Attack`, `AttackConfig`          |
+| one-step variant; no attack, the control                    | `one_step()`; `steps=0`           |
+| C-AdvUL: toward, away, utility, cut-offs                    | `losses.cut`, `TrainConfig()`     |
+| C-AdvIPO                                                    | `losses.ipo`, `TrainConfig.ipo()` |
+| training, one perturbation for both answers                 | `ContinuousTrainer`               |
+| 100 behaviours x 12 targets, refusals, UltraChat, p = 0.125 | `data`, `Mixture`                 |
+| perturbation of blocks (LAT, arXiv 2407.15549)              | `AttackConfig(sites=...)`         |
 
 What differs, on purpose, and what could not be verified, is on docs/papers/continuous_at.md.
 Attacks on text, formats and reports that audit a model are in `evaluation`.
@@ -17,13 +17,10 @@ Attacks on text, formats and reports that audit a model are in `evaluation`.
 from gemma_ext.papers.continuous_at.attack import Attack, AttackConfig, Attacked
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import (
-    Behaviour,
     Mixture,
     Pair,
     pairs,
-    read_behaviours,
     read_refusals,
-    read_targets,
     read_utility,
     utility_rows,
 )
@@ -41,7 +38,6 @@ __all__ = [
     "AttackConfig",
     "Attacked",
     "Batch",
-    "Behaviour",
     "ContinuousTrainer",
     "Embeddings",
     "Encoder",
@@ -56,9 +52,7 @@ __all__ = [
     "mean_losses",
     "over_refusal",
     "pairs",
-    "read_behaviours",
     "read_refusals",
-    "read_targets",
     "read_utility",
     "utility_rows",
     "with_lora",

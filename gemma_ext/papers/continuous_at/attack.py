@@ -8,7 +8,7 @@ row's result does not depend on its neighbours. Parameters get no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -162,15 +162,29 @@ class Attack:
         Args:
             deltas: [P, D] for each site, of the rows' prompts.
         """
+        return self._read(rows, deltas, self.perturbed.loss.means)
+
+    def greedy(self, rows: Sequence[Row], deltas: Sequence[Tensor]) -> Tensor:
+        """[B] bool: rows whose target is what the likeliest tokens under the deltas write."""
+        return self._read(rows, deltas, self.perturbed.loss.greedy)
+
+    def _read(
+        self,
+        rows: Sequence[Row],
+        deltas: Sequence[Tensor],
+        read: Callable[[Batch, Tensor], Tensor],
+    ) -> Tensor:
         counts = [row.moved for row in rows]
         pieces = [delta.split(counts) for delta in deltas]
-        means: list[Tensor | None] = [None] * len(rows)
+        found: list[Tensor | None] = [None] * len(rows)
         for places in self._groups(rows):
             batch = Batch([rows[place] for place in places], self.model.device)
             here = [torch.cat([parts[place] for place in places]) for parts in pieces]
-            for place, mean in zip(places, batch.means(self.perturbed(batch, here)), strict=True):
-                means[place] = mean
-        return torch.stack(means)
+            with self.perturbed.applied(batch, here) as embeddings:
+                values = read(batch, embeddings)
+            for place, value in zip(places, values, strict=True):
+                found[place] = value
+        return torch.stack(found)
 
     def _groups(self, rows: Sequence[Row]) -> list[list[int]]:
         """Places of rows of similar length, so that little is padded."""

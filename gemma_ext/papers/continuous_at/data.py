@@ -1,4 +1,7 @@
-"""What a model is hardened with: HarmBench's files, safe answers, and useful conversations."""
+"""What a model is hardened with: behaviours and targets, safe answers, useful conversations.
+
+Behaviours and targets are read by `evaluation.harmbench`.
+"""
 
 from __future__ import annotations
 
@@ -8,28 +11,14 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gemma_ext.papers.continuous_at.prompts import Encoder, Row
 
+if TYPE_CHECKING:
+    from gemma_ext.papers.continuous_at.evaluation.harmbench import Behavior
+
 UTILITY_CHARACTERS = 768  # of a user's message; longer ones are left out
-
-
-@dataclass(frozen=True)
-class Behaviour:
-    """A row of HarmBench's behaviours.
-
-    Attributes:
-        id: BehaviorID.
-        request: Behavior, behind its ContextString if there is one.
-        category: SemanticCategory. kind: FunctionalCategory, or Category of older files.
-    """
-
-    id: str
-    request: str
-    category: str = ""
-    kind: str = ""
-    tags: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,49 +35,6 @@ class Pair:
     def __post_init__(self) -> None:
         if self.harmful.prompt != self.safe.prompt or self.harmful.free != self.safe.free:
             raise ValueError("safe: expected the prompt of the harmful row, got another one")
-
-
-def read_behaviours(path: str | Path) -> list[Behaviour]:
-    """Behaviours of a CSV file with HarmBench's columns.
-
-    Raises:
-        ValueError: a column is missing, or a BehaviorID is there twice.
-    """
-    rows = _table(path)
-    found: dict[str, Behaviour] = {}
-    for row in rows:
-        for column in ("Behavior", "BehaviorID"):
-            if not row.get(column):
-                raise ValueError(f"{path}: expected a column {column}, got {', '.join(row)}")
-        if row["BehaviorID"] in found:
-            raise ValueError(
-                f"{path}: expected each BehaviorID once, got {row['BehaviorID']} twice"
-            )
-        context = row.get("ContextString") or ""
-        found[row["BehaviorID"]] = Behaviour(
-            row["BehaviorID"],
-            f"{context}\n\n{row['Behavior']}" if context else row["Behavior"],
-            row.get("SemanticCategory") or "",
-            row.get("FunctionalCategory") or row.get("Category") or "",
-            row.get("Tags") or "",
-        )
-    return list(found.values())
-
-
-def read_targets(path: str | Path) -> dict[str, list[str]]:
-    """{BehaviorID: affirmative beginnings} of a JSON file; one string stands for a list of one.
-
-    Raises:
-        ValueError: another shape.
-    """
-    value = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected an object by BehaviorID, got {type(value).__name__}")
-    found = {name: [each] if isinstance(each, str) else each for name, each in value.items()}
-    for name, each in found.items():
-        if not isinstance(each, list) or not each or not all(isinstance(x, str) for x in each):
-            raise ValueError(f"{path}: expected strings for {name}, got {each!r:.80}")
-    return found
 
 
 def read_refusals(path: str | Path, column: str | None = None) -> list[str]:
@@ -137,7 +83,7 @@ def read_utility(path: str | Path, characters: int = UTILITY_CHARACTERS) -> list
 
 def pairs(
     encoder: Encoder,
-    behaviours: Sequence[Behaviour],
+    behaviours: Sequence[Behavior],
     targets: Mapping[str, Sequence[str]],
     refusals: Sequence[str],
     *,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.lm.huggingface import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -57,14 +59,9 @@ def _check(model: PreTrainedModel, embeddings: Embeddings) -> None:
     device = embeddings.module.weight.device
     ids = torch.arange(1, 1 + _PROBE, device=device) * (embeddings.vocab - 1) // (_PROBE + 1)
     ids = ids.unsqueeze(0)
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model):
         expected = model(input_ids=ids, use_cache=False).logits
         found = model(inputs_embeds=embeddings(ids), use_cache=False).logits
-    finally:
-        for module in training:
-            module.training = True
     error = float((found.double() - expected.double()).norm() / expected.double().norm())
     if not error <= _TOLERANCE[expected.dtype]:
         raise ValueError(

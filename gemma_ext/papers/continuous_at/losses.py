@@ -1,4 +1,4 @@
-"""The losses of a hardened model: C-AdvUL (2.3) and C-AdvIPO (2.4), as functions of cross-entropies.
+"""Losses of C-AdvUL (2.3) and C-AdvIPO (2.4) as functions of cross-entropies.
 
     UL   w_t cut(CE(y | x + d), c_t) + w_a cut(-CE(y' | x + d), c_a) + w_u CE(y_u | x_u)
     IPO  (h - 1 / (2 b))^2,  h = [L(y | x + d) - L0(y | x)] - [L(y' | x + d) - L0(y' | x)]

@@ -61,6 +61,12 @@ class Perturbed:
         Args:
             deltas: [P, D] for each site.
         """
+        with self.applied(batch, deltas) as embeddings:
+            return self.loss(batch, embeddings)
+
+    @contextmanager
+    def applied(self, batch: Batch, deltas: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Gives the embeddings [B, T, D] to run; blocks are perturbed within."""
         embeddings = self.embeddings(batch.ids)
         with ExitStack() as stack:
             for site, delta in zip(self.sites, deltas, strict=True):
@@ -68,7 +74,7 @@ class Perturbed:
                     embeddings = added(embeddings, batch, delta)
                 else:
                     stack.enter_context(_adding(self.blocks[site], batch, delta))
-            return self.loss(batch, embeddings)
+            yield embeddings
 
     @torch.no_grad()
     def norms(self, batch: Batch) -> list[Tensor]:

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 
+from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.papers.continuous_at.attack import Attack
 from gemma_ext.papers.continuous_at.data import Pair
 from gemma_ext.papers.continuous_at.prompts import Batch, Row
 from gemma_ext.papers.continuous_at.target_loss import TargetLoss
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def attacked_loss(attack: Attack, pairs: Sequence[Pair]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma_ext.integrations import _files as files
+from gemma_ext.lm.huggingface import evaluating
+from gemma_ext.papers.continuous_at.files import replacing
 from gemma_ext.papers.continuous_at.prompts import Batch, Row
 from gemma_ext.papers.continuous_at.target_loss import TargetLoss
 from gemma_ext.progress import track
@@ -29,7 +31,7 @@ class References:
         self.path = path
         self._values: dict[str, float] = {}
         if path is not None and path.exists():
-            self._values = files.read_json(path)
+            self._values = json.loads(path.read_text())
 
     @torch.no_grad()
     def compute(
@@ -42,20 +44,15 @@ class References:
             return
         model = loss.model
         off = model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext()
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
-            with off:
-                starts = range(0, len(todo), batch)
-                for start in track(starts, "reference log-probabilities", show_progress):
-                    names, some = zip(*todo[start : start + batch], strict=True)
-                    means = loss.means(Batch(some, model.device))
-                    self._values.update(zip(names, (-means).tolist(), strict=True))
-        finally:
-            for module in training:
-                module.training = True
+        with evaluating(model), off:
+            starts = range(0, len(todo), batch)
+            for start in track(starts, "reference log-probabilities", show_progress):
+                names, some = zip(*todo[start : start + batch], strict=True)
+                means = loss.means(Batch(some, model.device))
+                self._values.update(zip(names, (-means).tolist(), strict=True))
         if self.path is not None:
-            files.write_json(self.path, self._values)
+            with replacing(self.path) as beside:
+                beside.write_text(json.dumps(self._values, indent=1) + "\n")
 
     def __call__(self, rows: Sequence[Row]) -> Tensor:
         """Float32 [R].

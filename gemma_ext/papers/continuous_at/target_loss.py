@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head
-from gemma_ext.ops.cce import cce_rows
+from gemma_ext.ops.cce import Rows, cce_rows
 from gemma_ext.papers.continuous_at.prompts import Batch
 
 if TYPE_CHECKING:
@@ -50,6 +51,19 @@ class TargetLoss:
         Raises:
             TypeError: the model's logits are not a product with its head.
         """
+        return self._rows(batch, embeddings).nll
+
+    @torch.no_grad()
+    def greedy(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
+        """[B] bool: rows whose target is what the likeliest tokens write."""
+        rows = self._rows(batch, embeddings, want_argmax=True)
+        return batch.means((rows.argmax == batch.targets).double()) == 1
+
+    def means(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
+        """[B]: means over the tokens of each row's target."""
+        return batch.means(self(batch, embeddings))
+
+    def _rows(self, batch: Batch, embeddings: Tensor | None, want_argmax: bool = False) -> Rows:
         inputs: dict[str, Any] = batch.model_inputs() | {"use_cache": False, "return_dict": True}
         if embeddings is None:
             inputs["input_ids"] = batch.ids
@@ -62,8 +76,4 @@ class TargetLoss:
             raise TypeError(f"expected {owner} to return the logits of its head; {_REMEDY}")
         logits = logits[batch.predictors]
         with logits.autocast_of_the_head():
-            return cce_rows(**logits.head(), targets=batch.targets).nll
-
-    def means(self, batch: Batch, embeddings: Tensor | None = None) -> Tensor:
-        """[B]: means over the tokens of each row's target."""
-        return batch.means(self(batch, embeddings))
+            return cce_rows(**logits.head(), targets=batch.targets, want_argmax=want_argmax)

@@ -7,16 +7,16 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from gemma_ext.extras import require
-from gemma_ext.integrations import _files as files
 from gemma_ext.papers.continuous_at.attack import Attack
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import Mixture, Pair
+from gemma_ext.papers.continuous_at.files import read_state, replacing, write_state
 from gemma_ext.papers.continuous_at.objective import Objective
 from gemma_ext.papers.continuous_at.probes import attacked_loss
 from gemma_ext.papers.continuous_at.references import References
@@ -168,7 +168,7 @@ class ContinuousTrainer:
             "trained": {name: p.detach() for name, p in self.trained.items()},
             "optimiser": self.optimiser.state_dict(),
         }
-        files.write_pickle(self.out / CHECKPOINT, state)
+        write_state(self.out / CHECKPOINT, state)
 
     def resume(self) -> bool:
         """Takes up the checkpoint, if there is one.
@@ -179,7 +179,7 @@ class ContinuousTrainer:
         place = self.out / CHECKPOINT
         if not place.exists():
             return False
-        state = files.read_pickle(place)
+        state = read_state(place)
         before, now = json.loads(state["run"]), json.loads(json.dumps(self._run))
         if before != now:
             differing = [k for k, v in now.items() if before.get(k) != v]
@@ -193,7 +193,7 @@ class ContinuousTrainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
         lines = [m for m in self.history() if m["step"] <= self.step]
-        with files.replacing(self.out / METRICS) as beside:
+        with replacing(self.out / METRICS) as beside:
             beside.write_text("".join(f"{json.dumps(m)}\n" for m in lines))
         return True
 
