@@ -1,5 +1,6 @@
 """The search: what it draws, keeps and resumes; nanoGCG's candidates where it is installed."""
 
+import copy
 import json
 import random
 
@@ -9,7 +10,11 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gemma_ext.papers.continuous_at.evaluation import gcg
 from gemma_ext.papers.continuous_at.evaluation.candidates import RoundTrip, banned_ids, draw
-from gemma_ext.papers.continuous_at.evaluation.template import split, with_slot
+from gemma_ext.papers.continuous_at.evaluation.template import (
+    ask_and_target,
+    split,
+    with_slot,
+)
 
 ASK = "def read(path): {optim_str}\n"
 TARGET = " return path.open"
@@ -167,6 +172,11 @@ def test_a_search_killed_anywhere_goes_on(pocket_nano, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="to be of the same search, got one of another"):
         gcg.run(*arguments, other, resume=path)
     assert json.loads(path.read_text())["identity"]["target"] == TARGET
+    changed = copy.deepcopy(pocket_nano.model)
+    with torch.no_grad():
+        changed.model.norm.weight += 0.1
+    with pytest.raises(ValueError, match="to be of the same search"):
+        gcg.run(changed, *arguments[1:], config, resume=path)
 
 
 def test_early_stop(pocket_nano):
@@ -311,6 +321,13 @@ def test_conversations_are_split_at_the_string(tokenizer):
     plain = split(tokenizer, "hello", " ok")
     assert tokenizer.decode(plain.before) == "<bos>[user] hello"
     assert tokenizer.decode(plain.after) == "\n[model] "
+
+
+def test_a_conversation_that_ends_with_its_target():
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "Sure"}]
+    assert ask_and_target(conversation) == ([{"role": "user", "content": "a"}], "Sure")
+    with pytest.raises(ValueError, match="that ends with the assistant's answer, got"):
+        ask_and_target(conversation[:1])
 
 
 def test_conversations_that_do_not_fit(tokenizer):

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gemma_ext.lm.identity import identity as identity_of
 from gemma_ext.papers.continuous_at.evaluation.candidates import RoundTrip, banned_ids, draw
 from gemma_ext.papers.continuous_at.evaluation.config import (
     GCGConfig,
@@ -85,6 +87,10 @@ class GCG:
                 f"got {self.config.topk}"
             )
 
+    @cached_property
+    def _model_identity(self) -> str:
+        return identity_of(self.model)
+
     def run(
         self,
         messages: str | Sequence[Mapping[str, str]],
@@ -97,8 +103,10 @@ class GCG:
         search = _Search(self, messages, target)
         path = None if resume is None else Path(resume)
         identity = {**_identity(config), "messages": messages, "target": target}
-        if path is not None and path.exists():
-            search.load(json.loads(path.read_text(encoding="utf-8")), identity, path)
+        if path is not None:
+            identity["model"] = self._model_identity
+            if path.exists():
+                search.load(json.loads(path.read_text(encoding="utf-8")), identity, path)
         show = config.verbosity in ("INFO", "DEBUG")
         with progress_bar("GCG", config.num_steps, show) as advance:
             advance(len(search.losses))
@@ -180,7 +188,7 @@ class _Search:
             kept = distinct if self.keep is None else distinct[self.keep(distinct)]
             where, distinct = torch.arange(len(kept)), kept
             scores = self._probed(kept, opened)
-        losses = scores.losses.cpu()[where]
+        losses = scores.losses[where]
         if not len(losses) or losses.isinf().all():
             raise RuntimeError(
                 "expected a candidate that has the ids of its text, got none of "

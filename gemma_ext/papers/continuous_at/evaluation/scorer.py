@@ -31,8 +31,9 @@ Keys = list[tuple[Tensor, Tensor]]
 Keep = Callable[[Tensor], Tensor]
 """From candidates [B, n] to the mask [B] of those that are to be scored."""
 
-_BATCH_TOKENS = {"cpu": 2048}  # run at once; more fit a card's caches less than they fill its units
-_BATCH_TOKENS_OF_A_CARD = 32768
+# run at once: larger batches share less of what their candidates have in common
+_BATCH_TOKENS = {"cpu": 1536}
+_BATCH_TOKENS_OF_A_CARD = 8192
 _VOCABULARY_ROWS = 16384  # embedded at a time
 
 
@@ -41,8 +42,8 @@ class Scores:
     """Of candidates.
 
     Attributes:
-        losses: float32 [B], infinite where a candidate was not kept.
-        matched: bool [B], whether every token of the target is the likeliest one.
+        losses: float32 [B] on the CPU, infinite where a candidate was not kept.
+        matched: bool [B] on the CPU, whether every token of the target is the likeliest one.
     """
 
     losses: Tensor
@@ -161,57 +162,54 @@ class TargetScorer:
             opened: of a string [n] that they are changes of; its keys are shared.
             keep: which of them are scored; it runs in a thread of its own beside the model.
         """
-        candidates = candidates.to(self.device)
+        candidates = candidates.cpu()
         count, width = candidates.shape
-        first = torch.zeros(count, dtype=torch.int64, device=self.device)
+        first = torch.zeros(count, dtype=torch.int64)
         if opened is not None and opened.keys is not None:
-            first = _first_change(candidates, opened.ids)
+            first = _first_change(candidates, opened.ids.cpu())
             # the row that predicts the first target is never shared
             first = first.clamp(max=width + len(self.after) - 1)
         order = first.argsort(stable=True)
-        losses = torch.full((count,), torch.inf, device=self.device)
-        matched = torch.zeros(count, dtype=torch.bool, device=self.device)
         begins = first[order].tolist()
-        chunks = []
+        chunks: list[tuple[Tensor, int]] = []
         at = 0
         while at < count:
             rows = self._rows(width + len(self._tail) - begins[at])
             chunks.append((order[at : at + rows], begins[at]))
             at += rows
+        found = _Found(count)
         with evaluating(self.model), ThreadPoolExecutor(1) as pool:
             kept = [None] * len(chunks)
             if keep is not None:
                 kept = pool.map(keep, [candidates[at] for at, _ in chunks])
             for (at, begin), mask in zip(chunks, kept, strict=True):
-                at = at if mask is None else at[mask.to(at.device)]
+                at = at if mask is None else at[mask]
                 if len(at):
-                    tail = self._tail.expand(len(at), -1)
-                    inputs = torch.cat([candidates[at], tail], 1)[:, begin:]
-                    first = torch.full_like(at, inputs.shape[1] - len(self.target))
-                    losses[at], matched[at] = self._run(self._start(begin, opened), inputs, first)
-        return Scores(losses, matched)
+                    string = candidates[at].to(self.device)
+                    inputs = torch.cat([string, self._tail.expand(len(at), -1)], 1)[:, begin:]
+                    first = torch.full_like(inputs[:, 0], inputs.shape[1] - len(self.target))
+                    found.add(at, self._run(self._start(begin, opened), inputs, first))
+        return found.scores()
 
     @torch.no_grad()
     def score_lists(self, candidates: Sequence[Sequence[int]]) -> Scores:
         """The same for candidates of any lengths; those of similar length are run together."""
         order = sorted(range(len(candidates)), key=lambda place: -len(candidates[place]))
-        losses = torch.empty(len(candidates), device=self.device)
-        matched = torch.empty(len(candidates), dtype=torch.bool, device=self.device)
+        tail = self._tail.tolist()
+        found = _Found(len(candidates))
         at = 0
         with evaluating(self.model):
             while at < len(order):
-                longest = len(candidates[order[at]]) + len(self._tail)
+                longest = len(candidates[order[at]]) + len(tail)
                 chosen = order[at : at + self._rows(longest)]
-                # padding on the right: nothing before it looks at it
-                inputs = torch.zeros(len(chosen), longest, dtype=torch.int64, device=self.device)
-                for row, place in zip(inputs, chosen, strict=True):
-                    ids = torch.tensor(candidates[place], dtype=torch.int64, device=self.device)
-                    row[: len(ids) + len(self._tail)] = torch.cat([ids, self._tail])
-                lengths = [len(candidates[place]) for place in chosen]
-                first = torch.tensor(lengths, device=self.device) + len(self.after) - 1
-                losses[chosen], matched[chosen] = self._run(self._start(0), inputs, first)
                 at += len(chosen)
-        return Scores(losses, matched)
+                # padding on the right: nothing before it looks at it
+                rows = [[*candidates[place], *tail] for place in chosen]
+                inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+                first = torch.tensor([len(row) - len(self.target) for row in rows])
+                inputs, first = inputs.to(self.device), first.to(self.device)
+                found.add(torch.tensor(chosen), self._run(self._start(0), inputs, first))
+        return found.scores()
 
     def _run(self, start: _Start, inputs: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of rows [B, t] that go on at `start`; in halves where memory is short."""
@@ -279,6 +277,28 @@ class TargetScorer:
         negated = (found.nll - found.lse).view(len(first), -1) * self.mellowmax
         count = torch.tensor(float(len(self.target)), device=self.device)
         return (negated.logsumexp(1) - count.log()) / self.mellowmax, matched
+
+
+class _Found:
+    """Losses and matches of batches, moved off their device when all are there."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._places: list[Tensor] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, places: Tensor, values: tuple[Tensor, Tensor]) -> None:
+        self._places.append(places)
+        self._values.append(values)
+
+    def scores(self) -> Scores:
+        losses = torch.full((self._count,), torch.inf)
+        matched = torch.zeros(self._count, dtype=torch.bool)
+        if self._places:
+            at = torch.cat(self._places)
+            found = [torch.cat(values) for values in zip(*self._values, strict=True)]
+            losses[at], matched[at] = found[0].float().cpu(), found[1].cpu()
+        return Scores(losses, matched)
 
 
 class _Start(NamedTuple):
