@@ -10,6 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from gemma_ext.papers.continuous_at.evaluation import gcg
 from gemma_ext.papers.continuous_at.evaluation.candidates import RoundTrip, banned_ids, draw
+from gemma_ext.papers.continuous_at.evaluation.scorer import TargetScorer
+from gemma_ext.papers.continuous_at.evaluation.search import Search
 from gemma_ext.papers.continuous_at.evaluation.template import (
     ask_and_target,
     split,
@@ -142,7 +144,7 @@ def test_a_search_killed_anywhere_goes_on(pocket_nano, tmp_path, monkeypatch):
     config = gcg.GCGConfig(**{**FAST, "num_steps": 5}, buffer_size=2)
     whole = gcg.run(*arguments, config)
     path = tmp_path / "search" / "one.json"
-    step, draw_ = gcg._Search.step, random.Random(0)
+    step, draw_ = Search.step, random.Random(0)
 
     def killed(search):
         if draw_.random() < 0.5:
@@ -151,7 +153,7 @@ def test_a_search_killed_anywhere_goes_on(pocket_nano, tmp_path, monkeypatch):
         if draw_.random() < 0.3:
             raise KeyboardInterrupt  # before it was written
 
-    monkeypatch.setattr(gcg._Search, "step", killed)
+    monkeypatch.setattr(Search, "step", killed)
     kills = 0
     while True:
         try:
@@ -161,9 +163,9 @@ def test_a_search_killed_anywhere_goes_on(pocket_nano, tmp_path, monkeypatch):
             kills += 1
     assert kills >= 3
     assert found == whole
-    monkeypatch.setattr(gcg._Search, "step", step)
+    monkeypatch.setattr(Search, "step", step)
     # finished: nothing is left to do, and more steps go on from it
-    monkeypatch.setattr(gcg._Search, "_best", None)
+    monkeypatch.setattr(Search, "_best", None)
     assert gcg.run(*arguments, config, resume=path) == whole
     monkeypatch.undo()
     longer = gcg.GCGConfig(**{**vars(config), "num_steps": 7})
@@ -206,6 +208,12 @@ def test_starts_of_a_buffer(pocket_nano):
             gcg.run(*arguments, config)
 
 
+def test_more_places_than_there_are(pocket_nano):
+    config = gcg.GCGConfig(**{**FAST, "optim_str_init": "x x"}, n_replace=9)
+    with pytest.raises(ValueError, match=r"n_replace to be at most the \d tokens .*, got 9"):
+        gcg.run(pocket_nano.model, pocket_nano.tokenizer, ASK, TARGET, config)
+
+
 def test_nothing_left_and_too_wide(pocket_nano, monkeypatch):
     arguments = (pocket_nano.model, pocket_nano.tokenizer)
     with pytest.raises(ValueError, match=r"expected topk to be at most the \d+ tokens that may be"):
@@ -226,14 +234,14 @@ def test_probe_sampling_scores_few_by_the_model(pocket_nano, llama, share, monke
     config = {**FAST, "search_width": 64}
     whole = gcg.run(model, tokenizer, ASK, TARGET, gcg.GCGConfig(**{**config, "num_steps": 1}))
     scored = []
-    score = gcg.TargetScorer.score
+    score = TargetScorer.score
 
     def counting(self, candidates, *rest):
         if self.model is model:
             scored.append(len(candidates))
         return score(self, candidates, *rest)
 
-    monkeypatch.setattr(gcg.TargetScorer, "score", counting)
+    monkeypatch.setattr(TargetScorer, "score", counting)
     found = gcg.run(
         model, tokenizer, ASK, TARGET, gcg.GCGConfig(**config, probe_sampling_config=probing)
     )

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -21,13 +20,12 @@ from torch import Tensor, nn
 from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
-from gemma_ext.nn._models import output_head, unwrap
+from gemma_ext.nn._models import output_head
 from gemma_ext.ops.cce import cce_rows
 from gemma_ext.papers.continuous_at.embeddings import Embeddings
+from gemma_ext.papers.continuous_at.evaluation.keys import Keys, Start, cache_name, taken
 from gemma_ext.papers.continuous_at.evaluation.template import Parts
 
-Keys = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer, [1, heads, tokens, head width]."""
 Keep = Callable[[Tensor], Tensor]
 """From candidates [B, n] to the mask [B] of those that are to be scored."""
 
@@ -113,7 +111,7 @@ class TargetScorer:
         )
         # the last token of the target predicts nothing that is scored
         self._tail = torch.cat([self.after, self.target[:-1]])
-        self._cache_name = _cache_name(model) if share and len(self.before) else None
+        self._cache_name = cache_name(model) if share and len(self.before) else None
         self._prefix: Keys | None = None
 
     @cached_property
@@ -139,7 +137,7 @@ class TargetScorer:
             losses, _ = self._read(logits, first.to(self.device))
             (gradient,) = torch.autograd.grad(losses.sum(), string)
         length = len(self.before) + len(ids)
-        keys = _taken(cache, length) if cache is not None else None
+        keys = taken(cache, length) if cache is not None else None
         return Opened(ids, losses.item(), gradient.float(), keys)
 
     def token_gradient(self, opened: Opened) -> Tensor:
@@ -211,7 +209,7 @@ class TargetScorer:
                 found.add(torch.tensor(chosen), self._run(self._start(0), inputs, first))
         return found.scores()
 
-    def _run(self, start: _Start, inputs: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, start: Start, inputs: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of rows [B, t] that go on at `start`; in halves where memory is short."""
         count = len(inputs)
         rows = torch.cat([start.before.expand(count, -1), inputs], 1)
@@ -232,18 +230,18 @@ class TargetScorer:
         limit = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_OF_A_CARD)
         return self.batch_size or max(1, limit // length)
 
-    def _start(self, begin: int, opened: Opened | None = None) -> _Start:
+    def _start(self, begin: int, opened: Opened | None = None) -> Start:
         """Where candidates go on that are alike up to token `begin`."""
         if not self.shares:
-            return _Start(self.before, None, 0)
+            return Start(self.before, None, 0)
         if begin:
-            return _Start(self.before[:0], opened.keys, len(self.before) + begin)
+            return Start(self.before[:0], opened.keys, len(self.before) + begin)
         if self._prefix is None:
-            cache = _Start(self.before, [], 0).cache(1)
+            cache = Start(self.before, [], 0).cache(1)
             with evaluating(self.model), torch.no_grad():
                 self._forward(cache, input_ids=self.before.unsqueeze(0))
-            self._prefix = _taken(cache, len(self.before))
-        return _Start(self.before[:0], self._prefix, len(self.before))
+            self._prefix = taken(cache, len(self.before))
+        return Start(self.before[:0], self._prefix, len(self.before))
 
     def _forward(self, cache: Any, **inputs: Tensor) -> DeferredLogits:
         if cache is not None:
@@ -301,48 +299,7 @@ class _Found:
         return Scores(losses, matched)
 
 
-class _Start(NamedTuple):
-    """Ids to run first, and keys of what came before them."""
-
-    before: Tensor
-    keys: Keys | None
-    length: int
-
-    def cache(self, count: int) -> Any:
-        """A cache of `count` equal rows; None where nothing is shared."""
-        if self.keys is None:
-            return None
-        from transformers import DynamicCache
-
-        # without the config: a sliding layer would forget what a shorter prefix needs
-        cache = DynamicCache()
-        for layer, pair in enumerate(self.keys):
-            cache.update(*(x[:, :, : self.length].expand(count, -1, -1, -1) for x in pair), layer)
-        return cache
-
-
-def _taken(cache: Any, length: int) -> Keys:
-    return [
-        (layer.keys[:, :, :length].detach(), layer.values[:, :, :length].detach())
-        for layer in cache.layers
-    ]
-
-
 def _first_change(candidates: Tensor, ids: Tensor) -> Tensor:
     """Place [B] of the first token that differs, n where none does."""
     changed = candidates != ids
     return torch.where(changed.any(1), changed.int().argmax(1), candidates.shape[1])
-
-
-def _cache_name(model: nn.Module) -> str | None:
-    """The argument that takes keys and values, or None if a cache of the model holds others."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    inner = unwrap(model)
-    if inner._is_stateful:
-        return None
-    layers = DynamicCache(config=inner.config).layers
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return None
-    taken = signature(inner.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)
