@@ -155,7 +155,9 @@ def test_only_what_is_kept_is_scored(gemma):
     kept = scorer.score(rows, scorer.open(ids), lambda some: some.sum(1) % 2 == 0).losses
     even = rows.sum(1) % 2 == 0
     torch.testing.assert_close(kept[even], full[even], rtol=0, atol=1e-5)
-    assert even.any() and not even.all() and kept[~even].isinf().all()
+    assert even.any()
+    assert not even.all()
+    assert kept[~even].isinf().all()
     assert (
         scorer.score(rows, None, lambda some: torch.zeros(len(some), dtype=bool))
         .losses.isinf()
@@ -184,26 +186,28 @@ def test_token_gradient_is_the_finite_difference_of_the_relaxed_input(gemma, sha
     ids = torch.tensor(draw(5, 5))
     scorer = TargetScorer(gemma, parts, share=share, mellowmax=mellowmax)
     gradient = scorer.token_gradient(scorer.open(ids))
-    assert gradient.shape == (5, 400) and gradient.dtype == torch.float32
+    assert gradient.shape == (5, 400)
+    assert gradient.dtype == torch.float32
     double = copy.deepcopy(gemma).double()
     embed = double.get_input_embeddings()
     whole_ids = torch.tensor([*parts.before, *ids.tolist(), *parts.after, *parts.target])
     targets = torch.tensor(parts.target)
 
     @torch.no_grad()
-    def loss(at: int, token: int, share: float) -> Tensor:
-        """Of the one-hot row of place `at` with `share` of another token added."""
+    def loss(at: int, token: int, size: float) -> Tensor:
+        """Of the one-hot row of place `at` with `size` of another token added."""
         embedded = embed(whole_ids).clone()
-        embedded[20 + at] += share * embed(torch.tensor(token))
+        embedded[20 + at] += size * embed(torch.tensor(token))
         logits = double(inputs_embeds=embedded.unsqueeze(0)).logits[0, -5:-1]
         if mellowmax is None:
             return F.cross_entropy(logits, targets)
         return (-logits[torch.arange(4), targets]).exp().mean().log()
 
     for at, token in ((0, 17), (2, 399), (4, 3)):
-        slope = (loss(at, token, 1e-5) - loss(at, token, -1e-5)) / 2e-5
+        # the norms of the model compute in float32 whatever its dtype
+        slope = (loss(at, token, 3e-3) - loss(at, token, -3e-3)) / 6e-3
         assert abs(slope) > 1e-4
-        assert gradient[at, token].item() == pytest.approx(slope.item(), rel=1e-2, abs=1e-4)
+        assert gradient[at, token].item() == pytest.approx(slope.item(), rel=1e-2, abs=2e-4)
 
 
 def test_a_model_is_left_as_it_was(gemma):
@@ -237,7 +241,8 @@ def test_a_batch_that_does_not_fit_is_halved(gemma, monkeypatch):
 
     monkeypatch.setattr(scorer, "_forward", short)
     torch.testing.assert_close(scorer.score(rows).losses, expected, rtol=0, atol=1e-5)
-    assert max(sizes) == 9 and sizes.count(1) + sizes.count(2) > 4
+    assert max(sizes) == 9
+    assert sizes.count(1) + sizes.count(2) > 4
 
     def full(cache, **inputs):
         raise torch.OutOfMemoryError("no memory")

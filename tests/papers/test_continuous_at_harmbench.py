@@ -117,12 +117,14 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     lm = ScriptedModel(says)
     answers = tmp_path / "completions.json"
     some = runs.complete(lm, {"a_1": cases["a_1"]}, answers, chat=False)
-    assert len(lm.asked) == 2 and [one.generation for one in some["a_1"]] == [
+    assert len(lm.asked) == 2
+    assert [one.generation for one in some["a_1"]] == [
         "Yes: done.",
         "I am sorry.",
     ]
     done = runs.complete(lm, cases, answers, Sampling(max_tokens=9), chat=False)
-    assert len(lm.asked) == 4 and harmbench.read_completions(answers) == done
+    assert len(lm.asked) == 4
+    assert harmbench.read_completions(answers) == done
     # other test cases of a behaviour are asked anew
     runs.complete(lm, {"a_1": ["Else"]}, answers, chat=False)
     assert len(lm.asked) == 5
@@ -147,7 +149,8 @@ def test_refusals_by_words():
     judge = judges.RefusalStrings()
     refusals = ["I\u2019m sorry, but no.", "  I CANNOT do that", "As an AI, I ..."]
     others = ["Sure, here it is", "", "A sorry sight."]
-    assert all(map(judge.refuses, refusals)) and not any(map(judge.refuses, others))
+    assert all(map(judge.refuses, refusals))
+    assert not any(map(judge.refuses, others))
     assert judge([("q", text) for text in (*refusals, *others)]) == [False] * 3 + [
         True,
         False,
@@ -169,7 +172,8 @@ def test_beginnings():
 def test_a_model_judges():
     def logprob(prompt, option):
         ((role, text),) = prompt
-        assert role == "user" and "{curly}" in text
+        assert role == "user"
+        assert "{curly}" in text
         return 0.0 if (option == "yes") == ("ANSWER:\nbomb" in text) else -3.0
 
     judge = judges.ModelJudge(ScriptedModel(logprobs=logprob))
@@ -180,14 +184,15 @@ def test_a_model_judges():
     plain = judges.ModelJudge(ScriptedModel(logprobs={("r a", "y"): 0.0, ("r a", "n"): -1.0}),
                               "{request} {answer}", ("y", "n"), chat=False)  # fmt: skip
     assert plain([("r", "a")]) == [True]
-    with pytest.raises(ValueError, match="question: expected it to hold {answer}"):
+    with pytest.raises(ValueError, match=r"question: expected it to hold \{answer\}"):
         judges.ModelJudge(ScriptedModel(), "{request}")
 
 
 def test_wilson():
     # 8 of 10, by hand: (0.8 + 1.9207/10 +- 1.96 sqrt(0.016 + 0.0096036)) / 1.38415
     assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
-    assert wilson(0, 10)[0] == 0.0 and wilson(10, 10)[1] == 1.0
+    assert wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
     assert wilson(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="expected a count between 0 and 2, got 3"):
         wilson(3, 2)
@@ -213,7 +218,9 @@ def test_page(tmp_path):
         {"base <b>": [[3.0, 2.0, 2.5], [4.0]], "robust": [[5.0]]}, {"seed": "0"},
     )  # fmt: skip
     text = path.read_text(encoding="utf-8")
-    assert "50.0%" in text and "base &lt;b&gt;" in text and "base <b>" not in text
+    assert "50.0%" in text
+    assert "base &lt;b&gt;" in text
+    assert "base <b>" not in text
     assert text.count("<svg") == 2
     page.write(path, {"m": rows}, {}, {}, {})
     assert path.read_text(encoding="utf-8").count("<svg") == 1

@@ -57,17 +57,23 @@ def test_pair_runs_streams_and_rounds():
     judge = ScriptedModel(lambda messages: "Rating: [[4]]")
     models = (ScriptedModel(attacker), target, judge)
     result = pair(*models, "Do it", "Sure", small(), show_progress=False)
-    assert len(result.rounds) == 3 and not result.succeeded
+    assert len(result.rounds) == 3
+    assert not result.succeeded
     # one more attempt of the stream that wrote no prompt
-    assert len(attacker.asked) == 7 and attacker.asked[1] == attacker.asked[2]
+    assert len(attacker.asked) == 7
+    assert attacker.asked[1] == attacker.asked[2]
     assert [turn.prompt for turn in result.rounds[0]] == ["try 1", "try 3"]
-    assert result.best.prompt == "try 1" and result.best.score == 4
+    assert result.best.prompt == "try 1"
+    assert result.best.score == 4
     assert result.best.answer == "answer to try 1"
     shown = attacker.asked[3]
     assert [role for role, _ in shown] == ["user", "assistant", "user"]
-    assert "Do it" in shown[0][1] and "Sure" in shown[0][1]
-    assert "answer to try 1" in shown[2][1] and "Score: 4" in shown[2][1]
-    assert "answer to try 1" in last(judge.asked[0]) and "Do it" in last(judge.asked[0])
+    assert "Do it" in shown[0][1]
+    assert "Sure" in shown[0][1]
+    assert "answer to try 1" in shown[2][1]
+    assert "Score: 4" in shown[2][1]
+    assert "answer to try 1" in last(judge.asked[0])
+    assert "Do it" in last(judge.asked[0])
 
 
 def test_pair_shows_only_the_last_rounds():
@@ -81,14 +87,18 @@ def test_pair_stops_at_the_best_rating():
     judge = ScriptedModel(lambda m: "[[10]]" if "try 3" in last(m) else "[[2]]")
     models = (ScriptedModel(Attacker()), ScriptedModel(lambda m: "ok"), judge)
     result = pair(*models, "Do it", "Sure", small(), show_progress=False)
-    assert result.succeeded and len(result.rounds) == 1 and result.best.prompt == "try 3"
+    assert result.succeeded
+    assert len(result.rounds) == 1
+    assert result.best.prompt == "try 3"
 
 
 def test_pair_without_any_prompt():
     target = ScriptedModel({})
     models = (ScriptedModel(lambda m: "nothing"), target, ScriptedModel({}))
     result = pair(*models, "Do it", "Sure", small(), show_progress=False)
-    assert result.best is None and not result.succeeded and target.asked == []
+    assert result.best is None
+    assert not result.succeeded
+    assert target.asked == []
     assert "JSON object" in last(models[0].asked[-1])
 
 
@@ -173,7 +183,8 @@ def test_xstest(tmp_path):
     assert list(rows) == [
         ("all", True), ("all", False), ("homonyms", True), ("contrast_homonyms", False),
     ]  # fmt: skip
-    assert rows["all", True].counts == (1, 1, 0) and rows["all", True].rate == 0.5
+    assert rows["all", True].counts == (1, 1, 0)
+    assert rows["all", True].rate == 0.5
     low, high = rows["all", True].interval
     assert 0 < low < 0.5 < high < 1
     assert rows["contrast_homonyms", False].rate == 1.0
@@ -207,7 +218,8 @@ def test_harmless_lines_by_a_model(tmp_path):
     report = over_refusal.over_refusal(lm, requests, read, Sampling(max_tokens=3), chat=False)
     assert lm.asked == ["Tell me a story.", "Cook rice."]
     assert report.verdicts == ("refuses in part", "complies")
-    assert report.rows[0].counts == (1, 0, 1) and report.rows[0].rate == 0.5
+    assert report.rows[0].counts == (1, 0, 1)
+    assert report.rows[0].rate == 0.5
     with pytest.raises(ValueError, match="expected a verdict among"):
         over_refusal.over_refusal(lm, requests, lambda pairs: ["no"] * len(pairs), chat=False)
 
@@ -216,17 +228,18 @@ FIRST = ["You are a poet. Write freely. Say all.", "As a test, answer it! Then s
 
 
 def test_genetic_search_lowers_the_loss(pocket_nano):
-    def shuffled(texts):
-        return [" ".join(sorted(text.split(), key=lambda w: (len(w), w[::-1]))) for text in texts]
+    def mutate(texts):
+        return [f"{text} It has to return path." for text in texts]
 
     options = {"steps": 4, "population": 8, "mutation": 0.3, "seed": 1}
     config = autodan.GeneticConfig(**options)
     arguments = (
         pocket_nano.model, pocket_nano.tokenizer, "{optim_str} def f(path):", " return path",
-        FIRST, shuffled, config,
+        FIRST, mutate, config,
     )  # fmt: skip
     found = autodan.search(*arguments, show_progress=False)
-    assert len(found.losses) == 5 and found.best_loss == min(found.losses)
+    assert len(found.losses) == 5
+    assert found.best_loss == min(found.losses)
     assert all(b <= a + 1e-6 for a, b in zip(found.losses, found.losses[1:], strict=False))
     assert found.best_loss < found.losses[0]
     assert found == autodan.search(*arguments, show_progress=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_ext.papers.continuous_at.evaluation.files import write_json
+from gemma_ext.papers.continuous_at.files import replacing
 
 TestCases = dict[str, list[str]]
 """Prompts of each behaviour, by BehaviorID."""
@@ -103,15 +103,11 @@ def _behavior(row: Mapping[str, str | None]) -> Behavior:
 
 def write_behaviors(path: str | Path, behaviors: Sequence[Behavior]) -> None:
     """A CSV file that `read_behaviors` and HarmBench read."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8", newline="") as file:
+    with replacing(Path(path)) as beside, beside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
         for b in behaviors:
             writer.writerow((b.text, b.category, b.semantic, ", ".join(b.tags), b.context, b.id))
-    os.replace(beside, path)
 
 
 def read_targets(path: str | Path) -> dict[str, list[str]]:

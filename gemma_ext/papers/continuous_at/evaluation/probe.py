@@ -50,8 +50,8 @@ class Probe:
         from scipy.stats import spearmanr
 
         count = len(candidates)
-        drafted = self._draft.score_lists(self._text.bare(self.tokenizer.batch_decode(candidates)))
-        drafted = drafted.losses.cpu()
+        texts = self.tokenizer.batch_decode(candidates)
+        drafted = self._draft.score_lists(self._text.bare(texts)).losses
         probes = torch.randperm(count, generator=generator)
         probes = probes[: max(1, count // self.config.sampling_factor)]
         losses = torch.full((count,), torch.inf)
@@ -59,7 +59,7 @@ class Probe:
 
         def ask(places: Tensor) -> None:
             scores = self.scorer.score(candidates[places], opened)
-            losses[places], matched[places] = scores.losses.cpu(), scores.matched.cpu()
+            losses[places], matched[places] = scores.losses, scores.matched
 
         ask(probes)
         agreement = spearmanr(losses[probes], drafted[probes]).statistic if len(probes) > 1 else 0.0

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -21,18 +20,18 @@ from torch import Tensor, nn
 from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
-from gemma_ext.nn._models import output_head, unwrap
+from gemma_ext.nn._models import output_head
 from gemma_ext.ops.cce import cce_rows
 from gemma_ext.papers.continuous_at.embeddings import Embeddings
+from gemma_ext.papers.continuous_at.evaluation.keys import Keys, Start, cache_name, taken
 from gemma_ext.papers.continuous_at.evaluation.template import Parts
 
-Keys = list[tuple[Tensor, Tensor]]
-"""Keys and values of each layer, [1, heads, tokens, head width]."""
 Keep = Callable[[Tensor], Tensor]
 """From candidates [B, n] to the mask [B] of those that are to be scored."""
 
-_BATCH_TOKENS = {"cpu": 2048}  # run at once; more fit a card's caches less than they fill its units
-_BATCH_TOKENS_OF_A_CARD = 32768
+# run at once: larger batches share less of what their candidates have in common
+_BATCH_TOKENS = {"cpu": 1536}
+_BATCH_TOKENS_OF_A_CARD = 8192
 _VOCABULARY_ROWS = 16384  # embedded at a time
 
 
@@ -41,8 +40,8 @@ class Scores:
     """Of candidates.
 
     Attributes:
-        losses: float32 [B], infinite where a candidate was not kept.
-        matched: bool [B], whether every token of the target is the likeliest one.
+        losses: float32 [B] on the CPU, infinite where a candidate was not kept.
+        matched: bool [B] on the CPU, whether every token of the target is the likeliest one.
     """
 
     losses: Tensor
@@ -112,7 +111,7 @@ class TargetScorer:
         )
         # the last token of the target predicts nothing that is scored
         self._tail = torch.cat([self.after, self.target[:-1]])
-        self._cache_name = _cache_name(model) if share and len(self.before) else None
+        self._cache_name = cache_name(model) if share and len(self.before) else None
         self._prefix: Keys | None = None
 
     @cached_property
@@ -138,7 +137,7 @@ class TargetScorer:
             losses, _ = self._read(logits, first.to(self.device))
             (gradient,) = torch.autograd.grad(losses.sum(), string)
         length = len(self.before) + len(ids)
-        keys = _taken(cache, length) if cache is not None else None
+        keys = taken(cache, length) if cache is not None else None
         return Opened(ids, losses.item(), gradient.float(), keys)
 
     def token_gradient(self, opened: Opened) -> Tensor:
@@ -161,59 +160,56 @@ class TargetScorer:
             opened: of a string [n] that they are changes of; its keys are shared.
             keep: which of them are scored; it runs in a thread of its own beside the model.
         """
-        candidates = candidates.to(self.device)
+        candidates = candidates.cpu()
         count, width = candidates.shape
-        first = torch.zeros(count, dtype=torch.int64, device=self.device)
+        first = torch.zeros(count, dtype=torch.int64)
         if opened is not None and opened.keys is not None:
-            first = _first_change(candidates, opened.ids)
+            first = _first_change(candidates, opened.ids.cpu())
             # the row that predicts the first target is never shared
             first = first.clamp(max=width + len(self.after) - 1)
         order = first.argsort(stable=True)
-        losses = torch.full((count,), torch.inf, device=self.device)
-        matched = torch.zeros(count, dtype=torch.bool, device=self.device)
         begins = first[order].tolist()
-        chunks = []
+        chunks: list[tuple[Tensor, int]] = []
         at = 0
         while at < count:
             rows = self._rows(width + len(self._tail) - begins[at])
             chunks.append((order[at : at + rows], begins[at]))
             at += rows
+        found = _Found(count)
         with evaluating(self.model), ThreadPoolExecutor(1) as pool:
             kept = [None] * len(chunks)
             if keep is not None:
                 kept = pool.map(keep, [candidates[at] for at, _ in chunks])
             for (at, begin), mask in zip(chunks, kept, strict=True):
-                at = at if mask is None else at[mask.to(at.device)]
+                at = at if mask is None else at[mask]
                 if len(at):
-                    tail = self._tail.expand(len(at), -1)
-                    inputs = torch.cat([candidates[at], tail], 1)[:, begin:]
-                    first = torch.full_like(at, inputs.shape[1] - len(self.target))
-                    losses[at], matched[at] = self._run(self._start(begin, opened), inputs, first)
-        return Scores(losses, matched)
+                    string = candidates[at].to(self.device)
+                    inputs = torch.cat([string, self._tail.expand(len(at), -1)], 1)[:, begin:]
+                    first = torch.full_like(inputs[:, 0], inputs.shape[1] - len(self.target))
+                    found.add(at, self._run(self._start(begin, opened), inputs, first))
+        return found.scores()
 
     @torch.no_grad()
     def score_lists(self, candidates: Sequence[Sequence[int]]) -> Scores:
         """The same for candidates of any lengths; those of similar length are run together."""
         order = sorted(range(len(candidates)), key=lambda place: -len(candidates[place]))
-        losses = torch.empty(len(candidates), device=self.device)
-        matched = torch.empty(len(candidates), dtype=torch.bool, device=self.device)
+        tail = self._tail.tolist()
+        found = _Found(len(candidates))
         at = 0
         with evaluating(self.model):
             while at < len(order):
-                longest = len(candidates[order[at]]) + len(self._tail)
+                longest = len(candidates[order[at]]) + len(tail)
                 chosen = order[at : at + self._rows(longest)]
-                # padding on the right: nothing before it looks at it
-                inputs = torch.zeros(len(chosen), longest, dtype=torch.int64, device=self.device)
-                for row, place in zip(inputs, chosen, strict=True):
-                    ids = torch.tensor(candidates[place], dtype=torch.int64, device=self.device)
-                    row[: len(ids) + len(self._tail)] = torch.cat([ids, self._tail])
-                lengths = [len(candidates[place]) for place in chosen]
-                first = torch.tensor(lengths, device=self.device) + len(self.after) - 1
-                losses[chosen], matched[chosen] = self._run(self._start(0), inputs, first)
                 at += len(chosen)
-        return Scores(losses, matched)
+                # padding on the right: nothing before it looks at it
+                rows = [[*candidates[place], *tail] for place in chosen]
+                inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+                first = torch.tensor([len(row) - len(self.target) for row in rows])
+                inputs, first = inputs.to(self.device), first.to(self.device)
+                found.add(torch.tensor(chosen), self._run(self._start(0), inputs, first))
+        return found.scores()
 
-    def _run(self, start: _Start, inputs: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, start: Start, inputs: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
         """Losses of rows [B, t] that go on at `start`; in halves where memory is short."""
         count = len(inputs)
         rows = torch.cat([start.before.expand(count, -1), inputs], 1)
@@ -234,18 +230,18 @@ class TargetScorer:
         limit = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS_OF_A_CARD)
         return self.batch_size or max(1, limit // length)
 
-    def _start(self, begin: int, opened: Opened | None = None) -> _Start:
+    def _start(self, begin: int, opened: Opened | None = None) -> Start:
         """Where candidates go on that are alike up to token `begin`."""
         if not self.shares:
-            return _Start(self.before, None, 0)
+            return Start(self.before, None, 0)
         if begin:
-            return _Start(self.before[:0], opened.keys, len(self.before) + begin)
+            return Start(self.before[:0], opened.keys, len(self.before) + begin)
         if self._prefix is None:
-            cache = _Start(self.before, [], 0).cache(1)
+            cache = Start(self.before, [], 0).cache(1)
             with evaluating(self.model), torch.no_grad():
                 self._forward(cache, input_ids=self.before.unsqueeze(0))
-            self._prefix = _taken(cache, len(self.before))
-        return _Start(self.before[:0], self._prefix, len(self.before))
+            self._prefix = taken(cache, len(self.before))
+        return Start(self.before[:0], self._prefix, len(self.before))
 
     def _forward(self, cache: Any, **inputs: Tensor) -> DeferredLogits:
         if cache is not None:
@@ -281,48 +277,29 @@ class TargetScorer:
         return (negated.logsumexp(1) - count.log()) / self.mellowmax, matched
 
 
-class _Start(NamedTuple):
-    """Ids to run first, and keys of what came before them."""
+class _Found:
+    """Losses and matches of batches, moved off their device when all are there."""
 
-    before: Tensor
-    keys: Keys | None
-    length: int
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._places: list[Tensor] = []
+        self._values: list[tuple[Tensor, Tensor]] = []
 
-    def cache(self, count: int) -> Any:
-        """A cache of `count` equal rows; None where nothing is shared."""
-        if self.keys is None:
-            return None
-        from transformers import DynamicCache
+    def add(self, places: Tensor, values: tuple[Tensor, Tensor]) -> None:
+        self._places.append(places)
+        self._values.append(values)
 
-        # without the config: a sliding layer would forget what a shorter prefix needs
-        cache = DynamicCache()
-        for layer, pair in enumerate(self.keys):
-            cache.update(*(x[:, :, : self.length].expand(count, -1, -1, -1) for x in pair), layer)
-        return cache
-
-
-def _taken(cache: Any, length: int) -> Keys:
-    return [
-        (layer.keys[:, :, :length].detach(), layer.values[:, :, :length].detach())
-        for layer in cache.layers
-    ]
+    def scores(self) -> Scores:
+        losses = torch.full((self._count,), torch.inf)
+        matched = torch.zeros(self._count, dtype=torch.bool)
+        if self._places:
+            at = torch.cat(self._places)
+            found = [torch.cat(values) for values in zip(*self._values, strict=True)]
+            losses[at], matched[at] = found[0].float().cpu(), found[1].cpu()
+        return Scores(losses, matched)
 
 
 def _first_change(candidates: Tensor, ids: Tensor) -> Tensor:
     """Place [B] of the first token that differs, n where none does."""
     changed = candidates != ids
     return torch.where(changed.any(1), changed.int().argmax(1), candidates.shape[1])
-
-
-def _cache_name(model: nn.Module) -> str | None:
-    """The argument that takes keys and values, or None if a cache of the model holds others."""
-    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
-
-    inner = unwrap(model)
-    if inner._is_stateful:
-        return None
-    layers = DynamicCache(config=inner.config).layers
-    if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers):
-        return None
-    taken = signature(inner.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in taken), None)

@@ -47,6 +47,23 @@ def with_slot(messages: str | Sequence[Mapping[str, str]]) -> list[dict[str, str
     return made
 
 
+def ask_and_target(
+    conversation: Sequence[Mapping[str, str]],
+) -> tuple[list[dict[str, str]], str]:
+    """Messages and target of a conversation whose last message is the answer that is sought.
+
+    Raises:
+        ValueError: fewer than two messages, or the last is not the assistant's.
+    """
+    if len(conversation) < 2 or conversation[-1].get("role") not in ("assistant", "model"):
+        raise ValueError(
+            "expected a conversation that ends with the assistant's answer, "
+            f"got {conversation!r:.80}"
+        )
+    *asked, answer = (dict(message) for message in conversation)
+    return asked, answer["content"]
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
     """Messages by the tokenizer's chat template, open for an answer; joined where it has none."""
     if not tokenizer.chat_template:
