@@ -25,6 +25,7 @@ Scheduler::Scheduler(Options options)
       slots_(options_.slots),
       tables_(static_cast<size_t>(options_.requests) * options_.request_pages),
       resident_(options_.requests),
+      limits_(options_.requests),
       exits_(options_.loops) {
   for (int i = options_.requests - 1; i >= 0; --i) free_rows_.push_back(i);
   const size_t rows =
@@ -182,12 +183,17 @@ int Scheduler::take_page() {
 void Scheduler::add_page(Request& r, int page) {
   tables_[static_cast<size_t>(r.row) * options_.request_pages + r.pages.size()] = page;
   r.pages.push_back(page);
+  limits_[r.row] = static_cast<int32_t>(r.pages.size()) * kPage;
 }
 
 // The last token of the request becomes the one that runs; it is stalled where there is no page for
 // it, so that what runs can always finish its loops.
 bool Scheduler::begin_token(Request& r, bool resumed) {
   r.pos = static_cast<int>(r.tokens.size()) - 1;
+  if (options_.device) {
+    start(r, -1);
+    return true;
+  }
   if (r.pos / kPage >= static_cast<int>(r.pages.size())) {
     const int page = resumed || stalled_.empty() ? take_page() : -1;
     if (page < 0) {
@@ -242,6 +248,7 @@ bool Scheduler::relieve() {
   }
   if (options_.pressure == Pressure::kRecompute) {
     remove(stalled_, &r);
+    stop_row(r);
     give_memory(r);
     --active_;
     r.state = State::kWaiting;
@@ -295,13 +302,20 @@ void Scheduler::report_moved() {
     for (size_t i = 0; i < r.pages.size(); ++i)
       std::copy_n(r.saved_marks.data() + i * kPage, kPage, pages_.marks(r.pages[i]));
     r.saved_marks.clear();
-    if (!r.cancelled) begin_token(r, true);
+    if (r.cancelled) {
+      // released with the step
+    } else if (options_.device) {
+      route(r);
+    } else {
+      begin_token(r, true);
+    }
   }
   bury();
 }
 
 // Pages, last ones first so that a prefix outlives what continues it, and rows of the bank.
 void Scheduler::give_memory(Request& r) {
+  if (r.row >= 0) limits_[r.row] = 0;
   while (!r.pages.empty()) {
     pages_.drop(r.pages.back());
     r.pages.pop_back();
@@ -325,6 +339,7 @@ void Scheduler::leave_queues(Request& r) {
 
 void Scheduler::release(Request& r) {
   leave_queues(r);
+  stop_row(r);
   if (r.row >= 0 && r.state != State::kOffloaded && r.state != State::kWaiting) --active_;
   give_memory(r);
   if (r.row >= 0) {

@@ -18,9 +18,17 @@ const Plan& Scheduler::plan() {
   ++counters_.ticks;
   begin_plan(Stage::kIdle);
   do {
-    retry_stalled();
+    if (options_.device) {
+      retry_routed();
+    } else {
+      retry_stalled();
+    }
     if (plan_restore()) break;
     admit();
+    if (options_.device) {
+      if (!plan_routed()) continue;
+      break;
+    }
     const bool work = block_work();
     const bool head = !coda_.empty() && !(waves() && pass_runs());
     if (!scores_.empty()) {
@@ -325,7 +333,8 @@ void Scheduler::chunk_done(Request& r) {
   const int length = static_cast<int>(r.slots.size());
   const bool last = r.begin + length == r.target;
   const bool draws = last && !r.outputs && r.asked.max_tokens > 0;
-  if (draws) {
+  const int behind = r.slots.back();
+  if (draws && !options_.device) {
     r.slot = r.slots.back();
     r.slots.pop_back();
   }
@@ -338,7 +347,9 @@ void Scheduler::chunk_done(Request& r) {
   const auto place = std::find(prefill_.begin(), prefill_.end(), &r);
   if (place != prefill_.end()) prefill_.erase(place);
   publish(r);
-  if (draws) {
+  if (draws && options_.device) {
+    start(r, behind);
+  } else if (draws) {
     r.pos = r.target - 1;
     r.depth = r.asked.max_loops;
     r.state = State::kCoda;
@@ -398,6 +409,18 @@ void Scheduler::plan_coda() {
   counters_.coda_rows += plan_.n;
 }
 
+// A token that was read after `r.depth` loops joins the output; whether it ends it.
+End Scheduler::take_token(Request& r, int32_t token) {
+  if (r.outputs) counters_.exit_loops += r.depth;
+  ++exits_[r.depth - 1];
+  ++counters_.outputs;
+  ++r.outputs;
+  r.tokens.push_back(token);
+  const auto& stops = r.asked.stops;
+  if (std::find(stops.begin(), stops.end(), token) != stops.end()) return End::kStop;
+  return r.outputs == r.asked.max_tokens ? End::kLength : End::kNo;
+}
+
 void Scheduler::report_coda(const int32_t* tokens) {
   end_plan(Stage::kCoda);
   for (int i = 0; i < plan_.n; ++i) {
@@ -405,18 +428,7 @@ void Scheduler::report_coda(const int32_t* tokens) {
     plan_.end[i] = static_cast<int32_t>(End::kNo);
     if (r.cancelled) continue;
     const Submission& asked = r.asked;
-    const int32_t token = tokens[i];
-    if (r.outputs) counters_.exit_loops += r.depth;
-    ++exits_[r.depth - 1];
-    ++counters_.outputs;
-    ++r.outputs;
-    r.tokens.push_back(token);
-    End end = End::kNo;
-    if (std::find(asked.stops.begin(), asked.stops.end(), token) != asked.stops.end()) {
-      end = End::kStop;
-    } else if (r.outputs == asked.max_tokens) {
-      end = End::kLength;
-    }
+    const End end = take_token(r, tokens[i]);
     plan_.end[i] = static_cast<int32_t>(end);
     const bool fills_end = options_.fill_on_finish && asked.max_loops == options_.loops;
     if (options_.fills == Fills::kWrite)

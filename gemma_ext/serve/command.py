@@ -59,6 +59,9 @@ def main(
     min_coda_batch: Annotated[
         int, typer.Option(min=1, help="Tokens that wait for the head until it runs.")
     ] = 1,
+    routing: Annotated[
+        str, typer.Option(help="Who makes the next rows: host, device; auto: device on a card.")
+    ] = "auto",
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Rows of prompts in a run of the block.")
     ] = 256,
@@ -152,6 +155,7 @@ def main(
                 "order": order,
                 "mode": mode,
                 "min_coda_batch": min_coda_batch,
+                "routing": routing,
                 "prefill_tokens": prefill_tokens,
             },
             kv_memory=kv_memory,

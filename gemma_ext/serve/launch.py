@@ -20,7 +20,6 @@ from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
 from gemma_ext.serve.memory import pages_for
 from gemma_ext.serve.protocol import SamplingParams
-from gemma_ext.serve.runner import Sizes
 from gemma_ext.serve.trace import Trace
 from gemma_ext.serve.weights import Weights, read_weights
 
@@ -135,9 +134,11 @@ class Launch:
 
         whole = read_weights(model)
         backend = "nccl" if whole.device.type == "cuda" else "gloo"
-        sizes = Sizes(config.requests, config.slots, config.pages, config.max_model_len)
+        config = config.routed(device=False)
+        if config.routing == "device":
+            raise ValueError(f"routing: expected host with {self.ranks} ranks, got 'device'")
         options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
-        ranks = Ranks(whole, self.weights, self.ranks, backend, sizes, options)
+        ranks = Ranks(whole, self.weights, self.ranks, backend, config.sizes, options)
         return Engine(ranks.runner, config), ranks.close
 
     def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:

@@ -166,11 +166,14 @@ class ModelRunner:
     @torch.inference_mode()
     def embed(self, slots: Tensor, ids: Tensor, positions: Tensor) -> None:
         """Tokens `ids` [n] begin in `slots` [n] of the bank, int32 on the host."""
-        at, host = slots.long(), slots.numpy()
-        states = self.weights.embedding[ids.long()] * self.weights.embedding_scale
-        self.bank[at] = states.to(self.bank.dtype)
-        self.readout.changed(host)
-        self.exits.enter(at)
+        self.begin(slots.long(), ids.long())
+        self.readout.changed(slots.numpy())
+
+    def begin(self, slots: Tensor, ids: Tensor) -> None:
+        """`embed` of int64 [n], wherever they are."""
+        states = self.weights.embedding[ids] * self.weights.embedding_scale
+        self.bank[slots] = states.to(self.bank.dtype)
+        self.exits.enter(slots)
 
     @torch.inference_mode()
     def block(self, rows: Rows) -> Tensor | None:
@@ -223,7 +226,7 @@ class ModelRunner:
         early = loops < self.loops
         if self.policy in WRITTEN and bool(early.any()):
             at = early.nonzero().squeeze(1)
-            self._skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
+            self.skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
         return self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
 
     @torch.inference_mode()
@@ -236,10 +239,11 @@ class ModelRunner:
         where = (slots.long(), requests.long(), positions.long())
         return self.sampler.score(*where, ids, early, top)
 
-    def _skip(
+    def skip(
         self, slots: Tensor, requests: Tensor, positions: Tensor, last: Tensor, tables: Tensor
     ) -> None:
-        """Keys and values of the loops after `last` [n], from 0, of tokens that leave."""
+        """Keys and values of the loops after `last` [n], from 0, of tokens that leave; all int32
+        [n], a request of -1 is none."""
         where = (self.kv_pool, *(x.to(self.kv_pool.device) for x in (tables, requests, positions)))
         last = last.to(self.kv_pool.device)
         if self.policy != "propagate":
