@@ -37,9 +37,12 @@ def main(
         float, typer.Option(help="Share of the free memory that the KV pool has at most.")
     ] = 0.5,
     kv_policy: Annotated[
-        str, typer.Option(help="Keys and values of loops that a token skipped.")
-    ] = "exact_lazy",
-    keep: Annotated[int, typer.Option(min=1, help="k of first_then_shared and modulo.")] = 1,
+        str | None,
+        typer.Option(help="Keys and values of skipped loops; as the model was trained by default."),
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="k of first_then_shared and modulo; likewise.")
+    ] = None,
     kv_pressure: Annotated[
         str, typer.Option(help="reserve, none, recompute, offload: when pages run out.")
     ] = "reserve",

@@ -16,12 +16,17 @@ Only the exact ones give what a model that runs every loop of every token would 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gemma_ext.nn.recursive import Plan
 from gemma_ext.ops.depth_batching.kv import kv_depths
 from gemma_ext.serve.weights import Layer, Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POLICIES = (
     "exact_lazy",
@@ -36,6 +41,22 @@ POLICIES = (
 EXACT = ("exact_lazy", "exact_eager")
 WRITTEN = ("propagate", "copy", "first_then_shared", "modulo")  # when a token leaves
 _SHARED = ("single", "first_then_shared", "modulo")
+
+
+def trained_policy(model: PreTrainedModel) -> dict[str, Any]:
+    """`kv_policy` and `keep` that a model was trained with, as its config tells; exact_lazy where
+    it tells none, whose tokens are those of every loop of every token.
+
+    Raises:
+        ValueError: a policy that no engine has.
+    """
+    plan = Plan.of_model(model)
+    if plan.kv_policy not in ("", *POLICIES):
+        raise ValueError(
+            f"kv_policy: expected one of {', '.join(POLICIES)} in the config of the model, "
+            f"got {plan.kv_policy!r}"
+        )
+    return {"kv_policy": plan.kv_policy or "exact_lazy", "keep": plan.keep}
 
 
 @dataclass(frozen=True)

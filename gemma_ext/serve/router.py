@@ -351,9 +351,7 @@ class Router:
         own = head.rows(*given, True)
         return HeadExit(*(_where(early, a, b) for a, b in zip(own, found, strict=True)))
 
-    def _draw(
-        self, read: HeadExit, row: Tensor, pos: Tensor, wide: bool
-    ) -> tuple[Tensor, Tensor]:
+    def _draw(self, read: HeadExit, row: Tensor, pos: Tensor, wide: bool) -> tuple[Tensor, Tensor]:
         """(ids, whether the candidates of the head were enough)."""
         if not wide:
             return read.samples, torch.ones_like(row, dtype=torch.bool)
