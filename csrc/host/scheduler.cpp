@@ -28,8 +28,8 @@ Scheduler::Scheduler(Options options)
       limits_(options_.requests),
       exits_(options_.loops) {
   for (int i = options_.requests - 1; i >= 0; --i) free_rows_.push_back(i);
-  const size_t rows =
-      std::max(options_.width + options_.fill_rows + options_.prefill, options_.requests);
+  const size_t rows = std::max({options_.width + options_.fill_rows + options_.prefill,
+                                options_.requests, options_.drafts + 1});
   for (auto* list : {&plan_.slot, &plan_.pos, &plan_.row, &plan_.loop, &plan_.kind, &plan_.token,
                      &plan_.depth, &plan_.output, &plan_.end})
     list->resize(rows);
@@ -213,6 +213,7 @@ bool Scheduler::begin_token(Request& r, bool resumed) {
   } else {
     ready_.push_back(&r);
   }
+  if (options_.drafts) hold_drafts(r);
   return true;
 }
 
@@ -222,7 +223,7 @@ void Scheduler::retry_stalled() {
     Request& r = *stalled_.front();
     if (!begin_token(r, true)) break;
     stalled_.pop_front();
-    resumed.push_back(&r);
+    if (r.state == State::kReady) resumed.push_back(&r);
   }
   std::copy(resumed.begin(), resumed.end(), ready_.begin());  // they went in one before the other
 }
@@ -249,6 +250,7 @@ bool Scheduler::relieve() {
   if (options_.pressure == Pressure::kRecompute) {
     remove(stalled_, &r);
     stop_row(r);
+    if (options_.drafts) roll_back(r, r.asked.prompt.size() + r.told);
     give_memory(r);
     --active_;
     r.state = State::kWaiting;
@@ -323,6 +325,8 @@ void Scheduler::give_memory(Request& r) {
   for (const Deferred& item : r.deferred)
     if (item.slot >= 0) slots_.give(item.slot);
   r.deferred.clear();
+  for (const Deferred& item : r.checks) slots_.give(item.slot);
+  r.checks.clear();
   prompt_slots_ -= static_cast<int>(r.slots.size());
   for (const int slot : r.slots) slots_.give(slot);
   r.slots.clear();
@@ -411,6 +415,7 @@ void Scheduler::check() const {
     for (const int page : r->pages) ++uses[page];
     for (const Deferred& item : r->deferred)
       if (item.slot >= 0) slots.push_back(item.slot);
+    for (const Deferred& item : r->checks) slots.push_back(item.slot);
     slots.insert(slots.end(), r->slots.begin(), r->slots.end());
     if (r->slot >= 0) slots.push_back(r->slot);
     for (size_t i = 0; r->row >= 0 && i < r->pages.size(); ++i)

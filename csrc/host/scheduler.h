@@ -59,6 +59,7 @@ struct Options {
   // tokens later. `ahead`: positions of a request that may run before it hears of them.
   bool device = false;
   int ahead = 2;
+  int drafts = 0;  // tokens that exits may run ahead of what is told; 0: exits are final
   std::string salt;
 };
 
@@ -102,6 +103,10 @@ struct Request {
   int pos = 0, slot = -1, loop = 0, depth = 0;  // of the token that runs
   int64_t since = 0;                            // step in which it became ready
   std::vector<Deferred> deferred;
+  std::vector<Deferred> checks;  // have all loops, wait for the head
+  std::deque<int> drafted;       // depths of outputs that are not told
+  int told = 0;                  // outputs
+  bool left = false;             // the token that runs waits for the head
   bool draining = false, cancelled = false;
   // prompt rows [begin, begin + slots.size()) stand at chunk_loop
   int begin = 0, target = 0, chunk_loop = 0;
@@ -113,7 +118,8 @@ struct Counters {
   int64_t ticks = 0, blocks = 0, codas = 0, mixed_blocks = 0, rows = 0, current_rows = 0,
           fill_rows = 0, prompt_rows = 0, coda_rows = 0, distinct_loops = 0, outputs = 0,
           exit_loops = 0, prompt_tokens = 0, cached_tokens = 0, preemptions = 0, offloads = 0,
-          most_wait = 0, most_ready = 0, finished = 0, cancelled = 0, dropped_fills = 0;
+          most_wait = 0, most_ready = 0, finished = 0, cancelled = 0, dropped_fills = 0,
+          accepted = 0, rejected = 0;
 };
 
 // The step to run: buffers of fixed place, counts for this step.
@@ -189,6 +195,14 @@ class Scheduler {
   void route(Request& r);
   void start(Request& r, int slot);
   End take_token(Request& r, int32_t token);
+  End end_of(const Request& r, int32_t token, int outputs) const;
+  // scheduler_drafts.cpp: exits that are checked
+  void add_check(Request& r, const Deferred& item);
+  void hold(Request& r);
+  void hold_drafts(Request& r);
+  void roll_back(Request& r, size_t size);
+  End tell(Request& r, int row, int depth);
+  void read(Request& r, int row, int last, const int32_t* tokens);
   bool cover(Request& r);
   void cover_ahead(Request& r);
   void retry_routed();
@@ -204,6 +218,7 @@ class Scheduler {
   bool block_work() const;
   void plan_block();
   void plan_coda();
+  void add_reading(Request& r, int slot, int pos, int depth);
   void plan_score();
   bool starts_prompts();
   void add_prompts(bool start);

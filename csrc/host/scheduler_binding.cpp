@@ -86,14 +86,15 @@ py::dict counters(const Scheduler& s) {
                                                    {"most_ready", c.most_ready},
                                                    {"finished", c.finished},
                                                    {"cancelled", c.cancelled},
-                                                   {"dropped_fills", c.dropped_fills}};
+                                                   {"dropped_fills", c.dropped_fills},
+                                                   {"accepted", c.accepted},
+                                                   {"rejected", c.rejected}};
   for (const auto& [name, value] : named) found[name] = value;
   return found;
 }
 
 const char* stage_name(Stage stage) {
-  constexpr const char* names[] = {"idle",    "block",   "coda", "score",
-                                   "offload", "restore", "tick"};
+  constexpr const char* names[] = {"idle", "block", "coda", "score", "offload", "restore", "tick"};
   return names[static_cast<int>(stage)];
 }
 
@@ -109,7 +110,7 @@ void bind_scheduler(py::module_& m) {
                        int min_coda, int min_rows, double margin, const std::string& mode,
                        const std::string& fills, const std::string& pressure,
                        const std::string& order, const std::string& publish, bool fill_on_finish,
-                       bool verify, bool device, int ahead, const std::string& salt) {
+                       bool verify, bool device, int ahead, int drafts, const std::string& salt) {
              Options o;
              o.loops = loops;
              o.width = width;
@@ -146,6 +147,7 @@ void bind_scheduler(py::module_& m) {
              o.verify = verify;
              o.device = device;
              o.ahead = ahead;
+             o.drafts = drafts;
              o.salt = salt;
              return std::make_unique<Scheduler>(std::move(o));
            }),
@@ -155,7 +157,7 @@ void bind_scheduler(py::module_& m) {
            py::arg("min_coda"), py::arg("min_rows"), py::arg("margin"), py::arg("mode"),
            py::arg("fills"), py::arg("pressure"), py::arg("order"), py::arg("publish"),
            py::arg("fill_on_finish"), py::arg("verify"), py::arg("device"), py::arg("ahead"),
-           py::arg("salt"))
+           py::arg("drafts"), py::arg("salt"))
       .def(
           "submit",
           [](Scheduler& self, const Input<int32_t>& prompt, int max_tokens, int min_loops,
@@ -228,7 +230,8 @@ void bind_scheduler(py::module_& m) {
             self.report_drawn(tokens, {ran[0], ran[1], ran[2], ran[3]});
           },
           py::arg("drawn"), py::arg("ran"),
-          "drawn: int64 [n, 4] of request, token, depth and the positions with all loops; ran: rows, "
+          "drawn: int64 [n, 4] of request, token, depth and the positions with all loops; ran: "
+          "rows, "
           "tokens, fills and loops of the block.")
       .def(
           "handed",
@@ -239,7 +242,8 @@ void bind_scheduler(py::module_& m) {
               starts.append(py::make_tuple(s.id, s.row, s.pos, s.slot));
             return py::make_tuple(stopped, starts);
           },
-          "Rows that the device lets go, and requests that it takes over as (request, row, position, "
+          "Rows that the device lets go, and requests that it takes over as (request, row, "
+          "position, "
           "slot); each is told once.")
       .def("check", &Scheduler::check, "Raises RuntimeError where anything is lost or held twice.")
       .def("forget_prefixes", &Scheduler::forget_prefixes)

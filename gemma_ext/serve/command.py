@@ -62,6 +62,9 @@ def main(
     min_coda_batch: Annotated[
         int, typer.Option(min=1, help="Tokens that wait for the head until it runs.")
     ] = 1,
+    drafts: Annotated[
+        int, typer.Option(min=0, help="Exits are drafts, so many ahead of their check; 0: final.")
+    ] = 0,
     routing: Annotated[
         str, typer.Option(help="Who makes the next rows: host, device; auto: device on a card.")
     ] = "auto",
@@ -158,6 +161,7 @@ def main(
                 "order": order,
                 "mode": mode,
                 "min_coda_batch": min_coda_batch,
+                "drafts": drafts,
                 "routing": routing,
                 "prefill_tokens": prefill_tokens,
             },

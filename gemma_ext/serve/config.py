@@ -47,6 +47,9 @@ class EngineConfig:
             computed ends with an error ("none"), is computed again later ("recompute", exact
             policies only) or waits in host memory ("offload").
         margin: share of the pool that admission leaves free under them.
+        drafts: tokens that early exits of a request may run ahead of its output. With any, an exit
+            is a draft: it is told once the loops that it skipped give the same token, and replaced
+            by theirs where they do not, so that outputs are those of all loops. 0: exits are final.
         prefix_cache: pages of finished prefixes are kept and shared; fill_on_finish: the loops
             that an output skipped are run after its end, so that it can be shared too.
         routing: who reads exits and tokens and makes the next rows: the "host" after every step, or
@@ -74,6 +77,7 @@ class EngineConfig:
     order: str = "fifo"
     kv_pressure: str = "reserve"
     margin: float = 0.2
+    drafts: int = 0
     prefix_cache: bool = False
     fill_on_finish: bool = False
     routing: str = "auto"
@@ -91,8 +95,9 @@ class EngineConfig:
         for name in (*counts, "prefill_tokens", "min_coda_batch", "min_free_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.fill_rows < 0:
-            raise ValueError(f"fill_rows: expected at least 0, got {self.fill_rows}")
+        for name in ("fill_rows", "drafts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.min_free_requests > self.requests:
             raise ValueError(
                 f"min_free_requests: expected at most the {self.requests} requests, "
@@ -127,13 +132,28 @@ class EngineConfig:
                 "fill_on_finish: expected a prefix_cache and an exact kv_policy with it, "
                 f"got {self.prefix_cache} and {self.kv_policy}"
             )
+        if self.drafts > self.backlog:
+            raise ValueError(
+                f"drafts: expected at most the backlog of {self.backlog}, got {self.drafts}"
+            )
+        if self.drafts and (reason := self._undrafted()):
+            raise ValueError(f"drafts: expected {reason} with them, got another")
         if self.routing == "device" and (reason := self._host_only()):
             raise ValueError(f"routing: expected {reason} with 'device', got another")
+
+    def _undrafted(self) -> str | None:
+        """What would have to be otherwise for exits to be drafts."""
+        if self.mode != "cdb":
+            return "mode cdb"
+        if self.kv_policy not in EXACT:
+            return f"kv_policy {' or '.join(EXACT)}"
+        return "another kv_pressure than offload" if self.kv_pressure == "offload" else None
 
     def _host_only(self) -> str | None:
         """What would have to be otherwise for a device to route."""
         for name, wanted in (
             ("mode", "cdb"), ("order", "fifo"), ("min_coda_batch", 1), ("fill_on_finish", False),
+            ("drafts", 0),
         ):  # fmt: skip
             if getattr(self, name) != wanted:
                 return f"{name} {wanted}"
@@ -185,7 +205,7 @@ class EngineConfig:
             name: getattr(self, name)
             for name in (
                 "width", "fill_rows", "requests", "pages", "backlog", "order", "margin", "mode",
-                "fill_on_finish", "verify",
+                "fill_on_finish", "verify", "drafts",
             )
         }  # fmt: skip
         device = self.routing == "device"

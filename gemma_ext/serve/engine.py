@@ -250,9 +250,9 @@ class Engine:
     def _coda(self, n: int) -> list[Event]:
         slot, row, pos, depth = self._first(n, "slot", "row", "pos", "depth")
         sampled = self.runner.coda(slot, row, pos, depth, self._tensors["block_tables"])
-        ids, depths = self._seen["id"][:n].tolist(), depth.tolist()
+        ids = self._seen["id"][:n].tolist()
         self.scheduler.report_coda(sampled.ids.numpy())
-        return self._told(ids, depths, sampled)
+        return self._told(ids, self._seen["depth"][:n].tolist(), sampled)
 
     def _told(self, ids: list[int], depths: list[int], sampled: Sampled) -> list[Event]:
         """The events of tokens that have been reported."""

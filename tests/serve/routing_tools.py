@@ -16,16 +16,10 @@ _ASKS = {
     getattr(torch.Tensor, name)
     for name in (
         "item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__",
-        "__len__", "__iter__", "__contains__", "nonzero",
+        "__contains__", "nonzero",
     )
-} - {torch.Tensor.__len__}  # fmt: skip
-_SIZED_BY_VALUES = (
-    "nonzero",
-    "masked_select",
-    "_local_scalar_dense",
-    "unique",
-    "repeat_interleave",
-)
+}  # fmt: skip
+_SIZED_BY_VALUES = ("nonzero", "masked_select", "_local_scalar_dense", "unique")
 
 
 class HostAsked(AssertionError):
@@ -36,9 +30,9 @@ class _Values(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(name in str(function) for name in _SIZED_BY_VALUES):
             raise HostAsked(str(function))
-        if "index" in str(function) and len(args) > 1 and isinstance(args[1], (list, tuple)):
-            if any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1]):
-                raise HostAsked(f"{function} by a mask")
+        at = args[1] if len(args) > 1 and isinstance(args[1], (list, tuple)) else ()
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in at):
+            raise HostAsked(f"{function} by a mask")
         return function(*args, **(kwargs or {}))
 
 
@@ -105,7 +99,7 @@ class Watched:
         return found
 
 
-def engines(model, exits, router_options=None, **options) -> tuple[Engine, Engine]:
+def engines(model, exits, **options) -> tuple[Engine, Engine]:
     """(host, device) engines of the same settings."""
     given = {"width": 4, "max_model_len": 64, "prefill_tokens": 16, "verify": True, **options}
     made = []
