@@ -157,9 +157,11 @@ bool Scheduler::place(Request& r) {
   shared.swap(r.pages);
   for (const int page : shared) add_page(r, page);
   for (int i = 0; i < wanted; ++i) add_page(r, pages_.take());
-  r.begin = hits * kPage;
+  r.begin = std::max(hits * kPage, options_.prefix);
+  for (int pos = hits * kPage; pos < r.begin; ++pos)
+    pages_.marks(r.pages[pos / kPage])[pos % kPage] = options_.loops;
   r.target = target;
-  if (!r.outputs) counters_.cached_tokens += r.begin;
+  if (!r.outputs) counters_.cached_tokens += std::max(hits * kPage - options_.prefix, 0);
   if (r.begin == target) {
     begin_token(r, true);
   } else {

@@ -59,6 +59,8 @@ struct Options {
   // tokens later. `ahead`: positions of a request that may run before it hears of them.
   bool device = false;
   int ahead = 2;
+  int prefix =
+      0;  // tokens at the begin of every prompt that the runner fills in before its first rows
   int drafts = 0;  // tokens that exits may run ahead of what is told; 0: exits are final
   std::string salt;
 };

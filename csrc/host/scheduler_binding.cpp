@@ -110,7 +110,8 @@ void bind_scheduler(py::module_& m) {
                        int min_coda, int min_rows, double margin, const std::string& mode,
                        const std::string& fills, const std::string& pressure,
                        const std::string& order, const std::string& publish, bool fill_on_finish,
-                       bool verify, bool device, int ahead, int drafts, const std::string& salt) {
+                       bool verify, bool device, int ahead, int prefix, int drafts,
+                       const std::string& salt) {
              Options o;
              o.loops = loops;
              o.width = width;
@@ -147,6 +148,7 @@ void bind_scheduler(py::module_& m) {
              o.verify = verify;
              o.device = device;
              o.ahead = ahead;
+             o.prefix = prefix;
              o.drafts = drafts;
              o.salt = salt;
              return std::make_unique<Scheduler>(std::move(o));
@@ -157,7 +159,7 @@ void bind_scheduler(py::module_& m) {
            py::arg("min_coda"), py::arg("min_rows"), py::arg("margin"), py::arg("mode"),
            py::arg("fills"), py::arg("pressure"), py::arg("order"), py::arg("publish"),
            py::arg("fill_on_finish"), py::arg("verify"), py::arg("device"), py::arg("ahead"),
-           py::arg("drafts"), py::arg("salt"))
+           py::arg("prefix"), py::arg("drafts"), py::arg("salt"))
       .def(
           "submit",
           [](Scheduler& self, const Input<int32_t>& prompt, int max_tokens, int min_loops,

@@ -185,17 +185,18 @@ class EngineConfig:
         rows = self.requests + (self.routing == "device")  # scratch
         return Sizes(rows, self.slots, self.pages, self.max_model_len)
 
-    def shape(self, loops: int) -> Shape:
+    def shape(self, loops: int, prefix: int = 0) -> Shape:
         """Of a device that routes tokens."""
         rows = self.width + self.fill_rows
         sizes = (self.requests, self.width, rows, loops, self.backlog, self.ring)
-        return Shape(*sizes, self.prefill_tokens)
+        return Shape(*sizes, self.prefill_tokens, prefix)
 
-    def scheduler(self, loops: int, revision: str = "") -> Scheduler:
+    def scheduler(self, loops: int, revision: str = "", prefix: int = 0) -> Scheduler:
         """The scheduler for a model of so many loops.
 
         Args:
             revision: of the model; prefixes of another are not shared.
+            prefix: keys and values in front of every prompt, in pages of each request.
         """
         exact = self.kv_policy in EXACT or loops == 1
         fills = {"exact_eager": "eager", "propagate": "write", "copy": "write"}
@@ -215,7 +216,8 @@ class EngineConfig:
             mixed=self.mixed and not device,
             device=device,
             ahead=_AHEAD,
-            request_pages=math.ceil(self.max_model_len / PAGE),
+            request_pages=math.ceil((self.max_model_len + prefix) / PAGE),
+            prefix=prefix,
             prefill=self.prefill_tokens,
             aligned=self.kv_policy in _OVERWRITTEN and loops > 1,
             min_coda=self.min_coda_batch,

@@ -23,7 +23,7 @@ from gemma_ext.serve.config import PAGE, EngineConfig
 from gemma_ext.serve.kv import HostStore
 from gemma_ext.serve.protocol import Event, Limits, Request, Stats, Token
 from gemma_ext.serve.router import Flight, Router
-from gemma_ext.serve.runner import ModelRunner, Rows
+from gemma_ext.serve.runner import PROMPT, ModelRunner, Rows
 from gemma_ext.serve.stats import Latencies
 from gemma_ext.serve.trace import Trace
 
@@ -61,14 +61,20 @@ class Engine:
         revision: str = "",
     ) -> None:
         self.runner, self.config, self.trace, self.clock = runner, config, trace, clock
-        longest = min(config.max_model_len, PAGE * config.pages)
+        self.prefix = getattr(runner, "prefix", 0)  # places in front of every prompt
+        longest = min(config.max_model_len, PAGE * config.pages - self.prefix)
+        if longest < 1:
+            raise ValueError(
+                f"pages: expected room for a token behind a prefix of {self.prefix}, "
+                f"got {config.pages}"
+            )
         self.limits = Limits(runner.vocabulary, runner.loops, longest)
         self.router: Router | None = None
         if config.routing == "device":
-            self.router = Router(runner, config.shape(runner.loops))
+            self.router = Router(runner, config.shape(runner.loops, self.prefix))
         self._flight: Flight | None = None
         self._depths: dict[int, Sequence[int]] = {}
-        self.scheduler = config.scheduler(runner.loops, revision)
+        self.scheduler = config.scheduler(runner.loops, revision, self.prefix)
         self.latencies = Latencies()
         self.store = HostStore(runner)
         self._requests: dict[int, Request] = {}
@@ -128,6 +134,7 @@ class Engine:
             exits=exits,
             impl=impl,
             shortlist=shortlist,
+            drafts=config.drafts > 0,
         )
         return cls(runner, config, **options)
 
@@ -144,7 +151,7 @@ class Engine:
         request.check(self.limits)
         params = request.params
         id = self.scheduler.submit(
-            np.asarray(request.prompt, np.int32),
+            np.asarray((0,) * self.prefix + request.prompt, np.int32),
             max_tokens=params.max_tokens,
             min_loops=params.min_loops,
             max_loops=params.max_loops or self.limits.loops,
@@ -233,7 +240,11 @@ class Engine:
         self.store.forget(id)
 
     def _first(self, n: int, *names: str) -> list[torch.Tensor]:
-        return [self._tensors[name][:n] for name in names]
+        """Columns of the plan; the scheduler's positions count the prefix."""
+        found = {name: self._tensors[name][:n] for name in names}
+        if self.prefix and "pos" in found:
+            found["pos"] = found["pos"] - self.prefix
+        return list(found.values())
 
     def _block(self, n: int) -> list[Event]:
         segments, tables = self._tensors["seg_offsets"], self._tensors["block_tables"]
@@ -241,6 +252,9 @@ class Engine:
             n, "slot", "pos", "row", "loop", "kind", "token"
         )
         new = int(segments[1])
+        if self.prefix:
+            begins = (kind == PROMPT) & (loop == 0) & (pos == 0)
+            self.runner.write_prefix(row[begins].long(), tables)
         if new:
             self.runner.embed(slot[:new], token[:new], pos[:new])
         exits = self.runner.block(Rows(slot, pos, row, loop, segments, kind, tables))
@@ -288,6 +302,7 @@ class Engine:
             if id in self._requests:  # else refused
                 drawn = len(self._drawn[id])
                 depths = self._depths.get(id, ())
+                pos -= self.prefix
                 self.router.start(row, id, self._requests[id], pos, slot, drawn, depths)
 
     def _tick(self, n: int) -> list[Event]:
@@ -315,7 +330,9 @@ class Engine:
 
     def _report(self, drawn: np.ndarray, sampled: Sampled, ran: tuple[int, ...]) -> list[Event]:
         """Tokens of a tick: rows of `News.drawn`."""
-        self.scheduler.report_drawn(drawn[:, [0, 3, 4, 5]], ran)
+        told = drawn[:, [0, 3, 4, 5]]
+        told[:, 3] += self.prefix
+        self.scheduler.report_drawn(told, ran)
         return self._told(drawn[:, 0].tolist(), drawn[:, 4].tolist(), sampled)
 
     def _score(self, n: int) -> list[Event]:

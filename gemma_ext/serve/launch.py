@@ -141,6 +141,7 @@ class Launch:
         if config.routing == "device":
             raise ValueError(f"routing: expected host with {self.ranks} ranks, got 'device'")
         options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
+        options["drafts"] = config.drafts > 0
         ranks = Ranks(whole, self.weights, self.ranks, backend, config.sizes, options)
         return Engine(ranks.runner, config), ranks.close
 

@@ -86,14 +86,21 @@ def pool_depths(weights: Weights, policy: str, keep: int = 1) -> Depths:
         keep: k of first_then_shared and modulo.
 
     Raises:
-        ValueError: an unknown policy; "active_only" on a model with attention windows, which count
-            positions and not the tokens that are left; one that leaves layers behind the loops
-            without keys of tokens that left early.
+        ValueError: an unknown policy; "active_only" or prefixes on a model with attention windows,
+            which count positions and not the tokens that are left or in front; one that leaves
+            layers behind the loops without keys of tokens that left early; one whose loops share
+            the places of a model's prefixes, or give its positions other angles.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
-    if policy == "active_only" and any(bool(layer.window.any()) for layer in weights.block):
+    layers = (*weights.prelude, *weights.block, *weights.coda)
+    windows = any(bool(layer.window.any()) for layer in layers)
+    if policy == "active_only" and windows:
         raise ValueError("policy: expected a model without attention windows with active_only")
+    if weights.prefix and windows:
+        raise ValueError("model: expected one without attention windows with prefixes")
+    if weights.prefix and policy in (*_SHARED, "propagate"):
+        raise ValueError(f"policy: expected a model without prefixes with {policy}")
     if weights.coda and policy not in (*EXACT, "propagate"):
         raise ValueError(f"policy: expected a model without layers behind its loops with {policy}")
     loops, stored = weights.loops, len(weights.block)

@@ -30,7 +30,7 @@ _NEVER = 2**62
 
 class Shape(NamedTuple):
     """What is fixed: R requests, W width, C rows of a block at most, B loops, tokens that a request
-    may owe, states of a request, and the first of them in the bank."""
+    may owe, states of a request, the first of them in the bank, and places in front of a prompt."""
 
     requests: int
     width: int
@@ -39,6 +39,7 @@ class Shape(NamedTuple):
     backlog: int
     ring: int
     first_slot: int
+    prefix: int
 
 
 class Units(NamedTuple):
@@ -176,7 +177,7 @@ class Route:
         there = at < ends[-1]
         pos = torch.where(there, units.begin[ids] + at - (ends - own)[which], 0)
         ids, loop = torch.where(there, ids, 0), units.loop[ids]
-        place = self.done[ids, loop] if self.counts_loops else pos
+        place = self.shape.prefix + (self.done[ids, loop] if self.counts_loops else pos)
         bounds = torch.cat([ends.new_zeros(1), ends])[sorted_.seg_offsets.long()]
         columns = (
             torch.where(there, self.slots(ids, pos), -1),

@@ -198,12 +198,13 @@ class Router:
 
         Args:
             tables: int32 [R, max_pages] on the host.
-            limits: int32 [R] on the host, positions of each request that have pages.
+            limits: int32 [R] on the host, places of each request that have pages.
             requests: that are on the device.
         """
         if self.tables is None:
             self.tables = torch.zeros_like(tables, device=self.now.device)
         self.tables.copy_(tables, non_blocking=True)
+        limits = limits - self.shape.prefix
         self.route.limit[: self.shape.requests].copy_(limits, non_blocking=True)
         rows = max(_LEAST_ROWS, 1 << (2 * requests - 1).bit_length())
         key = min(rows, self.shape.rows), bool(self.wide)

@@ -67,7 +67,8 @@ class Watched:
             open_(row, request, drawn)
 
         def closed(row):
-            self.keys.setdefault(self._rows.pop(row), self._present(row))
+            request = self._rows.pop(row)
+            self.keys.setdefault(request, self._present(row, request))
             close(row)
 
         engine.runner.open, engine.runner.close = opened, closed
@@ -81,11 +82,11 @@ class Watched:
 
             engine.router.step = watched
 
-    def _present(self, row):
+    def _present(self, row, request):
         engine, found = self.engine, {}
         tables = engine._tensors["block_tables"][row].long()
         marks = torch.from_numpy(engine.scheduler.buffers()["fill_marks"])
-        for pos in range(engine.limits.max_model_len):
+        for pos in range(len(request.prompt) + request.params.max_tokens):
             page = int(tables[pos // PAGE])
             for loop in range(engine.runner.loops):
                 if engine.router is not None:

@@ -92,8 +92,7 @@ def test_tokens_depths_likelihoods_and_keys_are_those_of_the_host(policy):
         shared = 0
         for request, own in seen[0].keys.items():
             other = seen[1].keys[request]
-            assert all(pos < len(request.prompt) or loop > 0 or (loop, pos) in other
-                       for loop, pos in own)  # fmt: skip
+            assert {place for place in own if place[0] == 0} <= other.keys()
             for place in own.keys() & other.keys():
                 assert torch.equal(own[place], other[place]), place
                 shared += place[0] > 0 and place[1] >= len(request.prompt)
@@ -139,7 +138,7 @@ def test_in_float64_they_are_those_of_the_model_alone(name, loops):
 
 def test_an_exit_head_of_its_own():
     model = tiny("Gemma2", loops=2, rank=3, dtype=torch.float32)
-    model.exit_head = ExitHead(32, VOCABULARY, 2)
+    model.exit_head = ExitHead(model.lm_head.weight, 2)
     torch.nn.init.normal_(model.exit_head.lora_B, std=0.5)
     host, device = engines(model, ExitTest("entropy", threshold=2.8))
     Watched(device)
@@ -177,9 +176,9 @@ class _Heard:
 
 @pytest.mark.parametrize("pressure", ["recompute", "offload", "none"])
 def test_preemption_while_a_tick_is_under_way(pressure):
-    options = {"pages": 8, "margin": 0.0, "kv_pressure": pressure, "requests": 4}
+    options = {"pages": 5, "margin": 0.0, "kv_pressure": pressure, "requests": 4}
     host, device = engines(MODEL, EXITS, **options, backlog=4)
-    asked = requests()
+    asked = requests(4, max_tokens=30)
     wanted = serve(host, asked)
     found = serve(device, asked)
     if pressure == "none":
