@@ -190,7 +190,9 @@ class ModelRunner:
     def _quiet(self, rows: Rows) -> np.ndarray:
         """bool [n] rows at their last loop whose state behind it nobody reads."""
         req, kind = rows.req.numpy(), rows.kind.numpy()
-        unread = ((kind == FILL) & (not self.drafts)) | ((kind == PROMPT) & (rows.pos.numpy() < self.read_from[req]))
+        unread = (kind == PROMPT) & (rows.pos.numpy() < self.read_from[req])
+        if not self.drafts:
+            unread |= kind == FILL
         return unread & (rows.loop.numpy() == self.last_loop[req])
 
     def summed(self, y: Tensor) -> Tensor:
