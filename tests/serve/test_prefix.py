@@ -31,9 +31,7 @@ def requests(**options):
     return [
         Request(
             tuple(torch.randint(VOCABULARY, (n,), generator=random).tolist()),
-            SamplingParams(
-                max_tokens=30, temperature=float(n == 9), seed=n, logprobs=1, **options
-            ),
+            SamplingParams(max_tokens=30, temperature=float(n == 9), seed=n, logprobs=1, **options),
         )
         for n in lengths
     ]
