@@ -16,6 +16,7 @@ COMMANDS = {
     "ppo": "gemma_ext.ppo.command:main",
     "recursive": "gemma_ext.papers.recursive.command:app",
     "sae": "gemma_ext.sae.command:app",
+    "salsa": "gemma_ext.papers.salsa.command:app",
     "serve": "gemma_ext.serve.command:main",
 }
 

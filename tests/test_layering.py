@@ -22,7 +22,7 @@ ALLOWED = {
     "ppo": CORE | {"gemma_ext", "lm", "report", "integrations", "pocket", "serve"},
     "lm": CORE | {"gemma_ext", "info"},
     "testing": CORE,
-    "integrations": CORE | {"gemma_ext"},
+    "integrations": CORE | {"gemma_ext", "distributed"},
     "distributed": CORE | {"gemma_ext"},
     "pocket": CORE | {"gemma_ext"},
     "bench": CORE | {"gemma_ext", "testing", "pocket", "info"},

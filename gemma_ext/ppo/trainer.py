@@ -175,7 +175,7 @@ class PPOTrainer:
         sampled = rollout.logprobs
         if sampled is not None:
             sampled = known.pack(sequences.unpack(sampled))
-        found = experience.score_tokens(self.policy, self.critic, self.reference, known, config)
+        found = self.score_tokens(known)
         batch = experience.build(
             known,
             scores.nan_to_num() if config.has_critic else scores,
@@ -203,6 +203,12 @@ class PPOTrainer:
         }
         episodes = self.step * config.local_batch_size * world()
         return {"step": self.step, "episode": episodes} | line
+
+    def score_tokens(self, sequences: Sequences) -> experience.TokenScores:
+        """What policy, critic and reference say of every token; its `kl` is what is paid for."""
+        return experience.score_tokens(
+            self.policy, self.critic, self.reference, sequences, self.config
+        )
 
     def respond(self, rows: Sequence[int], seed: int, *, greedy: bool = False) -> Rollout:
         """A response to each prompt; the draw of each belongs to its place among all ranks'."""
