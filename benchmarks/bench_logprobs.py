@@ -15,6 +15,7 @@ that is wrong has no time. The others are then timed in turn in one process.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -167,6 +168,8 @@ OURS = tuple(SUBJECTS)[1:]
 def check(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Errors and peak memory of one step; in a process of its own."""
     p = problem(options)
+    if "trl" in name:  # not its import
+        importlib.import_module("trl.kernels" if name == "trl" else "gemma_ext.integrations.trl")
     memory = CardMemory if options.device == "cuda" else PeakMemory
     with memory() as watched:
         out = SUBJECTS[name](p)
