@@ -13,8 +13,10 @@ COMMANDS = {
     "evolve": "gemma_ext.papers.genome.command:main",
     "info": "gemma_ext.info:main",
     "merge": "gemma_ext.souping.recipes.command:main",
+    "ppo": "gemma_ext.ppo.command:main",
     "recursive": "gemma_ext.papers.recursive.command:app",
     "sae": "gemma_ext.sae.command:app",
+    "salsa": "gemma_ext.papers.salsa.command:app",
     "serve": "gemma_ext.serve.command:main",
 }
 
@@ -39,7 +41,9 @@ def main() -> None:
         if isinstance(target, typer.Typer):
             app.add_typer(target, name=name)
         else:
-            app.command(name)(target)
+            # a command whose further flags are its own business says so
+            settings = getattr(target, "context_settings", None)
+            app.command(name, context_settings=settings)(target)
     app(prog_name="gemma-ext")
 
 

@@ -78,7 +78,7 @@ class Generator:
         given = 1 if self.text.encoder_decoder else ids.shape[1]
         befores = [[] for _ in prompts] if self.text.encoder_decoder else prompts
         stops = _Stops(self.text, befores, given, sampling.stop)
-        with self._configured(config):
+        with configured(self.model, config):
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=real,
@@ -114,22 +114,6 @@ class Generator:
                 high = middle
         return low
 
-    @contextmanager
-    def _configured(self, config: GenerationConfig) -> Iterator[None]:
-        """In place of the model's own, from which a call takes what its configuration leaves open.
-
-        A model of peft hands its configuration to the model below it.
-        """
-        below = getattr(self.model, "get_base_model", lambda: self.model)()
-        own = [(model, model.generation_config) for model in (self.model, below)]
-        try:
-            for model, _ in own:
-                model.generation_config = config
-            yield
-        finally:
-            for model, before in own:
-                model.generation_config = before
-
     def _config(self, sampling: Sampling) -> GenerationConfig:
         """The model's own tokens, none of its habits."""
         from transformers import GenerationConfig
@@ -147,6 +131,23 @@ class Generator:
             do_sample=False,
             use_cache=True,
         )
+
+
+@contextmanager
+def configured(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """In place of the model's own, from which a call takes what its configuration leaves open.
+
+    A model of peft hands its configuration to the model below it.
+    """
+    below = getattr(model, "get_base_model", lambda: model)()
+    own = [(each, each.generation_config) for each in (model, below)]
+    try:
+        for each, _ in own:
+            each.generation_config = config
+        yield
+    finally:
+        for each, before in own:
+            each.generation_config = before
 
 
 class _Stops:
@@ -179,10 +180,10 @@ def _processors(sampling: Sampling, seeds: list[int], device: torch.device) -> l
         made.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p < 1.0:
         made.append(TopPLogitsWarper(float(sampling.top_p)))
-    return [*made, _Gumbel(seeds, device)]
+    return [*made, Gumbel(seeds, device)]
 
 
-class _Gumbel:
+class Gumbel:
     """Adds -log(-log u) to the scores, whose maximum is then a draw from their softmax."""
 
     def __init__(self, seeds: list[int], device: torch.device) -> None:

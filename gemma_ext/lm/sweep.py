@@ -8,7 +8,7 @@ import torch
 
 from gemma_ext.lm.base import repetitions
 from gemma_ext.lm.causal import padded
-from gemma_ext.lm.generation import Generator, _processors, _Stops
+from gemma_ext.lm.generation import Generator, _processors, _Stops, configured
 from gemma_ext.lm.huggingface import HuggingFaceModel, evaluating
 from gemma_ext.lm.protocol import Completion, Prompt, Sampling
 from gemma_ext.nn.steering_sweep import SteerSweep
@@ -85,7 +85,7 @@ class _Swept(Generator):
         ids, real = padded(prompts, left=True, device=self.device)
         given, befores = ids.shape[1], prompts * times
         stops = _Stops(self.text, befores, given, sampling.stop)
-        with self._configured(config):
+        with configured(self.model, config):
             output = self.sweep.generate(
                 ids,
                 real,

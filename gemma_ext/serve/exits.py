@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.depth_batching.gates import gate_exit
+from gemma_ext.ops.depth_batching.head import HeadExit
 from gemma_ext.serve.protocol import SamplingParams
 from gemma_ext.serve.readout import Readout
 
@@ -50,7 +51,7 @@ TESTS = ("none", *_DIRECTIONS)
 ON_HEAD = ("max_prob", "margin", "entropy", "kl", "argmax")
 ON_CHANGE = ("kl", "cosine", "latent_diff")
 _LEARNED = ("gate", "hazard", "preloop")
-_REMEMBERING = ("argmax", "hazard")  # what earlier loops of a token gave
+REMEMBERING = ("argmax", "hazard")  # what earlier loops of a token gave
 _DECAYING = ("max_prob", "margin", "cosine", "gate")
 _DEFAULTS = {"argmax": 2.0, "latent_diff": 0.03}  # twice in a row; Huginn
 
@@ -168,7 +169,7 @@ class Exits:
             return np.empty(0, np.int64)
         row, done = rows.numpy(), loop.numpy() + 1
         wanted = current & (done < self.max_loops[row])
-        if self.test.name not in _REMEMBERING:
+        if self.test.name not in REMEMBERING:
             wanted &= done >= self.min_loops[row]
         return np.flatnonzero(wanted)
 
@@ -185,16 +186,24 @@ class Exits:
             self.share[slots] = torch.softmax(z, -1).cumsum(-1)
 
     def signals(
-        self, slots: Tensor, rows: Tensor, positions: Tensor, loop: Tensor, before: Tensor | None
+        self,
+        slots: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        loop: Tensor,
+        before: Tensor | None,
+        read: HeadExit | None = None,
     ) -> Tensor:
         """bool [n] of tokens that have run `loop` [n], from 0, below the last one.
 
         Args:
-            slots, rows, positions: int64 [n] of the tokens, on the host; rows of the block tables.
-            loop: int32 [n] on the host.
+            slots, rows, positions: int64 [n] of the tokens; rows of the block tables. On the host,
+                unless what the head says is given.
+            loop: int32 [n] beside them.
             before: [n, D], see `wants_before`.
+            read: what the head says of `slots`; None to ask it, if the test does.
         """
-        score = self._score(slots, rows, positions, loop, before)
+        score = self._score(slots, rows, positions, loop, before, read)
         passes = self.test.passes(score, self._threshold(rows, positions))
         if self.wants_before and not self.by_layer:
             passes &= (loop > 0).to(passes.device)
@@ -208,7 +217,13 @@ class Exits:
         return (0.9 * t + 0.1 * t * torch.exp(-self.test.decay * done)).clamp(0.0, 1.0)
 
     def _score(
-        self, slots: Tensor, rows: Tensor, positions: Tensor, loop: Tensor, before: Tensor | None
+        self,
+        slots: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        loop: Tensor,
+        before: Tensor | None,
+        read: HeadExit | None,
     ) -> Tensor:
         name = self.test.name
         if name == "preloop":
@@ -216,7 +231,9 @@ class Exits:
         if name == "kl":
             return self.head.divergence(slots, before)
         if name in ON_HEAD:
-            read = self.head.read(slots, rows, positions, torch.ones(len(slots), dtype=torch.bool))
+            if read is None:
+                early = torch.ones(len(slots), dtype=torch.bool)
+                read = self.head.read(slots, rows, positions, early)
             if name == "entropy":
                 return read.entropy
             if name == "argmax":

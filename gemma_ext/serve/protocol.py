@@ -81,6 +81,8 @@ class SamplingParams:
         logprobs: None for none; n for the log-probability of each drawn token and of the n
             likeliest ones, under the model's own distribution: soft-capped logits, before bias,
             penalties and temperature.
+        tempered: those log-probabilities at `temperature` instead, as the gradient of a policy
+            needs them; at temperature 0 the model's own.
         stop_ids: 1024 tokens at most that end the output; the last event has the one that did.
         exit_threshold: of the engine's exit test; None for the engine's own.
         min_loops, max_loops: bounds of the loop after which a token is read; None for all loops.
@@ -101,6 +103,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     logprobs: int | None = None
+    tempered: bool = False
     stop_ids: tuple[int, ...] = ()
     exit_threshold: float | None = None
     min_loops: int = 1
@@ -112,6 +115,8 @@ class SamplingParams:
                 _check(name, getattr(self, name), kind, least, most, name in _OPTIONAL)
         if self.temperature < GREEDY:
             object.__setattr__(self, "temperature", 0.0)
+        if not isinstance(self.tempered, bool):
+            raise TypeError(f"tempered: expected True or False, got {self.tempered!r}")
         for name in ("logit_bias", "stop_ids"):
             if len(getattr(self, name)) > MOST_IDS:
                 raise ValueError(
@@ -135,6 +140,11 @@ class SamplingParams:
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         for token in self.stop_ids:
             _check("stop_ids", token, Integral, 0, MOST_COUNT)
+
+    @property
+    def divisor(self) -> float:
+        """Of the logits whose log-probabilities are told."""
+        return self.temperature if self.tempered and self.temperature > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,7 @@ class Limits:
     Attributes:
         vocabulary: V; token ids lie below it.
         loops: B of the model; 1 for a model without loops.
-        max_model_len: tokens of prompt and output together.
+        max_model_len: tokens of prompt and output together, no more than the KV pool holds.
     """
 
     vocabulary: int

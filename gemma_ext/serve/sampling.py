@@ -36,7 +36,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         ids: int32 [n].
-        logprobs: [n], under the model's own distribution, of rows that ask; None if none does.
+        logprobs: [n], under the model's own distribution or at the temperature, of rows that ask;
+            None if none does.
         top_ids, top_logprobs: [n, M] the likeliest tokens, M the most that a row asks for; of a
             row that asks for m of them the first m count.
     """
@@ -97,6 +98,7 @@ class Sampler:
         self.hot = np.zeros(requests, bool)  # temperature above 0
         self.cuts = np.zeros(requests, bool)  # keeps only some tokens
         self.asked = np.full(requests, -1)  # logprobs; -1 for none
+        self.divisor = torch.ones(requests, dtype=dtype, device=device)  # of their logits
 
     def open(self, row: int, request: Request, drawn: Sequence[int] = ()) -> None:
         """A request takes a row; `drawn` are the tokens that an earlier stay has drawn."""
@@ -106,6 +108,7 @@ class Sampler:
         self.hot[row] = hot = params.temperature > 0
         self.cuts[row] = hot and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.asked[row] = -1 if params.logprobs is None else params.logprobs
+        self.divisor[row] = params.divisor
         need = CANDIDATES if self.cuts[row] else max(self.asked[row], 0)
         self.readout.open(row, params.temperature, params.seed, request.choice, need)
 
@@ -129,14 +132,15 @@ class Sampler:
         cut = np.flatnonzero(self.cuts[host] & ~dense)
         if len(cut):
             at = torch.from_numpy(cut)
-            ids[at], covered = self._among_candidates(read, rows, positions, at)
+            ids[at], covered = self.among_candidates(read, rows, positions, at)
             dense[cut] = ~covered.cpu().numpy()
         if dense.any():
             for at in torch.from_numpy(np.flatnonzero(dense)).split(_DENSE_ROWS):
                 ids[at] = self._among_all(slots[at], rows[at], positions[at], early[at])
         self.history.add(rows, positions, ids)
         asked = self.asked[host]
-        return Sampled(ids.cpu(), *self._logprobs(ids, read, slots, early, asked))
+        divisor = self.divisor[rows]
+        return Sampled(ids.cpu(), *self._logprobs(ids, read, slots, early, asked, divisor))
 
     def score(
         self, slots: Tensor, rows: Tensor, positions: Tensor, ids: Tensor, early: Tensor, top: int
@@ -150,12 +154,18 @@ class Sampler:
         self.readout.needs[host] = before
         self.readout.changed(slots.numpy())  # a draw may need more candidates
         asked = np.full(len(rows), top)
-        return Sampled(ids, *self._logprobs(ids.to(device), read, slots, early, asked))
+        one = torch.ones_like(read.lse)
+        return Sampled(ids, *self._logprobs(ids.to(device), read, slots, early, asked, one))
 
-    def _among_candidates(
-        self, read: HeadExit, rows: Tensor, positions: Tensor, at: Tensor
+    def among_candidates(
+        self, read: HeadExit, rows: Tensor, positions: Tensor, at: Tensor, *, waits: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(ids, covered) of rows `at`, whose draws keep only some tokens."""
+        """(ids, covered) of rows `at`, whose draws keep only some tokens.
+
+        Args:
+            waits: whether a device is asked if the head's own samples are all kept, which saves
+                the noise of the candidates.
+        """
         rows, positions = rows[at], positions[at]
         values, ids = read.values[at], read.indices[at]
         count = min(CANDIDATES, self.readout.head.vocabulary)
@@ -165,7 +175,7 @@ class Sampler:
         keep, covered = kept(scaled, read.tempered[at], *self._cuts(rows), whole=whole)
         sample = read.samples[at]
         stays = (keep & (ids == sample.unsqueeze(-1))).any(-1)  # the best of all is the best kept
-        if stays.all():
+        if waits and stays.all():
             return sample, covered
         best = self._best(scaled, ids, keep, rows, positions)
         return torch.where(stays, sample, best), covered
@@ -204,7 +214,13 @@ class Sampler:
         return ids.gather(1, score.argmax(-1, keepdim=True)).squeeze(1)
 
     def _logprobs(
-        self, ids: Tensor, read: HeadExit, slots: Tensor, early: Tensor, asked: np.ndarray
+        self,
+        ids: Tensor,
+        read: HeadExit,
+        slots: Tensor,
+        early: Tensor,
+        asked: np.ndarray,
+        divisor: Tensor,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of rows that ask for none, NaN. A row looks at no more columns than it asks for: a logit
         of the candidates and one of `logits_at` may differ in their last bit."""
@@ -223,7 +239,8 @@ class Sampler:
         if len(missing):
             at = wanted[missing]
             logit[missing] = self.readout.logits_at(slots[at], chosen[missing], early[at])
-        logprobs = torch.full_like(read.lse, torch.nan)
-        logprobs[wanted] = logit - read.lse[wanted]
-        likely = read.values[:, :top] - read.lse.unsqueeze(-1)
+        lse = torch.where(divisor == 1, read.lse, read.tempered)
+        logprobs = torch.full_like(lse, torch.nan)
+        logprobs[wanted] = logit / divisor[wanted] - lse[wanted]
+        likely = read.values[:, :top] / divisor.unsqueeze(-1) - lse.unsqueeze(-1)
         return logprobs.cpu(), read.indices[:, :top].cpu(), likely.cpu()

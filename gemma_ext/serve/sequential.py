@@ -69,7 +69,7 @@ class Sequential:
                 loop = self._depth(states, len(output), params) if given is None else given
             logits = self._logits(states[self.ends[loop - 1]], loop)
             id = draw(logits, tokens, len(output), request)
-            output.append(_token(id, logits, params.logprobs, loop))
+            output.append(_token(id, logits / params.divisor, params.logprobs, loop))
             tokens.append(id)
             if id in params.stop_ids or len(output) == params.max_tokens:
                 break

@@ -39,6 +39,7 @@ class Layer:
         rope_of: int32 [loops], entry of `Weights.ropes`.
         norms: weights [D] before attention and MLP; after them, or None where the model has none.
         q_norm, k_norm: [head_dim] or None.
+        prefix: [loops, P, D] vectors whose keys and values every token sees, or None.
     """
 
     depths: tuple[int, ...]
@@ -54,6 +55,7 @@ class Layer:
     out: Projection
     gate_up: tuple[Projection, ...]
     down: Projection
+    prefix: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,12 @@ class Weights:
         return len(self.prelude) + self.loops * len(self.block) + len(self.coda)
 
     @property
+    def prefix(self) -> int:
+        """P, keys and values in front of every prompt."""
+        prefix = self.block[0].prefix
+        return 0 if prefix is None else prefix.shape[1]
+
+    @property
     def vocabulary(self) -> int:
         return self.embedding.shape[0]
 
@@ -121,7 +129,8 @@ def read_weights(
     """The tensors of `model`, shared with it where dtype and device are its own.
 
     Args:
-        model: a causal LM of `ARCHITECTURES`, vanilla or of `gemma_ext.nn.recursive`.
+        model: a causal LM of `ARCHITECTURES`, vanilla or of `gemma_ext.nn.recursive`. Active LoRA
+            adapters of peft inside it are read as they are, at any rank, beside the shared weights.
 
     Raises:
         ValueError: the architecture, or an option of it, that the engine does not run.
@@ -148,8 +157,6 @@ class _Reader:
 
     def weights(self) -> Weights:
         config, plan = self.config, Plan.of_model(self.model)
-        if plan.prefix:
-            raise ValueError(f"model: expected one without prefixes, got {plan.prefix} a depth")
         if plan.order == "sequence":  # its loops lie inside each other: no depth comes back
             plan = Plan.of(plan.layers, 1)
         head, embed, norm = (
@@ -157,6 +164,8 @@ class _Reader:
             self.body.embed_tokens,
             self.body.norm,
         )
+        if any(hasattr(m, "modules_to_save") or hasattr(m, "base_layer") for m in (head, embed)):
+            raise ValueError("model: expected adapters of the layers alone, got one of the head")
         if head.bias is not None:
             raise ValueError("model: expected a head without bias, got one with a bias")
         attention = self.layers[0].self_attn
@@ -230,21 +239,26 @@ class _Reader:
             out=projections("self_attn", "o_proj")[0],
             gate_up=projections("mlp", "gate_proj", "up_proj"),
             down=projections("mlp", "down_proj")[0],
+            prefix=self.prefix(loops),
         )
+
+    def prefix(self, loops: list[nn.Module]) -> Tensor | None:
+        found = [getattr(layer.self_attn, "prefix", None) for layer in loops]
+        return None if found[0] is None else torch.stack([self.tensor(x) for x in found])
 
     def projection(self, loops: list[nn.Module]) -> Projection:
         first = loops[0]
         if any(loop.weight is not first.weight for loop in loops):
             raise ValueError("model: expected the loops of a layer to share their weights")
-        rank = max(getattr(loop, "rank", 0) for loop in loops)
+        found = [_low_rank(loop) for loop in loops]
+        rank = max(len(a) for a, _ in found)
         if rank == 0:
             return Projection(self.tensor(first.weight), self.tensor(first.bias))
         outs, ins = first.weight.shape
         a = torch.zeros(len(loops), rank, ins, **self.place)
         b = torch.zeros(len(loops), outs, rank, **self.place)
-        for j, loop in enumerate(loops):
-            if hasattr(loop, "lora_A"):  # a plan may leave out the matrices of the first loops
-                a[j], b[j] = loop.lora_A.detach(), loop.lora_B.detach()
+        for j, (down, up) in enumerate(found):
+            a[j, : len(down)], b[j, :, : len(down)] = down, up
         return Projection(self.tensor(first.weight), self.tensor(first.bias), a, b)
 
     def exit_head(self) -> tuple[Tensor, Tensor] | None:
@@ -282,3 +296,23 @@ class _Reader:
                 return entry
         self.ropes.append((frequencies.float(), float(scale)))
         return len(self.ropes) - 1
+
+
+@torch.no_grad()
+def _low_rank(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """A [r, D] and B [F, r] that act beside the weight, of a depth and of active adapters."""
+    downs = [linear.weight.new_zeros(0, linear.weight.shape[1])]
+    ups = [linear.weight.new_zeros(linear.weight.shape[0], 0)]
+    if hasattr(linear, "base_layer"):  # peft's
+        active = () if linear.disable_adapters or linear.merged else linear.active_adapters
+        for name in active:
+            if not hasattr(linear, "lora_A") or linear.use_dora.get(name):
+                raise ValueError(f"model: expected plain LoRA adapters, got another kind in {name}")
+            if name not in linear.lora_A:  # it leaves this layer alone
+                continue
+            downs.append(linear.lora_A[name].weight)
+            ups.append(linear.lora_B[name].weight * linear.scaling[name])
+    elif hasattr(linear, "lora_A"):  # a plan may leave out the matrices of the first loops
+        downs.append(linear.lora_A)
+        ups.append(linear.lora_B)
+    return torch.cat(downs), torch.cat(ups, 1)

@@ -61,6 +61,7 @@ PARAMS = st.fixed_dictionaries(
         "min_tokens": st.sampled_from([0, 4]),
         "stop_ids": st.sampled_from([(), (0, 7)]),
         "logprobs": st.sampled_from([None, 0, 3, 20]),
+        "tempered": st.booleans(),
     }
 )
 
@@ -83,7 +84,7 @@ def test_draws_and_logprobs_are_those_of_plain_softmax_sampling(asked, seed):
         asked = request.params.logprobs
         if asked is None:
             continue
-        own = logits[row].log_softmax(-1)
+        own = (logits[row] / request.params.divisor).log_softmax(-1)
         torch.testing.assert_close(found.logprobs[row], own[found.ids[row].long()])
         order = own.sort(descending=True, stable=True)
         assert found.top_ids[row, :asked].tolist() == order.indices[:asked].tolist()

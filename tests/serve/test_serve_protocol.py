@@ -34,6 +34,7 @@ LIMITS = Limits(vocabulary=100, loops=2, max_model_len=32)
         ("logit_bias", {3: 101.0}, ValueError, "-100.0 to 100.0"),
         ("logit_bias", {-1: 1.0}, ValueError, "at least 0"),
         ("logit_bias", ((3, 1.0), (3, 2.0)), ValueError, "every token once"),
+        ("tempered", 1, TypeError, "True or False"),
         ("stop_ids", (1.5,), TypeError, "an integer"),
         ("exit_threshold", math.nan, ValueError, "a number"),
         ("exit_threshold", "high", TypeError, "a number"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from serve_tiny import OPTIONS, WINDOW, tiny
 
-from gemma_ext.nn.recursive import Plan, add_prefixes, make_recursive
+from gemma_ext.nn.recursive import Plan, make_recursive
 from gemma_ext.serve.weights import read_weights
 
 
@@ -114,12 +114,6 @@ def biased():
     return model
 
 
-def prefixed():
-    model = tiny("Gemma2", loops=2, dtype=torch.float32)
-    add_prefixes(model, 3)
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -141,9 +135,31 @@ def prefixed():
         ),
         (untied, "expected the loops of a layer to share their weights"),
         (biased, "expected a head without bias, got one with a bias"),
-        (prefixed, "expected one without prefixes, got 3 a depth"),
     ],
 )
 def test_what_the_engine_does_not_run_is_refused(make, sentence):
     with pytest.raises(ValueError, match=f"^model: {sentence}"):
         read_weights(make())
+
+
+def test_adapters_of_peft_are_low_rank_matrices_beside_the_shared_weight():
+    peft = pytest.importorskip("peft")
+    model = tiny("Llama", layers=2)
+    shared = model.model.layers[0].self_attn.q_proj.weight
+    made = peft.get_peft_model(model, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    made.add_adapter("more", peft.LoraConfig(r=3, lora_alpha=3, target_modules=["v_proj"]))
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=random))
+    q, k, v = read_weights(made.get_base_model()).block[0].qkv
+    assert q.weight.data_ptr() == shared.data_ptr()
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.testing.assert_close(q.lora_b[0] @ q.lora_a[0], layer.get_delta_weight("default"))
+    assert k.lora_a is None
+    assert v.lora_a is None  # its adapter is not active
+    made.base_model.set_adapter(["default", "more"])
+    assert read_weights(made.get_base_model()).block[0].qkv[2].lora_a.shape == (1, 3, 32)
+    with made.disable_adapter():
+        assert read_weights(made.get_base_model()).block[0].qkv[0].lora_a is None

@@ -1,0 +1,107 @@
+"""What a policy is held near: the protocol, a frozen model, and a policy without its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from gemma_ext.nn.ppo.adapters import peft_model
+from gemma_ext.nn.ppo.hidden import HiddenHead, read
+from gemma_ext.nn.ppo.sequences import Sequences
+
+
+@runtime_checkable
+class Reference(Protocol):
+    """A distribution over responses that may move with the policy.
+
+    A reference of several models (a multi-KL) answers with the weighted sum of their divergences:
+    `heads` names each with its weight.
+    """
+
+    def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+        """float32 [N], without gradient: log-probability of each response token."""
+
+    def heads(self, sequences: Sequences) -> list[tuple[float, HiddenHead]]:
+        """(weight, head) of every model, without gradient, for exact divergences."""
+
+    def after_update(self, policy: nn.Module, step: int) -> dict[str, float]:
+        """Moves the reference behind step `step`, counted from 1; metrics of the move."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beyond what the constructor was given."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class FrozenReference:
+    """A causal LM that never changes.
+
+    Args:
+        model: of transformers; put in evaluation mode, its parameters without gradients.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+        return read(self.model, sequences).head.logprobs(sequences.targets, temperature)[0]
+
+    @torch.no_grad()
+    def heads(self, sequences: Sequences) -> list[tuple[float, HiddenHead]]:
+        return [(1.0, read(self.model, sequences).head)]
+
+    def after_update(self, policy: nn.Module, step: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass
+
+
+class AdapterOffReference:
+    """The policy itself with its adapters off: the base model to the bit, without a second copy.
+
+    Args:
+        policy: of peft, or a wrapper of one.
+
+    Raises:
+        TypeError: a policy without adapters.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.policy = policy
+        peft_model(policy)
+
+    @torch.no_grad()
+    def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+        return self.heads(sequences)[0][1].logprobs(sequences.targets, temperature)[0]
+
+    @torch.no_grad()
+    def heads(self, sequences: Sequences) -> list[tuple[float, HiddenHead]]:
+        training = self.policy.training
+        self.policy.eval()
+        try:
+            with self.acting():
+                return [(1.0, read(self.policy, sequences).head)]
+        finally:
+            self.policy.train(training)
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Within it the policy is the reference."""
+        return peft_model(self.policy).disable_adapter()
+
+    def after_update(self, policy: nn.Module, step: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass

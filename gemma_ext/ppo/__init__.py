@@ -1,0 +1,26 @@
+"""Proximal policy optimisation of causal language models, with a critic or without."""
+
+from gemma_ext.ppo.config import PPOConfig
+from gemma_ext.ppo.history import History
+from gemma_ext.ppo.prompts import Prompts, read_prompts
+from gemma_ext.ppo.rewards import Responses, Rewards, load_reward
+from gemma_ext.ppo.rollout import Generate, Rollout, Sampler
+from gemma_ext.ppo.run import Trained, summary, train_policy
+from gemma_ext.ppo.trainer import PPOTrainer
+
+__all__ = [
+    "Generate",
+    "History",
+    "PPOConfig",
+    "PPOTrainer",
+    "Prompts",
+    "Responses",
+    "Rewards",
+    "Rollout",
+    "Sampler",
+    "Trained",
+    "load_reward",
+    "read_prompts",
+    "summary",
+    "train_policy",
+]

@@ -1,0 +1,173 @@
+"""The parts of a run from their names: model, adapters, critic, reference, rewards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gemma_ext.extras import require
+from gemma_ext.nn.ppo import (
+    AdapterCritic,
+    Critic,
+    FrozenReference,
+    SeparateCritic,
+    SharedCritic,
+    with_adapters,
+)
+from gemma_ext.nn.ppo.adapters import VALUE
+from gemma_ext.nn.ppo.critic import width_of
+from gemma_ext.ppo.config import PPOConfig
+from gemma_ext.ppo.files import load_value_head
+from gemma_ext.ppo.rewards import Rewards
+
+_CRITICS = ("shared", "adapter", "copy")
+_ALPHA = 2  # of an adapter, times its rank
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Arguments of `PPOTrainer`, and rows for a report."""
+
+    arguments: dict[str, Any]
+    facts: dict[str, str]
+
+
+def open_parts(
+    config: PPOConfig,
+    *,
+    model: str | None,
+    prompts: Any,
+    reward: Any,
+    weight: Sequence[float] | None = None,
+    value: str | None = None,
+    reference: str | None = None,
+    lora: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> Parts:
+    """Opens what a command or a file names.
+
+    Args:
+        reward: a name for `load_reward`, or several, or `Rewards`. The rest: as of the command.
+
+    Raises:
+        ValueError: what is missing, or is not there.
+    """
+    for name, given in (("model", model), ("prompts", prompts), ("reward", reward)):
+        if not given:
+            raise ValueError(f"{name}: expected one, got none")
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if value == "adapter" and lora is None:
+        raise ValueError("lora: expected a rank for a critic that is an adapter, got none")
+    kind = dtype or ("float32" if lora is None else "auto")
+    policy, tokenizer = load_causal(str(model), kind, device)
+    bare = policy
+    if lora is not None:
+        policy = with_adapters(policy, _adapter(int(lora)), *([VALUE] * (value == "adapter")))
+    critic = _critic(value, policy, bare, device) if config.has_critic else None
+    if not isinstance(reward, Rewards):
+        weights = [weight] if isinstance(weight, (int, float)) else weight
+        reward = Rewards(
+            [reward] if isinstance(reward, str) else list(reward), weights, None, device
+        )
+    held = None
+    if reference is not None:
+        held = FrozenReference(load_causal(reference, dtype or "auto", device)[0])
+    arguments = {
+        "policy": policy,
+        "reference": held,
+        "rewards": reward,
+        "prompts": prompts,
+        "value": critic,
+        "tokenizer": tokenizer,
+    }
+    facts = {
+        "model": str(model),
+        "prompts": prompts if isinstance(prompts, str) else f"{len(prompts):,}",
+        "rewards": " + ".join(
+            f"{w:g} {name}" for w, name in zip(reward.weights, reward.names, strict=True)
+        ),
+        "critic": (value or "shared") if config.has_critic else "none",
+        "trained": "all weights" if lora is None else f"adapters of rank {lora}",
+    }
+    return Parts(arguments, facts)
+
+
+def load_causal(name: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A causal LM and its tokenizer.
+
+    Args:
+        name: "pocket", "pocket:small", a folder, or a name on the hub.
+
+    Raises:
+        ValueError: there is none, or no such dtype.
+    """
+    require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {dtype!r}")
+    kind, _, size = name.partition(":")
+    if kind == "pocket":
+        from gemma_ext import pocket
+
+        made = pocket.load(size or "nano")
+        return made.model.to(device), made.tokenizer
+    import transformers
+
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"expected a folder or hub id of a causal LM, got {name}: {first}"
+        ) from None
+    return model.to(device).eval(), tokenizer
+
+
+def _critic(value: str | None, policy: Any, bare: nn.Module, device: str) -> Critic:
+    if value in (None, "shared"):
+        return SharedCritic(width_of(policy))
+    if value == "adapter":
+        return AdapterCritic(policy)
+    if value == "copy":
+        if policy is not bare:
+            raise ValueError("value: expected shared or adapter beside adapters, got copy")
+        return SeparateCritic(copy.deepcopy(bare))
+    require("a critic of its own", "hf", "transformers", "safetensors")
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(value)
+        classifies = "ForSequenceClassification" in (config.architectures or [""])[0]
+        kind = "SequenceClassification" if classifies else "CausalLM"
+        auto = getattr(transformers, f"AutoModelFor{kind}")
+        model = auto.from_pretrained(value, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"value: expected {', '.join(_CRITICS)}, a folder or a hub id, got {value}: {first}"
+        ) from None
+    head = None
+    if not classifies and Path(value).is_dir():
+        try:
+            head = load_value_head(value)
+        except ValueError:
+            head = None  # a model without a head gets a fresh one
+    return SeparateCritic(model.to(device), head)
+
+
+def _adapter(rank: int) -> Any:
+    require("adapters", "ppo", "peft")
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=rank, lora_alpha=_ALPHA * rank, lora_dropout=0.0, target_modules="all-linear"
+    )

@@ -1,0 +1,100 @@
+"""What the ranks of torch.distributed hold together: numbers, weights and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def everyone() -> dist.ProcessGroup | None:
+    """The group of all ranks, None for a process alone."""
+    return dist.group.WORLD if world() > 1 else None
+
+
+def gathered(value: Any) -> list[Any]:
+    """A plain value of every rank."""
+    if world() == 1:
+        return [value]
+    found: list[Any] = [None] * world()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def mean_of(values: Mapping[str, Sequence[float] | Tensor]) -> dict[str, float]:
+    """Means over the ranks of all finite numbers under each name, those of some ranks included."""
+    sums: dict[str, list[float]] = {}
+    local = {}
+    for name, some in values.items():
+        numbers = torch.as_tensor(some, dtype=torch.float64).flatten()
+        numbers = numbers[numbers.isfinite()]
+        local[name] = (float(numbers.sum()), numbers.numel())
+    for each in gathered(local):
+        for name, (total, count) in each.items():
+            kept = sums.setdefault(name, [0.0, 0.0])
+            kept[0] += total
+            kept[1] += count
+    return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
+
+
+class Gradients:
+    """Averages gradients over the ranks, whoever reduces them.
+
+    Modules under DistributedDataParallel and sharded parameters (FSDP2) reduce themselves; the rest
+    is reduced here. Losses are scaled by the world size before, so that the average is a sum.
+
+    Args:
+        modules: that hold the parameters or wrap them.
+        parameters: that train.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> None:
+        self.wrapped = [
+            part
+            for module in modules
+            for part in module.modules()
+            if isinstance(part, DistributedDataParallel)
+        ]
+        own = {id(p) for part in self.wrapped for p in part.parameters()}
+        self.plain = [p for p in parameters if id(p) not in own and not isinstance(p, DTensor)]
+        self.scale = float(world())
+
+    def broadcast(self) -> None:
+        """Everyone begins where the first rank does."""
+        if world() > 1:
+            for parameter in self.plain:
+                dist.broadcast(parameter.data, 0)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """Around a backward; `last` of its optimiser step."""
+        with ExitStack() as stack:
+            if not last:
+                for part in self.wrapped:
+                    stack.enter_context(part.no_sync())
+            yield
+
+    def average(self) -> None:
+        if world() == 1:
+            return
+        for parameter in self.plain:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        work = [dist.all_reduce(p.grad, async_op=True) for p in self.plain]
+        for each, parameter in zip(work, self.plain, strict=True):
+            each.wait()
+            parameter.grad /= self.scale

@@ -1,0 +1,72 @@
+"""What a run settles before its first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from gemma_ext.nn._models import unwrap
+from gemma_ext.ppo.config import PPOConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SHARES = ("dropout", "attention_dropout", "hidden_dropout", "activation_dropout")
+
+
+def ends_of(config: PPOConfig, policy: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids that end a response, as `stop_token` and `stop_token_id` say.
+
+    Raises:
+        ValueError: both are given, or a text that is not one token.
+    """
+    if config.stop_token is not None and config.stop_token_id is not None:
+        raise ValueError("stop_token_id: expected None beside a stop_token, got both")
+    if config.stop_token_id is not None:
+        return [config.stop_token_id]
+    if config.stop_token not in (None, "eos"):
+        ids = tokenizer(config.stop_token, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise ValueError(
+                f"stop_token: expected one token, got {len(ids)} of {config.stop_token!r}"
+            )
+        return ids
+    own = getattr(getattr(unwrap(policy), "generation_config", None), "eos_token_id", None)
+    if config.stop_token == "eos" or own is None:
+        own = tokenizer.eos_token_id
+    if own is None:
+        return []
+    return [own] if isinstance(own, int) else list(own)
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Token id of padding, which nothing ever looks at."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def without_dropout(config: PPOConfig, *models: nn.Module) -> None:
+    """Turns dropout off, so that the first ratio is 1.
+
+    In evaluation mode nothing drops out; transformers checkpoints gradients in training mode only,
+    where all shares are set to 0.
+
+    Raises:
+        ValueError: checkpointing is asked for and a model has none.
+    """
+    for model in models:
+        model.train(config.gradient_checkpointing)
+        if not config.gradient_checkpointing:
+            continue
+        bare = unwrap(model)
+        if not getattr(bare, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient_checkpointing: expected False for {type(bare).__name__}, got True"
+            )
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd):
+                module.p = 0.0
+            for name in _SHARES:
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)

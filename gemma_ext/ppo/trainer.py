@@ -1,0 +1,334 @@
+"""The loop: prompts, responses, scores, advantages, optimiser steps; resumes with the same bits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_ext.lm.huggingface import evaluating
+from gemma_ext.nn.ppo import (
+    AdapterOffReference,
+    AdaptiveKL,
+    Critic,
+    FixedKL,
+    FrozenReference,
+    Reference,
+    SeparateCritic,
+    Sequences,
+    SharedCritic,
+)
+from gemma_ext.nn.ppo.adapters import peft_or_bare
+from gemma_ext.nn.ppo.critic import width_of
+from gemma_ext.ppo import checkpoint, experience, metrics
+from gemma_ext.ppo.config import PPOConfig
+from gemma_ext.ppo.history import History, live_metrics
+from gemma_ext.ppo.memory import Plan, plan
+from gemma_ext.ppo.prompts import Prompts
+from gemma_ext.ppo.ranks import rank, world
+from gemma_ext.ppo.rewards import Responses, Rewards
+from gemma_ext.ppo.rollout import Generate, Rollout, Sampler, seed_of
+from gemma_ext.ppo.setup import ends_of, pad_of, without_dropout
+from gemma_ext.ppo.update import Update
+from gemma_ext.progress import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Callback = Callable[["PPOTrainer", int, Mapping[str, float]], None]
+
+
+class PPOTrainer:
+    """Trains a causal LM by proximal policy optimisation.
+
+    Whatever a step depends on is a function of its number and the seed, or in the checkpoint: a run
+    that was killed gives the weights of one that was not. Under torch.distributed every rank
+    answers its share of a batch; plain weights are kept equal here, those under
+    DistributedDataParallel or FSDP2 by their wrapper.
+
+    Args:
+        config: settings.
+        policy: causal LM of transformers, under peft or not.
+        reference: what the policy is held near; by default the policy without its adapter, or a
+            copy of the policy as it is now.
+        rewards: `Rewards`, or what it takes.
+        prompts: `Prompts`, or what it takes.
+        value: a `Critic`; a model of transformers, for a critic of its own; or None for a head on
+            the policy's states. Not looked at where the advantage needs none.
+        tokenizer: of the policy.
+        reward_tokenizers: of rewards that are modules.
+        sampler: draws responses; `Generate` by default.
+        callbacks: called behind every step with the trainer, the step's number and its metrics.
+        show_progress: draw a bar on stderr.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit.
+
+    Example:
+        >>> def short(completions, **columns):
+        ...     return [-len(text) / 100 for text in completions]
+        >>> trainer = PPOTrainer(PPOConfig(), model, None, short, texts, tokenizer=tokenizer)
+        >>> history = trainer.train()
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: nn.Module,
+        reference: Reference | None = None,
+        rewards: Any = None,
+        prompts: Any = None,
+        value: Critic | nn.Module | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        reward_tokenizers: Any = None,
+        sampler: Sampler | None = None,
+        callbacks: Sequence[Callback] = (),
+        show_progress: bool = True,
+    ) -> None:
+        for name, given in (("rewards", rewards), ("prompts", prompts), ("tokenizer", tokenizer)):
+            if given is None:
+                raise ValueError(f"{name}: expected some, got None")
+        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.device = next(policy.parameters()).device
+        self.pad, self.ends = pad_of(tokenizer), ends_of(config, policy, tokenizer)
+        self.reference = reference if reference is not None else _default_reference(policy)
+        self.critic = self._critic(value) if config.has_critic else None
+        own = [self.critic.model] if isinstance(self.critic, SeparateCritic) else []
+        without_dropout(config, policy, *own)
+        self.prompts = (
+            prompts
+            if isinstance(prompts, Prompts)
+            else Prompts(prompts, tokenizer, config.max_prompt_length)
+        )
+        self.rewards = (
+            rewards
+            if isinstance(rewards, Rewards)
+            else Rewards(rewards, tokenizers=reward_tokenizers, device=self.device)
+        )
+        self.sampler = sampler or Generate(config, self.ends, self.pad)
+        self.update = Update(config, policy, self.critic, self.reference)
+        self.control = (
+            FixedKL(config.kl_coef)
+            if config.kl_target is None
+            else AdaptiveKL(config.kl_coef, config.kl_target, horizon=config.kl_horizon)
+        )
+        self.callbacks, self.show_progress = list(callbacks), show_progress
+        self.folder = Path(config.output_dir)
+        self.steps, self.step = config.steps(world()), 0
+        self.history = History(self.folder)
+        self.updates: list[dict[str, float]] = []
+        self.before: list[dict[str, Any]] = []
+
+    def train(self) -> History:
+        """All steps that are left; the history of the whole run."""
+        self.update.gradients.broadcast()
+        if not self.resume():
+            self.before = self.samples()
+            if rank() == 0:
+                self.history.write()
+        live = live_metrics(self.folder / "tensorboard") if rank() == 0 else None
+        self.rewards.mode(training=True)
+        with progress_bar("ppo", self.steps, self.show_progress and rank() == 0) as advance:
+            advance(self.step)
+            while self.step < self.steps:
+                line = self.train_step()
+                last = self.step == self.steps
+                if rank() == 0 and (self.step % self.config.logging_steps == 0 or last):
+                    self.history.add(line)
+                    for name, number in line.items() if live is not None else ():
+                        live.add_scalar(name, number, self.step)
+                if self.step % self.config.save_steps == 0 or last:
+                    self.save()
+                for callback in self.callbacks:
+                    callback(self, self.step, line)
+                advance(1, metrics.note(line))
+        self.rewards.mode(training=False)
+        return self.history
+
+    def train_step(self) -> dict[str, float]:
+        """One batch: its metrics over all ranks."""
+        config, began = self.config, time.perf_counter()
+        coef = self.control.coef
+        rows = self._rows(self.step)
+        rollout = self.respond(rows, seed_of(config.seed, "draw", self.step))
+        drawn = time.perf_counter()
+        scores, responses, each = self.score(rows, rollout.sequences)
+        greedy = None
+        if config.advantage == "remax":
+            best = self.respond(rows, 0, greedy=True)
+            greedy = self.score(rows, best.sequences)[0]
+        # what nobody scored takes no part
+        sequences = rollout.sequences
+        scored = scores.isfinite()
+        known = Sequences(
+            sequences.ids, sequences.mask, sequences.response_mask & scored.unsqueeze(1)
+        )
+        sampled = rollout.logprobs
+        if sampled is not None:
+            sampled = known.pack(sequences.unpack(sampled))
+        found = self.score_tokens(known)
+        batch = experience.build(
+            known,
+            scores.nan_to_num() if config.has_critic else scores,
+            found,
+            coef,
+            config,
+            sampler_logprobs=sampled,
+            greedy_scores=greedy,
+        )
+        judged = time.perf_counter()
+        factor = config.factor(self.step, self.steps)
+        self.updates = self.update.run(batch, self.step, coef, factor)
+        ended = time.perf_counter()
+        self.step += 1
+        line = metrics.of_batch(
+            known, scores, each, responses, found, batch, self.updates, coef, sampled, self.ends
+        )
+        self.control.update(line["objective/kl"], self.config.local_batch_size * world())
+        line |= self.reference.after_update(self.policy, self.step)
+        line |= {
+            "lr": config.learning_rate * factor,
+            "time/rollout": drawn - began,
+            "time/scoring": judged - drawn,
+            "time/update": ended - judged,
+        }
+        episodes = self.step * config.local_batch_size * world()
+        return {"step": self.step, "episode": episodes} | line
+
+    def score_tokens(self, sequences: Sequences) -> experience.TokenScores:
+        """What policy, critic and reference say of every token; its `kl` is what is paid for."""
+        return experience.score_tokens(
+            self.policy, self.critic, self.reference, sequences, self.config
+        )
+
+    def respond(self, rows: Sequence[int], seed: int, *, greedy: bool = False) -> Rollout:
+        """A response to each prompt; the draw of each belongs to its place among all ranks'."""
+        first = rank() * self.config.local_batch_size
+        seeds = [seed_of(seed, first + place) for place in range(len(rows))]
+        prompts = [self.prompts.ids(row) for row in rows]
+        with torch.no_grad(), evaluating(self.policy):
+            return self.sampler(self.policy, prompts, seeds, greedy=greedy)
+
+    def score(
+        self, rows: Sequence[int], sequences: Sequences
+    ) -> tuple[Tensor, Responses, dict[str, Tensor]]:
+        """Scores [B], nan where there is none; what was scored; the rewards of each function."""
+        ids = [
+            row[real].tolist()
+            for row, real in zip(sequences.responses, sequences.response_mask, strict=True)
+        ]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        prompts = [self.prompts.given(row) for row in rows]
+        responses = Responses(
+            prompts,
+            [
+                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+                for prompt, text in zip(prompts, texts, strict=True)
+            ],
+            ids,
+            self.prompts.columns(rows),
+            sequences,
+            SimpleNamespace(global_step=self.step, max_steps=self.steps),
+        )
+        scores, each = self.rewards(responses)
+        if self.config.missing_eos_penalty is not None:
+            ended = metrics.ended(sequences, self.ends)
+            scores = scores - self.config.missing_eos_penalty * (~ended).float()
+        return scores, responses, each
+
+    def samples(self) -> list[dict[str, Any]]:
+        """Responses to the first prompts with seeds of their own, and their scores."""
+        rows = list(range(min(self.config.sample_prompts, len(self.prompts))))
+        if not rows:
+            return []
+        self.rewards.mode(training=False)
+        rollout = self.respond(rows, seed_of(self.config.seed, "samples"))
+        scores, responses, _ = self.score(rows, rollout.sequences)
+        return [
+            {"prompt": prompt, "completion": completion, "score": score}
+            for prompt, completion, score in zip(
+                responses.prompts, responses.completions, scores.tolist(), strict=True
+            )
+        ]
+
+    def plan(self) -> Plan:
+        """Predicted bytes of each phase, for the longest of the first prompts."""
+        others = [self.critic, getattr(self.reference, "model", None), *self.rewards.functions]
+        longest = max(len(self.prompts.ids(row)) for row in range(min(64, len(self.prompts))))
+        modules = [part for part in others if isinstance(part, nn.Module)]
+        return plan(self.config, self.policy, self.update.trained(), modules, longest)
+
+    def save(self) -> None:
+        """Writes the checkpoint; the one before stays until it is whole."""
+        state = {
+            "step": self.step,
+            "weights": checkpoint.local(self.update.trained()),
+            "update": self.update.state_dict(),
+            "control": self.control.state_dict(),
+            "reference": self.reference.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "random": checkpoint.random_states(),
+            "before": json.dumps(self.before),
+        }
+        checkpoint.write(self.folder, self.step, self._run(), state)
+
+    def resume(self) -> bool:
+        """Takes up the checkpoint of the folder, if there is one."""
+        state = checkpoint.read(self.folder, self._run())
+        if state is None:
+            return False
+        self.step = state["step"]
+        checkpoint.restore(self.update.trained(), state["weights"])
+        self.update.load_state_dict(state["update"])
+        self.control.load_state_dict(state["control"])
+        self.reference.load_state_dict(state["reference"])
+        self.rewards.load_state_dict(state["rewards"])
+        checkpoint.set_random_states(state["random"])
+        self.before = json.loads(state["before"])
+        self.history.read(self.step)
+        if rank() == 0:
+            self.history.write()
+        return True
+
+    def _rows(self, step: int) -> list[int]:
+        """Prompts of this rank in a step, each as often as it is answered."""
+        times = self.config.num_generations
+        mine = self.config.local_batch_size // times
+        start = (step * world() + rank()) * mine
+        rows = self.prompts.order(start, mine, self.config.seed)
+        return [row for row in rows for _ in range(times)]
+
+    def _critic(self, value: Critic | nn.Module | None) -> Critic:
+        if isinstance(value, Critic):
+            return value.to(self.device)
+        if value is None:
+            return SharedCritic(width_of(self.policy)).to(self.device)
+        return SeparateCritic(value).to(self.device)
+
+    def _run(self) -> dict[str, Any]:
+        """What a resumed run has to share with the one before, as JSON has it."""
+        settings = asdict(self.config)
+        for name in ("output_dir", "logging_steps", "save_steps", "sample_prompts"):
+            del settings[name]
+        sizes = [p.numel() for p in self.update.trained()]
+        return {
+            **settings,
+            "prompts": len(self.prompts),
+            "rewards": self.rewards.names,
+            "weights": f"{len(sizes)} tensors, {sum(sizes)}",
+        }
+
+
+def _default_reference(policy: nn.Module) -> Reference:
+    if hasattr(peft_or_bare(policy), "disable_adapter"):
+        return AdapterOffReference(policy)
+    return FrozenReference(copy.deepcopy(peft_or_bare(policy)))
