@@ -68,8 +68,8 @@ def test_own_responses_have_ratio_and_weight_one(made):
 
 
 def test_the_engines_responses_too(made):
-    run = made(importance_cap=2.0)
-    run.sampler = EngineSampler(run.config, run.ends, run.pad)
+    run = made(importance_cap=2.0, rollouts="engine")
+    assert isinstance(run.sampler, EngineSampler)
     line = run.train_step()
     assert line["sampler/difference"] < 1e-5
     assert run.updates[0]["ratio"] == pytest.approx(1, abs=1e-6)

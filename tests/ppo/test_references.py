@@ -30,11 +30,13 @@ def head(seed=0, bias=True):
 def test_policy_without_its_adapter_is_the_base_to_the_bit():
     sequences = random_sequences()
     base = FrozenReference(tiny_model()).logprobs(sequences, 0.7)
-    policy = adapted(tiny_model(), dropout=0.5).train()
+    policy = adapted(tiny_model(), "value", dropout=0.5).train()
+    trained = {n for n, p in policy.named_parameters() if p.requires_grad}
     reference = AdapterOffReference(policy)
     assert isinstance(reference, Reference)
     assert torch.equal(reference.logprobs(sequences, 0.7), base)
     assert policy.training
+    assert {n for n, p in policy.named_parameters() if p.requires_grad} == trained
     [(weight, found)] = reference.heads(sequences)
     assert weight == 1
     assert not found.hidden.requires_grad

@@ -30,6 +30,11 @@ from gemma_ext.ppo.setup import without_dropout
 ONE_STEP = {"total_episodes": 8, "num_ppo_epochs": 1}
 
 
+def varied(completion_ids, **columns):
+    """Another number for nearly every response."""
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
 def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
@@ -91,6 +96,8 @@ def test_one_backbone_for_all_roles(tmp_path):
     critic = {n: p.clone() for n, p in policy.named_parameters() if "lora_B.value" in n}
     history = made.train()
     assert history["objective/kl"][0] != 0  # the policy's adapter was not fresh
+    trained = {n.split(".")[-2] for n, p in policy.named_parameters() if p.requires_grad}
+    assert trained == {"policy", "value"}
     now = dict(policy.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in (base | judge).items())
     assert all(not torch.equal(now[n], p) for n, p in (acting | critic).items())
@@ -101,6 +108,7 @@ def test_every_advantage_runs_on_the_same_machinery(tmp_path, advantage):
     pairs = advantage in ("rloo", "grpo")
     made = trainer(
         tmp_path,
+        rewards=varied,
         changed={**ONE_STEP, "advantage": advantage, "num_generations": 2 if pairs else 1},
     )
     before = weights(made.policy)
@@ -151,7 +159,7 @@ def test_penalty_for_a_missing_end_and_rate_of_ends(tmp_path):
         changed={**ONE_STEP, "missing_eos_penalty": 3.0},
     )
     ended = [END in row.tolist() for row in sequences.responses]
-    scores, _, _ = made.score(list(range(5)) + [0, 1, 2], sequences)
+    scores, _, _ = made.score([0, 1, 2, 3, 4, 0, 1, 2], sequences)
     assert scores.tolist() == [1.0 if end else -2.0 for end in ended]
     line = made.train_step()
     assert line["response/eos_rate"] == pytest.approx(sum(ended) / 8)

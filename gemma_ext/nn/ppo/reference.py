@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.nn.ppo.adapters import peft_model
+from gemma_ext.nn.ppo.adapters import peft_model, without
 from gemma_ext.nn.ppo.hidden import HiddenHead, read
 from gemma_ext.nn.ppo.sequences import Sequences
 
@@ -95,7 +95,7 @@ class AdapterOffReference:
 
     def acting(self) -> AbstractContextManager[None]:
         """Within it the policy is the reference."""
-        return peft_model(self.policy).disable_adapter()
+        return without(self.policy)
 
     def after_update(self, policy: nn.Module, step: int) -> dict[str, float]:
         return {}
