@@ -66,14 +66,14 @@ def main(
         "out/continuous_at"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Of the hardening.")] = 40,
+    steps: Annotated[int, typer.Option(min=1, help="Of the hardening.")] = 30,
     teaching: Annotated[int, typer.Option(min=1, help="Steps that teach, twice.")] = 120,
     rate: Annotated[float, typer.Option(help="Learning rate of the hardening.")] = 1e-3,
     teaching_rate: Annotated[float, typer.Option(help="Learning rate of the teaching.")] = 3e-3,
-    eps: Annotated[float, typer.Option(help="Radius, of the mean norm of embeddings.")] = 0.2,
-    gcg_steps: Annotated[int, typer.Option(min=0, help="Of GCG; 0 for none.")] = 30,
-    gcg_requests: Annotated[int, typer.Option(min=1, help="That GCG is run on.")] = 8,
-    count: Annotated[int, typer.Option(min=1, help="Requests of an audit.")] = 24,
+    eps: Annotated[float, typer.Option(help="Radius, of the mean norm of embeddings.")] = 0.1,
+    gcg_steps: Annotated[int, typer.Option(min=0, help="Of GCG; 0 for none.")] = 20,
+    gcg_requests: Annotated[int, typer.Option(min=1, help="That GCG is run on.")] = 6,
+    count: Annotated[int, typer.Option(min=1, help="Requests of an audit.")] = 16,
     only: Annotated[str, typer.Option(help="Names of models, by commas; empty for all.")] = "",
 ) -> None:
     """Harden MODEL."""
@@ -98,8 +98,8 @@ def main(
         more["gcg"] = partial(gcg_success, tokenizer, requests, gcg_steps)
     audit = data.audit(attack, count, more)
     common = {"steps": steps, "micro_batch": 16, "learning_rate": rate, "attack": attack}
-    common |= {"evaluate_every": max(1, steps // 8)}
-    ul = cat.TrainConfig(batch=32, adversarial=0.25, **common)
+    common |= {"evaluate_every": max(1, steps // 6)}
+    ul = cat.TrainConfig(batch=24, adversarial=1 / 3, **common)
     ipo = cat.TrainConfig.ipo(batch=8, **common)
     chosen = study.variants(ul, (cat.EMBEDDINGS, layers(base) // 2), ipo)
     if only:
@@ -206,7 +206,13 @@ def taught(
         loaded.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
         shutil.move(beside, folder)
-    return load_model(str(folder), device=device, dtype=dtype)
+    return opened(folder, device, dtype)
+
+
+def opened(folder: Path, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    loaded, tokenizer = load_model(str(folder), device=device, dtype=dtype)
+    loaded.set_attn_implementation("eager")  # that of a pocket, which has a soft-cap
+    return loaded, tokenizer
 
 
 def teach(model: Any, rows: list[cat.Row], steps: int, rate: float, title: str) -> None:
@@ -237,11 +243,11 @@ def harden(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Trains an adapter on the taught model and audits both merged."""
-    base, _ = load_model(str(folder), device=device, dtype=dtype)
+    base, _ = opened(folder, device, dtype)
     model = cat.with_lora(base, config)
     mixture = cat.Mixture(data.pairs(), data.useful_rows(), config.adversarial, config.seed)
     place = out / "runs" / config_name(config)
-    trainer = cat.ContinuousTrainer(model, mixture, config, place, heldout=audit.harmful[:8])
+    trainer = cat.ContinuousTrainer(model, mixture, config, place, heldout=audit.harmful[:4])
     began = time.process_time()
     trainer.run()
     seconds = time.process_time() - began
@@ -268,6 +274,7 @@ def gcg_success(tokenizer: Any, requests: list[tuple[str, str]], steps: int, mod
         optim_str_init="x x x x x x x x x x",
         early_stop=True,
         seed=0,
+        verbosity="ERROR",
     )
     encoder, won = cat.Encoder(tokenizer), 0
     loss = cat.TargetLoss(model)

@@ -308,6 +308,15 @@ def test_a_perturbation_is_for_the_prompt_whatever_follows(model):
     assert torch.equal(some[:4], found.of([2])[0])
 
 
+def test_recomputed_blocks_are_refused_and_embeddings_are_not():
+    model = gemma2().train()
+    model.gradient_checkpointing_enable()
+    plain = Attack(gemma2(), STRONG)(ROWS)
+    assert torch.allclose(Attack(model, STRONG)(ROWS).deltas[0], plain.deltas[0], atol=1e-5)
+    with pytest.raises(ValueError, match="sites: expected EMBEDDINGS alone under gradient"):
+        Attack(model, replace(STRONG, sites=(0,)))(ROWS)
+
+
 def test_errors_are_one_sentence(model):
     with pytest.raises(ValueError, match="rows: expected at least one, got none"):
         Attack(model)([])

@@ -113,6 +113,25 @@ def test_a_row_is_cut_at_the_end_of_its_target(tokenizer):
         utility_rows(tight, [("open the file", "read")])
 
 
+def test_a_conversation_ends_with_its_target(tokenizer):
+    encoder = Encoder(tokenizer)
+    spoken = [
+        ("user", "open the file"),
+        ("assistant", "No."),
+        ("user", "now"),
+        ("assistant", "Yes"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in spoken]
+    row = encoder.conversation(messages)
+    assert tokenizer.decode(row.prompt) == (
+        "<bos><user>open the file\n<assistant>No.\n<user>now\n<model>"
+    )
+    assert tokenizer.decode(row.target) == "Yes"
+    for wrong in (messages[:3], messages[1:2]):
+        with pytest.raises(ValueError, match="messages: expected some that end with the"):
+            encoder.conversation(wrong)
+
+
 def test_messages_need_a_template(tokenizer):
     bare = tokenizer.__class__.from_pretrained(tokenizer.name_or_path)
     with pytest.raises(ValueError, match="got messages and no chat template"):

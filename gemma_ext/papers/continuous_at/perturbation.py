@@ -66,7 +66,16 @@ class Perturbed:
 
     @contextmanager
     def applied(self, batch: Batch, deltas: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Gives the embeddings [B, T, D] to run; blocks are perturbed within."""
+        """Gives the embeddings [B, T, D] to run; blocks are perturbed within.
+
+        Raises:
+            ValueError: blocks of a model that runs them again in its backward, where nothing would
+                be added.
+        """
+        if self.blocks is not None and self.model.training and self._checkpoints():
+            raise ValueError(
+                "sites: expected EMBEDDINGS alone under gradient checkpointing, got blocks"
+            )
         embeddings = self.embeddings(batch.ids)
         with ExitStack() as stack:
             for site, delta in zip(self.sites, deltas, strict=True):
@@ -100,6 +109,9 @@ class Perturbed:
         if site == EMBEDDINGS:
             return self.embeddings.width
         return self.model.config.get_text_config().hidden_size
+
+    def _checkpoints(self) -> bool:
+        return any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())
 
 
 def added(states: Tensor, batch: Batch, delta: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -94,6 +94,16 @@ class Encoder:
         """
         ids = self.text.bare([answer])[0]
         return (*ids, self.text.tokenizer.eos_token_id) if close else tuple(ids)
+
+    def conversation(self, messages: Sequence[Mapping[str, str]]) -> Row:
+        """A conversation whose last message, the assistant's, is the target.
+
+        Raises:
+            ValueError: it ends otherwise.
+        """
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            raise ValueError("messages: expected some that end with the assistant's")
+        return self.row(self.prompt(messages[:-1]), self.answer(messages[-1]["content"]))
 
     def row(
         self, prompt: tuple[int, ...], target: tuple[int, ...], free: tuple[int, int] | None = None

@@ -44,7 +44,7 @@ class Audit:
     borderline: Sequence[Row]
     borderline_refused: Sequence[Row]
     attack: AttackConfig
-    restarts: int = 3
+    restarts: int = 2
     more: Mapping[str, Callable[[PreTrainedModel], float]] = field(default_factory=dict)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
