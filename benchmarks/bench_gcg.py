@@ -10,7 +10,8 @@ before the first. nanoGCG (MIT) is not installed with us and pins an old transfo
 `pip install --no-deps nanogcg`. Two of its parts are mended here so that it runs at its best: its
 prefix cache is passed in the form that transformers takes now, and the rows it multiplies its
 one-hot tokens by are those that the model reads, scale included. `--batch` are the candidates it
-runs at once; ours chooses. A row whose losses of the same candidates differ from ours has no time.
+runs at once, by default 64 and 512 as far as their logits fit 3 GB; ours chooses. A row whose
+losses of the same candidates differ from ours has no time.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from gemma_ext.papers.continuous_at.evaluation.template import split
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLACK = {"fp32": 1e-4, "bf16": 0.1}  # of a mean loss; nanoGCG rounds bf16 logits
+BATCHES, ROOM = (64, 512), 3e9  # of nanoGCG, and bytes of its logits
 BAR = 3.0  # times the steps per second of nanoGCG
 KEY = ("model", "dtype", "width", "tokens")
 COLUMNS = {
@@ -189,7 +191,9 @@ def run_case(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str, st
     if importlib.util.find_spec("nanogcg") is None:
         rows["nanogcg"] = {"note": "not installed: pip install --no-deps nanogcg"}
     else:
-        for batch in options.batch:
+        length = sum(map(len, parts)) + len(ids)
+        row = length * model.config.get_text_config().vocab_size * model.dtype.itemsize
+        for batch in options.batch or [b for b in BATCHES if b * row <= ROOM] or [BATCHES[0] // 4]:
             for kind, prefix in ((ORDER[0], True), (ORDER[1], False)):
                 label = f"{kind}, batches of {batch}"
                 search, run = theirs(model, tokenizer, options, batch, prefix)
@@ -272,7 +276,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--width", type=int, default=512, help="candidates of a step")
     parser.add_argument("--steps", type=int, default=1, help="of a timed call")
-    parser.add_argument("--batch", nargs="+", type=int, default=[64, 512], help="of nanoGCG")
+    parser.add_argument("--batch", nargs="+", type=int, help="of nanoGCG")
     parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")

@@ -2,6 +2,7 @@
 
     python benchmarks/bench_logprobs.py
     python benchmarks/bench_logprobs.py --head frozen --idle 0.5
+    python benchmarks/bench_logprobs.py --model FOLDER      # its head, on this documentation
     python benchmarks/bench_logprobs.py --device cuda --save
 
 Every subject takes the same hidden states, head, targets and upstream gradients, of which a share
@@ -14,6 +15,7 @@ that is wrong has no time. The others are then timed in turn in one process.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import subprocess
@@ -83,18 +85,42 @@ class Problem:
         return sum((u * x).sum() for u, x in zip(self.upstream, out[:2], strict=True))
 
 
-def problem(options: argparse.Namespace) -> Problem:
-    n, d, v = options.shape
+@torch.no_grad()
+def of_model(options: argparse.Namespace) -> tuple[Tensor, Tensor, float | None]:
+    """Hidden states [N, D] of a causal LM on the documentation, its head and its soft-cap."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype]).eval()
+    text = "\n".join(path.read_text() for path in sorted((HERE.parent / "docs").rglob("*.md")))
+    n = options.shape[0]
+    ids = torch.tensor(tokenizer(text)["input_ids"][:n])
+    if len(ids) < n:
+        raise ValueError(f"expected N to be at most {len(ids)} with --model, got {n}")
+    parts = [model.base_model(part[None]).last_hidden_state[0] for part in ids.split(CHUNK)]
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    e, c = torch.cat(parts), model.get_output_embeddings().weight
+    return e.to(options.device), c.detach().to(options.device), cap
+
+
+def data_of(options: argparse.Namespace) -> tuple[Tensor, Tensor, float | None]:
+    if options.model:
+        return of_model(options)
     cap = options.softcap or None
-    data = head_data(options.data, n, d, v, softcap=cap or 30.0, device=options.device)
+    data = head_data(options.data, *options.shape, softcap=cap or 30.0, device=options.device)
     dtype = DTYPES[options.dtype]
-    e, c = data.e.to(dtype).requires_grad_(), data.c.to(dtype)
+    return data.e.to(dtype), data.c.to(dtype), cap
+
+
+def problem(options: argparse.Namespace) -> Problem:
+    e, c, cap = data_of(options)
+    e, n = e.requires_grad_(), len(e)
     g = torch.Generator(options.device).manual_seed(5)
     u, h = torch.empty(2, n, device=options.device).normal_(generator=g) / n
     idle = torch.empty(n, device=options.device).uniform_(generator=g) < options.idle
     upstream = (u.masked_fill(idle, 0.0), (0.01 * h).masked_fill(idle, 0.0))
     c = c.requires_grad_(options.head == "full")
-    p = Problem(e, c, data.targets, upstream, cap, options.temperature)
+    p = Problem(e, c, idle.long(), upstream, cap, options.temperature)
     targets = torch.cat([drawn(p, first) for first in range(0, n, CHUNK)])
     return Problem(e, c, targets, upstream, cap, options.temperature)
 
@@ -142,6 +168,8 @@ OURS = tuple(SUBJECTS)[1:]
 def check(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Errors and peak memory of one step; in a process of its own."""
     p = problem(options)
+    if "trl" in name:  # not its import
+        importlib.import_module("trl.kernels" if name == "trl" else "gemma_ext.integrations.trl")
     memory = CardMemory if options.device == "cuda" else PeakMemory
     with memory() as watched:
         out = SUBJECTS[name](p)
@@ -157,8 +185,8 @@ def check(name: str, options: argparse.Namespace) -> dict[str, Any]:
     found = p.e.grad[rows].double()
     grads = [x.grad for x in (p.e, p.c) if x.grad is not None]
     return {
-        "logp_error": float((out[0][rows].double() - mine).abs().mean()),
-        "entropy_error": float((out[1][rows].double() - entropy).abs().mean()),
+        "logp_error": float((out[0].detach()[rows].double() - mine).abs().mean()),
+        "entropy_error": float((out[1].detach()[rows].double() - entropy).abs().mean()),
         "error": float((found - grad).norm() / grad.norm().clamp(min=1e-300)),
         "peak": (peak - sum(x.numel() * x.element_size() for x in grads)) / 1e6,
     }
@@ -204,7 +232,7 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
         measure=measure_on_card if options.device == "cuda" else measure,
     )
     gemm = measure_ceilings(options.device).gemm * 1e9
-    n, d, v = options.shape
+    (n, d), v = p.e.shape, len(p.c)
     products = 4 if options.head == "full" else 3  # forward, again, dE and dC
     rows = []
     for name in names:
@@ -223,7 +251,8 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
                 bar = BARS[options.device]
                 if name in OURS and min(row["x_forward"], row["x_trl"]) < bar:
                     row["note"] = f"RED: below {bar:g} x trl"
-        rows.append({key: row.get(key) for key in COLUMNS} | {"bars": ""})
+        case = {"n": n, "d": d, "v": v, "softcap": p.softcap or 0.0}
+        rows.append({key: row.get(key) for key in COLUMNS} | case | {"bars": ""})
     return rows
 
 
@@ -238,6 +267,7 @@ def parse_options() -> argparse.Namespace:
         default=(1024, 2304, 32768),
         metavar="N,D,V",
     )
+    parser.add_argument("--model", metavar="FOLDER", help="in place of --data, D, V, --softcap")
     parser.add_argument("--head", default="full", choices=HEADS, help="frozen: as under LoRA")
     parser.add_argument("--idle", type=float, default=0.3, help="share of rows without a gradient")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
@@ -263,14 +293,13 @@ def main() -> None:
     rows = rows_of(options)
     print(report.table_and_bars(rows, COLUMNS))
     if options.save:
-        n, d, v = options.shape
-        case = {"n": n, "d": d, "v": v, "threads": options.threads}
-        named = ("head", "idle", "dtype", "data", "softcap", "temperature")
-        case |= {name: getattr(options, name) for name in named}
+        names = ("threads", "head", "idle", "dtype", "temperature")
+        case = {name: getattr(options, name) for name in names}
+        case["data"] = Path(options.model).name if options.model else options.data
         layout = report.Layout(
             title="Log-probabilities and entropy: forward and backward",
             about=f"`python benchmarks/bench_logprobs.py --device {options.device} --save`",
-            case=tuple(case),
+            case=(*case, "n", "d", "v", "softcap"),
             label=lambda row: (
                 "{head} head, {idle:.0%} of rows without a gradient, N={n} D={d} V={v} {dtype} "
                 "{data} softcap {softcap:g}, temperature {temperature:g}, {threads} threads"

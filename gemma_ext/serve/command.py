@@ -90,6 +90,10 @@ def main(
     exit_decay: Annotated[
         float, typer.Option(help="tau of CALM's falling threshold; 0 for a constant one.")
     ] = 0.0,
+    exit_adapt: Annotated[
+        float,
+        typer.Option(help="zeta of FREE's adaptive threshold, with --drafts; 0 for none."),
+    ] = 0.0,
     shortlist: Annotated[
         bool, typer.Option("--shortlist", help="8-bit codes of the head for greedy requests.")
     ] = False,
@@ -171,6 +175,7 @@ def main(
                 "threshold": exit_threshold,
                 "strict": exit_strict,
                 "decay": exit_decay,
+                "adapt": exit_adapt,
             },
             exit_weights=str(exit_weights) if exit_weights else None,
             shortlist=shortlist,

@@ -116,6 +116,8 @@ class ModelRunner:
         head = head or Head(weights, self.impl, shortlist=shortlist)
         self.readout = Readout(head, self.bank, sizes.requests, CANDIDATES)
         self.sampler = Sampler(self.readout, sizes.requests, sizes.max_length, self.impl)
+        if exits is not None and exits.adapt and not drafts:
+            raise ValueError("adapt: expected drafts of at least 1 with it, got 0")
         self.exits = Exits(exits or ExitTest(), self.readout, self.loops, sizes.requests, self.impl)
         alone = not (weights.prelude or weights.coda)
         if graphs and not alone:
@@ -266,7 +268,12 @@ class ModelRunner:
         if self.policy in WRITTEN and bool(early.any()):
             at = early.nonzero().squeeze(1)
             self.skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
-        return self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
+        sampled = self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
+        if self.exits.adaptive is not None:
+            whole = loops.numpy() > self.last_loop[requests.numpy()]
+            at = slots[torch.from_numpy(whole)].long()
+            self.exits.learn(at, self.readout.likeliest(at))
+        return sampled
 
     @torch.inference_mode()
     def score(

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cce_impls import KERNELS
 from cce_oracle import IGNORE, assert_close, gradients
 from logprobs_oracle import FIELDS, policy, truth
 from torch import Tensor
@@ -202,6 +203,7 @@ def test_sizes(impl, n, vocab):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("impl", KERNELS, ids=str)
 @pytest.mark.parametrize("vocab", [32000, 256001])
 def test_large_vocabularies(impl, vocab):
     p = policy(33, 64, vocab, bias=False, seed=8, softcap=30.0)

@@ -14,7 +14,10 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions, Product
+from gemma_ext.papers.continuous_at.evaluation import scorer as scorer_module
 from gemma_ext.papers.continuous_at.evaluation.scorer import TargetScorer
+from gemma_ext.papers.continuous_at.evaluation.target_rows import losses_of, shortlist
 from gemma_ext.papers.continuous_at.evaluation.template import Parts
 from gemma_ext.pocket import build_model
 
@@ -163,6 +166,80 @@ def test_only_what_is_kept_is_scored(gemma):
         .losses.isinf()
         .all()
     )
+
+
+@pytest.mark.parametrize("mellowmax", [None, 1.0])
+@pytest.mark.parametrize("scale", [1.0, 6.0])
+def test_the_best_is_the_best_of_all(gemma, mellowmax, scale, monkeypatch):
+    """Under flat and peaked distributions: by fewer rows of the head the peakier they are."""
+    model = copy.deepcopy(gemma)
+    model.model.norm.weight.data += scale - 1
+    parts = parts_of(9, 2, 4)
+    ids = torch.tensor(draw(8, 5))
+    rows = changed(ids, 300)
+    scorer = TargetScorer(model, parts, mellowmax=mellowmax, batch_size=40)
+    opened = scorer.open(ids)
+    every = scorer.score(rows, opened)
+    run = []
+
+    def counting(logits, *rest):
+        if logits.vocab == 400:
+            run.append(logits.shape[0] // 4)
+        return losses_of(logits, *rest)
+
+    monkeypatch.setattr(scorer_module, "losses_of", counting)
+    best = scorer.best(rows, opened)
+    known = ~best.losses.isinf()
+    torch.testing.assert_close(best.losses[known], every.losses[known], rtol=0, atol=1e-5)
+    assert best.losses.argmin() == every.losses.argmin()
+    assert (every.losses[~known] > best.losses.min()).all()
+    assert known.sum() == sum(run)
+    assert 16 <= sum(run) < (40 if mellowmax or scale > 1 else 290)
+    kept = scorer.best(rows, opened, lambda some: some.sum(1) % 2 == 0)
+    even = rows.sum(1) % 2 == 0
+    assert kept.losses[~even].isinf().all()
+    torch.testing.assert_close(kept.losses.min(), every.losses[even].min(), rtol=0, atol=1e-5)
+    assert scorer.best(rows, opened, lambda some: some[:, 0] < 0).losses.isinf().all()
+
+
+@torch.no_grad()
+def test_the_best_knows_every_match(gemma):
+    before, string = draw(6, 1), draw(4, 2)
+    target = []
+    for _ in range(2):
+        logits = gemma(torch.tensor([[*before, *string, *target]])).logits
+        target.append(int(logits[0, -1].argmax()))
+    scorer = TargetScorer(gemma, Parts(before, [], target))
+    rows = changed(torch.tensor(string), 200)
+    opened = scorer.open(rows[0])
+    matched = scorer.score(rows, opened).matched
+    assert matched[-1]
+    assert torch.equal(scorer.best(rows, opened).matched, matched)
+
+
+@torch.no_grad()
+def test_a_shortlist_bounds_losses_from_below(gemma):
+    """Of a head with a bias and a cap; a list of everything is the head."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator) for shape in ((12, 16), (400, 16), (400,))
+    )
+    options = LossOptions("test", filter_eps=None)
+    product = Product(hidden, weight, torch.float32)
+    logits = DeferredLogits((product,), bias, torch.float32, options, lambda: None) * 2.0
+    logits = torch.tanh(logits / 30.0) * 30.0
+    target = torch.tensor(draw(4, 1))
+    exact, matched = losses_of(logits, target, None)
+    short = shortlist(logits[:4], target)
+    assert short.weights[0].shape[0] < 40
+    found, may_match = losses_of(short.of(logits), short.target, None)
+    assert (found <= exact + 1e-6).all()
+    assert (found > exact - 3).all()
+    assert (may_match | ~matched).all()
+    whole = shortlist(logits[:4], target, share=0.25)
+    assert whole.weights[0].shape[0] == 400
+    found, _ = losses_of(whole.of(logits), whole.target, None)
+    torch.testing.assert_close(found, exact)
 
 
 def test_mellowmax_of_the_target_logits(gemma):

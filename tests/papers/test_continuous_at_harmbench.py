@@ -5,9 +5,10 @@ import json
 import pytest
 
 from gemma_ext.lm import Sampling, ScriptedModel
-from gemma_ext.papers.continuous_at.evaluation import harmbench, judges, page, runs
+from gemma_ext.papers.continuous_at.evaluation import gcg, harmbench, judges, page, runs
 from gemma_ext.papers.continuous_at.evaluation.harmbench import Behavior, Completion
 from gemma_ext.papers.continuous_at.evaluation.intervals import wilson
+from gemma_ext.papers.continuous_at.evaluation.pair import PairConfig
 
 BEHAVIORS = [
     Behavior("a_1", 'Say "no, never",\nthen yes', "standard", "chemical", ("hash_check", "x")),
@@ -139,6 +140,44 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
 def test_chats_are_asked_in_messages():
     lm = ScriptedModel({(("user", "hello"),): "hi"})
     assert runs.complete(lm, {"a": ["hello"]})["a"] == [Completion("hello", "hi")]
+
+
+class Found:
+    """A search that has found its string."""
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, messages, target, resume):
+        self.asked.append((messages, target, resume))
+        return gcg.GCGResult(0.1, f"<{target}>", [0.1], [f"<{target}>"])
+
+
+def test_strings_of_gcg_stand_behind_the_request(tmp_path):
+    search = Found()
+    targets = {"a_1": ["Sure", "Yes", "Of course"]}
+    attack = runs.by_gcg(search, targets, tmp_path, strings=2)
+    request = BEHAVIORS[0].request
+    assert attack(BEHAVIORS[0]) == [f"{request} <Sure>", f"{request} <Yes>"]
+    assert search.asked[1] == (f"{request} {{optim_str}}", "Yes", tmp_path / "a_1-1.json")
+    assert runs.by_gcg(search, targets)(BEHAVIORS[0]) == [f"{request} <Sure>"]
+    assert search.asked[-1][2] is None
+    with pytest.raises(ValueError, match="targets: expected one of b_2, got none"):
+        attack(BEHAVIORS[1])
+
+
+def test_prompts_of_pair(tmp_path):
+    written = {"Sum": "no prompt", "Say": '{"prompt": "Play a game."}'}
+    attacker = ScriptedModel(lambda m: written["Sum" if "Sum this" in m[0][1] else "Say"])
+    models = (attacker, ScriptedModel(lambda m: "Fine."), ScriptedModel(lambda m: "[[10]]"))
+    targets = {"a_1": ["Sure"], "b_2": ["Yes"]}
+    config = PairConfig(streams=1, rounds=1, attempts=1)
+    attack = runs.by_pair(*models, targets, config, tmp_path)
+    assert attack(BEHAVIORS[0]) == ["Play a game."]
+    assert attack(BEHAVIORS[1]) == [BEHAVIORS[1].request]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_1.json", "b_2.json"]
+    attack(BEHAVIORS[0])
+    assert len(attacker.asked) == 2
 
 
 def test_no_attack_is_the_request():

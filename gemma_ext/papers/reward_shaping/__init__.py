@@ -26,12 +26,7 @@ where flags are used; a `Shaping` has what it is given.
 
 from gemma_ext.papers.reward_shaping.cancellation import Effect, effect, warn_of_cancellation
 from gemma_ext.papers.reward_shaping.checkpoints import load_state, save_state, shaping_callback
-from gemma_ext.papers.reward_shaping.hooks import (
-    ShapedReward,
-    for_openrlhf,
-    for_verl,
-    shape,
-)
+from gemma_ext.papers.reward_shaping.hooks import ShapedReward, shape
 from gemma_ext.papers.reward_shaping.judge import WinRate, verdict, win_rate
 from gemma_ext.papers.reward_shaping.monitors import HackingMonitor
 from gemma_ext.papers.reward_shaping.references import (
@@ -43,6 +38,7 @@ from gemma_ext.papers.reward_shaping.references import (
     read_study,
     write_references,
 )
+from gemma_ext.papers.reward_shaping.registries import for_openrlhf, for_verl
 from gemma_ext.papers.reward_shaping.reward_model import (
     RewardModel,
     from_causal,

@@ -205,6 +205,9 @@ def write(
             middle = found[len(found) // 2]
             gain = _pm((middle.mean, middle.half), True)
             numbers.append((f"{method} over {baseline} at {middle.kl:.1f} nats", gain))
+    if collapsing:
+        gone = sum(record["stopped"] is not None for record in collapsing)
+        numbers.append(("collapsed at a large beta", f"{gone} of {len(collapsing)}"))
     if checks:
         gains = [check["soup"] - min(check["parents"]) for check in checks]
         numbers.append(("soup over the better parent, nats", f"{sum(gains) / len(gains):+.3f}"))

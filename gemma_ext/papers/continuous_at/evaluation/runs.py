@@ -1,5 +1,6 @@
 """From behaviours to labelled completions, piece by piece: an interrupted run goes on.
 
+    attack = by_gcg(gcg.GCG(model, tokenizer), targets, "searches")
     cases = make_test_cases(behaviors, attack, "test_cases.json")
     done = complete(lm, cases, "completions.json")
     done = label(done, behaviors, judge, "completions.json")
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gemma_ext.lm.protocol import LanguageModel, Sampling
+from gemma_ext.papers.continuous_at.evaluation.gcg import GCG
 from gemma_ext.papers.continuous_at.evaluation.harmbench import (
     Behavior,
     Completion,
@@ -25,6 +27,8 @@ from gemma_ext.papers.continuous_at.evaluation.harmbench import (
     write_test_cases,
 )
 from gemma_ext.papers.continuous_at.evaluation.judges import Judge
+from gemma_ext.papers.continuous_at.evaluation.pair import PairConfig, pair
+from gemma_ext.papers.continuous_at.evaluation.template import SLOT
 from gemma_ext.progress import track
 
 Attacker = Callable[[Behavior], Sequence[str]]
@@ -34,6 +38,66 @@ Attacker = Callable[[Behavior], Sequence[str]]
 def direct(behavior: Behavior) -> list[str]:
     """No attack: the request itself."""
     return [behavior.request]
+
+
+def by_gcg(
+    search: GCG,
+    targets: Mapping[str, Sequence[str]],
+    folder: str | Path | None = None,
+    strings: int = 1,
+) -> Attacker:
+    """Requests with strings that GCG finds behind them, for the first targets of a behaviour.
+
+    Args:
+        targets: of each behaviour, as `harmbench.read_targets` reads them.
+        folder: of the searches, each of which goes on where it was.
+        strings: how many targets of a behaviour are sought, a string for each.
+
+    Raises:
+        ValueError: from the attack, a behaviour without a target.
+    """
+
+    def attack(behavior: Behavior) -> list[str]:
+        found = []
+        for number, target in enumerate(_targets(targets, behavior)[:strings]):
+            ask = f"{behavior.request} {SLOT}"
+            resume = None if folder is None else Path(folder) / f"{behavior.id}-{number}.json"
+            found.append(ask.replace(SLOT, search.run(ask, target, resume).best_string))
+        return found
+
+    return attack
+
+
+def by_pair(
+    attacker: LanguageModel,
+    target: LanguageModel,
+    judge: LanguageModel,
+    targets: Mapping[str, Sequence[str]],
+    config: PairConfig | None = None,
+    folder: str | Path | None = None,
+) -> Attacker:
+    """The best prompt that PAIR finds for the first target of a behaviour, or the request itself.
+
+    Raises:
+        ValueError: from the attack, a behaviour without a target.
+    """
+
+    def attack(behavior: Behavior) -> list[str]:
+        beginning = _targets(targets, behavior)[0]
+        resume = None if folder is None else Path(folder) / f"{behavior.id}.json"
+        models = (attacker, target, judge)
+        best = pair(
+            *models, behavior.request, beginning, config, resume=resume, show_progress=False
+        ).best
+        return direct(behavior) if best is None else [best.prompt]
+
+    return attack
+
+
+def _targets(targets: Mapping[str, Sequence[str]], behavior: Behavior) -> Sequence[str]:
+    if not targets.get(behavior.id):
+        raise ValueError(f"targets: expected one of {behavior.id}, got none")
+    return targets[behavior.id]
 
 
 def make_test_cases(

@@ -8,9 +8,8 @@ predict a target, and its logits are never held.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,9 +20,14 @@ from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head
-from gemma_ext.ops.cce import cce_rows
 from gemma_ext.papers.continuous_at.embeddings import Embeddings
 from gemma_ext.papers.continuous_at.evaluation.keys import Keys, Start, cache_name, taken
+from gemma_ext.papers.continuous_at.evaluation.target_rows import (
+    Shortlist,
+    joined,
+    losses_of,
+    shortlist,
+)
 from gemma_ext.papers.continuous_at.evaluation.template import Parts
 
 Keep = Callable[[Tensor], Tensor]
@@ -33,10 +37,11 @@ Keep = Callable[[Tensor], Tensor]
 _BATCH_TOKENS = {"cpu": 1536}
 _BATCH_TOKENS_OF_A_CARD = 8192
 _VOCABULARY_ROWS = 16384  # embedded at a time
+_SURELY_RUN = 16  # candidates that the head is run for whatever their bounds
+_ROUNDING = 1e-3  # of a bound, in units of the loss
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Of candidates.
 
     Attributes:
@@ -56,12 +61,14 @@ class Opened(NamedTuple):
         loss: of the target behind it.
         gradient: float32 [n, D], of the loss by the string's embeddings.
         keys: of what stands before the string and of the string; None where nothing is shared.
+        likely: tokens that the model finds likely where it is to write the target.
     """
 
     ids: Tensor
     loss: float
     gradient: Tensor
     keys: Keys | None
+    likely: Shortlist
 
 
 class TargetScorer:
@@ -134,11 +141,12 @@ class TargetScorer:
             cache = start.cache(1)
             logits = self._forward(cache, inputs_embeds=inputs.unsqueeze(0))
             first = torch.tensor([len(start.before) + len(ids) + len(self.after) - 1])
-            losses, _ = self._read(logits, first.to(self.device))
+            rows = self._rows_before(logits, first.to(self.device))
+            losses, _ = losses_of(rows, self.target, self.mellowmax)
             (gradient,) = torch.autograd.grad(losses.sum(), string)
         length = len(self.before) + len(ids)
         keys = taken(cache, length) if cache is not None else None
-        return Opened(ids, losses.item(), gradient.float(), keys)
+        return Opened(ids, losses.item(), gradient.float(), keys, shortlist(rows, self.target))
 
     def token_gradient(self, opened: Opened) -> Tensor:
         """float32 [n, V]: gradient of the loss by the one-hot rows of the string.
@@ -160,33 +168,47 @@ class TargetScorer:
             opened: of a string [n] that they are changes of; its keys are shared.
             keep: which of them are scored; it runs in a thread of its own beside the model.
         """
-        candidates = candidates.cpu()
-        count, width = candidates.shape
-        first = torch.zeros(count, dtype=torch.int64)
-        if opened is not None and opened.keys is not None:
-            first = _first_change(candidates, opened.ids.cpu())
-            # the row that predicts the first target is never shared
-            first = first.clamp(max=width + len(self.after) - 1)
-        order = first.argsort(stable=True)
-        begins = first[order].tolist()
-        chunks: list[tuple[Tensor, int]] = []
-        at = 0
-        while at < count:
-            rows = self._rows(width + len(self._tail) - begins[at])
-            chunks.append((order[at : at + rows], begins[at]))
-            at += rows
-        found = _Found(count)
-        with evaluating(self.model), ThreadPoolExecutor(1) as pool:
-            kept = [None] * len(chunks)
-            if keep is not None:
-                kept = pool.map(keep, [candidates[at] for at, _ in chunks])
-            for (at, begin), mask in zip(chunks, kept, strict=True):
-                at = at if mask is None else at[mask]
-                if len(at):
-                    string = candidates[at].to(self.device)
-                    inputs = torch.cat([string, self._tail.expand(len(at), -1)], 1)[:, begin:]
-                    first = torch.full_like(inputs[:, 0], inputs.shape[1] - len(self.target))
-                    found.add(at, self._run(self._start(begin, opened), inputs, first))
+        found = _Found(len(candidates))
+        for at, rows in self._batches(candidates, opened, keep):
+            found.add(at, losses_of(rows, self.target, self.mellowmax))
+        return found.scores()
+
+    @torch.no_grad()
+    def best(self, candidates: Tensor, opened: Opened, keep: Keep | None = None) -> Scores:
+        """As `score`, with an infinite loss where a candidate cannot have the lowest one.
+
+        All candidates are scored under the shortlist of the string that they are changes of, which
+        bounds their losses from below. The head is run for those with the lowest bounds, and then
+        for all whose bound is below the lowest loss so far, so that the lowest loss is that of
+        `score`. So are all matches.
+        """
+        likely = opened.likely
+        bounds, parts, order = _Found(len(candidates)), [], []
+        for at, rows in self._batches(candidates, opened, keep):
+            bounds.add(at, losses_of(likely.of(rows), likely.target, self.mellowmax))
+            parts.append(rows)
+            order.append(at)
+        if not parts:
+            return bounds.scores()
+        rows, order = joined(parts), torch.cat(order)
+        bound, may_match = bounds.scores()
+        found = _Found(len(candidates))
+
+        def run(chosen: Tensor) -> None:
+            """Of places in `order`."""
+            steps = torch.arange(len(self.target))
+            at = (chosen[:, None] * len(steps) + steps).flatten().to(self.device)
+            found.add(order[chosen], losses_of(rows[at], self.target, self.mellowmax))
+
+        sorted_bound = bound[order]
+        first = sorted_bound.argsort(stable=True)[:_SURELY_RUN]
+        run(first)
+        left = torch.ones(len(order), dtype=torch.bool)
+        left[first] = False
+        lowest = found.scores().losses.min()
+        left &= (sorted_bound < lowest + _ROUNDING) | may_match[order]
+        if left.any():
+            run(left.nonzero().flatten())
         return found.scores()
 
     @torch.no_grad()
@@ -206,22 +228,57 @@ class TargetScorer:
                 inputs = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
                 first = torch.tensor([len(row) - len(self.target) for row in rows])
                 inputs, first = inputs.to(self.device), first.to(self.device)
-                found.add(torch.tensor(chosen), self._run(self._start(0), inputs, first))
+                run = self._run(self._start(0), inputs, first)
+                found.add(torch.tensor(chosen), losses_of(run, self.target, self.mellowmax))
         return found.scores()
 
-    def _run(self, start: Start, inputs: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses of rows [B, t] that go on at `start`; in halves where memory is short."""
+    def _batches(
+        self, candidates: Tensor, opened: Opened | None, keep: Keep | None
+    ) -> Iterator[tuple[Tensor, DeferredLogits]]:
+        """Places of candidates [b] that are run together, and their logits [b * T, V]."""
+        candidates = candidates.cpu()
+        count, width = candidates.shape
+        first = torch.zeros(count, dtype=torch.int64)
+        if opened is not None and opened.keys is not None:
+            first = _first_change(candidates, opened.ids.cpu())
+            # the row that predicts the first target is never shared
+            first = first.clamp(max=width + len(self.after) - 1)
+        order = first.argsort(stable=True)
+        begins = first[order].tolist()
+        chunks: list[tuple[Tensor, int]] = []
+        at = 0
+        while at < count:
+            rows = self._rows(width + len(self._tail) - begins[at])
+            chunks.append((order[at : at + rows], begins[at]))
+            at += rows
+        with evaluating(self.model), ThreadPoolExecutor(1) as pool:
+            kept = [None] * len(chunks)
+            if keep is not None:
+                kept = pool.map(keep, [candidates[at] for at, _ in chunks])
+            for (at, begin), mask in zip(chunks, kept, strict=True):
+                at = at if mask is None else at[mask]
+                if len(at):
+                    string = candidates[at].to(self.device)
+                    inputs = torch.cat([string, self._tail.expand(len(at), -1)], 1)[:, begin:]
+                    first = torch.full_like(inputs[:, 0], inputs.shape[1] - len(self.target))
+                    yield at, self._run(self._start(begin, opened), inputs, first)
+
+    def _run(self, start: Start, inputs: Tensor, first: Tensor) -> DeferredLogits:
+        """Logits [B * T, V] of rows [B, t] that go on at `start`; in halves where memory is short.
+
+        Args:
+            first: [B] inputs that predict the first target.
+        """
         count = len(inputs)
         rows = torch.cat([start.before.expand(count, -1), inputs], 1)
         try:
             logits = self._forward(start.cache(count), input_ids=rows)
-            return self._read(logits, first + len(start.before))
+            return self._rows_before(logits, first + len(start.before))
         except torch.OutOfMemoryError:
             if count == 1:
                 raise
         halves = zip(inputs.tensor_split(2), first.tensor_split(2), strict=True)
-        found = [self._run(start, *half) for half in halves]
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+        return joined([self._run(start, *half) for half in halves])
 
     def _rows(self, length: int) -> int:
         """How many rows of that many tokens are run at once."""
@@ -255,26 +312,11 @@ class TargetScorer:
             )
         return logits
 
-    def _read(self, logits: DeferredLogits, first: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and match of rows whose first target is predicted at `first` [B]."""
+    def _rows_before(self, logits: DeferredLogits, first: Tensor) -> DeferredLogits:
+        """[B * T, V] of [B, t, V], from `first` [B] on in each row."""
         steps = torch.arange(len(self.target), device=self.device)
         rows = torch.arange(len(first), device=self.device).repeat_interleave(len(steps))
-        chosen = logits[rows, (first[:, None] + steps).flatten()]
-        targets = self.target.repeat(len(first))
-        with chosen.autocast_of_the_head():
-            head = chosen.head()
-            # the weights of an attacked model are no part of the derivative
-            head.update(
-                c=head["c"].detach(), bias=None if head["bias"] is None else head["bias"].detach()
-            )
-            head.pop("memory")
-            found = cce_rows(**head, targets=targets, want_argmax=True)
-        matched = (found.argmax == targets).view(len(first), -1).all(1)
-        if self.mellowmax is None:
-            return found.nll.view(len(first), -1).mean(1), matched
-        negated = (found.nll - found.lse).view(len(first), -1) * self.mellowmax
-        count = torch.tensor(float(len(self.target)), device=self.device)
-        return (negated.logsumexp(1) - count.log()) / self.mellowmax, matched
+        return logits[rows, (first[:, None] + steps).flatten()]
 
 
 class _Found:

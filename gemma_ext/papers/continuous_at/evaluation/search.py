@@ -102,7 +102,7 @@ class Search:
         # of equal ones the first, in the order they were drawn
         distinct, where = candidates.unique(dim=0, return_inverse=True)
         if self.probe is None:
-            scores = self.scorer.score(distinct, opened, self.keep)
+            scores = self.scorer.best(distinct, opened, self.keep)
         else:
             kept = distinct if self.keep is None else distinct[self.keep(distinct)]
             where, distinct = torch.arange(len(kept)), kept
