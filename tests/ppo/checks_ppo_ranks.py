@@ -1,6 +1,7 @@
 """Two gloo ranks against one process that has the batches of both: `checks_ppo_ranks.py DIR KIND`.
 
-KIND: "plain" weights, "ddp" (DistributedDataParallel), or "pieces" (two ranks, in two goes).
+KIND: "plain" weights, "ddp" (DistributedDataParallel), "fsdp" (FSDP2: `fully_shard`), or "pieces"
+(two ranks, in two goes).
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from toy_ppo import LIKED, tiny, trainer, weights
 
@@ -34,8 +37,14 @@ def interrupt(made, step, line):
 
 def run(folder: Path, kind: str, world: int, *, stop: bool = False) -> PPOTrainer:
     policy, reference = tiny(), {}
-    if kind == "ddp":
+    if kind in ("ddp", "fsdp"):
         reference = {"reference": FrozenReference(tiny())}
+    if kind == "fsdp" and world > 1:
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in policy.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(policy, mesh=mesh)
+    if kind == "ddp":
         policy = DistributedDataParallel(policy) if world > 1 else policy
     # large epsilon: Adam's first step is the sign of a gradient, which rounding may turn
     made = trainer(
@@ -58,7 +67,12 @@ def run(folder: Path, kind: str, world: int, *, stop: bool = False) -> PPOTraine
 
 
 def state_of(made: PPOTrainer) -> dict:
-    found = {k.replace("policy.module.", "policy."): v for k, v in weights(made).items()}
+    found = {
+        name.replace("policy.module.", "policy."): getattr(
+            value, "full_tensor", lambda v=value: v
+        )()
+        for name, value in weights(made).items()
+    }
     return {"weights": found, "history": list(made.history)}
 
 

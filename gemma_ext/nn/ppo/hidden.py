@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
@@ -76,6 +77,9 @@ def read(model: nn.Module, sequences: Sequences, where: Tensor | None = None) ->
             with its head.
     """
     bare = unwrap(model)
+    for part in {model, bare}:
+        if isinstance(part, FSDPModule):
+            part.unshard()  # of the root's weights the head is one, looked at before the call
     options = LossOptions(type(bare).__name__, filter_eps=None, remedy=_REMEDY)
     with defer_head(output_head(bare), options):
         output = model(**model_inputs(bare, sequences), return_dict=True)
