@@ -8,6 +8,7 @@ _loader.load()  # before anything that registers with an op of the library
 from gemma_ext.nn.linear_cross_entropy import LinearCrossEntropy  # noqa: E402
 from gemma_ext.ops.cce import (  # noqa: E402
     LinearCrossEntropyOutput,
+    LinearLogprobsOutput,
     linear_cross_entropy,
     linear_logprobs,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "LinearCrossEntropy",
     "LinearCrossEntropyOutput",
     "LinearDivergenceOutput",
+    "LinearLogprobsOutput",
     "VocabState",
     "__version__",
     "linear_cross_entropy",

@@ -121,14 +121,15 @@ struct Binding {
     return Engine::kLean && lean ? ScalarType::BFloat16 : ScalarType::Float;
   }
 
-  using RowTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+  using RowTensors =
+      std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
   static RowTensors forward(const Tensor& e, const Tensor& c, const Tensor& targets,
                             const std::optional<Tensor>& bias,
                             const std::optional<Tensor>& class_weight, double softcap,
                             double logit_scale, double temperature, int64_t ignore_index,
                             bool allow_missing, double filter_eps, bool want_mean, bool want_argmax,
-                            bool lean) {
+                            bool lean, bool want_moments) {
     const char* op = "cce_forward";
     Engine engine(op, e);
     const Prepared p(op, {e, c, targets, bias, class_weight, softcap, logit_scale, temperature,
@@ -141,6 +142,7 @@ struct Binding {
     Tensor nll = vector(true), lse = vector(true), lse_low = vector(true), mean = vector(want_mean);
     Tensor class_sum = vector(class_weight.has_value());
     Tensor argmax = new_empty(e, {want_argmax ? rows : 0}, ScalarType::Long);
+    Tensor log_squares = vector(want_moments), average = vector(want_moments);
     Tensor summary = new_empty(e, {3}, ScalarType::Double);
     Tensor masses = new_empty(
         e, {filtered ? 1 + want_mean : 0, filtered ? tiles_of(p.head.V) : 0, filtered ? rows : 0},
@@ -152,13 +154,15 @@ struct Binding {
                 floats(lse_low),
                 want_mean ? floats(mean) : nullptr,
                 class_weight ? floats(class_sum) : nullptr,
-                want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr};
+                want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr,
+                want_moments ? floats(log_squares) : nullptr,
+                want_moments ? floats(average) : nullptr};
     call.masses = filtered ? masses.mutable_data_ptr() : nullptr;
     call.summary = static_cast<double*>(summary.mutable_data_ptr());
     call.eps = filter_eps;
     call.lean = Engine::kLean && lean;
     engine.run(op, e, call);
-    return {nll, lse, lse_low, mean, class_sum, argmax, masses, summary};
+    return {nll, lse, lse_low, mean, class_sum, argmax, masses, summary, log_squares, average};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward(

@@ -62,6 +62,7 @@ struct Head {
 struct RowOutputs {
   float *nll, *lse, *lse_low, *mean, *class_sum;  // lse + lse_low to twice the bits
   int64_t* argmax;
+  float *log_squares, *average;  // log sum p^2 and sum s / V: both or neither
 };
 
 struct Forward {

@@ -47,9 +47,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
   m.def(
       "cce_forward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? class_weight, "
       "float softcap, float logit_scale, float temperature, int ignore_index, bool allow_missing, "
-      "float filter_eps, bool want_mean, bool want_argmax, bool lean) -> (Tensor nll, Tensor lse, "
-      "Tensor lse_low, Tensor mean, Tensor class_sum, Tensor argmax, Tensor masses, "
-      "Tensor summary)");
+      "float filter_eps, bool want_mean, bool want_argmax, bool lean, bool want_moments=False) "
+      "-> (Tensor nll, Tensor lse, Tensor lse_low, Tensor mean, Tensor class_sum, Tensor argmax, "
+      "Tensor masses, Tensor summary, Tensor log_squares, Tensor average)");
   m.def(
       "cce_backward(Tensor e, Tensor c, Tensor targets, Tensor? bias, Tensor? class_weight, "
       "Tensor nll, Tensor lse, Tensor lse_low, Tensor mean, Tensor masses, Tensor summary, "

@@ -25,10 +25,11 @@ Scheduler::Scheduler(Options options)
       slots_(options_.slots),
       tables_(static_cast<size_t>(options_.requests) * options_.request_pages),
       resident_(options_.requests),
+      limits_(options_.requests),
       exits_(options_.loops) {
   for (int i = options_.requests - 1; i >= 0; --i) free_rows_.push_back(i);
-  const size_t rows =
-      std::max(options_.width + options_.fill_rows + options_.prefill, options_.requests);
+  const size_t rows = std::max({options_.width + options_.fill_rows + options_.prefill,
+                                options_.requests, options_.drafts + 1});
   for (auto* list : {&plan_.slot, &plan_.pos, &plan_.row, &plan_.loop, &plan_.kind, &plan_.token,
                      &plan_.depth, &plan_.output, &plan_.end})
     list->resize(rows);
@@ -156,9 +157,11 @@ bool Scheduler::place(Request& r) {
   shared.swap(r.pages);
   for (const int page : shared) add_page(r, page);
   for (int i = 0; i < wanted; ++i) add_page(r, pages_.take());
-  r.begin = hits * kPage;
+  r.begin = std::max(hits * kPage, options_.prefix);
+  for (int pos = hits * kPage; pos < r.begin; ++pos)
+    pages_.marks(r.pages[pos / kPage])[pos % kPage] = options_.loops;
   r.target = target;
-  if (!r.outputs) counters_.cached_tokens += r.begin;
+  if (!r.outputs) counters_.cached_tokens += std::max(hits * kPage - options_.prefix, 0);
   if (r.begin == target) {
     begin_token(r, true);
   } else {
@@ -182,12 +185,17 @@ int Scheduler::take_page() {
 void Scheduler::add_page(Request& r, int page) {
   tables_[static_cast<size_t>(r.row) * options_.request_pages + r.pages.size()] = page;
   r.pages.push_back(page);
+  limits_[r.row] = static_cast<int32_t>(r.pages.size()) * kPage;
 }
 
 // The last token of the request becomes the one that runs; it is stalled where there is no page for
 // it, so that what runs can always finish its loops.
 bool Scheduler::begin_token(Request& r, bool resumed) {
   r.pos = static_cast<int>(r.tokens.size()) - 1;
+  if (options_.device) {
+    start(r, -1);
+    return true;
+  }
   if (r.pos / kPage >= static_cast<int>(r.pages.size())) {
     const int page = resumed || stalled_.empty() ? take_page() : -1;
     if (page < 0) {
@@ -207,6 +215,7 @@ bool Scheduler::begin_token(Request& r, bool resumed) {
   } else {
     ready_.push_back(&r);
   }
+  if (options_.drafts) hold_drafts(r);
   return true;
 }
 
@@ -216,7 +225,7 @@ void Scheduler::retry_stalled() {
     Request& r = *stalled_.front();
     if (!begin_token(r, true)) break;
     stalled_.pop_front();
-    resumed.push_back(&r);
+    if (r.state == State::kReady) resumed.push_back(&r);
   }
   std::copy(resumed.begin(), resumed.end(), ready_.begin());  // they went in one before the other
 }
@@ -242,6 +251,8 @@ bool Scheduler::relieve() {
   }
   if (options_.pressure == Pressure::kRecompute) {
     remove(stalled_, &r);
+    stop_row(r);
+    if (options_.drafts) roll_back(r, r.asked.prompt.size() + r.told);
     give_memory(r);
     --active_;
     r.state = State::kWaiting;
@@ -295,13 +306,20 @@ void Scheduler::report_moved() {
     for (size_t i = 0; i < r.pages.size(); ++i)
       std::copy_n(r.saved_marks.data() + i * kPage, kPage, pages_.marks(r.pages[i]));
     r.saved_marks.clear();
-    if (!r.cancelled) begin_token(r, true);
+    if (r.cancelled) {
+      // released with the step
+    } else if (options_.device) {
+      route(r);
+    } else {
+      begin_token(r, true);
+    }
   }
   bury();
 }
 
 // Pages, last ones first so that a prefix outlives what continues it, and rows of the bank.
 void Scheduler::give_memory(Request& r) {
+  if (r.row >= 0) limits_[r.row] = 0;
   while (!r.pages.empty()) {
     pages_.drop(r.pages.back());
     r.pages.pop_back();
@@ -309,6 +327,8 @@ void Scheduler::give_memory(Request& r) {
   for (const Deferred& item : r.deferred)
     if (item.slot >= 0) slots_.give(item.slot);
   r.deferred.clear();
+  for (const Deferred& item : r.checks) slots_.give(item.slot);
+  r.checks.clear();
   prompt_slots_ -= static_cast<int>(r.slots.size());
   for (const int slot : r.slots) slots_.give(slot);
   r.slots.clear();
@@ -325,6 +345,7 @@ void Scheduler::leave_queues(Request& r) {
 
 void Scheduler::release(Request& r) {
   leave_queues(r);
+  stop_row(r);
   if (r.row >= 0 && r.state != State::kOffloaded && r.state != State::kWaiting) --active_;
   give_memory(r);
   if (r.row >= 0) {
@@ -396,6 +417,7 @@ void Scheduler::check() const {
     for (const int page : r->pages) ++uses[page];
     for (const Deferred& item : r->deferred)
       if (item.slot >= 0) slots.push_back(item.slot);
+    for (const Deferred& item : r->checks) slots.push_back(item.slot);
     slots.insert(slots.end(), r->slots.begin(), r->slots.end());
     if (r->slot >= 0) slots.push_back(r->slot);
     for (size_t i = 0; r->row >= 0 && i < r->pages.size(); ++i)

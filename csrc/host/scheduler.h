@@ -29,7 +29,7 @@ enum class Fills {
 enum class Pressure { kNone, kReserve, kRecompute, kOffload };
 enum class Order { kFifo, kDeepest, kUniform };
 enum class Publish { kNone, kPrompt, kAll };
-enum class Stage { kIdle, kBlock, kCoda, kScore, kOffload, kRestore };
+enum class Stage { kIdle, kBlock, kCoda, kScore, kOffload, kRestore, kTick };
 enum class Kind { kCurrent, kFill, kPrompt };
 enum class End { kNo, kStop, kLength, kMemory };
 
@@ -55,6 +55,13 @@ struct Options {
   Publish publish = Publish::kNone;
   bool fill_on_finish = false;
   bool verify = false;  // every step: that all keys it reads are there
+  // Tokens are routed where the model runs: the scheduler plans prompts and memory, and hears of
+  // tokens later. `ahead`: positions of a request that may run before it hears of them.
+  bool device = false;
+  int ahead = 2;
+  int prefix =
+      0;  // tokens at the begin of every prompt that the runner fills in before its first rows
+  int drafts = 0;  // tokens that exits may run ahead of what is told; 0: exits are final
   std::string salt;
 };
 
@@ -64,6 +71,21 @@ struct Submission {
   bool score = false;
   std::vector<int32_t> stops;
   std::vector<int> depths;  // of every output token where exits are replayed
+};
+
+// A request whose next token is routed by the device from here on.
+struct Start {
+  int64_t id;
+  int row, pos, slot;  // slot: of the bank, -1 for a token that runs from its first loop
+};
+
+// What a tick of the device drew, and what it ran.
+struct Drawn {
+  int64_t id;
+  int32_t token, depth, filled;  // filled: positions that have all loops of the request
+};
+struct Ran {
+  int rows = 0, current = 0, fills = 0, loops = 0;
 };
 
 // A token that stopped before the last loop; its hidden state waits in the bank.
@@ -83,6 +105,10 @@ struct Request {
   int pos = 0, slot = -1, loop = 0, depth = 0;  // of the token that runs
   int64_t since = 0;                            // step in which it became ready
   std::vector<Deferred> deferred;
+  std::vector<Deferred> checks;  // have all loops, wait for the head
+  std::deque<int> drafted;       // depths of outputs that are not told
+  int told = 0;                  // outputs
+  bool left = false;             // the token that runs waits for the head
   bool draining = false, cancelled = false;
   // prompt rows [begin, begin + slots.size()) stand at chunk_loop
   int begin = 0, target = 0, chunk_loop = 0;
@@ -94,7 +120,8 @@ struct Counters {
   int64_t ticks = 0, blocks = 0, codas = 0, mixed_blocks = 0, rows = 0, current_rows = 0,
           fill_rows = 0, prompt_rows = 0, coda_rows = 0, distinct_loops = 0, outputs = 0,
           exit_loops = 0, prompt_tokens = 0, cached_tokens = 0, preemptions = 0, offloads = 0,
-          most_wait = 0, most_ready = 0, finished = 0, cancelled = 0, dropped_fills = 0;
+          most_wait = 0, most_ready = 0, finished = 0, cancelled = 0, dropped_fills = 0,
+          accepted = 0, rejected = 0;
 };
 
 // The step to run: buffers of fixed place, counts for this step.
@@ -125,6 +152,12 @@ class Scheduler {
   void report_coda(const int32_t* tokens);
   void report_score();
   void report_moved();
+  void report_launched();  // of a tick; its tokens come with `report_drawn`
+  // sets `output` and `end` of as many rows as there are tokens; an end of -1 for a request that is gone
+  void report_drawn(const std::vector<Drawn>& drawn, const Ran& ran);
+  // Requests that the device takes over and rows that it lets go, rows first; each is told once.
+  std::pair<std::vector<int>, std::vector<Start>> handed();
+  const std::vector<int32_t>& limits() const { return limits_; }
 
   void check() const;  // throws std::logic_error where anything is lost or held twice
   void forget_prefixes() { pages_.forget(); }
@@ -160,6 +193,22 @@ class Scheduler {
   void end(Request& r);
   void publish(Request& r);
   void bury();
+  bool plan_routed();
+  void route(Request& r);
+  void start(Request& r, int slot);
+  End take_token(Request& r, int32_t token);
+  End end_of(const Request& r, int32_t token, int outputs) const;
+  // scheduler_drafts.cpp: exits that are checked
+  void add_check(Request& r, const Deferred& item);
+  void hold(Request& r);
+  void hold_drafts(Request& r);
+  void roll_back(Request& r, size_t size);
+  End tell(Request& r, int row, int depth);
+  void read(Request& r, int row, int last, const int32_t* tokens);
+  bool cover(Request& r);
+  void cover_ahead(Request& r);
+  void retry_routed();
+  void stop_row(const Request& r);
   void begin_plan(Stage stage);
   void end_plan(Stage stage);
 
@@ -171,6 +220,7 @@ class Scheduler {
   bool block_work() const;
   void plan_block();
   void plan_coda();
+  void add_reading(Request& r, int slot, int pos, int depth);
   void plan_score();
   bool starts_prompts();
   void add_prompts(bool start);
@@ -205,6 +255,9 @@ class Scheduler {
   std::vector<int64_t> dead_;
   std::vector<int> closed_;
   std::vector<std::pair<int64_t, int>> opened_, ended_;
+  std::vector<Start> started_;
+  std::vector<int> stopped_;
+  std::vector<int32_t> limits_;  // [R] positions that have pages
   int64_t next_id_ = 1;
   Plan plan_;
   Counters counters_;

@@ -4,6 +4,8 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
 #include "host/scheduler.h"
 
 namespace py = pybind11;
@@ -57,6 +59,7 @@ py::dict buffers(py::object self) {
   found["fill_marks"] =
       view(self.cast<Scheduler&>().pages().all_marks(), {s.options().pages, kPage}, self);
   found["exits"] = flat(s.exits());
+  found["limits"] = flat(s.limits());
   return found;
 }
 
@@ -83,13 +86,15 @@ py::dict counters(const Scheduler& s) {
                                                    {"most_ready", c.most_ready},
                                                    {"finished", c.finished},
                                                    {"cancelled", c.cancelled},
-                                                   {"dropped_fills", c.dropped_fills}};
+                                                   {"dropped_fills", c.dropped_fills},
+                                                   {"accepted", c.accepted},
+                                                   {"rejected", c.rejected}};
   for (const auto& [name, value] : named) found[name] = value;
   return found;
 }
 
 const char* stage_name(Stage stage) {
-  constexpr const char* names[] = {"idle", "block", "coda", "score", "offload", "restore"};
+  constexpr const char* names[] = {"idle", "block", "coda", "score", "offload", "restore", "tick"};
   return names[static_cast<int>(stage)];
 }
 
@@ -105,7 +110,8 @@ void bind_scheduler(py::module_& m) {
                        int min_coda, int min_rows, double margin, const std::string& mode,
                        const std::string& fills, const std::string& pressure,
                        const std::string& order, const std::string& publish, bool fill_on_finish,
-                       bool verify, const std::string& salt) {
+                       bool verify, bool device, int ahead, int prefix, int drafts,
+                       const std::string& salt) {
              Options o;
              o.loops = loops;
              o.width = width;
@@ -140,6 +146,10 @@ void bind_scheduler(py::module_& m) {
              o.publish = choice<Publish>("publish", publish, {"none", "prompt", "all"});
              o.fill_on_finish = fill_on_finish;
              o.verify = verify;
+             o.device = device;
+             o.ahead = ahead;
+             o.prefix = prefix;
+             o.drafts = drafts;
              o.salt = salt;
              return std::make_unique<Scheduler>(std::move(o));
            }),
@@ -148,7 +158,8 @@ void bind_scheduler(py::module_& m) {
            py::arg("backlog"), py::arg("prefill"), py::arg("mixed"), py::arg("aligned"),
            py::arg("min_coda"), py::arg("min_rows"), py::arg("margin"), py::arg("mode"),
            py::arg("fills"), py::arg("pressure"), py::arg("order"), py::arg("publish"),
-           py::arg("fill_on_finish"), py::arg("verify"), py::arg("salt"))
+           py::arg("fill_on_finish"), py::arg("verify"), py::arg("device"), py::arg("ahead"),
+           py::arg("prefix"), py::arg("drafts"), py::arg("salt"))
       .def(
           "submit",
           [](Scheduler& self, const Input<int32_t>& prompt, int max_tokens, int min_loops,
@@ -206,6 +217,36 @@ void bind_scheduler(py::module_& m) {
           py::arg("tokens"))
       .def("report_score", &Scheduler::report_score)
       .def("report_moved", &Scheduler::report_moved)
+      .def("report_launched", &Scheduler::report_launched,
+           "A tick is under way; what it draws is reported later.")
+      .def(
+          "report_drawn",
+          [](Scheduler& self, const Input<int64_t>& drawn, const std::array<int, 4>& ran) {
+            if (drawn.ndim() != 2 || drawn.shape(1) != 4)
+              throw std::invalid_argument("drawn: expected rows of request, token, depth, filled");
+            std::vector<Drawn> tokens;
+            const auto at = drawn.unchecked<2>();
+            for (py::ssize_t i = 0; i < drawn.shape(0); ++i)
+              tokens.push_back({at(i, 0), static_cast<int32_t>(at(i, 1)),
+                                static_cast<int32_t>(at(i, 2)), static_cast<int32_t>(at(i, 3))});
+            self.report_drawn(tokens, {ran[0], ran[1], ran[2], ran[3]});
+          },
+          py::arg("drawn"), py::arg("ran"),
+          "drawn: int64 [n, 4] of request, token, depth and the positions with all loops; ran: "
+          "rows, "
+          "tokens, fills and loops of the block.")
+      .def(
+          "handed",
+          [](Scheduler& self) {
+            auto [stopped, started] = self.handed();
+            py::list starts;
+            for (const Start& s : started)
+              starts.append(py::make_tuple(s.id, s.row, s.pos, s.slot));
+            return py::make_tuple(stopped, starts);
+          },
+          "Rows that the device lets go, and requests that it takes over as (request, row, "
+          "position, "
+          "slot); each is told once.")
       .def("check", &Scheduler::check, "Raises RuntimeError where anything is lost or held twice.")
       .def("forget_prefixes", &Scheduler::forget_prefixes)
       .def("buffers", &buffers, "Arrays over the memory that every plan is written to.")

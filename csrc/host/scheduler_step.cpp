@@ -18,9 +18,17 @@ const Plan& Scheduler::plan() {
   ++counters_.ticks;
   begin_plan(Stage::kIdle);
   do {
-    retry_stalled();
+    if (options_.device) {
+      retry_routed();
+    } else {
+      retry_stalled();
+    }
     if (plan_restore()) break;
     admit();
+    if (options_.device) {
+      if (!plan_routed()) continue;
+      break;
+    }
     const bool work = block_work();
     const bool head = !coda_.empty() && !(waves() && pass_runs());
     if (!scores_.empty()) {
@@ -280,10 +288,18 @@ void Scheduler::report_block(const uint8_t* exits) {
 void Scheduler::settle_fills(Request& r) {
   const auto full = [&](const Deferred& item) {
     if (item.loops < r.asked.max_loops) return false;
-    slots_.give(item.slot);
+    if (options_.drafts) {
+      add_check(r, item);
+    } else {
+      slots_.give(item.slot);
+    }
     return true;
   };
   r.deferred.erase(std::remove_if(r.deferred.begin(), r.deferred.end(), full), r.deferred.end());
+  if (options_.drafts) {
+    if (r.draining) hold(r);
+    return;
+  }
   if (static_cast<int>(r.deferred.size()) <= options_.backlog / 2) r.draining = false;
   if (r.state != State::kFilling || !r.deferred.empty()) return;
   publish(r);
@@ -301,6 +317,7 @@ void Scheduler::ran(Request& r, bool signal) {
   }
   if (leaves) {
     r.depth = loops;
+    r.left = true;
     r.state = State::kCoda;
     coda_.push_back(&r);
     if (waves()) pass_.erase(std::find(pass_.begin(), pass_.end(), &r));
@@ -325,7 +342,8 @@ void Scheduler::chunk_done(Request& r) {
   const int length = static_cast<int>(r.slots.size());
   const bool last = r.begin + length == r.target;
   const bool draws = last && !r.outputs && r.asked.max_tokens > 0;
-  if (draws) {
+  const int behind = r.slots.back();
+  if (draws && !options_.device) {
     r.slot = r.slots.back();
     r.slots.pop_back();
   }
@@ -338,9 +356,12 @@ void Scheduler::chunk_done(Request& r) {
   const auto place = std::find(prefill_.begin(), prefill_.end(), &r);
   if (place != prefill_.end()) prefill_.erase(place);
   publish(r);
-  if (draws) {
+  if (draws && options_.device) {
+    start(r, behind);
+  } else if (draws) {
     r.pos = r.target - 1;
     r.depth = r.asked.max_loops;
+    r.left = true;
     r.state = State::kCoda;
     coda_.push_back(&r);
   } else if (r.outputs) {
@@ -378,45 +399,65 @@ void Scheduler::report_score() {
   bury();
 }
 
+void Scheduler::add_reading(Request& r, int slot, int pos, int depth) {
+  step_.push_back(&r);
+  const int i = plan_.n++;
+  plan_.id[i] = r.id;
+  plan_.slot[i] = slot;
+  plan_.row[i] = r.row;
+  plan_.pos[i] = pos;
+  plan_.depth[i] = depth;
+  plan_.output[i] = r.outputs;
+}
+
 void Scheduler::plan_coda() {
   begin_plan(Stage::kCoda);
   step_.clear();
   while (!coda_.empty() && plan_.n < options_.width) {
     Request& r = *coda_.front();
+    if (plan_.n + r.checks.size() + 1 > plan_.id.size()) break;
     coda_.pop_front();
     r.state = State::kRunning;
-    step_.push_back(&r);
-    const int i = plan_.n++;
-    plan_.id[i] = r.id;
-    plan_.slot[i] = r.slot;
-    plan_.row[i] = r.row;
-    plan_.pos[i] = r.pos;
-    plan_.depth[i] = r.depth;
-    plan_.output[i] = r.outputs;
+    for (const Deferred& item : r.checks) add_reading(r, item.slot, item.pos, r.asked.max_loops);
+    if (r.left) add_reading(r, r.slot, r.pos, r.depth);
   }
   ++counters_.codas;
   counters_.coda_rows += plan_.n;
 }
 
+// A token that was read after `r.depth` loops joins the output; whether it ends it.
+End Scheduler::take_token(Request& r, int32_t token) {
+  if (r.outputs) counters_.exit_loops += r.depth;
+  ++exits_[r.depth - 1];
+  ++counters_.outputs;
+  ++r.outputs;
+  r.tokens.push_back(token);
+  return end_of(r, token, r.outputs);
+}
+
+End Scheduler::end_of(const Request& r, int32_t token, int outputs) const {
+  const auto& stops = r.asked.stops;
+  if (std::find(stops.begin(), stops.end(), token) != stops.end()) return End::kStop;
+  return outputs == r.asked.max_tokens ? End::kLength : End::kNo;
+}
+
 void Scheduler::report_coda(const int32_t* tokens) {
   end_plan(Stage::kCoda);
+  if (options_.drafts) {
+    std::fill_n(plan_.end.begin(), plan_.n, -1);
+    for (int i = 0, last; i < plan_.n; i = last) {
+      Request& r = *step_[i];
+      for (last = i; last < plan_.n && step_[last] == &r;) ++last;
+      if (!r.cancelled) read(r, i, last, tokens);
+    }
+    return bury();
+  }
   for (int i = 0; i < plan_.n; ++i) {
     Request& r = *step_[i];
     plan_.end[i] = static_cast<int32_t>(End::kNo);
     if (r.cancelled) continue;
     const Submission& asked = r.asked;
-    const int32_t token = tokens[i];
-    if (r.outputs) counters_.exit_loops += r.depth;
-    ++exits_[r.depth - 1];
-    ++counters_.outputs;
-    ++r.outputs;
-    r.tokens.push_back(token);
-    End end = End::kNo;
-    if (std::find(asked.stops.begin(), asked.stops.end(), token) != asked.stops.end()) {
-      end = End::kStop;
-    } else if (r.outputs == asked.max_tokens) {
-      end = End::kLength;
-    }
+    const End end = take_token(r, tokens[i]);
     plan_.end[i] = static_cast<int32_t>(end);
     const bool fills_end = options_.fill_on_finish && asked.max_loops == options_.loops;
     if (options_.fills == Fills::kWrite)

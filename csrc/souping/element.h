@@ -6,6 +6,7 @@
 
 #include <math.h>
 
+#include "common/random.h"
 #include "contract.h"
 
 #if defined(__CUDACC__)
@@ -43,21 +44,11 @@ enum Purpose : uint32_t { kDrop, kRound, kGene, kNoise, kChoice };
 
 SOUP_FN void philox(uint64_t key, uint64_t quad, uint32_t model, uint32_t purpose,
                     uint32_t* words) {
-  uint32_t c0 = (uint32_t)quad, c1 = (uint32_t)(quad >> 32), c2 = model, c3 = purpose;
-  uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t p = (uint64_t)c0 * 0xD2511F53u, q = (uint64_t)c2 * 0xCD9E8D57u;
-    c0 = (uint32_t)(q >> 32) ^ c1 ^ k0;
-    c2 = (uint32_t)(p >> 32) ^ c3 ^ k1;
-    c1 = (uint32_t)q;
-    c3 = (uint32_t)p;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+  words[0] = (uint32_t)quad;
+  words[1] = (uint32_t)(quad >> 32);
+  words[2] = model;
+  words[3] = purpose;
+  philox_words<WordProduct>((uint32_t)key, (uint32_t)(key >> 32), words);
 }
 
 // u = (word >> 8) 2^-24; u < p is draw < reach(p).
@@ -69,27 +60,15 @@ SOUP_FN uint32_t reach(double p) {
   return steps >= 0x1p24 ? 1u << 24 : (uint32_t)ceil(steps);
 }
 
-// log((2 k + 1) 2^-25) of k < 2^24 within 2e-7 relative (the polynomial of Cephes' logf).
+// log((2 k + 1) 2^-25) of k < 2^24.
 SOUP_FN float log_uniform(uint32_t k) {
   const uint32_t odd = 2 * k + 1, missing = (1u << 25) - odd;
-  const uint32_t bits = to_bits((float)odd * 0x1p-25f) - 0x3f3504f3u;  // of sqrt(1/2)
+  const uint32_t bits = to_bits((float)odd * 0x1p-25f) - kRootHalf;
   const bool near_one = missing < (1u << 23);  // there `odd` has a bit too many
   const float e = near_one ? 0.0f : (float)((int32_t)bits >> 23);
   const float m =
-      near_one ? (float)missing * -0x1p-25f : from_bits((bits & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
-  const float z = m * m;
-  float p = 7.0376836292e-2f * m + -1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m + -1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m + -1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m + -2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  p = p * m * z;
-  p = p + e * -2.12194440e-4f;
-  p = p + z * -0.5f;
-  return (m + p) + e * 0.693359375f;
+      near_one ? (float)missing * -0x1p-25f : from_bits((bits & 0x7fffffu) + kRootHalf) - 1.0f;
+  return log_of_parts(e, m);
 }
 
 // e^x within 2 ulp for x <= 0; 0 below -87.

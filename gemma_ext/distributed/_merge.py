@@ -48,6 +48,27 @@ def merge_shards(local: RowStatistics, group: dist.ProcessGroup) -> RowStatistic
     return RowStatistics(*apply(MergeShards, group, *local))
 
 
+@torch.no_grad()
+def merge_moments(
+    local: tuple[Tensor, Tensor, Tensor], columns: int, vocab_size: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """log sum p^2 and the average logit over the whole vocabulary, [N].
+
+    One all-gather of three vectors, added in rank order in float64.
+
+    Args:
+        local: (lse, log sum p^2 of its own softmax, average logit) of this rank's columns.
+    """
+    lse, squares, average = local
+    gathered = gather_ranks(torch.stack((lse, squares, average * columns)), group).double()
+    lse_all, squares, sums = gathered.unbind(1)  # [R, N] each
+    share = lse_all - torch.logsumexp(lse_all, 0)
+    # a shard without columns, or masked by a bias of -inf, has no share and squares of nothing
+    squares = torch.where(torch.isneginf(share), share, squares + 2 * share)
+    whole = torch.logsumexp(squares, 0), sums.sum(0) / vocab_size
+    return tuple(x.to(lse.dtype) for x in whole)
+
+
 def reduce_gradient(e: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Identity whose backward sums the gradient over the group in at least float32."""
     return apply(ReduceGradient, e, group)

@@ -11,6 +11,7 @@ from gemma_ext.distributed._merge import (
     RowStatistics,
     empty_shard_rows,
     gather_ranks,
+    merge_moments,
     merge_shards,
     reduce_gradient,
 )
@@ -37,6 +38,7 @@ def vocab_parallel_rows(
     want_entropy: bool,
     want_argmax: bool,
     want_stats: bool,
+    want_moments: bool,
     reduce_e_grad: bool,
 ) -> Rows:
     """`gemma_ext.ops.cce.rows_of_head` over the union of the shards; the same on every rank.
@@ -62,6 +64,7 @@ def vocab_parallel_rows(
         "class_weight": class_weight,
         "want_entropy": want_entropy,
         "want_argmax": want_argmax,
+        "want_moments": want_moments,
     }
     if method.materialises:
         rows = _materialised_rows(*problem, shard, local_head, method, owned, **wanted)
@@ -78,6 +81,8 @@ def vocab_parallel_rows(
         lse=torch.where(valid, rows.lse, zero),
         mean_logit=torch.where(valid, rows.mean_logit, zero) if want_entropy else None,
         argmax=argmax,
+        log_sum_sq_probs=torch.where(valid, rows.log_sum_sq_probs, zero) if want_moments else None,
+        average_logit=torch.where(valid, rows.average_logit, zero) if want_moments else None,
     )
 
 
@@ -94,6 +99,7 @@ def _materialised_rows(
     class_weight: Tensor | None,
     want_entropy: bool,
     want_argmax: bool,
+    want_moments: bool,
 ) -> Rows:
     """Rows in plain torch; argmax is that of the shard."""
     if c.shape[0]:
@@ -107,10 +113,11 @@ def _materialised_rows(
             class_weight=class_weight,
             want_entropy=want_entropy,
             want_argmax=want_argmax,
+            want_moments=want_moments,
             allow_missing=True,
         )
     else:
-        local = _empty_rows(e, c, bias, class_weight, want_entropy, want_argmax)
+        local = _empty_rows(e, c, bias, class_weight, want_entropy, want_argmax, want_moments)
     merged = merge_shards(
         RowStatistics(
             local.lse,
@@ -122,13 +129,22 @@ def _materialised_rows(
         ),
         shard.group,
     )
-    return Rows(
+    rows = Rows(
         nll=merged.lse - merged.target_logit,
         lse=merged.lse,
         mean_logit=merged.mean_logit,
         weighted_logit_sum=merged.weighted_logit_sum,
         argmax=local.argmax,
     )
+    if not want_moments:
+        return rows
+    squares, average = merge_moments(
+        (local.lse, local.log_sum_sq_probs, local.average_logit),
+        c.shape[0],
+        shard.vocab_size,
+        shard.group,
+    )
+    return rows._replace(log_sum_sq_probs=squares, average_logit=average)
 
 
 def _empty_rows(
@@ -138,6 +154,7 @@ def _empty_rows(
     class_weight: Tensor | None,
     want_entropy: bool,
     want_argmax: bool,
+    want_moments: bool,
 ) -> Rows:
     """Rows of a shard without columns: lse = -inf, everything else zero."""
     dtype = torch.float64 if e.dtype == torch.float64 else torch.float32
@@ -149,6 +166,8 @@ def _empty_rows(
         mean_logit=zero if want_entropy else None,
         weighted_logit_sum=None if class_weight is None else zero,
         argmax=torch.full_like(lse, -1, dtype=torch.int64) if want_argmax else None,
+        log_sum_sq_probs=lse.detach() if want_moments else None,
+        average_logit=zero if want_moments else None,
     )
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gemma_ext.distributed._merge import gather_ranks
+from gemma_ext.distributed._merge import gather_ranks, merge_moments
 from gemma_ext.distributed._shards import VocabShard
 from gemma_ext.ops._derivatives import apply, once
 from gemma_ext.ops.cce import Head, Method, Rows
@@ -27,7 +27,7 @@ from gemma_ext.ops.cce.op import Forwarded, forward, gradients
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: shards beside each other draw far apart
 
 _Arguments = namedtuple(
-    "_Arguments", ["e", "c", "targets", "bias", "class_weight", "group", "seed", "head", "options"]
+    "_Arguments", ["e", "c", "targets", "bias", "class_weight", "shard", "seed", "head", "options"]
 )
 
 
@@ -44,6 +44,7 @@ def shard_rows(
     want_entropy: bool,
     want_argmax: bool,
     want_stats: bool,
+    want_moments: bool,
 ) -> Rows:
     """Rows of the whole vocabulary from e [N, D] and c [V_local, D]; argmax is that of the shard.
 
@@ -59,13 +60,14 @@ def shard_rows(
         targets=targets,
         bias=bias,
         class_weight=class_weight,
-        group=shard.group,
+        shard=shard,
         seed=(method.seed ^ shard.start * _GOLDEN) % 2**63,
         head={**head.scalars(), "allow_missing": True, "lean": False},
         options={
             "filter_eps": method.tau(e.dtype) if samples else 0.0,
             "want_mean": want_entropy,
             "want_argmax": want_argmax,
+            "want_moments": want_moments,
         },
     )
     out = Forwarded(*apply(VocabParallelRows, *arguments))
@@ -76,6 +78,8 @@ def shard_rows(
         weighted_logit_sum=out.class_sum if class_weight is not None else None,
         argmax=out.argmax if want_argmax else None,
         stats=out.summary if c.shape[0] else None,
+        log_sum_sq_probs=out.log_squares if want_moments else None,
+        average_logit=out.average if want_moments else None,
     )
 
 
@@ -91,7 +95,9 @@ class VocabParallelRows(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, out = _Arguments(*inputs), Forwarded(*output)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(out.lse_low, out.argmax, out.masses, out.summary)
+        ctx.mark_non_differentiable(
+            out.lse_low, out.argmax, out.masses, out.summary, out.log_squares, out.average
+        )
         ctx.save_for_backward(x.e, x.c, x.targets, x.bias, x.class_weight, *out)
         ctx.options = {**x.head, "seed": x.seed}
         ctx.want_mean = x.options["want_mean"]
@@ -145,6 +151,7 @@ def _no_columns(
     *,
     want_mean: bool,
     want_argmax: bool,
+    want_moments: bool,
     **_: object,
 ) -> Forwarded:
     """What a shard without columns contributes: lse = -inf, everything else zero."""
@@ -159,6 +166,8 @@ def _no_columns(
         argmax=torch.full_like(zero if want_argmax else nothing, -1, dtype=torch.int64),
         masses=zero.new_zeros(0, 0, 0),
         summary=zero.new_zeros(3, dtype=torch.float64),
+        log_squares=torch.full_like(zero, -torch.inf) if want_moments else nothing,
+        average=zero if want_moments else nothing,
     )
 
 
@@ -166,9 +175,10 @@ def _merge(local: Forwarded, x: _Arguments) -> Forwarded:
     """`local` with the whole vocabulary's nll, lse, mean, class_sum, and masses relative to it.
 
     One all-gather of three to five vectors, added in rank order in float64, so that every rank gets
-    the same bits. Costs 12 to 20 bytes per row and rank.
+    the same bits, and one more where moments are wanted. Costs 12 to 20 bytes per row and rank.
     """
     want_mean, want_class = x.options["want_mean"], x.class_weight is not None
+    group = x.shard.group
     valid = x.targets != x.head["ignore_index"]
     owned = valid & (x.targets >= 0) & (x.targets < x.c.shape[0])
     vectors = [
@@ -178,7 +188,7 @@ def _merge(local: Forwarded, x: _Arguments) -> Forwarded:
         *([local.mean] if want_mean else []),
         *([local.class_sum] if want_class else []),
     ]
-    columns = list(gather_ranks(torch.stack(vectors), x.group).double().unbind(1))  # [R, N] each
+    columns = list(gather_ranks(torch.stack(vectors), group).double().unbind(1))  # [R, N] each
     lse_all = columns.pop(0) + columns.pop(0)
     wide = torch.logsumexp(lse_all, 0)
     lse = wide.float()
@@ -194,10 +204,18 @@ def _merge(local: Forwarded, x: _Arguments) -> Forwarded:
         merged = merged._replace(mean=(shares * means).sum(0).float())
     if want_class:
         merged = merged._replace(class_sum=columns.pop(0).sum(0).float())
+    if x.options["want_moments"]:
+        squares, average = merge_moments(
+            (local.lse, local.log_squares, local.average),
+            x.c.shape[0],
+            x.shard.vocab_size,
+            group,
+        )
+        merged = merged._replace(log_squares=squares, average=average)
     if local.masses.numel():
         # columns of the masses are the valid rows, then nothing
         order = torch.argsort((~valid).to(torch.uint8), stable=True)
-        share = shares[dist.get_rank(x.group)].float()[order]
+        share = shares[dist.get_rank(group)].float()[order]
         masses = local.masses * share
         if want_mean:
             # |top - m| <= |top - m_r| + |m_r - m|: a strip may be kept more often than it had to be

@@ -23,6 +23,13 @@ from gemma_ext.distributed._shards import (
 )
 from gemma_ext.ops.cce import Head, LinearCrossEntropyOutput, LossTerms, Method
 from gemma_ext.ops.cce.inputs import check_labels, check_problem, check_vector
+from gemma_ext.ops.cce.logprobs import (
+    LinearLogprobsOutput,
+    check_reference,
+    estimate_kl,
+    fields_of,
+    given_logprobs,
+)
 from gemma_ext.ops.cce.loss import Wanted, assemble, weigh
 from gemma_ext.ops.vocab_state import warn_ignored
 
@@ -130,6 +137,7 @@ def vocab_parallel_linear_cross_entropy(
         want_entropy=wanted.entropy,
         want_argmax=wanted.argmax,
         want_stats=wanted.stats,
+        want_moments=False,
         reduce_e_grad=reduce_e_grad,
     )
     return assemble(tokens, rows, smoothing, terms, wanted)
@@ -155,38 +163,57 @@ def vocab_parallel_linear_logprobs(
     impl: str = "auto",
     filter_seed: int = 0,
     state: object = None,
-) -> tuple[Tensor, Tensor]:
+    return_entropy: bool = True,
+    return_moments: bool = False,
+    return_top1: bool = False,
+    kl: str | None = None,
+    ref_logprobs: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | LinearLogprobsOutput:
     """`gemma_ext.linear_logprobs` with the rows of the classifier spread over a group.
 
-    Arguments as in `vocab_parallel_linear_cross_entropy`.
+    Arguments as in `vocab_parallel_linear_cross_entropy` and `gemma_ext.linear_logprobs`; the
+    log-probabilities of a reference come from a call of their own, so that `kl` is "k1", "k2" or
+    "k3".
 
     Returns:
-        (logprobs, entropy), float32 [..., T - shift], both differentiable, 0 where ignored, the
-        same on every rank.
+        As `gemma_ext.linear_logprobs`, the same on every rank.
     """
-    output = vocab_parallel_linear_cross_entropy(
-        e,
-        c_local,
-        targets,
-        bias=bias,
-        group=group,
-        vocab_start=vocab_start,
-        vocab_size=vocab_size,
-        reduce_e_grad=reduce_e_grad,
-        validate=validate,
-        ignore_index=ignore_index,
-        softcap=softcap,
-        reduction="none",
-        shift=shift,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        filter_eps=filter_eps,
-        impl=impl,
-        return_entropy=True,
-        filter_seed=filter_seed,
-        state=state,
+    head = Head(softcap, logit_scale, temperature, ignore_index)
+    if state is not None:
+        warn_ignored("state")
+    method = Method(impl, filter_eps, filter_seed)
+    terms = LossTerms(reduction="none", shift=shift)
+    if kl == "full":
+        raise ValueError("expected kl to be None or one of k1, k2, k3, got 'full'")
+    check_reference(kl, ref_logprobs=ref_logprobs)
+    e, c, targets, bias, shard = _enter(
+        e, c_local, targets, bias, group, vocab_start, vocab_size, validate, method
     )
-    return -output.loss, output.entropy
+    tokens = weigh(e, targets, head, terms)
+    if validate:
+        check_labels(tokens.labels, shard.vocab_size, ignore_index, offset=tokens.steps, wait=True)
+    rows = vocab_parallel_rows(
+        e.reshape(-1, e.shape[-1]),
+        c,
+        tokens.labels,
+        bias,
+        shard,
+        head,
+        method,
+        class_weight=None,
+        want_entropy=return_entropy,
+        want_argmax=return_top1,
+        want_stats=False,
+        want_moments=return_moments,
+        reduce_e_grad=reduce_e_grad,
+    )
+    out = fields_of(tokens, rows)
+    if kl:
+        ref_logprobs = given_logprobs(ref_logprobs, tokens, out.logprobs)
+        estimate = estimate_kl(out.logprobs, ref_logprobs, kl)
+        return out._replace(kl=estimate, ref_logprobs=ref_logprobs)
+    plain = return_entropy and not (return_moments or return_top1)
+    return (out.logprobs, out.entropy) if plain else out
 
 
 def _enter(

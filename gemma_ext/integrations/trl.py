@@ -8,6 +8,8 @@ from `lm_head.weight` in chunks. That call never reaches the model's forward, so
     trainer = SFTTrainer(model=model, ...)
     gemma_ext.integrations.trl.patch(trainer)
     trainer.train()
+
+`install` puts a function with the signature of trl's in its place, for all trainers at once.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import types
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
+from gemma_ext.integrations._chunked_logprob import ChunkedLogProbFunction
 from gemma_ext.integrations._forwards import layers, level_of, stand_in
 from gemma_ext.integrations.transformers import warn_of_state
 from gemma_ext.nn._defer_head import defer_head
@@ -28,12 +30,13 @@ from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce import cce_rows, inputs
 
-__all__ = ["patch", "unpatch"]
+__all__ = ["ChunkedLogProbFunction", "install", "patch", "uninstall", "unpatch"]
 
 Trainer = TypeVar("Trainer")
 # of a model: its patches, more than one where trl has fused its head again for another trainer
 _PATCH = "_gemma_ext_trl_patches"
 _IGNORE = -100
+_FUNCTION = "_ChunkedLogProbFunction"
 # what trl's fused forward closes over
 _CLOSURE = ("original_forward", "temperature", "cast_lm_head_to_fp32", "outputs")
 
@@ -211,22 +214,75 @@ def per_token(logits: DeferredLogits, labels: Tensor, fields: tuple[str, ...]) -
     e, c, bias = head.pop("e"), head.pop("c"), head.pop("bias")
     e, flat = e.reshape(-1, e.shape[-1]), labels.reshape(-1)
 
-    def rows(**options: Any) -> Any:
-        with logits.autocast_of_the_head():
-            return cce_rows(e, c, flat, bias, **head, **options)
-
-    scored = rows(want_entropy="entropy" in fields, want_argmax="is_top1" in fields)
-    values = {"log_probs": -scored.nll}
+    with logits.autocast_of_the_head():
+        rows = cce_rows(
+            e,
+            c,
+            flat,
+            bias,
+            **head,
+            want_entropy="entropy" in fields,
+            want_argmax="is_top1" in fields,
+            want_moments="log_sum_sq_probs" in fields or "mean_logits" in fields,
+        )
+    values = {"log_probs": -rows.nll}
     if "entropy" in fields:
-        values["entropy"] = scored.lse - scored.mean_logit
+        values["entropy"] = rows.entropy()
+    if "log_sum_sq_probs" in fields:
+        values["log_sum_sq_probs"] = rows.log_sum_sq_probs
+    if "mean_logits" in fields:
+        values["mean_logits"] = rows.average_logit
     if "is_top1" in fields:
-        values["is_top1"] = (scored.argmax == flat) & (flat != _IGNORE)
-    with torch.no_grad():
-        if "log_sum_sq_probs" in fields:
-            # sum_v p_v^2 = sum_v exp(2 s_v) / exp(2 lse); halving the temperature doubles s
-            squared = rows(temperature=0.5)
-            values["log_sum_sq_probs"] = squared.lse - 2 * scored.lse.detach()
-        if "mean_logits" in fields:
-            even = c.new_full((c.shape[0],), 1 / c.shape[0], dtype=torch.float32)
-            values["mean_logits"] = rows(class_weight=even).weighted_logit_sum
+        values["is_top1"] = rows.is_top1(flat) & (flat != _IGNORE)
     return {name: value.view(labels.shape) for name, value in values.items()}
+
+
+_original: Any = None
+
+
+def install(
+    *, impl: str = "auto", filter_eps: float | str | None = "auto", memory: str = "default"
+) -> None:
+    """Make every trainer of trl in this process score its tokens in `ChunkedLogProbFunction`.
+
+    One line for SFT, DPO, KTO, GRPO, RLOO and the distillation trainers, before or after they are
+    built: they look the function up at every call. `patch` does more for one trainer, since it
+    follows what the model's own forward does to its logits, and wins where both are used.
+
+    Args:
+        impl, filter_eps, memory: as in `gemma_ext.linear_cross_entropy`.
+
+    Raises:
+        ImportError: trl is missing. TypeError: it has no such function; 1.16 has.
+        ValueError: unknown option.
+    """
+    global _original
+    ours = type(
+        "ChunkedLogProbFunction",
+        (ChunkedLogProbFunction,),
+        {"method": inputs.Method(impl, filter_eps, memory=memory)},
+    )
+    utils = _trainer_utils()
+    theirs = getattr(utils, _FUNCTION, None)
+    if theirs is None:
+        raise TypeError(
+            f"expected trl >= 1.16, which scores tokens in {_FUNCTION}, got one without"
+        )
+    if not issubclass(theirs, ChunkedLogProbFunction):
+        _original = theirs
+    setattr(utils, _FUNCTION, ours)
+
+
+def uninstall() -> None:
+    """Give trl its own function back."""
+    utils = _trainer_utils()
+    if _original is not None and issubclass(getattr(utils, _FUNCTION), ChunkedLogProbFunction):
+        setattr(utils, _FUNCTION, _original)
+
+
+def _trainer_utils() -> Any:
+    try:
+        from trl.trainer import utils
+    except ModuleNotFoundError as error:
+        raise ImportError(f"expected trl >= 1.16, got none: {error}") from error
+    return utils

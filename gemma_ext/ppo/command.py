@@ -23,9 +23,6 @@ _RUN = ("model", "prompts", "reward", "weight", "value", "reference", "lora", "d
 
 def main(
     context: typer.Context,
-    model: Annotated[
-        str | None, typer.Argument(help="A folder or hub id; or pocket, pocket:small.")
-    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(help=".jsonl with a prompt a row, a text file of lines, or hf:NAME[:SPLIT]."),
@@ -51,16 +48,20 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="Of the weights: auto, float32, ...")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
 ) -> None:
-    """Train MODEL by proximal policy optimisation against rewards.
+    """Train a model by proximal policy optimisation against rewards: gemma-ext ppo MODEL ...
 
-    Every field of gemma_ext.ppo.PPOConfig is a flag, as --learning-rate 1e-6 --kl-coef 0.1
-    --total-episodes 2048 --advantage rloo --num-generations 4. The same command goes on where an
-    interrupted run stopped. Under torchrun every process is a rank.
+    MODEL is a folder, a hub id, pocket or pocket:small, before all flags. Every field of
+    gemma_ext.ppo.PPOConfig is a flag, as --learning-rate 1e-6 --kl-coef 0.1 --advantage rloo
+    --num-generations 4. The same command goes on where an interrupted run stopped. Under torchrun
+    every process is a rank.
 
     Example: gemma-ext ppo pocket --prompts prompts.txt --reward rewards:brevity
     """
     with one_line_errors():
         given = read_config(config) if config else {}
+        # an argument of click's would take the name of the first flag that is a setting
+        rest = list(context.args)
+        model = rest.pop(0) if rest and not rest[0].startswith("--") else None
         flags = {
             "model": model,
             "prompts": prompts,
@@ -72,7 +73,7 @@ def main(
             "device": device,
             "dtype": dtype,
             "output_dir": None if out is None else str(out),
-            **parse_flags(context.args),
+            **parse_flags(rest),
         }
         given |= {name: found for name, found in flags.items() if found not in (None, [])}
         settings = make_config({k: v for k, v in given.items() if k not in _RUN})
@@ -86,6 +87,10 @@ def main(
             typer.echo(summary(done.history))
             typer.echo(done.folder)
             typer.echo(done.page)
+
+
+# flags that are no options here are fields of the configuration
+main.context_settings = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @contextmanager

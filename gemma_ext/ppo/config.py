@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ class PPOConfig:
         max_grad_norm: of the policy's gradients and of the critic's, each; None for no clipping.
         response_length: T, most tokens of a response.
         temperature: of sampling and of every log-probability.
+        rollouts: responses by the model's own "generate", or by the depth-batching "engine".
         top_k, top_p: of sampling alone; 0 and 1 are off. Ratios and divergences stay those of the
             whole distribution.
         stop_token: text of the token that ends a response, "eos" for the tokenizer's; None for
@@ -41,7 +43,8 @@ class PPOConfig:
         max_prompt_length: a longer prompt loses its start; None for no limit.
         local_rollout_forward_batch_size: responses of a pass without gradients.
         kl_coef: beta. kl_estimator: "full" of whole distributions, or one of `KL_ESTIMATORS`.
-        kl_in: "reward", or "loss" for a penalty that is differentiated.
+        kl_in: "reward", or "loss" for a penalty that is differentiated. Which estimator leads to
+            ref exp(score / beta) in which place: `gemma_ext.nn.ppo.kl`.
         kl_target: nats of a response that beta is steered to; None for a fixed beta.
         kl_horizon: responses of that control.
         advantage: one of `ADVANTAGES`; all but "gae" have no critic.
@@ -80,6 +83,7 @@ class PPOConfig:
     max_grad_norm: float | None = 1.0
     response_length: int = 53
     temperature: float = 0.7
+    rollouts: str = "generate"
     top_k: int = 0
     top_p: float = 1.0
     stop_token: str | None = None
@@ -132,11 +136,18 @@ class PPOConfig:
             ("kl_in", ("reward", "loss")),
             ("aggregation", AGGREGATIONS),
             ("lr_scheduler_type", _SCHEDULES),
+            ("rollouts", ("generate", "engine")),
         ):
             if getattr(self, name) not in options:
                 raise ValueError(
                     f"{name}: expected one of {', '.join(options)}, got {getattr(self, name)!r}"
                 )
+        exact = ("k1", "k1+") if self.kl_in == "reward" else ("full", "k2", "k1+", "k3+")
+        if self.kl_coef and self.kl_estimator not in exact:
+            warnings.warn(
+                f"kl_estimator: {self.kl_estimator} in the {self.kl_in} does not lead to "
+                f"ref exp(score / kl_coef), which {' and '.join(exact)} do"
+            )
         if self.advantage in ("rloo", "grpo") and self.num_generations < 2:
             raise ValueError(f"num_generations: expected at least 2 for {self.advantage}, got 1")
         if self.local_batch_size % self.num_generations:

@@ -20,6 +20,7 @@ from gemma_ext.nn._models import unwrap
 from gemma_ext.nn.ppo import Critic, SeparateCritic, ValueHead
 from gemma_ext.nn.ppo.adapters import peft_or_bare
 from gemma_ext.nn.ppo.value import CLASSIFIER, TRL
+from gemma_ext.pocket.quiet import quiet_transformers
 from gemma_ext.ppo.ranks import rank
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ def _save_model(folder: Path, model: Any) -> None:
             for k, v in model.state_dict().items()
         }
     if rank() == 0:
-        model.save_pretrained(folder, state_dict=state)
+        with quiet_transformers():
+            model.save_pretrained(folder, state_dict=state)
 
 
 def write_samples(path: Path, before: list[Any], after: list[Any]) -> None:

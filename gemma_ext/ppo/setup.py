@@ -56,14 +56,17 @@ def without_dropout(config: PPOConfig, *models: nn.Module) -> None:
     """
     for model in models:
         model.train(config.gradient_checkpointing)
-        for module in model.modules() if config.gradient_checkpointing else ():
+        if not config.gradient_checkpointing:
+            continue
+        bare = unwrap(model)
+        if not getattr(bare, "supports_gradient_checkpointing", False):
+            raise ValueError(
+                f"gradient_checkpointing: expected False for {type(bare).__name__}, got True"
+            )
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
             for name in _SHARES:
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
-        if config.gradient_checkpointing:
-            bare = unwrap(getattr(model, "model", model) if hasattr(model, "head") else model)
-            if not getattr(bare, "supports_gradient_checkpointing", False):
-                continue
-            bare.gradient_checkpointing_enable({"use_reentrant": False})

@@ -65,7 +65,7 @@ class PPOTrainer:
             the policy's states. Not looked at where the advantage needs none.
         tokenizer: of the policy.
         reward_tokenizers: of rewards that are modules.
-        sampler: draws responses; `Generate` by default.
+        sampler: draws responses; by default what the settings name.
         callbacks: called behind every step with the trainer, the step's number and its metrics.
         show_progress: draw a bar on stderr.
 
@@ -102,7 +102,8 @@ class PPOTrainer:
         self.pad, self.ends = pad_of(tokenizer), ends_of(config, policy, tokenizer)
         self.reference = reference if reference is not None else _default_reference(policy)
         self.critic = self._critic(value) if config.has_critic else None
-        without_dropout(config, policy, *(() if self.critic is None else (self.critic,)))
+        own = [self.critic.model] if isinstance(self.critic, SeparateCritic) else []
+        without_dropout(config, policy, *own)
         self.prompts = (
             prompts
             if isinstance(prompts, Prompts)
@@ -113,7 +114,7 @@ class PPOTrainer:
             if isinstance(rewards, Rewards)
             else Rewards(rewards, tokenizers=reward_tokenizers, device=self.device)
         )
-        self.sampler = sampler or Generate(config, self.ends, self.pad)
+        self.sampler = sampler or _sampler(config, self.ends, self.pad)
         self.update = Update(config, policy, self.critic, self.reference)
         self.control = (
             FixedKL(config.kl_coef)
@@ -325,6 +326,14 @@ class PPOTrainer:
             "rewards": self.rewards.names,
             "weights": f"{len(sizes)} tensors, {sum(sizes)}",
         }
+
+
+def _sampler(config: PPOConfig, ends: Sequence[int], pad: int) -> Sampler:
+    if config.rollouts == "generate":
+        return Generate(config, ends, pad)
+    from gemma_ext.ppo.engine_rollout import EngineSampler
+
+    return EngineSampler(config, ends, pad)
 
 
 def _default_reference(policy: nn.Module) -> Reference:

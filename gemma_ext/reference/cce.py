@@ -110,6 +110,27 @@ def rows(
     )
 
 
+@torch.no_grad()
+def moments(
+    e: Tensor,
+    c: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+) -> tuple[Tensor, Tensor]:
+    """(log sum_v p_nv^2, sum_v s_nv / V), [N] each, without gradient and 0 in ignored rows."""
+    valid = targets != ignore_index
+    e = torch.where(valid.unsqueeze(-1), e, torch.zeros_like(e))
+    s = logits(e, c, bias, softcap=softcap, logit_scale=logit_scale, temperature=temperature)
+    squares = torch.logsumexp(2 * torch.log_softmax(s, -1), -1)
+    zero = torch.zeros_like(squares)
+    return torch.where(valid, squares, zero), torch.where(valid, s.mean(-1), zero)
+
+
 def linear_cross_entropy(
     e: Tensor,
     c: Tensor,

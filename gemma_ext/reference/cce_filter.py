@@ -10,7 +10,7 @@ where w is 1 in the exact backward, and here 0 or at least 1, with mean 1, drawn
 
     m_nj = sum_{v in j} p_nv T ds/da        r_nj = m_nj max(1, |max_{v in j} s_nv - m_n|)
     x_nj = |a| m_nj + |q| r_nj              u_nj = x_nj / (tau ref_n)
-    scale_n = max(|a|, |b|, |q|)            ref_n = min(scale_n, mean of scale over valid rows)
+    scale_n = max(|a|, |b|, |q|)            ref_n = min(scale_n, mean of the scales that are not 0)
 
 The strip of the label and strips with u >= 1 are kept with w = 1. The others are sampled along the
 row: a phase that starts at the row's draw gains u at each of them, and a strip over which it passes
@@ -152,7 +152,7 @@ def sampled_gradients(
     q, b = rows(d_mean_logit), torch.where(owned, rows(d_nll), zero)
     a = rows(d_nll) + rows(d_lse) + q
     scale = torch.stack((a.abs(), b.abs(), q.abs())).amax(0) if scale is None else rows(scale)
-    ref = torch.minimum(scale, scale.sum() / valid.sum().clamp(min=1))
+    ref = torch.minimum(scale, scale.sum() / (scale != 0).sum().clamp(min=1))
 
     mean = (p * torch.where(p > 0, s, 0.0)).sum(1)
     reach = (strips.top - mean[:, None]).abs().clamp(min=1.0)

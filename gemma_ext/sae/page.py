@@ -101,16 +101,18 @@ def write_latents(
 
 def curves(history: Sequence[Mapping[str, float]]) -> Figure:
     """Unexplained variance, active latents and dead latents over the steps."""
-    drawn, (error, active) = plots.axes(1, 2, (9.5, 3.4))
+    drawn, (error, active, dead) = plots.axes(1, 3, (10.5, 3.2))
     steps = [line["step"] for line in history]
-    error.plot(steps, [line["fvu"] for line in history], color=plots.BLUE)
-    error.set(xlabel="step", ylabel="unexplained variance of the batch", yscale="log")
-    active.plot(steps, [line["l0"] for line in history], color=plots.BLUE, label="active")
-    active.set(xlabel="step", ylabel="active latents per token", ylim=(0, None))
-    dead = active.twinx()
-    dead.plot(steps, [100 * line["dead"] for line in history], color=plots.GREY)
+    for panel, color, name, factor in (
+        (error, plots.BLUE, "fvu", 1),
+        (active, plots.BLUE, "l0", 1),
+        (dead, plots.GREY, "dead", 100),
+    ):
+        panel.plot(steps, [factor * line[name] for line in history], color=color)
+        panel.set(xlabel="step")
+    error.set(ylabel="unexplained variance of the batch", yscale="log")
+    active.set(ylabel="active latents per token", ylim=(0, None))
     dead.set(ylabel="dead latents, %", ylim=(0, 100))
-    dead.spines["right"].set_visible(True)
     error.grid(alpha=0.3)
     return drawn
 

@@ -9,10 +9,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 
 from gemma_ext.serve.batch import Batch, EngineBusy, EngineStopped, RequestExpired
-from gemma_ext.serve.config import PAGE
 from gemma_ext.serve.protocol import Engine, Event, Limits, Request, Stats
 
 
@@ -26,7 +24,7 @@ class AsyncEngine:
         stall_seconds: a step that takes longer is a `trouble`.
 
     Attributes:
-        limits: of the engine, from `start` on; the context is no longer than its KV pool.
+        limits: of the engine, from `start` on.
         stats: of the engine after its last step.
     """
 
@@ -163,7 +161,7 @@ class AsyncEngine:
         try:
             self._engine = self._make()
             self.stats = self._engine.stats()
-            self.limits = _held(self._engine.limits, self.stats)
+            self.limits = self._engine.limits
         except BaseException as error:
             self._to_loop(_settle, made, error)
             return
@@ -224,12 +222,6 @@ class AsyncEngine:
     def _to_loop(self, function: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
             self._loop.call_soon_threadsafe(function, *arguments)
-
-
-def _held(limits: Limits, stats: Stats) -> Limits:
-    if not stats.pages:  # an engine without a pool
-        return limits
-    return replace(limits, max_model_len=min(limits.max_model_len, PAGE * stats.pages))
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:

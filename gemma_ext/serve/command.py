@@ -37,9 +37,12 @@ def main(
         float, typer.Option(help="Share of the free memory that the KV pool has at most.")
     ] = 0.5,
     kv_policy: Annotated[
-        str, typer.Option(help="Keys and values of loops that a token skipped.")
-    ] = "exact_lazy",
-    keep: Annotated[int, typer.Option(min=1, help="k of first_then_shared and modulo.")] = 1,
+        str | None,
+        typer.Option(help="Keys and values of skipped loops; as the model was trained by default."),
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="k of first_then_shared and modulo; likewise.")
+    ] = None,
     kv_pressure: Annotated[
         str, typer.Option(help="reserve, none, recompute, offload: when pages run out.")
     ] = "reserve",
@@ -59,6 +62,12 @@ def main(
     min_coda_batch: Annotated[
         int, typer.Option(min=1, help="Tokens that wait for the head until it runs.")
     ] = 1,
+    drafts: Annotated[
+        int, typer.Option(min=0, help="Exits are drafts, so many ahead of their check; 0: final.")
+    ] = 0,
+    routing: Annotated[
+        str, typer.Option(help="Who makes the next rows: host, device; auto: device on a card.")
+    ] = "auto",
     prefill_tokens: Annotated[
         int, typer.Option(min=1, help="Rows of prompts in a run of the block.")
     ] = 256,
@@ -80,6 +89,10 @@ def main(
     ] = None,
     exit_decay: Annotated[
         float, typer.Option(help="tau of CALM's falling threshold; 0 for a constant one.")
+    ] = 0.0,
+    exit_adapt: Annotated[
+        float,
+        typer.Option(help="zeta of FREE's adaptive threshold, with --drafts; 0 for none."),
     ] = 0.0,
     shortlist: Annotated[
         bool, typer.Option("--shortlist", help="8-bit codes of the head for greedy requests.")
@@ -152,6 +165,8 @@ def main(
                 "order": order,
                 "mode": mode,
                 "min_coda_batch": min_coda_batch,
+                "drafts": drafts,
+                "routing": routing,
                 "prefill_tokens": prefill_tokens,
             },
             kv_memory=kv_memory,
@@ -160,6 +175,7 @@ def main(
                 "threshold": exit_threshold,
                 "strict": exit_strict,
                 "decay": exit_decay,
+                "adapt": exit_adapt,
             },
             exit_weights=str(exit_weights) if exit_weights else None,
             shortlist=shortlist,

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gemma_ext._host import Scheduler
 from gemma_ext.serve.policies import EXACT, POLICIES
+from gemma_ext.serve.route import Shape
+from gemma_ext.serve.runner import Sizes
 
 PAGE = 16  # tokens
 MODES = ("cdb", "csb", "lockstep", "static")
 PRESSURES = ("none", "reserve", "recompute", "offload")
 ORDERS = ("fifo", "deepest", "uniform")
+ROUTINGS = ("auto", "host", "device")
+_AHEAD = 2  # ticks that are under way, or have not been heard of
 _OVERWRITTEN = ("single", "first_then_shared", "modulo")  # keys of a loop take another's place
 
 
@@ -43,9 +47,15 @@ class EngineConfig:
             computed ends with an error ("none"), is computed again later ("recompute", exact
             policies only) or waits in host memory ("offload").
         margin: share of the pool that admission leaves free under them.
+        drafts: tokens that early exits of a request may run ahead of its output. With any, an exit
+            is a draft: it is told once the loops that it skipped give the same token, and replaced
+            by theirs where they do not, so that outputs are those of all loops. 0: exits are final.
         prefix_cache: pages of finished prefixes are kept and shared; fill_on_finish: the loops
             that an output skipped are run after its end, so that it can be shared too.
-        verify: every run checks that the keys it reads are there.
+        routing: who reads exits and tokens and makes the next rows: the "host" after every step, or
+            the "device" itself, which the host hears of a tick later (`gemma_ext.serve.router`);
+            "auto" is the device on a card where it can, else the host.
+        verify: every run that the host plans checks that the keys it reads are there.
 
     Raises:
         ValueError: one sentence that begins with the attribute's name.
@@ -67,8 +77,10 @@ class EngineConfig:
     order: str = "fifo"
     kv_pressure: str = "reserve"
     margin: float = 0.2
+    drafts: int = 0
     prefix_cache: bool = False
     fill_on_finish: bool = False
+    routing: str = "auto"
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -83,8 +95,9 @@ class EngineConfig:
         for name in (*counts, "prefill_tokens", "min_coda_batch", "min_free_requests"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.fill_rows < 0:
-            raise ValueError(f"fill_rows: expected at least 0, got {self.fill_rows}")
+        for name in ("fill_rows", "drafts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, got {getattr(self, name)}")
         if self.min_free_requests > self.requests:
             raise ValueError(
                 f"min_free_requests: expected at most the {self.requests} requests, "
@@ -97,6 +110,7 @@ class EngineConfig:
             "kv_policy": POLICIES,
             "order": ORDERS,
             "kv_pressure": PRESSURES,
+            "routing": ROUTINGS,
         }
         for name, legal in words.items():
             if getattr(self, name) not in legal:
@@ -118,18 +132,71 @@ class EngineConfig:
                 "fill_on_finish: expected a prefix_cache and an exact kv_policy with it, "
                 f"got {self.prefix_cache} and {self.kv_policy}"
             )
+        if self.drafts > self.backlog:
+            raise ValueError(
+                f"drafts: expected at most the backlog of {self.backlog}, got {self.drafts}"
+            )
+        if self.drafts and (reason := self._undrafted()):
+            raise ValueError(f"drafts: expected {reason} with them, got another")
+        if self.routing == "device" and (reason := self._host_only()):
+            raise ValueError(f"routing: expected {reason} with 'device', got another")
+
+    def _undrafted(self) -> str | None:
+        """What would have to be otherwise for exits to be drafts."""
+        if self.mode != "cdb":
+            return "mode cdb"
+        if self.kv_policy not in EXACT:
+            return f"kv_policy {' or '.join(EXACT)}"
+        return "another kv_pressure than offload" if self.kv_pressure == "offload" else None
+
+    def _host_only(self) -> str | None:
+        """What would have to be otherwise for a device to route."""
+        for name, wanted in (
+            ("mode", "cdb"), ("order", "fifo"), ("min_coda_batch", 1), ("fill_on_finish", False),
+            ("drafts", 0),
+        ):  # fmt: skip
+            if getattr(self, name) != wanted:
+                return f"{name} {wanted}"
+        return "another kv_policy than exact_eager" if self.kv_policy == "exact_eager" else None
+
+    def routed(self, device: bool) -> EngineConfig:
+        """The same with "auto" decided: by the device if it may and these settings let it."""
+        if self.routing != "auto":
+            return self
+        chosen = "device" if device and self._host_only() is None else "host"
+        return replace(self, routing=chosen)
+
+    @property
+    def ring(self) -> int:
+        """Hidden states of a request that a device routes: what it owes, and the current one."""
+        return self.backlog + 1 if self.kv_policy in EXACT else 1
 
     @property
     def slots(self) -> int:
         """Hidden states at a time: of prompts, tokens that run, and backlogs."""
+        if self.routing == "device":
+            return self.prefill_tokens + self.requests * self.ring + 1  # scratch
         deferred = self.backlog + 1 if self.kv_policy in EXACT else 0
         return self.requests * (deferred + 1) + self.prefill_tokens
 
-    def scheduler(self, loops: int, revision: str = "") -> Scheduler:
+    @property
+    def sizes(self) -> Sizes:
+        """Of a runner."""
+        rows = self.requests + (self.routing == "device")  # scratch
+        return Sizes(rows, self.slots, self.pages, self.max_model_len)
+
+    def shape(self, loops: int, prefix: int = 0) -> Shape:
+        """Of a device that routes tokens."""
+        rows = self.width + self.fill_rows
+        sizes = (self.requests, self.width, rows, loops, self.backlog, self.ring)
+        return Shape(*sizes, self.prefill_tokens, prefix)
+
+    def scheduler(self, loops: int, revision: str = "", prefix: int = 0) -> Scheduler:
         """The scheduler for a model of so many loops.
 
         Args:
             revision: of the model; prefixes of another are not shared.
+            prefix: keys and values in front of every prompt, in pages of each request.
         """
         exact = self.kv_policy in EXACT or loops == 1
         fills = {"exact_eager": "eager", "propagate": "write", "copy": "write"}
@@ -138,13 +205,19 @@ class EngineConfig:
         options: dict[str, Any] = {
             name: getattr(self, name)
             for name in (
-                "width", "fill_rows", "requests", "slots", "pages", "backlog", "mixed", "order",
-                "margin", "mode", "fill_on_finish", "verify",
+                "width", "fill_rows", "requests", "pages", "backlog", "order", "margin", "mode",
+                "fill_on_finish", "verify", "drafts",
             )
         }  # fmt: skip
+        device = self.routing == "device"
         return Scheduler(
             loops=loops,
-            request_pages=math.ceil(self.max_model_len / PAGE),
+            slots=self.prefill_tokens if device else self.slots,
+            mixed=self.mixed and not device,
+            device=device,
+            ahead=_AHEAD,
+            request_pages=math.ceil((self.max_model_len + prefix) / PAGE),
+            prefix=prefix,
             prefill=self.prefill_tokens,
             aligned=self.kv_policy in _OVERWRITTEN and loops > 1,
             min_coda=self.min_coda_batch,

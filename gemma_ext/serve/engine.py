@@ -5,7 +5,8 @@
     report  exits and tokens                                              (C++)
 
 A step never waits for another request's: tokens of all depths share a block, and a token that has
-left is replaced in the next one.
+left is replaced in the next one. Where the device routes (`gemma_ext.serve.router`), a plan is a
+prompt's loop or a tick, and what a tick drew is reported when the next one is under way.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from gemma_ext.serve.config import PAGE, EngineConfig
 from gemma_ext.serve.kv import HostStore
 from gemma_ext.serve.protocol import Event, Limits, Request, Stats, Token
-from gemma_ext.serve.runner import ModelRunner, Rows, Sizes
+from gemma_ext.serve.router import Flight, Router
+from gemma_ext.serve.runner import PROMPT, ModelRunner, Rows
 from gemma_ext.serve.stats import Latencies
 from gemma_ext.serve.trace import Trace
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gemma_ext.serve.exits import ExitTest
+    from gemma_ext.serve.sampling import Sampled
 
 _REASONS = (None, "stop", "length", "error")
 _NO_PAGE = "the KV pool has no page left for this request"
@@ -58,9 +61,20 @@ class Engine:
         revision: str = "",
     ) -> None:
         self.runner, self.config, self.trace, self.clock = runner, config, trace, clock
-        longest = min(config.max_model_len, PAGE * config.pages)
+        self.prefix = getattr(runner, "prefix", 0)  # places in front of every prompt
+        longest = min(config.max_model_len, PAGE * config.pages - self.prefix)
+        if longest < 1:
+            raise ValueError(
+                f"pages: expected room for a token behind a prefix of {self.prefix}, "
+                f"got {config.pages}"
+            )
         self.limits = Limits(runner.vocabulary, runner.loops, longest)
-        self.scheduler = config.scheduler(runner.loops, revision)
+        self.router: Router | None = None
+        if config.routing == "device":
+            self.router = Router(runner, config.shape(runner.loops, self.prefix))
+        self._flight: Flight | None = None
+        self._depths: dict[int, Sequence[int]] = {}
+        self.scheduler = config.scheduler(runner.loops, revision, self.prefix)
         self.latencies = Latencies()
         self.store = HostStore(runner)
         self._requests: dict[int, Request] = {}
@@ -73,7 +87,7 @@ class Engine:
             name: torch.from_numpy(memory[name])
             for name in (
                 "slot", "pos", "row", "loop", "kind", "token", "depth", "seg_offsets",
-                "block_tables",
+                "block_tables", "limits",
             )
         }  # fmt: skip
         self._run = {
@@ -82,7 +96,8 @@ class Engine:
             "score": self._score,
             "offload": self._offload,
             "restore": self._restore,
-            "idle": lambda n: [],
+            "tick": self._tick,
+            "idle": lambda n: self._land(),
         }
 
     @classmethod
@@ -108,14 +123,18 @@ class Engine:
         """
         from gemma_ext.serve.weights import read_weights
 
+        weights = read_weights(model, dtype=dtype)
+        plain = not (weights.prelude or weights.coda or shortlist)
+        config = config.routed(weights.device.type == "cuda" and plain)
         runner = ModelRunner(
-            read_weights(model, dtype=dtype),
-            Sizes(config.requests, config.slots, config.pages, config.max_model_len),
+            weights,
+            config.sizes,
             policy=config.kv_policy,
             keep=config.keep,
             exits=exits,
             impl=impl,
             shortlist=shortlist,
+            drafts=config.drafts > 0,
         )
         return cls(runner, config, **options)
 
@@ -132,7 +151,7 @@ class Engine:
         request.check(self.limits)
         params = request.params
         id = self.scheduler.submit(
-            np.asarray(request.prompt, np.int32),
+            np.asarray((0,) * self.prefix + request.prompt, np.int32),
             max_tokens=params.max_tokens,
             min_loops=params.min_loops,
             max_loops=params.max_loops or self.limits.loops,
@@ -141,6 +160,8 @@ class Engine:
             depths=list(exit_depths or ()),
         )
         self._requests[id], self._drawn[id] = request, []
+        if exit_depths:
+            self._depths[id] = exit_depths
         if request.prompt_logprobs is not None:
             self._scored[id] = [Token(request.prompt[0])]
         self.latencies.submitted(id, self.clock())
@@ -157,11 +178,13 @@ class Engine:
     def step(self) -> list[Event]:
         stage, n = self.scheduler.plan()
         events = self._take_news()
+        self._hand_over()
         if self.trace is None:
             events += self._run[stage](n)
         else:
             begin = self.clock()
             events += self.trace.step(self, stage, n, begin, lambda: self._run[stage](n))
+        self._hand_over()
         for id in self._refused:  # a plan that is not reported yet may have rows of it
             self.scheduler.cancel(id)
         self._refused.clear()
@@ -213,10 +236,15 @@ class Engine:
         self._requests.pop(id, None)
         self._drawn.pop(id, None)
         self._scored.pop(id, None)
+        self._depths.pop(id, None)
         self.store.forget(id)
 
     def _first(self, n: int, *names: str) -> list[torch.Tensor]:
-        return [self._tensors[name][:n] for name in names]
+        """Columns of the plan; the scheduler's positions count the prefix."""
+        found = {name: self._tensors[name][:n] for name in names}
+        if self.prefix and "pos" in found:
+            found["pos"] = found["pos"] - self.prefix
+        return list(found.values())
 
     def _block(self, n: int) -> list[Event]:
         segments, tables = self._tensors["seg_offsets"], self._tensors["block_tables"]
@@ -224,6 +252,9 @@ class Engine:
             n, "slot", "pos", "row", "loop", "kind", "token"
         )
         new = int(segments[1])
+        if self.prefix:
+            begins = (kind == PROMPT) & (loop == 0) & (pos == 0)
+            self.runner.write_prefix(row[begins].long(), tables)
         if new:
             self.runner.embed(slot[:new], token[:new], pos[:new])
         exits = self.runner.block(Rows(slot, pos, row, loop, segments, kind, tables))
@@ -233,15 +264,19 @@ class Engine:
     def _coda(self, n: int) -> list[Event]:
         slot, row, pos, depth = self._first(n, "slot", "row", "pos", "depth")
         sampled = self.runner.coda(slot, row, pos, depth, self._tensors["block_tables"])
-        ids, depths = self._seen["id"][:n].tolist(), depth.tolist()
+        ids = self._seen["id"][:n].tolist()
         self.scheduler.report_coda(sampled.ids.numpy())
-        now = self.clock()
+        return self._told(ids, self._seen["depth"][:n].tolist(), sampled)
+
+    def _told(self, ids: list[int], depths: list[int], sampled: Sampled) -> list[Event]:
+        """The events of tokens that have been reported."""
+        now, n = self.clock(), len(ids)
         drawn, ends = sampled.ids.tolist(), self._seen["end"][:n].tolist()
         outputs = self._seen["output"][:n].tolist()
         events = []
         for i, id in enumerate(ids):
             request = self._requests.get(id)
-            if request is None:
+            if request is None or ends[i] < 0:
                 continue
             self._drawn[id].append(drawn[i])
             asked = request.params.logprobs
@@ -255,6 +290,50 @@ class Engine:
                 self._forget(id)
                 self.latencies.finished(id, now)
         return events
+
+    def _hand_over(self) -> None:
+        """Requests that the scheduler gives to the device, and rows that it takes back."""
+        if self.router is None:
+            return
+        stopped, started = self.scheduler.handed()
+        for row in stopped:
+            self.router.stop(row)
+        for id, row, pos, slot in started:
+            if id in self._requests:  # else refused
+                drawn = len(self._drawn[id])
+                depths = self._depths.get(id, ())
+                pos -= self.prefix
+                self.router.start(row, id, self._requests[id], pos, slot, drawn, depths)
+
+    def _tick(self, n: int) -> list[Event]:
+        before = self._flight
+        tables, limits = self._tensors["block_tables"], self._tensors["limits"]
+        self._flight = self.router.tick(tables, limits, n)
+        self.scheduler.report_launched()
+        return self._heard(before)
+
+    def _land(self) -> list[Event]:
+        before, self._flight = self._flight, None
+        return self._heard(before)
+
+    def _heard(self, flight: Flight | None) -> list[Event]:
+        if flight is None:
+            return []
+        news = flight.land()
+        parked = news.parked[[id in self._requests for id in news.parked[:, 0].tolist()]]
+        events = self._report(news.drawn, news.sampled, news.ran)
+        if len(parked):
+            sampled = self.router.draw(parked)
+            parked[:, 3] = sampled.ids.numpy()
+            events += self._report(parked, sampled, (0, 0, 0, 0))
+        return events
+
+    def _report(self, drawn: np.ndarray, sampled: Sampled, ran: tuple[int, ...]) -> list[Event]:
+        """Tokens of a tick: rows of `News.drawn`."""
+        told = drawn[:, [0, 3, 4, 5]]
+        told[:, 3] += self.prefix
+        self.scheduler.report_drawn(told, ran)
+        return self._told(drawn[:, 0].tolist(), drawn[:, 4].tolist(), sampled)
 
     def _score(self, n: int) -> list[Event]:
         if n:

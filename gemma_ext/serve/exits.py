@@ -30,6 +30,8 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.depth_batching.gates import gate_exit
+from gemma_ext.ops.depth_batching.head import HeadExit
+from gemma_ext.serve.adaptive import AdaptiveThreshold
 from gemma_ext.serve.protocol import SamplingParams
 from gemma_ext.serve.readout import Readout
 
@@ -50,8 +52,9 @@ TESTS = ("none", *_DIRECTIONS)
 ON_HEAD = ("max_prob", "margin", "entropy", "kl", "argmax")
 ON_CHANGE = ("kl", "cosine", "latent_diff")
 _LEARNED = ("gate", "hazard", "preloop")
-_REMEMBERING = ("argmax", "hazard")  # what earlier loops of a token gave
+REMEMBERING = ("argmax", "hazard")  # what earlier loops of a token gave
 _DECAYING = ("max_prob", "margin", "cosine", "gate")
+_ADAPTING = ("max_prob", "margin")
 _DEFAULTS = {"argmax": 2.0, "latent_diff": 0.03}  # twice in a row; Huginn
 
 
@@ -66,6 +69,9 @@ class ExitTest:
         strict: whether a score at the threshold stays; None for the test's own way, as above.
         decay: tau of CALM's falling threshold 0.9 t + 0.1 t exp(-tau n / N) for output n of at
             most N, cut to [0, 1], of max_prob, margin, cosine and gate; 0 for a constant one.
+        adapt: zeta of FREE's adaptive threshold (`gemma_ext.serve.adaptive`), of max_prob and
+            margin where exits are drafts (`EngineConfig.drafts`), which tells right ones from
+            wrong ones; `threshold` is where it begins. 0 for none.
         weight, bias: of gate and hazard [D] and a number; of preloop [B, D] and [B].
 
     Raises:
@@ -76,6 +82,7 @@ class ExitTest:
     threshold: float | None = None
     strict: bool | None = None
     decay: float = 0.0
+    adapt: float = 0.0
     weight: Tensor | None = None
     bias: Tensor | float | None = None
 
@@ -93,6 +100,12 @@ class ExitTest:
         if self.threshold is None and self.name not in ("none", *_DEFAULTS):
             raise ValueError(
                 f"exit_threshold: expected a number with exit test {self.name}, got None"
+            )
+        if not 0 <= self.adapt < 1:
+            raise ValueError(f"adapt: expected a share in [0, 1), got {self.adapt}")
+        if self.adapt and self.name not in _ADAPTING:
+            raise ValueError(
+                f"adapt: expected exit test {' or '.join(_ADAPTING)} with it, got {self.name}"
             )
         if not 0 <= self.decay < math.inf:
             raise ValueError(f"decay: expected a number of at least 0, got {self.decay}")
@@ -143,6 +156,10 @@ class Exits:
         self.streak = torch.zeros(slots, dtype=torch.int32, device=bank.device)
         self.share = torch.zeros(slots, loops, **like)  # of depths up to each loop
         self.weight, self.bias = self._learned(test, bank)
+        self.adaptive = AdaptiveThreshold(test.adapt) if test.adapt else None
+        self.named = torch.zeros(requests, dtype=torch.bool, device=bank.device)  # own thresholds
+        self.confidence = torch.full((slots,), torch.nan, **like)  # at the last test of a token
+        self.early = torch.zeros(slots, dtype=torch.int32, device=bank.device)  # its argmax
 
     @property
     def wants_before(self) -> bool:
@@ -152,6 +169,7 @@ class Exits:
     def open(self, row: int, params: SamplingParams, prompt: int) -> None:
         """A request of `prompt` tokens takes a row of the block tables."""
         self.threshold[row] = self.test.own_threshold(params)
+        self.named[row] = params.exit_threshold is not None
         self.start[row] = prompt - 1
         self.horizon[row] = max(params.max_tokens, 1)
         self.min_loops[row] = params.min_loops
@@ -168,12 +186,14 @@ class Exits:
             return np.empty(0, np.int64)
         row, done = rows.numpy(), loop.numpy() + 1
         wanted = current & (done < self.max_loops[row])
-        if self.test.name not in _REMEMBERING:
+        if self.test.name not in REMEMBERING:
             wanted &= done >= self.min_loops[row]
         return np.flatnonzero(wanted)
 
     def enter(self, slots: Tensor) -> None:
         """Tokens begin whose embeddings have just been written to `slots` [n]."""
+        if self.adaptive is not None:
+            self.confidence[slots] = torch.nan
         if self.test.name == "hazard":
             self.survival[slots] = 1.0
         elif self.test.name == "argmax":
@@ -185,30 +205,53 @@ class Exits:
             self.share[slots] = torch.softmax(z, -1).cumsum(-1)
 
     def signals(
-        self, slots: Tensor, rows: Tensor, positions: Tensor, loop: Tensor, before: Tensor | None
+        self,
+        slots: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        loop: Tensor,
+        before: Tensor | None,
+        read: HeadExit | None = None,
     ) -> Tensor:
         """bool [n] of tokens that have run `loop` [n], from 0, below the last one.
 
         Args:
-            slots, rows, positions: int64 [n] of the tokens, on the host; rows of the block tables.
-            loop: int32 [n] on the host.
+            slots, rows, positions: int64 [n] of the tokens; rows of the block tables. On the host,
+                unless what the head says is given.
+            loop: int32 [n] beside them.
             before: [n, D], see `wants_before`.
+            read: what the head says of `slots`; None to ask it, if the test does.
         """
-        score = self._score(slots, rows, positions, loop, before)
+        score = self._score(slots, rows, positions, loop, before, read)
         passes = self.test.passes(score, self._threshold(rows, positions))
         if self.wants_before and not self.by_layer:
             passes &= (loop > 0).to(passes.device)
         return passes
 
+    def learn(self, slots: Tensor, ids: Tensor) -> None:
+        """Of tokens in `slots` int64 [n] that have run all loops, `ids` [n] are the likeliest."""
+        if self.adaptive is None:
+            return
+        right = self.early[slots] == ids.to(self.early.device)
+        self.adaptive.add(self.confidence[slots].cpu().numpy(), right.cpu().numpy())
+
     def _threshold(self, rows: Tensor, positions: Tensor) -> Tensor:
         t = self.threshold[rows]
+        if self.adaptive is not None and self.adaptive.value is not None:
+            t = torch.where(self.named[rows], t, self.adaptive.value)
         if self.test.decay == 0:
             return t
         done = (positions.to(t.device) - self.start[rows]) / self.horizon[rows]
         return (0.9 * t + 0.1 * t * torch.exp(-self.test.decay * done)).clamp(0.0, 1.0)
 
     def _score(
-        self, slots: Tensor, rows: Tensor, positions: Tensor, loop: Tensor, before: Tensor | None
+        self,
+        slots: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        loop: Tensor,
+        before: Tensor | None,
+        read: HeadExit | None,
     ) -> Tensor:
         name = self.test.name
         if name == "preloop":
@@ -216,7 +259,9 @@ class Exits:
         if name == "kl":
             return self.head.divergence(slots, before)
         if name in ON_HEAD:
-            read = self.head.read(slots, rows, positions, torch.ones(len(slots), dtype=torch.bool))
+            if read is None:
+                early = torch.ones(len(slots), dtype=torch.bool)
+                read = self.head.read(slots, rows, positions, early)
             if name == "entropy":
                 return read.entropy
             if name == "argmax":
@@ -225,7 +270,10 @@ class Exits:
                 self.streak[slots] = torch.where(same, self.streak[slots] + 1, 0)
                 return self.streak[slots]
             p = (read.top - read.lse.unsqueeze(-1)).exp()
-            return p[:, 0] if name == "max_prob" else p[:, 0] - p[:, 1]
+            score = p[:, 0] if name == "max_prob" else p[:, 0] - p[:, 1]
+            if self.adaptive is not None:
+                self.confidence[slots], self.early[slots] = score, read.ids
+            return score
         h = self.head.bank[slots]
         learned = name in _LEARNED
         found = gate_exit(

@@ -19,8 +19,8 @@ from gemma_ext.serve.http.app import build_app
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
 from gemma_ext.serve.memory import pages_for
+from gemma_ext.serve.policies import trained_policy
 from gemma_ext.serve.protocol import SamplingParams
-from gemma_ext.serve.runner import Sizes
 from gemma_ext.serve.trace import Trace
 from gemma_ext.serve.weights import Weights, read_weights
 
@@ -46,7 +46,8 @@ class Launch:
         name: what clients call it; None for the last part of `model`.
         device: "cpu", "cuda", "cuda:1", or "auto" for a card if there is one.
         dtype: of `DTYPES`, or "auto" for float32 on a CPU and the stored one on a card.
-        engine: fields of `EngineConfig`.
+        engine: fields of `EngineConfig`; kv_policy and keep are those that the model was trained
+            with, unless they are given.
         kv_memory: share of the free memory that the KV pool has at most, unless `engine` says how
             many pages it has.
         exits: fields of `ExitTest`.
@@ -102,6 +103,7 @@ class Launch:
             chat_template=self.chat_template,
             facts={
                 "kv_policy": config.kv_policy,
+                "trained_kv_policy": trained_policy(model)["kv_policy"],
                 "exit_test": exits.name,
                 "exit_threshold": exits.threshold,
             },
@@ -135,9 +137,12 @@ class Launch:
 
         whole = read_weights(model)
         backend = "nccl" if whole.device.type == "cuda" else "gloo"
-        sizes = Sizes(config.requests, config.slots, config.pages, config.max_model_len)
+        config = config.routed(device=False)
+        if config.routing == "device":
+            raise ValueError(f"routing: expected host with {self.ranks} ranks, got 'device'")
         options = {"policy": config.kv_policy, "keep": config.keep, "exits": exits}
-        ranks = Ranks(whole, self.weights, self.ranks, backend, sizes, options)
+        options["drafts"] = config.drafts > 0
+        ranks = Ranks(whole, self.weights, self.ranks, backend, config.sizes, options)
         return Engine(ranks.runner, config), ranks.close
 
     def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
@@ -148,7 +153,7 @@ class Launch:
                 f"max_model_len: expected at most the {longest} positions of the model, "
                 f"got {length}"
             )
-        config = EngineConfig(**{**given, "max_model_len": length})
+        config = EngineConfig(**{**trained_policy(model), **given, "max_model_len": length})
         if "pages" not in given:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)

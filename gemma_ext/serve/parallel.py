@@ -55,6 +55,8 @@ def shard_weights(weights: Weights, rank: int, ranks: int) -> Weights:
     start, stop = vocab_shard_range(weights.vocabulary, rank, ranks)
     if start == stop:
         raise ValueError(f"ranks: expected at most one a token of the vocabulary, got {ranks}")
+    if weights.prefix:
+        raise ValueError(f"ranks: expected one for a model with prefixes, got {ranks}")
     split = _Split(weights, rank, ranks)
     early = weights.exit_head
     return dataclasses.replace(

@@ -16,12 +16,17 @@ Only the exact ones give what a model that runs every loop of every token would 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from gemma_ext.nn.recursive import Plan
 from gemma_ext.ops.depth_batching.kv import kv_depths
 from gemma_ext.serve.weights import Layer, Weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 POLICIES = (
     "exact_lazy",
@@ -36,6 +41,22 @@ POLICIES = (
 EXACT = ("exact_lazy", "exact_eager")
 WRITTEN = ("propagate", "copy", "first_then_shared", "modulo")  # when a token leaves
 _SHARED = ("single", "first_then_shared", "modulo")
+
+
+def trained_policy(model: PreTrainedModel) -> dict[str, Any]:
+    """`kv_policy` and `keep` that a model was trained with, as its config tells; exact_lazy where
+    it tells none, whose tokens are those of every loop of every token.
+
+    Raises:
+        ValueError: a policy that no engine has.
+    """
+    plan = Plan.of_model(model)
+    if plan.kv_policy not in ("", *POLICIES):
+        raise ValueError(
+            f"kv_policy: expected one of {', '.join(POLICIES)} in the config of the model, "
+            f"got {plan.kv_policy!r}"
+        )
+    return {"kv_policy": plan.kv_policy or "exact_lazy", "keep": plan.keep}
 
 
 @dataclass(frozen=True)
@@ -65,14 +86,21 @@ def pool_depths(weights: Weights, policy: str, keep: int = 1) -> Depths:
         keep: k of first_then_shared and modulo.
 
     Raises:
-        ValueError: an unknown policy; "active_only" on a model with attention windows, which count
-            positions and not the tokens that are left; one that leaves layers behind the loops
-            without keys of tokens that left early.
+        ValueError: an unknown policy; "active_only" or prefixes on a model with attention windows,
+            which count positions and not the tokens that are left or in front; one that leaves
+            layers behind the loops without keys of tokens that left early; one whose loops share
+            the places of a model's prefixes, or give its positions other angles.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
-    if policy == "active_only" and any(bool(layer.window.any()) for layer in weights.block):
+    layers = (*weights.prelude, *weights.block, *weights.coda)
+    windows = any(bool(layer.window.any()) for layer in layers)
+    if policy == "active_only" and windows:
         raise ValueError("policy: expected a model without attention windows with active_only")
+    if weights.prefix and windows:
+        raise ValueError("model: expected one without attention windows with prefixes")
+    if weights.prefix and policy in (*_SHARED, "propagate"):
+        raise ValueError(f"policy: expected a model without prefixes with {policy}")
     if weights.coda and policy not in (*EXACT, "propagate"):
         raise ValueError(f"policy: expected a model without layers behind its loops with {policy}")
     loops, stored = weights.loops, len(weights.block)

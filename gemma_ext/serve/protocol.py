@@ -209,7 +209,7 @@ class Limits:
     Attributes:
         vocabulary: V; token ids lie below it.
         loops: B of the model; 1 for a model without loops.
-        max_model_len: tokens of prompt and output together.
+        max_model_len: tokens of prompt and output together, no more than the KV pool holds.
     """
 
     vocabulary: int

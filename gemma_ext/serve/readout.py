@@ -223,6 +223,14 @@ class Readout:
             ids[at] = self.head.best(self.bank, slots[at])
         return ids
 
+    def likeliest(self, slots: Tensor) -> Tensor:
+        """int32 [n] ids of states behind the last loop, from their reading if there is one."""
+        ids, stale = self.kept.ids[slots], np.flatnonzero(~self.fresh[slots.numpy()])
+        if len(stale):
+            at = torch.from_numpy(stale)
+            ids[at] = self.head.best(self.bank, slots[at])
+        return ids
+
     def logits(self, slots: Tensor, early: Tensor) -> Tensor:
         """[n, V]."""
         out = self.bank.new_empty(len(slots), self.head.vocabulary, dtype=self.head.dtype)

@@ -24,6 +24,8 @@ from gemma_ext.ops.depth_batching import (
     rope_table,
 )
 from gemma_ext.ops.depth_batching.kv import PAGE
+from gemma_ext.ops.depth_batching.linear import seg_depth_lora
+from gemma_ext.reference.depth_batching import rms_norm
 from gemma_ext.serve.exits import Exits, ExitTest
 from gemma_ext.serve.graphs import Graphs
 from gemma_ext.serve.policies import WRITTEN, pool_depths
@@ -66,6 +68,7 @@ class ModelRunner:
         shortlist: of the head, for greedy requests (`gemma_ext.serve.readout.Head`).
         graphs: whether a block is run from fixed buffers, captured on a card
             (`gemma_ext.serve.graphs`); by default on a card where the model allows it.
+        drafts: whether the head reads states behind owed loops too.
 
     Raises:
         ValueError: sizes that no request fits, a policy or exit test that does not fit the model.
@@ -83,6 +86,7 @@ class ModelRunner:
         head: Head | None = None,
         graphs: bool | None = None,
         shortlist: bool = False,
+        drafts: bool = False,
     ) -> None:
         for name in ("requests", "slots", "pages", "max_length"):
             if getattr(sizes, name) < 1:
@@ -96,6 +100,7 @@ class ModelRunner:
         self.impl = "reference" if weights.dtype == torch.float64 else impl
         self.depths = pool_depths(weights, policy, keep)
         self.loops, self.vocabulary = weights.loops, weights.vocabulary
+        self.prefix, self.drafts = weights.prefix, drafts
         place = {"dtype": weights.dtype, "device": weights.device}
         page = (2, weights.kv_heads, PAGE, weights.head_dim)
         self.kv_pool = torch.zeros(self.depths.count, sizes.pages, *page, **place)
@@ -111,12 +116,16 @@ class ModelRunner:
         head = head or Head(weights, self.impl, shortlist=shortlist)
         self.readout = Readout(head, self.bank, sizes.requests, CANDIDATES)
         self.sampler = Sampler(self.readout, sizes.requests, sizes.max_length, self.impl)
+        if exits is not None and exits.adapt and not drafts:
+            raise ValueError("adapt: expected drafts of at least 1 with it, got 0")
         self.exits = Exits(exits or ExitTest(), self.readout, self.loops, sizes.requests, self.impl)
         alone = not (weights.prelude or weights.coda)
         if graphs and not alone:
             raise ValueError("graphs: expected a model whose layers are all in its loops, got more")
         on_card = weights.device.type == "cuda"
         self.graphs = Graphs(self) if alone and (on_card if graphs is None else graphs) else None
+        with torch.inference_mode():
+            self._prefix_kv = self._made_prefix() if self.prefix else None
         self.last_loop = np.zeros(sizes.requests, np.int64)
         self.read_from = np.zeros(sizes.requests, np.int64)  # the first position that is read
         self.reached = np.zeros((sizes.requests, self.loops), np.int32)  # of active_only
@@ -138,22 +147,54 @@ class ModelRunner:
         self.last_loop[row] = min(params.max_loops or self.loops, self.loops) - 1
         known = len(request.prompt) + len(drawn)
         self.read_from[row] = known - 1 if request.prompt_logprobs is None else 0
-        self.reached[row] = 0
+        self.reached[row] = self.prefix
 
     def places(self, rows: Rows) -> Tensor:
-        """int32 [n] place of each row among the tokens of its request that ran its loop."""
+        """int32 [n] place of each row among the tokens of its request that ran its loop, behind
+        its prefix."""
+        places = rows.pos + self.prefix
         if self.policy != "active_only":
-            return rows.pos
-        req, loop, pos = rows.req.numpy(), rows.loop.numpy(), rows.pos.numpy()
+            return places
+        req, loop, pos = rows.req.numpy(), rows.loop.numpy(), places.numpy()
         current = rows.kind.numpy() == CURRENT
         places = np.where(current, self.reached[req, loop], pos).astype(np.int32)
         np.maximum.at(self.reached, (req, loop), places + 1)
         return torch.from_numpy(places)
 
+    @torch.inference_mode()
+    def write_prefix(self, requests: Tensor, tables: Tensor) -> None:
+        """Keys and values of the model's prefix into the first pages of `requests` [n], int64 on
+        the host."""
+        at = torch.arange(self.prefix)
+        pages = tables[requests][:, at // PAGE].long().to(self.kv_pool.device)  # [n, P]
+        offsets = (at % PAGE).expand(pages.shape).to(self.kv_pool.device)
+        self.kv_pool[:, pages, :, :, offsets] = self._prefix_kv  # [n, P] in front
+
+    def _made_prefix(self) -> Tensor:
+        """[P, L, 2, n_kv, hd] of the pool."""
+        model, depths, count = self.weights, self.depths, self.prefix
+        shape = (count, self.depths.count, 2, model.kv_heads, model.head_dim)
+        found = self.kv_pool.new_zeros(shape)
+        seg = count * torch.arange(self.loops + 1, dtype=torch.int32, device=found.device)
+        layers = (*model.prelude, *model.block, *model.coda)
+        places = (*depths.prelude, *depths.block, *depths.coda)
+        for layer, place in zip(layers, places, strict=True):
+            made = seg_depth_lora(layer.prefix.flatten(0, 1), layer.qkv[1:], seg, impl=self.impl)
+            k, v = (y.unflatten(1, (-1, model.head_dim)) for y in made)
+            if layer.k_norm is not None:
+                wide = self.rope.dtype
+                k = rms_norm(k.to(wide), layer.k_norm.to(wide), model.eps, model.plus_one)
+            for loop, depth in enumerate(place.tolist()):
+                own = slice(loop * count, (loop + 1) * count)
+                found[:, depth, 0], found[:, depth, 1] = k[own].to(found.dtype), v[own]
+        return found
+
     def _quiet(self, rows: Rows) -> np.ndarray:
         """bool [n] rows at their last loop whose state behind it nobody reads."""
         req, kind = rows.req.numpy(), rows.kind.numpy()
-        unread = (kind == FILL) | ((kind == PROMPT) & (rows.pos.numpy() < self.read_from[req]))
+        unread = (kind == PROMPT) & (rows.pos.numpy() < self.read_from[req])
+        if not self.drafts:
+            unread |= kind == FILL
         return unread & (rows.loop.numpy() == self.last_loop[req])
 
     def summed(self, y: Tensor) -> Tensor:
@@ -166,11 +207,14 @@ class ModelRunner:
     @torch.inference_mode()
     def embed(self, slots: Tensor, ids: Tensor, positions: Tensor) -> None:
         """Tokens `ids` [n] begin in `slots` [n] of the bank, int32 on the host."""
-        at, host = slots.long(), slots.numpy()
-        states = self.weights.embedding[ids.long()] * self.weights.embedding_scale
-        self.bank[at] = states.to(self.bank.dtype)
-        self.readout.changed(host)
-        self.exits.enter(at)
+        self.begin(slots.long(), ids.long())
+        self.readout.changed(slots.numpy())
+
+    def begin(self, slots: Tensor, ids: Tensor) -> None:
+        """`embed` of int64 [n], wherever they are."""
+        states = self.weights.embedding[ids] * self.weights.embedding_scale
+        self.bank[slots] = states.to(self.bank.dtype)
+        self.exits.enter(slots)
 
     @torch.inference_mode()
     def block(self, rows: Rows) -> Tensor | None:
@@ -223,8 +267,13 @@ class ModelRunner:
         early = loops < self.loops
         if self.policy in WRITTEN and bool(early.any()):
             at = early.nonzero().squeeze(1)
-            self._skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
-        return self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
+            self.skip(slots[at], requests[at], positions[at], loops[at] - 1, tables)
+        sampled = self.sampler.draw(slots.long(), requests.long(), positions.long(), early)
+        if self.exits.adaptive is not None:
+            whole = loops.numpy() > self.last_loop[requests.numpy()]
+            at = slots[torch.from_numpy(whole)].long()
+            self.exits.learn(at, self.readout.likeliest(at))
+        return sampled
 
     @torch.inference_mode()
     def score(
@@ -236,11 +285,13 @@ class ModelRunner:
         where = (slots.long(), requests.long(), positions.long())
         return self.sampler.score(*where, ids, early, top)
 
-    def _skip(
+    def skip(
         self, slots: Tensor, requests: Tensor, positions: Tensor, last: Tensor, tables: Tensor
     ) -> None:
-        """Keys and values of the loops after `last` [n], from 0, of tokens that leave."""
-        where = (self.kv_pool, *(x.to(self.kv_pool.device) for x in (tables, requests, positions)))
+        """Keys and values of the loops after `last` [n], from 0, of tokens that leave; all int32
+        [n], a request of -1 is none."""
+        places = positions + self.prefix
+        where = (self.kv_pool, *(x.to(self.kv_pool.device) for x in (tables, requests, places)))
         last = last.to(self.kv_pool.device)
         if self.policy != "propagate":
             kv_copy(*where, last, self.depths.rows, impl=self.impl)

@@ -132,7 +132,7 @@ class Sampler:
         cut = np.flatnonzero(self.cuts[host] & ~dense)
         if len(cut):
             at = torch.from_numpy(cut)
-            ids[at], covered = self._among_candidates(read, rows, positions, at)
+            ids[at], covered = self.among_candidates(read, rows, positions, at)
             dense[cut] = ~covered.cpu().numpy()
         if dense.any():
             for at in torch.from_numpy(np.flatnonzero(dense)).split(_DENSE_ROWS):
@@ -157,10 +157,15 @@ class Sampler:
         one = torch.ones_like(read.lse)
         return Sampled(ids, *self._logprobs(ids.to(device), read, slots, early, asked, one))
 
-    def _among_candidates(
-        self, read: HeadExit, rows: Tensor, positions: Tensor, at: Tensor
+    def among_candidates(
+        self, read: HeadExit, rows: Tensor, positions: Tensor, at: Tensor, *, waits: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """(ids, covered) of rows `at`, whose draws keep only some tokens."""
+        """(ids, covered) of rows `at`, whose draws keep only some tokens.
+
+        Args:
+            waits: whether a device is asked if the head's own samples are all kept, which saves
+                the noise of the candidates.
+        """
         rows, positions = rows[at], positions[at]
         values, ids = read.values[at], read.indices[at]
         count = min(CANDIDATES, self.readout.head.vocabulary)
@@ -170,7 +175,7 @@ class Sampler:
         keep, covered = kept(scaled, read.tempered[at], *self._cuts(rows), whole=whole)
         sample = read.samples[at]
         stays = (keep & (ids == sample.unsqueeze(-1))).any(-1)  # the best of all is the best kept
-        if stays.all():
+        if waits and stays.all():
             return sample, covered
         best = self._best(scaled, ids, keep, rows, positions)
         return torch.where(stays, sample, best), covered

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class ScriptedEngine:
     """One token per step of each running request.
 
     Args:
-        limits: what is refused beyond.
+        limits: what is refused beyond; the context is no longer than the pool.
         logits: of the next token, [V] float, for the ids so far.
         depth: the loop after which the next token is read, for the ids so far; 1 by default.
         running, pages: most requests in a step, and the KV pool, which only counts here.
@@ -68,7 +68,9 @@ class ScriptedEngine:
         seconds: float = 0.0,
         fail_at: int | None = None,
     ) -> None:
-        self.limits, self.most_running, self.pages = limits, running, pages
+        longest = min(limits.max_model_len, PAGE * pages)
+        self.limits = replace(limits, max_model_len=longest)
+        self.most_running, self.pages = running, pages
         self._logits = logits or random_bigrams(limits.vocabulary)
         self._depth, self._seconds, self._fail_at = depth, seconds, fail_at
         self._waiting: list[_Running] = []
@@ -79,14 +81,8 @@ class ScriptedEngine:
     def submit(self, request: Request) -> int:
         request.check(self.limits)
         self._submitted += 1
-        entry = _Running(request, self._submitted)
-        if entry.pages > self.pages:
-            raise ValueError(
-                f"prompt: expected at most {self.pages * PAGE} tokens of prompt and output, the "
-                f"KV pool, got {len(request.prompt)} + {request.params.max_tokens}"
-            )
-        self._waiting.append(entry)
-        return entry.id
+        self._waiting.append(_Running(request, self._submitted))
+        return self._submitted
 
     def cancel(self, request: int) -> None:
         for queue in (self._waiting, self._running):

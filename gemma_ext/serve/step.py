@@ -174,7 +174,8 @@ class Step:
         k, v = made[-2:]
         q = made[0] if queries else k[:, :0]
         turn = {"rope": runner.rope, "q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        if runner.policy == "active_only":  # pages count the tokens of a loop, angles count all
+        # pages count the tokens of a loop, or a prefix too; angles count all tokens and no more
+        if runner.policy == "active_only" or model.prefix:
             q = self._turned(q, layer.q_norm, layer, part)
             k, turn = self._turned(k, layer.k_norm, layer, part), {}
         return rope_kv_write(

@@ -39,6 +39,7 @@ class Layer:
         rope_of: int32 [loops], entry of `Weights.ropes`.
         norms: weights [D] before attention and MLP; after them, or None where the model has none.
         q_norm, k_norm: [head_dim] or None.
+        prefix: [loops, P, D] vectors whose keys and values every token sees, or None.
     """
 
     depths: tuple[int, ...]
@@ -54,6 +55,7 @@ class Layer:
     out: Projection
     gate_up: tuple[Projection, ...]
     down: Projection
+    prefix: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,12 @@ class Weights:
     @property
     def depths(self) -> int:
         return len(self.prelude) + self.loops * len(self.block) + len(self.coda)
+
+    @property
+    def prefix(self) -> int:
+        """P, keys and values in front of every prompt."""
+        prefix = self.block[0].prefix
+        return 0 if prefix is None else prefix.shape[1]
 
     @property
     def vocabulary(self) -> int:
@@ -149,8 +157,6 @@ class _Reader:
 
     def weights(self) -> Weights:
         config, plan = self.config, Plan.of_model(self.model)
-        if plan.prefix:
-            raise ValueError(f"model: expected one without prefixes, got {plan.prefix} a depth")
         if plan.order == "sequence":  # its loops lie inside each other: no depth comes back
             plan = Plan.of(plan.layers, 1)
         head, embed, norm = (
@@ -233,7 +239,12 @@ class _Reader:
             out=projections("self_attn", "o_proj")[0],
             gate_up=projections("mlp", "gate_proj", "up_proj"),
             down=projections("mlp", "down_proj")[0],
+            prefix=self.prefix(loops),
         )
+
+    def prefix(self, loops: list[nn.Module]) -> Tensor | None:
+        found = [getattr(layer.self_attn, "prefix", None) for layer in loops]
+        return None if found[0] is None else torch.stack([self.tensor(x) for x in found])
 
     def projection(self, loops: list[nn.Module]) -> Projection:
         first = loops[0]
@@ -295,8 +306,10 @@ def _low_rank(linear: nn.Module) -> tuple[Tensor, Tensor]:
     if hasattr(linear, "base_layer"):  # peft's
         active = () if linear.disable_adapters or linear.merged else linear.active_adapters
         for name in active:
-            if name not in getattr(linear, "lora_A", ()) or linear.use_dora.get(name):
+            if not hasattr(linear, "lora_A") or linear.use_dora.get(name):
                 raise ValueError(f"model: expected plain LoRA adapters, got another kind in {name}")
+            if name not in linear.lora_A:  # it leaves this layer alone
+                continue
             downs.append(linear.lora_A[name].weight)
             ups.append(linear.lora_B[name].weight * linear.scaling[name])
     elif hasattr(linear, "lora_A"):  # a plan may leave out the matrices of the first loops

@@ -158,6 +158,35 @@ def check_logprobs(rank, world):
     torch.testing.assert_close(problem.mine(many.db), problem.mine(one.db))
 
 
+def check_every_field_of_logprobs(rank, world):
+    """Also of shards without columns, and of one that a bias masks."""
+    fields = {"return_moments": True, "return_top1": True, "softcap": 9.0, "temperature": 0.8}
+    for vocab in (3, 5, 37, 900):
+        for impl, dtype in (("reference", torch.float64), ("exact", torch.float32)):
+            problem = Problem(vocab=vocab, bias=True, dtype=dtype)
+            ref = torch.rand(problem.shape, generator=torch.Generator().manual_seed(3), dtype=dtype)
+
+            def sharded(e, c, targets, bias, problem=problem, **options):
+                return vocab_parallel_linear_logprobs(
+                    e, problem.mine(c), targets, bias=problem.mine(bias), **options
+                )
+
+            options = {**fields, "impl": impl, "kl": "k2", "ref_logprobs": ref}
+            given = (problem.e, problem.c, problem.b, problem.targets)
+            one = solve(gemma_ext.linear_logprobs, *given, **options)
+            many = solve(sharded, *given, **options)
+            assert len(one.outputs) == len(many.outputs) == 7
+            near = 1e-10 if impl == "reference" else 2e-5
+            near = {"rtol": near, "atol": near}
+            torch.testing.assert_close(many.outputs, one.outputs, **near)
+            torch.testing.assert_close(many.de, one.de, **near)
+            torch.testing.assert_close(problem.mine(many.dc), problem.mine(one.dc), **near)
+    with pytest.raises(ValueError, match="expected kl to be None or one of k1, k2, k3, got 'full'"):
+        vocab_parallel_linear_logprobs(
+            problem.e, problem.mine(problem.c), problem.targets, kl="full"
+        )
+
+
 def check_dtensor_head(rank, world):
     mesh = init_device_mesh("cpu", (world,))
     for vocab in (37, 5, 3):

@@ -104,6 +104,7 @@ def test_adaptive_coefficient():
     assert control.update(6.6, 1000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert control.update(600.0, 10_000) == pytest.approx(0.101 * 1.2)
     assert control.update(0.0, 10_000) == pytest.approx(0.101 * 1.2 * 0.8)
+    assert control.update(float("nan"), 10_000) == control.coef
     resumed = AdaptiveKL(9.0, target=6.0)
     resumed.load_state_dict(control.state_dict())
     assert resumed.update(5.0, 64) == control.update(5.0, 64)

@@ -94,7 +94,7 @@ def sampled(
     b, q = rows(d_nll), rows(d_mean)
     a = b + rows(d_lse) + q
     scale = torch.stack((a.abs(), b.abs(), q.abs())).amax(0)
-    ref = torch.minimum(scale, scale.mean())
+    ref = torch.minimum(scale, scale[scale != 0].mean())
     hot = torch.nn.functional.one_hot(y, vocab).double()
     soft = prob * (a[:, None] + q[:, None] * (s - m[:, None]))
     exact = (soft - b[:, None] * hot) * slope / temperature

@@ -6,6 +6,7 @@ from cce_impls import KERNELS
 from cce_oracle import GRAD_TOL, IGNORE, assert_close, check, expected, problem, run
 from divergence_oracle import KINDS
 from divergence_oracle import problem as two_heads
+from logprobs_oracle import policy, truth
 from test_divergence import check as check_divergence
 from test_divergence import run as run_divergence
 
@@ -53,6 +54,13 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     assert (want.weight == 0).any()
     for name in got:
         assert_close(got[name], want.grads[name], rtol=5 * GRAD_TOL[dtype], what=name)
+    for n, d, v in ((1, 1, 2), (15, 130, 257), (70, 96, 520)):
+        x = policy(n, d, v, ignored=0.2, dtype=dtype, softcap=9.0)
+        options = {"bias": x.bias, "softcap": 9.0, "return_moments": True}
+        out = gemma_ext.linear_logprobs(x.e, x.c, x.targets, **options)
+        want = truth(x, x.leaves(torch.float64))
+        for name in ("logprobs", "entropy", "log_sum_sq_probs", "mean_logits"):
+            assert_close(getattr(out, name), want[name], rtol=2e-5, floor=1e-6, what=name)
     for n, d, v, teacher_d in ((1, 1, 2, 7), (15, 130, 257, 64), (270, 96, 520, 96)):
         for kind in KINDS:
             x = two_heads(n, d, v, teacher_d, bias=True, ignored=0.2, dtype=dtype, softcap=9.0)

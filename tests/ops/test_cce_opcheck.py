@@ -28,13 +28,13 @@ def forward_args(dtype, variant: str, grad: bool):
     e, c, y, bias = inputs(dtype, bias=variant != "bare", grad=grad)
     full = variant == "full"
     eps = {"bare": 0.0, "full": 2.0**-3, "auto": -1.0}[variant]
-    return (e, c, y, bias, weights(full), *HEAD, False, eps, full, full, False)
+    return (e, c, y, bias, weights(full), *HEAD, False, eps, full, full, False, full)
 
 
 def backward_args(dtype, variant: str, grad: bool = False):
     args = forward_args(dtype, variant, grad)
     with torch.no_grad():
-        nll, lse, low, mean, _, _, masses, summary = torch.ops.gemma_ext.cce_forward(*args)
+        nll, lse, low, mean, _, _, masses, summary, *_ = torch.ops.gemma_ext.cce_forward(*args)
     full = variant == "full"
     g = torch.Generator().manual_seed(4)
     d_nll, d_lse, d_mean, d_class, scale = (torch.randn(N, generator=g) for _ in range(5))

@@ -139,7 +139,8 @@ def test_widths_are_compared_with_the_same_search(lm):
             sae.threshold.copy_((states @ sae.encoder.T).quantile(0.9, dim=0))
     toxic, clean = TEXTS[:2], TEXTS[2:]
     options = task(lm, length_scorer)
-    rows = detox.splitting(lm, dict(reversed(made.items())), plan_of(0), toxic, clean, options)
+    plan = plan_of(30)  # of the wider one
+    rows = detox.splitting(lm, dict(reversed(made.items())), plan, toxic, clean, options)
     assert [row.features for row in rows] == [16, 40]
     for row in rows:
         sae = made[row.features]

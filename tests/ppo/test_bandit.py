@@ -5,6 +5,9 @@ With KL in the reward the best policy of each prompt is ref exp(r / beta) / Z: a
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from gemma_ext.nn.ppo import (
     value_loss,
     whiten,
 )
+from gemma_ext.ppo import PPOConfig
 
 PROMPTS, V, BATCH, EPOCHS = 3, 7, 512, 2
 BETA = 0.5
@@ -117,3 +121,18 @@ def test_elsewhere_they_end_at_another_policy(kind, place):
     ref, reward = torch.randn(PROMPTS, V).log_softmax(-1), torch.rand(PROMPTS, V)
     found = trained(ref, reward, kind=kind, place=place)
     assert tv(found.exp(), optimum(ref, reward)) > 0.04
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+@pytest.mark.parametrize("kind", ["k1", "k2", "k3", "full", "k1+", "k3+", "abs"])
+def test_settings_warn_of_what_ends_elsewhere(kind, place):
+    settings = {"kl_estimator": kind, "kl_in": place}
+    good = {"reward": ("k1", "k1+"), "loss": ("full", "k2", "k1+", "k3+")}[place]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if kind in good:
+            PPOConfig(**settings)
+        PPOConfig(**settings, kl_coef=0.0)
+    if kind not in good:
+        with pytest.warns(UserWarning, match=f"{re.escape(kind)} in the {place} does not lead to"):
+            PPOConfig(**settings)

@@ -175,12 +175,12 @@ def test_a_row_keeps_the_sample_of_the_head_whatever_its_neighbours_keep():
         s.open(row, Request((1,), SamplingParams(top_k=5, seed=row)))
     positions = torch.zeros(3, dtype=torch.int64)
     read = s.readout.read(every, every, positions, torch.zeros(3, dtype=torch.bool))
-    own, _ = s._among_candidates(read, every, positions, every)
+    own, _ = s.among_candidates(read, every, positions, every)
     # the sums of the head and of the candidates may round to either of two near tokens
     near = next(i for i in read.indices[0, :5].tolist() if i != int(own[0]))
     outside = int(read.indices[1, 40])
     samples = torch.tensor([near, outside, int(own[2])], dtype=torch.int32)
-    found, _ = s._among_candidates(read._replace(samples=samples), every, positions, every)
+    found, _ = s.among_candidates(read._replace(samples=samples), every, positions, every)
     assert found.tolist() == [near, int(own[1]), int(own[2])]
 
 

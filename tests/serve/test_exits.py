@@ -157,7 +157,7 @@ def test_hazard_is_the_share_that_a_brute_force_product_gives():
     for loop in range(2):
         bank.copy_(torch.randn(5, WIDTH, dtype=torch.float64))
         left *= 1 - torch.sigmoid(bank @ given["weight"] + given["bias"])
-        score = exits._score(slots, slots * 0, slots, torch.full((5,), loop), None)
+        score = exits._score(slots, slots * 0, slots, torch.full((5,), loop), None, None)
         torch.testing.assert_close(score, 1 - left)
     exits.enter(slots)
     assert exits.survival.tolist() == [1.0] * 5

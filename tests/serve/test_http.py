@@ -8,7 +8,10 @@ import time
 import httpx
 import pytest
 from live_server import LIMITS, NAME, live, nano_tokenizer  # noqa: F401
+from pydantic import ValidationError
 
+from gemma_ext.serve.http.errors import of_validation
+from gemma_ext.serve.http.schemas import ChatBody, CompletionBody
 from gemma_ext.serve.http.settings import Settings
 from gemma_ext.serve.scripted import ScriptedEngine
 
@@ -681,3 +684,24 @@ def test_the_context_is_no_longer_than_the_pool(nano_tokenizer):  # noqa: F811
         assert httpx.get(f"{running.url}/v1/models").json()["data"][0]["max_model_len"] == 64
         answer = post(running, {**ASK, "prompt": [5] * 65})
         assert refusal(answer) == (400, "prompt", "context_length_exceeded")
+
+
+def test_many_unknown_fields_are_one_error():
+    """Of each a refusal of its own would take seconds of a body that may be sent."""
+    many = {f"field{i}": i for i in range(20_000)}
+    message = {"role": "user", "content": "x"}
+    for kind, body, where in (
+        (CompletionBody, {"model": "m", "prompt": "x", **many}, "field0"),
+        (ChatBody, {"model": "m", "messages": [{**message, **many}]}, "messages.0.field0"),
+        (
+            ChatBody,
+            {"model": "m", "messages": [message], "stream_options": many},
+            "stream_options.field0",
+        ),
+    ):
+        with pytest.raises(ValidationError) as caught:
+            kind.model_validate_json(json.dumps(body))
+        assert caught.value.error_count() == 1
+        error = of_validation(caught.value)
+        assert (error.message, error.param) == (f"{where}: no such argument", where)
+        assert (error.status, error.code) == (400, "unknown_parameter")

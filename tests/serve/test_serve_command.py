@@ -39,7 +39,8 @@ def test_defaults(started):
     (made, host, port, level), ran = started
     assert (made.model, host, port, level, ran) == ("pocket", "127.0.0.1", 8000, "info", "run")
     assert made.settings.api_keys == ()
-    assert made.exits == {"name": "none", "threshold": None, "strict": None, "decay": 0.0}
+    exits = {"name": "none", "threshold": None, "strict": None, "decay": 0.0, "adapt": 0.0}
+    assert made.exits == exits
 
 
 def test_every_option_has_its_place(started, tmp_path):
@@ -50,8 +51,10 @@ def test_every_option_has_its_place(started, tmp_path):
         "threads": 3, "width": 4, "requests": 5, "max-model-len": 6, "pages": 7,
         "kv-memory": 0.25, "kv-policy": "copy", "keep": 2, "kv-pressure": "none", "backlog": 3,
         "order": "deepest", "mode": "csb",
-        "min-coda-batch": 8, "prefill-tokens": 9, "exit": "margin", "exit-threshold": 0.5,
-        "exit-weights": "gate.safetensors", "exit-decay": 4.0, "trace": "steps.jsonl",
+        "min-coda-batch": 8, "drafts": 2, "routing": "host", "prefill-tokens": 9, "exit": "margin",
+        "exit-threshold": 0.5,
+        "exit-weights": "gate.safetensors", "exit-decay": 4.0, "exit-adapt": 0.4,
+        "trace": "steps.jsonl",
         "max-open": 10, "max-tokens": 11, "max-body": 12,
         "request-timeout": 13, "drain": 14, "chat-template": template, "tensor-parallel": 2,
         "log-level": "error",
@@ -80,10 +83,10 @@ def test_every_option_has_its_place(started, tmp_path):
             "width": 4, "requests": 5, "max_model_len": 6, "pages": 7, "kv_policy": "copy",
             "keep": 2, "kv_pressure": "none", "prefix_cache": True, "fill_on_finish": True,
             "backlog": 3, "order": "deepest", "mode": "csb",
-            "min_coda_batch": 8, "prefill_tokens": 9,
+            "min_coda_batch": 8, "drafts": 2, "routing": "host", "prefill_tokens": 9,
         },
         kv_memory=0.25,
-        exits={"name": "margin", "threshold": 0.5, "strict": True, "decay": 4.0},
+        exits={"name": "margin", "threshold": 0.5, "strict": True, "decay": 4.0, "adapt": 0.4},
         exit_weights="gate.safetensors",
         shortlist=True,
         trace="steps.jsonl",

@@ -22,6 +22,7 @@ from gemma_ext.papers.recursive import Recipe, convert
 from gemma_ext.serve import launch as launching
 from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.launch import Launch, ends_of_text, load_model, served_name
+from gemma_ext.serve.policies import trained_policy
 from gemma_ext.serve.protocol import Request, SamplingParams
 from gemma_ext.serve.sequential import Sequential
 
@@ -349,3 +350,31 @@ def test_the_command_says_what_is_wrong(tmp_path):
         .splitlines()[-1]
         .startswith("gemma-ext serve: kv_policy: expected one of exact_lazy")
     )
+
+
+def test_the_policy_that_a_model_was_trained_with_is_the_default(folder, launch, tmp_path):
+    model, tokenizer = load_model(folder, torch.device("cpu"), None)
+    model.config.recursive |= {"kv_policy": "first_then_shared", "keep": 2}
+    recursive.save(model, tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for given, (policy, keep) in (
+        ({}, ("first_then_shared", 2)),
+        ({"kv_policy": "copy", "keep": 1}, ("copy", 1)),
+    ):
+        engine = {"max_model_len": 64, **given}
+        app = dataclasses.replace(launch, model=str(tmp_path), engine=engine).app()
+        service = app.state.service
+        assert service.served.facts["kv_policy"] == policy
+        assert service.served.facts["trained_kv_policy"] == "first_then_shared"
+        config = service.engine._make().config
+        assert (config.kv_policy, config.keep) == (policy, keep)
+    told = launch.app().state.service.served.facts
+    assert (told["kv_policy"], told["trained_kv_policy"]) == ("exact_lazy", "exact_lazy")
+    model.config.recursive["kv_policy"] = "magic"
+    with pytest.raises(ValueError, match=r"^kv_policy: expected one of .* in the config of the"):
+        trained_policy(model)
+
+
+def test_a_device_that_routes_serves_several_ranks_no_model(launch):
+    with pytest.raises(ValueError, match=r"^routing: expected host with 2 ranks, got 'device'"):
+        dataclasses.replace(launch, ranks=2, engine={"routing": "device"}).app()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from serve_tiny import OPTIONS, WINDOW, tiny
 
-from gemma_ext.nn.recursive import Plan, add_prefixes, make_recursive
+from gemma_ext.nn.recursive import Plan, make_recursive
 from gemma_ext.serve.weights import read_weights
 
 
@@ -114,12 +114,6 @@ def biased():
     return model
 
 
-def prefixed():
-    model = tiny("Gemma2", loops=2, dtype=torch.float32)
-    add_prefixes(model, 3)
-    return model
-
-
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
@@ -141,7 +135,6 @@ def prefixed():
         ),
         (untied, "expected the loops of a layer to share their weights"),
         (biased, "expected a head without bias, got one with a bias"),
-        (prefixed, "expected one without prefixes, got 3 a depth"),
     ],
 )
 def test_what_the_engine_does_not_run_is_refused(make, sentence):

@@ -67,7 +67,7 @@ struct Truth {
           {std::fabs(a_of(n)), d.has_label(n) ? std::fabs(b) : 0.0f, std::fabs(dm), std::fabs(dk)});
     };
     for (int64_t n = 0; n < d.o.N; ++n) {
-      if (d.valid(n)) mean_scale += scale_of(n), valid += 1;
+      if (d.valid(n) && scale_of(n) != 0) mean_scale += scale_of(n), valid += 1;
     }
     mean_scale /= std::max(valid, 1.0);
     int64_t at = -1;

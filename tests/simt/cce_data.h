@@ -170,7 +170,7 @@ struct Lean {
 // The results of a forward, poisoned before it.
 template <class T>
 struct ForwardRun {
-  std::vector<float> nll, lse, lse_low, mean, class_sum, masses;
+  std::vector<float> nll, lse, lse_low, mean, class_sum, masses, log_squares, average;
   std::vector<simt::bf16> lean_masses;
   std::vector<int64_t> argmax;
   std::vector<double> summary;
@@ -183,6 +183,8 @@ struct ForwardRun {
         mean(want_mean ? d.o.N : 0, NAN),
         class_sum(d.o.class_weight ? d.o.N : 0, NAN),
         masses(want_masses ? (1 + want_mean) * d.tiles() * d.o.N : 0, NAN),
+        log_squares(want_mean ? d.o.N : 0, NAN),
+        average(want_mean ? d.o.N : 0, NAN),
         argmax(d.o.N, -7),
         summary(3, NAN) {
     cce::Forward f{};
@@ -192,7 +194,9 @@ struct ForwardRun {
              lse_low.data(),
              want_mean ? mean.data() : nullptr,
              d.o.class_weight ? class_sum.data() : nullptr,
-             argmax.data()};
+             argmax.data(),
+             want_mean ? log_squares.data() : nullptr,
+             want_mean ? average.data() : nullptr};
     f.lean = lean.on;
     if (lean.on) lean_masses.resize(masses.size(), rounded<simt::bf16>(NAN));
     f.masses = !want_masses ? nullptr

@@ -33,7 +33,7 @@ void forward_matches(const Options& options, double tolerance = 2e-5, const Lean
   for (int64_t n = 0; n < d.o.N; ++n) {
     if (!d.valid(n)) {
       EXPECT(run.nll[n] == 0 && run.lse[n] == 0 && run.lse_low[n] == 0 && run.mean[n] == 0 &&
-             run.argmax[n] == -1);
+             run.argmax[n] == -1 && run.log_squares[n] == 0 && run.average[n] == 0);
       if (d.o.class_weight) EXPECT(run.class_sum[n] == 0);
       continue;
     }
@@ -45,6 +45,13 @@ void forward_matches(const Options& options, double tolerance = 2e-5, const Lean
       EXPECT(std::isnan(run.nll[n]));
     }
     near(run.mean[n], d.mean(n), 5 * tolerance);
+    double squares = 0, sum_of_all = 0;
+    for (const double x : d.s[n]) {
+      squares += std::exp(2 * (x - d.lse_of[n]));
+      sum_of_all += x;
+    }
+    near(run.log_squares[n], std::log(squares), 5 * tolerance);
+    near(run.average[n], sum_of_all / double(d.o.V), 5 * tolerance);
     const double top = *std::max_element(d.s[n].begin(), d.s[n].end());
     near(d.s[n].at(run.argmax[n]), top, tolerance);
     if (d.o.class_weight) {
@@ -151,6 +158,8 @@ CASE(cce_forward_lean_equals) {
       near(parts.lse[n], all.lse[n], 0x1p-23);
       near(parts.nll[n], all.nll[n], 0x1p-23);
       near(parts.mean[n], all.mean[n], 0x1p-22);
+      near(parts.log_squares[n], all.log_squares[n], 0x1p-22);
+      near(parts.average[n], all.average[n], 0x1p-22);
       EXPECT(parts.argmax[n] == all.argmax[n]);
     }
   }

@@ -51,6 +51,15 @@ GEMMA_EXT_INLINE StripSums strip_sums(const LogitMap& map, bool want_mean, int t
   return {top, sum(sum_e), sum(sum_slope), sum(sum_square), sum(sum_s)};
 }
 
+GEMMA_EXT_INLINE float strip_total(int valid, const float* s) {
+  Vf total{};
+  int i = 0;
+  for (; i + kLanes <= valid; i += kLanes) total += load(s + i);
+  float rest = 0;
+  for (; i < valid; ++i) rest += s[i];
+  return sum(total) + rest;
+}
+
 struct StripCoefficients {
   float lse, lse_low, a, at_label, mean, q, class_coef;
 };

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "rows.h"
 
@@ -13,6 +14,7 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
     const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);
     float top[kRowSpan];
     double total[kRowSpan] = {}, weighted[kRowSpan] = {}, classes[kRowSpan] = {};
+    double squares[kRowSpan] = {}, sums[kRowSpan] = {};
     std::fill(top, top + rows, -INFINITY);
     for (int64_t t = 0; t < p.tiles; ++t) {
       const int64_t at = t * p.n + row0;
@@ -32,6 +34,9 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
         total[r] += stats.sum[at + r] * factor;
         if (p.want_mean) weighted[r] += stats.weighted[at + r] * factor;
         if (p.class_weight) classes[r] += stats.class_sum[at + r];
+        if (!stats.total) continue;
+        squares[r] += stats.square[at + r] * factor * factor;
+        sums[r] += stats.total[at + r];
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -49,6 +54,9 @@ void combine(const Problem& p, const StripStats& stats, RowResults& out, Workers
                                                          : lse - stats.target[row]);
       if (p.want_mean) out.mean[row] = float(weighted[r] / total[r]);
       if (p.class_weight) out.class_sum[row] = float(classes[r]);
+      if (!stats.total) continue;
+      out.log_squares[row] = float(std::log(squares[r] + label * label) - 2 * log_total);
+      out.average[row] = float(sums[r] / double(p.V));
     }
   });
 }
@@ -143,14 +151,20 @@ Status run(const Forward& f, Workers& workers) {
   p.want_mean = f.out.mean;
   p.want_argmax = f.out.argmax;
   const int64_t plane = p.tiles * p.n;
-  std::vector<float> planes((2 + p.want_mean + (f.masses != nullptr)) * plane);
+  const bool moments = f.out.average, squares = f.masses || moments;
+  std::vector<float> planes((2 + p.want_mean + squares + moments) * plane);
+  float* next = planes.data();
+  const auto take = [&](bool wanted) {
+    return wanted ? std::exchange(next, next + plane) : nullptr;
+  };
   StripStats strips{};
-  strips.max = planes.data();
-  strips.sum = planes.data() + plane;
   float* const masses = static_cast<float*>(f.masses);
   strips.slope = masses;
-  strips.square = f.masses ? planes.data() + 2 * plane : nullptr;
-  strips.weighted = p.want_mean ? planes.data() + planes.size() - plane : nullptr;
+  strips.max = take(true);
+  strips.sum = take(true);
+  strips.square = take(squares);
+  strips.weighted = take(p.want_mean);
+  strips.total = take(moments);
   RowResults out(p.n);
   forward_tiles(p, strips, out, workers);
 
@@ -160,6 +174,10 @@ Status run(const Forward& f, Workers& workers) {
   if (f.out.mean) valid.scatter(out.mean, f.out.mean, 0.0f);
   if (f.out.class_sum) valid.scatter(out.class_sum, f.out.class_sum, 0.0f);
   if (f.out.argmax) valid.scatter(out.argmax, f.out.argmax, int64_t{-1});
+  if (moments) {
+    valid.scatter(out.log_squares, f.out.log_squares, 0.0f);
+    valid.scatter(out.average, f.out.average, 0.0f);
+  }
   FilterReport report;
   if (f.masses) {
     float* reaches = masses + p.tiles * f.head.N;

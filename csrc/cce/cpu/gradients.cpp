@@ -16,8 +16,12 @@ constexpr int64_t kBatchBytes = int64_t{2} << 20;
 // [tiles, n] weight of each strip, 0 where it is not computed.
 std::vector<float> weigh(const Draw& d, const Problem& p, Workers& workers) {
   double total = 0;
-  for (int64_t r = 0; r < p.n; ++r) total += d.scale[r];
-  const float mean_scale = p.n ? float(total / double(p.n)) : 0;
+  int64_t rows = 0;
+  for (int64_t r = 0; r < p.n; ++r) {
+    total += d.scale[r];
+    rows += d.scale[r] != 0;
+  }
+  const float mean_scale = rows ? float(total / double(rows)) : 0;
   std::vector<float> weight(p.tiles * p.n);
   workers.run(spans(p.n), [&](int64_t span, Scratch&) {
     const int64_t row0 = span * kRowSpan, rows = std::min(kRowSpan, p.n - row0);

@@ -23,10 +23,9 @@ void record(const Problem& p, const StripStats& out, const Tile& tile, int64_t i
   const StripSums sums = strip_sums(p.map, p.want_mean, target, s);
   out.max[at] = sums.max;
   out.sum[at] = sums.sum;
-  if (out.slope) {
-    out.slope[at] = sums.slope;
-    out.square[at] = sums.square;
-  }
+  if (out.slope) out.slope[at] = sums.slope;
+  if (out.square) out.square[at] = sums.square;
+  if (out.total) out.total[at] = strip_total(tile.valid, s);
   if (p.want_mean) out.weighted[at] = sums.weighted;
   if (p.class_weight) {
     float total = 0;

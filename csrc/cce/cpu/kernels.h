@@ -31,17 +31,18 @@ struct Problem {
   bool want_mean, want_argmax;
 };
 
-// Per strip, tile-major: [tiles, n]. Sums are relative to the strip's own maximum; all but class_sum are
-// without the label's column.
+// Per strip, tile-major: [tiles, n]. Sums are relative to the strip's own maximum; all but class_sum and
+// total are without the label's column.
 struct StripStats {
   float* max;        // max s
   float* sum;        // sum exp(s - max)
   float* slope;      // sum exp(s - max) T ds/da, or null
-  float* square;     // sum exp(2 (s - max)), with slope
+  float* square;     // sum exp(2 (s - max)), or null
   float* weighted;   // sum exp(s - max) s, if want_mean
   float* class_sum;  // sum class_weight s, if class_weight
   int64_t* argmax;   // vocabulary id of the maximum, lowest on ties, if want_argmax
   float* target;     // [n] s at the label
+  float* total;      // sum s with the label's column, or null
 };
 
 // G[n, v] = (w p (a + q (s - mean)) + class_coef w_v - b 1{v = label}) ds/da,  p = exp(s - lse - lse_low),

@@ -68,10 +68,11 @@ struct ValidRows {
 
 // [n] each, compact.
 struct RowResults {
-  std::vector<float> nll, lse, lse_low, mean, class_sum;
+  std::vector<float> nll, lse, lse_low, mean, class_sum, log_squares, average;
   std::vector<int64_t> argmax;
 
-  explicit RowResults(int64_t n) : nll(n), lse(n), lse_low(n), mean(n), class_sum(n), argmax(n) {}
+  explicit RowResults(int64_t n)
+      : nll(n), lse(n), lse_low(n), mean(n), class_sum(n), log_squares(n), average(n), argmax(n) {}
 };
 
 // The rows from their strips, in a fixed order.

@@ -14,6 +14,8 @@ struct BackwardMemory {
   int64_t e_bytes;  // of a copy of the valid rows, for wgmma
   DenseChunks chunks;
   Plan plan;
+  Rows busy;
+  Coefficients* busy_row;
   DeSums sums{};
   void *e, *dense_strips;
 
@@ -22,6 +24,8 @@ struct BackwardMemory {
         chunks(b.head, b.lean ? strip_bytes - e_bytes : strip_bytes, b.lean && b.out.dc),
         plan(memory, b.head, strip_bytes, b.out.de != nullptr,
              by_wgmma(b.head) ? in_plan(b) + chunks.in_workspace * chunks.tile_bytes : 0),
+        busy(memory, b.head),
+        busy_row(memory.take<Coefficients>(by_wgmma(b.head) ? b.head.N : 0)),
         e(plan.strips),
         dense_strips(static_cast<char*>(plan.strips) + in_plan(b)) {
     const int64_t sums_of_de = b.out.de ? b.head.N * b.head.D : 0;
@@ -36,6 +40,34 @@ struct BackwardMemory {
   // Lean: the copy lies before the strips, where lists have theirs.
   int64_t in_plan(const Backward& b) const { return b.lean ? e_bytes : 0; }
 };
+
+struct BusyParams {
+  Rows from;
+  const Coefficients* from_row;
+  Rows to;
+  Coefficients* to_row;
+};
+
+constexpr int kBusyThreads = 1024;
+
+// Rows that have a gradient, as the lists have no others. One block.
+KERNEL void busy_rows_kernel(BusyParams p) {
+  const int count = *p.from.count;
+  int total = 0;
+  for (int first = 0; first < count; first += kBusyThreads) {
+    const int i = first + simt::thread_idx();
+    Coefficients c{};
+    if (i < count) c = p.from_row[i];
+    const bool busy = i < count && !(c.scale == 0.0f && c.class_coef == 0.0f);
+    const int before = total;
+    const int at = before + block_rank<kBusyThreads>(busy, simt::shared<int>(), total);
+    if (!busy) continue;
+    p.to.row[at] = p.from.row[i];
+    p.to.label[at] = p.from.label[i];
+    p.to_row[at] = c;
+  }
+  if (simt::thread_idx() == 0) *p.to.count = total;
+}
 
 // On Hopper only the device knows whether it is these or the dense kernels: both are launched, and one of
 // them leaves at once.
@@ -98,8 +130,12 @@ void add_gradients(Launches& launches, const BackwardMemory& m, const Backward& 
   if (b.summary || !by_wgmma(h)) add_lists<T, kLean>(launches, m, b);
   if constexpr (!std::is_same_v<T, float>) {
     if (!by_wgmma(h)) return;
-    Dense dense(gather_e<T>(launches, h, plan.rows, m.e));
-    dense.row = plan.row;
+    if (!kept.strips) {
+      launches.add(busy_rows_kernel, 1, kBusyThreads, kBusyThreads / simt::kWarpSize * sizeof(int),
+                   {plan.rows, plan.row, m.busy, m.busy_row});
+    }
+    Dense dense(gather_e<T>(launches, h, kept.strips ? plan.rows : m.busy, m.e));
+    dense.row = kept.strips ? plan.row : m.busy_row;
     dense.unit = plan.unit;
     dense.sums = m.sums;
     dense.out = b.out;
@@ -264,7 +300,8 @@ Status run(const Fused& f, const Memory& memory, Stream stream) {
 int64_t step_bytes(const Forward& f, const Backward& b, const Memory& memory) {
   const Head& h = f.head;
   const int64_t vectors = 3 + (f.out.mean != nullptr) + (f.out.class_sum != nullptr) +
-                          2 * (f.out.argmax != nullptr);  // of 4 bytes
+                          2 * (f.out.argmax != nullptr) +
+                          2 * (f.out.average != nullptr);  // of 4 bytes
   const int64_t masses = f.masses ? tiles_of(h.V) * h.N * (f.out.mean ? 2 : 1) : 0;
   return vectors * h.N * 4 + masses * (f.lean ? 2 : 4) +
          std::max(workspace(f, memory), workspace(b, memory));

@@ -13,6 +13,7 @@ namespace gemma_ext::cce::cuda {
 // What is known of a row while its tiles come a part at a time.
 struct RowState {
   double total, weighted, classes;  // exp(s - top), times s, of classes
+  double squares, sums;             // exp(2 (s - top)), s
   float top;
   int argmax;
 };
@@ -23,7 +24,7 @@ struct CombineParams {
   const float* target;        // [N]
   const float* class_weight;  // [V] or null
   RowOutputs out;
-  int64_t N;
+  int64_t N, V;
   int tiles;
   RowState* state;  // [N], or null where all tiles are at hand
   bool first, last;
@@ -42,12 +43,14 @@ KERNEL void clear_rows_kernel(CombineParams p) {
   if (p.out.mean) p.out.mean[i] = 0.0f;
   if (p.out.class_sum) p.out.class_sum[i] = 0.0f;
   if (p.out.argmax) p.out.argmax[i] = -1;
+  if (p.out.log_squares) p.out.log_squares[i] = 0.0f;
+  if (p.out.average) p.out.average[i] = 0.0f;
 }
 
 struct CombineShared {
   float top[kCombineWarps][kCombineRows];
   int argmax[kCombineWarps][kCombineRows];
-  double total[3][kCombineWarps][kCombineRows];  // exp, exp s, class
+  double total[5][kCombineWarps][kCombineRows];  // exp, exp s, class, exp^2, s
 };
 
 KERNEL void combine_kernel(CombineParams p) {
@@ -55,7 +58,7 @@ KERNEL void combine_kernel(CombineParams p) {
   const int lane = simt::lane_idx(), warp = simt::warp_idx();
   const int64_t row = int64_t{simt::block_idx()} * kCombineRows + lane;
   const bool valid = row < *p.rows.count;
-  RowState before{0, 0, 0, -kInfinity, INT32_MAX};
+  RowState before{0, 0, 0, 0, 0, -kInfinity, INT32_MAX};
   if (valid && !p.first) before = p.state[row];
   float top = -kInfinity;
   int argmax = INT32_MAX;
@@ -80,7 +83,7 @@ KERNEL void combine_kernel(CombineParams p) {
   }
   if (p.last && label >= 0 && target == top) argmax = lesser(argmax, label);
 
-  double total = 0, weighted = 0, classes = 0;
+  double total = 0, weighted = 0, classes = 0, squares = 0, sums = 0;
   for (int t = warp; t < p.tiles && valid; t += kCombineWarps) {
     const int64_t at = t * p.N + row;
     const float x = p.strips.max[at];
@@ -88,31 +91,42 @@ KERNEL void combine_kernel(CombineParams p) {
     total += p.strips.sum[at] * factor;
     if (p.strips.weighted) weighted += p.strips.weighted[at] * factor;
     if (p.strips.class_sum) classes += p.strips.class_sum[at];
+    if (!p.strips.total) continue;
+    squares += p.strips.square[at] * factor * factor;
+    sums += p.strips.total[at];
   }
   s.total[0][warp][lane] = total;
   s.total[1][warp][lane] = weighted;
   s.total[2][warp][lane] = classes;
+  s.total[3][warp][lane] = squares;
+  s.total[4][warp][lane] = sums;
   simt::sync_block();
   if (warp > 0 || !valid) return;
-  total = weighted = classes = 0;
+  total = weighted = classes = squares = sums = 0;
   for (int w = 0; w < kCombineWarps; ++w) {
     total += s.total[0][w][lane];
     weighted += s.total[1][w][lane];
     classes += s.total[2][w][lane];
+    squares += s.total[3][w][lane];
+    sums += s.total[4][w][lane];
   }
   // a total of a top of -inf is 0 or NaN
   const double factor = before.top == -kInfinity ? 1.0 : exp(static_cast<double>(before.top) - top);
   total += before.total * factor;
   weighted += before.weighted * factor;
   classes += before.classes;
-  if (p.state) p.state[row] = {total, weighted, classes, top, argmax};
+  squares += before.squares * factor * factor;
+  sums += before.sums;
+  if (p.state) p.state[row] = {total, weighted, classes, squares, sums, top, argmax};
   if (!p.last) return;
   const double rivals = total;
   if (target != -kInfinity) {
     const double at_label = exp(static_cast<double>(target) - top);
     total += at_label;
     weighted += at_label * target;
+    squares += at_label * at_label;
   }
+  if (label >= 0) sums += target;
   if (label >= 0 && p.class_weight) classes += static_cast<double>(p.class_weight[label]) * target;
   const double lse = top + log(total);
   const double nll = label < 0 ? lse : target == top ? log1p(rivals) : lse - target;
@@ -124,6 +138,8 @@ KERNEL void combine_kernel(CombineParams p) {
   if (p.out.mean) p.out.mean[to] = static_cast<float>(weighted / total);
   if (p.out.class_sum) p.out.class_sum[to] = static_cast<float>(classes);
   if (p.out.argmax) p.out.argmax[to] = argmax == INT32_MAX ? -1 : argmax;
+  if (p.out.log_squares) p.out.log_squares[to] = static_cast<float>(log(squares) - 2 * log(total));
+  if (p.out.average) p.out.average[to] = static_cast<float>(sums / static_cast<double>(p.V));
 }
 
 enum Value { kKept, kNoise = kCandidates, kEnergy = 2 * kCandidates, kValues };

@@ -39,7 +39,7 @@ Status run(const DivergenceBackward& b, const Memory& memory, Stream stream) {
   gather_rows(launches, h, plan.rows);
   launches.add(pair_coefficients_kernel, ceil_div(h.N, kPlanThreads), kPlanThreads, 0,
                {plan.rows, plan.row, m.logs, b.rows, b.d_divergence, b.d_nll, b.d_lse});
-  launches.add(unit_kernel, 1, kPlanThreads, kPlanThreads * 12,
+  launches.add(unit_kernel, 1, kPlanThreads, kUnitSharedBytes,
                {plan.rows, plan.row, plan.unit, {}, nullptr});
   const PlanParams planning{h, plan, false, b.masses, true, b.summary, b.seed, 0};
   by_dtype(h.dtype, [&](auto type) {

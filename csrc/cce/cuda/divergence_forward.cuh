@@ -46,11 +46,12 @@ struct PairForwardMemory {
 
 // lse and nll of one of the two heads.
 void add_combine(Launches& launches, const PairForwardMemory& m, float* max, float* sum,
-                 const float* target, const RowOutputs& out, int64_t N) {
+                 const float* target, const RowOutputs& out, const Head& h) {
   StripPlanes planes{};
   planes.max = max;
   planes.sum = sum;
-  const CombineParams p{m.rows, planes, target, nullptr, out, N, m.tiles, nullptr, true, true};
+  const CombineParams p{m.rows, planes,  target,  nullptr, out, h.N,
+                        h.V,    m.tiles, nullptr, true,    true};
   launches.add(combine_kernel, m.blocks, kCombineThreads, sizeof(CombineShared), p);
 }
 
@@ -84,9 +85,9 @@ Status run(const DivergenceForward& f, const Memory& memory, Stream stream) {
     theirs.nll = f.out.teacher_nll;
     theirs.lse = f.out.teacher_lse;
     theirs.lse_low = f.out.teacher_low;
-    add_combine(launches, m, m.planes.max, m.planes.sum, m.target, mine, h.N);
+    add_combine(launches, m, m.planes.max, m.planes.sum, m.target, mine, h);
     add_combine(launches, m, m.planes.teacher_max, m.planes.teacher_sum, m.teacher_target, theirs,
-                h.N);
+                h);
     if (needs_lse(f.heads.kind)) {
       launches.add(pair_means_kernel<T>, grid, mma::kThreads, kMeansSharedBytes<T>, pair);
     }

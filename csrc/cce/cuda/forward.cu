@@ -32,11 +32,12 @@ struct ForwardMemory {
     strips.sum = memory.take<float>(plane);
     if (f.masses) {
       strips.slope = f.lean ? memory.take<float>(plane) : static_cast<float*>(f.masses);
-      strips.square = memory.take<float>(plane);
     }
+    if (f.masses || f.out.log_squares) strips.square = memory.take<float>(plane);
     if (f.out.mean) strips.weighted = memory.take<float>(plane);
     if (f.out.class_sum) strips.class_sum = memory.take<float>(plane);
     if (f.out.argmax) strips.argmax = memory.take<int>(plane);
+    if (f.out.average) strips.total = memory.take<float>(plane);
     tallies = memory.take<double>(f.masses ? blocks * kValues : 0);
     if (!f.lean) return;
     state = memory.take<RowState>(f.head.N);
@@ -47,8 +48,10 @@ struct ForwardMemory {
 
   // Tiles of a part.
   static int lean_part(const Forward& f, int64_t plane_bytes) {
-    const int64_t planes = 2 + 2 * (f.masses != nullptr) + (f.out.mean != nullptr) +
-                           (f.out.class_sum != nullptr) + (f.out.argmax != nullptr);
+    const bool moments = f.out.average;
+    const int64_t planes = 2 + (f.masses != nullptr) + (f.masses || moments) + moments +
+                           (f.out.mean != nullptr) + (f.out.class_sum != nullptr) +
+                           (f.out.argmax != nullptr);
     const int64_t row = planes * static_cast<int64_t>(sizeof(float));
     return static_cast<int>(std::clamp<int64_t>(
         plane_bytes / (row * std::max<int64_t>(f.head.N, 1)), 1, tiles_of(f.head.V)));
@@ -85,8 +88,8 @@ Status forward(const Forward& f, const Memory& memory, const KeptStrips& kept, S
 
   const int row_blocks = static_cast<int>(ceil_div(h.N, kBlockRows));
   const bool draws = f.masses && f.eps != 0;
-  CombineParams rows{m.rows, m.strips, m.target, h.class_weight, f.out,
-                     h.N,    0,        m.state,  false,          false};
+  CombineParams rows{m.rows, m.strips, m.target, h.class_weight, f.out, h.N,
+                     h.V,    0,        m.state,  false,          false};
   by_dtype(h.dtype, [&](auto type) {
     using T = decltype(type);
     StripParams strips{h, m.rows, m.strips, m.target, 0, row_blocks, 0};

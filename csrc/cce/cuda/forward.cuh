@@ -13,12 +13,13 @@ namespace gemma_ext::cce::cuda {
 struct StripPlanes {
   float *max, *sum, *slope, *square, *weighted, *class_sum;
   int* argmax;
+  float* total;  // sum s
 };
 
 // Which planes there may be: max and sum; also slope and square; all.
 enum class Sums { kPlain, kDrawn, kAll };
 inline Sums sums_of(const StripPlanes& p) {
-  if (p.weighted || p.class_sum || p.argmax) return Sums::kAll;
+  if (p.weighted || p.class_sum || p.argmax || p.total) return Sums::kAll;
   return p.slope ? Sums::kDrawn : Sums::kPlain;
 }
 
@@ -34,7 +35,10 @@ struct StripParams {
 struct StripSums {
   float max, sum, slope, square, weighted, class_sum;  // square: sum exp(2 (s - max))
   int argmax;
+  float total;
 };
+
+constexpr StripSums kNoSums{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX, 0.0f};
 
 DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   StripSums r;
@@ -47,6 +51,7 @@ DEVICE StripSums merge(const StripSums& a, const StripSums& b) {
   r.weighted = a.weighted * fa + b.weighted * fb;
   r.class_sum = a.class_sum + b.class_sum;
   r.argmax = a.max > b.max ? a.argmax : b.max > a.max ? b.argmax : lesser(a.argmax, b.argmax);
+  r.total = a.total + b.total;
   return r;
 }
 
@@ -67,7 +72,7 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
     sum += simt::shfl_xor(sum, 1);
     return sum + simt::shfl_xor(sum, 2);
   };
-  StripSums r{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  StripSums r = kNoSums;
   float top[kChains];
   UNROLL
   for (int k = 0; k < kChains; ++k) top[k] = at(k);
@@ -79,7 +84,8 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
   r.max = fmaxf(r.max, simt::shfl_xor(r.max, 2));
   const float base = r.max == -kInfinity ? 0.0f : r.max;
   constexpr bool kDrawn = kSums != Sums::kPlain;
-  const bool drawn = kDrawn && p.out.slope, sloped = drawn && map.inv_cap > 0.0f;
+  const bool drawn = kDrawn && p.out.square;
+  const bool sloped = kDrawn && p.out.slope && map.inv_cap > 0.0f;
   float sum[kChains] = {}, bent[kChains] = {}, square[kChains] = {}, weighted[kChains] = {};
   UNROLL
   for (int i = 0; i < kCount; ++i) {
@@ -106,6 +112,14 @@ DEVICE StripSums quad_sums(const StripParams& p, At at, Id id, Weight weight, In
       }
       r.class_sum = quad_sum(classes) * kUnit;
     }
+    if (p.out.total) {
+      float total[kChains] = {};
+      UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        if (inside(i)) total[i % kChains] += at(i);
+      }
+      r.total = quad_sum(total) * kUnit;
+    }
     if (p.out.argmax) {
       UNROLL
       for (int i = 0; i < kCount; ++i) {
@@ -128,6 +142,7 @@ DEVICE void write_sums(const StripParams& p, int tile, int64_t row, const StripS
   if (p.out.weighted) p.out.weighted[to] = sums.weighted;
   if (p.out.class_sum) p.out.class_sum[to] = sums.class_sum;
   if (p.out.argmax) p.out.argmax[to] = sums.argmax;
+  if (p.out.total) p.out.total[to] = sums.total;
 }
 
 // float32 is worth the instruction.
@@ -175,7 +190,7 @@ void strip_stats_kernel(StripParams p) {
   const SharedHead<T> s;
   StripSums* s_parts = simt::shared<StripSums>();  // [128, 4] while the stages are free
   name_rows(s, p.rows, nullptr, first_row, count);
-  StripSums sums{-kInfinity, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, INT32_MAX};
+  StripSums sums = kNoSums;
   mma::Tile<T> tile;
   NO_UNROLL
   for (int half = 0; half < 2; ++half) {

@@ -159,31 +159,38 @@ KERNEL void coefficients_kernel(CoefficientParams p) {
 KERNEL void unit_kernel(CoefficientParams p) {
   double* s_sum = simt::shared<double>();
   float* s_max = simt::shared<float>(kPlanThreads * sizeof(double));
+  int* s_rows = simt::shared<int>(kPlanThreads * (sizeof(double) + sizeof(float)));
   const int t = simt::thread_idx(), count = *p.rows.count;
   double sum = 0;
   float largest = 0.0f;
+  int rows = 0;  // those without a gradient do not count
   for (int r = t; r < count; r += kPlanThreads) {
     const float scale = p.row[r].scale;
     sum += scale;
+    rows += scale != 0.0f;
     largest = fmaxf(largest, scale < kInfinity ? scale : 0.0f);
   }
   s_sum[t] = sum;
   s_max[t] = largest;
+  s_rows[t] = rows;
   simt::sync_block();
   if (t != 0) return;
   for (int i = 1; i < kPlanThreads; ++i) {
     sum += s_sum[i];
     largest = fmaxf(largest, s_max[i]);
+    rows += s_rows[i];
   }
   // within what 1 / unit can say
   const int exponent = largest > 0x1p-100f ? ilogbf(largest) : largest > 0.0f ? -100 : 0;
   p.unit[0] = ldexpf(1.0f, exponent < 100 ? exponent : 100);
-  p.unit[1] = count > 0 ? static_cast<float>(sum / count) : 0.0f;
+  p.unit[1] = rows > 0 ? static_cast<float>(sum / rows) : 0.0f;
 }
+
+constexpr int kUnitSharedBytes = kPlanThreads * 16;
 
 inline void add_coefficients(Launches& launches, int64_t N, const CoefficientParams& p) {
   launches.add(coefficients_kernel, ceil_div(N, kPlanThreads), kPlanThreads, 0, p);
-  launches.add(unit_kernel, 1, kPlanThreads, kPlanThreads * 12, p);
+  launches.add(unit_kernel, 1, kPlanThreads, kUnitSharedBytes, p);
 }
 
 struct PlanParams {

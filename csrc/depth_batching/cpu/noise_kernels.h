@@ -10,61 +10,34 @@ namespace gemma_ext::depth_batching::GEMMA_EXT_ISA {
 namespace {
 
 // Words of the 64-bit products of every lane.
-GEMMA_EXT_INLINE void multiply_wide(Vu a, uint32_t by, Vu& high, Vu& low) {
-  const Vu factor = Vu{} + by;
-  low = a * factor;
+struct LaneProduct {
+  static GEMMA_EXT_INLINE void make(Vu a, uint32_t by, Vu& high, Vu& low) {
+    const Vu factor = Vu{} + by;
+    low = a * factor;
 #if defined(__AVX512F__)
-  const __m512i x = (__m512i)a, y = (__m512i)factor;
-  const __m512i even = _mm512_maskz_srli_epi64(0xff, _mm512_maskz_mul_epu32(0xff, x, y), 32);
-  const __m512i odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, x, 32), y);
-  high = (Vu)_mm512_mask_mov_epi32(even, 0xaaaa, odd);
+    const __m512i x = (__m512i)a, y = (__m512i)factor;
+    const __m512i even = _mm512_maskz_srli_epi64(0xff, _mm512_maskz_mul_epu32(0xff, x, y), 32);
+    const __m512i odd = _mm512_maskz_mul_epu32(0xff, _mm512_maskz_srli_epi64(0xff, x, 32), y);
+    high = (Vu)_mm512_mask_mov_epi32(even, 0xaaaa, odd);
 #elif defined(__AVX2__) && !defined(GEMMA_EXT_EMULATED_AMX)
-  const __m256i x = (__m256i)a, y = (__m256i)factor;
-  const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
-  high = (Vu)_mm256_blend_epi32(even, _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y), 0xaa);
+    const __m256i x = (__m256i)a, y = (__m256i)factor;
+    const __m256i even = _mm256_srli_epi64(_mm256_mul_epu32(x, y), 32);
+    high = (Vu)_mm256_blend_epi32(even, _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y), 0xaa);
 #else
-  for (int i = 0; i < kLanes; ++i) high[i] = uint32_t(uint64_t(a[i]) * by >> 32);
+    for (int i = 0; i < kLanes; ++i) high[i] = uint32_t(uint64_t(a[i]) * by >> 32);
 #endif
-}
+  }
+};
 
 // noise_words of kLanes quads from `quad` on: words[i] of the i-th id of each.
 GEMMA_EXT_INLINE void noise_words_of(const NoiseKey& k, uint32_t quad, Vu* words) {
-  Vu c0 = (Vu)iota() + quad, c1 = Vu{} + k.position, c2 = Vu{} + k.request0;
-  Vu c3 = Vu{} + k.request1;
-  uint32_t k0 = k.key0, k1 = k.key1;
-  for (int round = 0; round < 10; ++round) {
-    Vu p_high, p_low, q_high, q_low;
-    multiply_wide(c0, 0xD2511F53u, p_high, p_low);
-    multiply_wide(c2, 0xCD9E8D57u, q_high, q_low);
-    c0 = q_high ^ c1 ^ k0;
-    c2 = p_high ^ c3 ^ k1;
-    c1 = q_low;
-    c3 = p_low;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  words[0] = c0;
-  words[1] = c1;
-  words[2] = c2;
-  words[3] = c3;
+  words[0] = (Vu)iota() + quad;
+  words[1] = Vu{} + k.position;
+  words[2] = Vu{} + k.request0;
+  words[3] = Vu{} + k.request1;
+  philox_words<LaneProduct>(k.key0, k.key1, words);
 }
 
-// log of 2^e (1 + m), as noise.h has it.
-GEMMA_EXT_INLINE Vf log_of(Vf e, Vf m) {
-  const Vf z = m * m;
-  Vf p = 7.0376836292e-2f * m + -1.1514610310e-1f;
-  p = p * m + 1.1676998740e-1f;
-  p = p * m + -1.2420140846e-1f;
-  p = p * m + 1.4249322787e-1f;
-  p = p * m + -1.6668057665e-1f;
-  p = p * m + 2.0000714765e-1f;
-  p = p * m + -2.4999993993e-1f;
-  p = p * m + 3.3333331174e-1f;
-  p = p * m * z;
-  p = p + e * -2.12194440e-4f;
-  p = p + z * -0.5f;
-  return (m + p) + e * 0.693359375f;
-}
 // A whole number below 2^16 in each half: their sum is rounded once.
 GEMMA_EXT_INLINE Vf float_of(Vu x) {
   return __builtin_convertvector((Vi)(x >> 16), Vf) * 0x1p16f +
@@ -74,17 +47,17 @@ GEMMA_EXT_INLINE Vf exponent_of(Vu shifted) {
   return __builtin_convertvector((Vi)shifted >> 23, Vf);
 }
 GEMMA_EXT_INLINE Vf mantissa_of(Vu shifted) {
-  return (Vf)((shifted & 0x7fffffu) + 0x3f3504f3u) - 1.0f;
+  return (Vf)((shifted & 0x7fffffu) + kRootHalf) - 1.0f;
 }
 
 // gumbel_of every lane.
 GEMMA_EXT_INLINE Vf gumbels_of(Vu word) {
   const Vf u = (float_of(word) + 0.5f) * 0x1p-32f, rest = (float_of(~word) + 0.5f) * 0x1p-32f;
   const Vi small = u < 0.25f;
-  const Vu bits = (Vu)rest - 0x3f3504f3u;
-  const Vf gap = -log_of(small ? Vf{} : exponent_of(bits), small ? -u : mantissa_of(bits));
-  const Vu of_gap = (Vu)gap - 0x3f3504f3u;
-  return -log_of(exponent_of(of_gap), mantissa_of(of_gap));
+  const Vu bits = (Vu)rest - kRootHalf;
+  const Vf gap = -log_of_parts(small ? Vf{} : exponent_of(bits), small ? -u : mantissa_of(bits));
+  const Vu of_gap = (Vu)gap - kRootHalf;
+  return -log_of_parts(exponent_of(of_gap), mantissa_of(of_gap));
 }
 
 // Of four vectors, one for each place in a quad: elements T kLanes .. of the quads side by side.

@@ -59,18 +59,31 @@ def active(model: nn.Module, name: str) -> Iterator[None]:
     inner = peft_model(model)
     before = inner.active_adapter
     try:
-        _switch(inner, name)
+        with _same_training(inner):
+            inner.set_adapter(name)
         yield
     finally:
-        _switch(inner, before)
+        with _same_training(inner):
+            inner.set_adapter(before)
 
 
-def _switch(model: PeftModel, name: str) -> None:
-    # set_adapter also decides what trains
+@contextmanager
+def without(model: nn.Module) -> Iterator[None]:
+    """Within the block no adapter acts; which parameters train stays as it is."""
+    inner = peft_model(model)
+    with _same_training(inner), inner.disable_adapter():
+        yield
+
+
+@contextmanager
+def _same_training(model: nn.Module) -> Iterator[None]:
+    """peft also decides what trains where it switches: only the active adapter."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
-    model.set_adapter(name)
-    for parameter, requires in trained:
-        parameter.requires_grad_(requires)
+    try:
+        yield
+    finally:
+        for parameter, requires in trained:
+            parameter.requires_grad_(requires)
 
 
 def peft_model(model: nn.Module) -> PeftModel:

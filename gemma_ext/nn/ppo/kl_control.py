@@ -7,6 +7,8 @@ after n samples (arXiv 1909.08593, section 2.2).
 
 from __future__ import annotations
 
+import math
+
 
 class FixedKL:
     """beta as it was given."""
@@ -45,7 +47,12 @@ class AdaptiveKL(FixedKL):
         self.target, self.horizon, self.limit = target, horizon, limit
 
     def update(self, kl: float, samples: int) -> float:
-        """beta after a batch of `samples` sequences (of all ranks) with mean KL `kl`, in nats."""
+        """beta after a batch of `samples` sequences (of all ranks) with mean KL `kl`, in nats.
+
+        A batch without a KL, nan, leaves it.
+        """
+        if math.isnan(kl):
+            return self.coef
         error = min(max(kl / self.target - 1, -self.limit), self.limit)
         self.coef *= 1 + error * samples / self.horizon
         return self.coef

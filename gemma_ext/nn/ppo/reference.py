@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.nn.ppo.adapters import peft_model
+from gemma_ext.nn.ppo.adapters import peft_model, without
 from gemma_ext.nn.ppo.hidden import HiddenHead, read
 from gemma_ext.nn.ppo.sequences import Sequences
 
@@ -87,10 +88,14 @@ class AdapterOffReference:
         training = self.policy.training
         self.policy.eval()
         try:
-            with peft_model(self.policy).disable_adapter():
+            with self.acting():
                 return [(1.0, read(self.policy, sequences).head)]
         finally:
             self.policy.train(training)
+
+    def acting(self) -> AbstractContextManager[None]:
+        """Within it the policy is the reference."""
+        return without(self.policy)
 
     def after_update(self, policy: nn.Module, step: int) -> dict[str, float]:
         return {}

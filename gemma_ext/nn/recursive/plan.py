@@ -24,6 +24,8 @@ class Plan:
         ranks: of the matrices of each depth, by linear ("self_attn.q_proj").
         lora_from_loop: the first loop that has them.
         prefix: P, trained key and value positions of each depth.
+        kv_policy, keep: the keys and values of loops that a token skips which the model was trained
+            with, as `gemma_ext.serve.policies` names them; "" where every token ran every loop.
     """
 
     loops: int
@@ -36,6 +38,8 @@ class Plan:
     ranks: Mapping[str, int] = field(default_factory=dict)
     lora_from_loop: int = 0
     prefix: int = 0
+    kv_policy: str = ""
+    keep: int = 1
 
     def __post_init__(self) -> None:
         if not 0 <= self.lora_from_loop < max(self.loops, 1):

@@ -24,23 +24,23 @@ from torch import Tensor
 from gemma_ext.ops.cce import op
 from gemma_ext.ops.cce.head import Head
 from gemma_ext.ops.cce.inputs import Method, check_labels, check_problem, to_autocast
+from gemma_ext.ops.cce.logprobs import LinearLogprobsOutput, linear_logprobs
 from gemma_ext.ops.cce.loss import (
     FilterStats,
     LinearCrossEntropyOutput,
     LossTerms,
     Rows,
-    Tokens,
     Wanted,
     assemble,
-    weigh,
 )
+from gemma_ext.ops.cce.rows import enter, rows_of_head
 from gemma_ext.ops.vocab_state import warn_ignored
-from gemma_ext.reference import cce as reference
 
 __all__ = [
     "FilterStats",
     "Head",
     "LinearCrossEntropyOutput",
+    "LinearLogprobsOutput",
     "LossTerms",
     "Method",
     "Rows",
@@ -69,6 +69,7 @@ def cce_rows(
     state: object = None,
     want_entropy: bool = False,
     want_argmax: bool = False,
+    want_moments: bool = False,
     missing_target: str = "error",
 ) -> Rows:
     """Differentiable per-row quantities of a head; the layer every loss here is built on.
@@ -76,6 +77,8 @@ def cce_rows(
     Args:
         e: [N, D]; c: [V, D]; targets: [N]; bias: [V] or None.
         class_weight: [V]; asks for `weighted_logit_sum` and makes the backward exact.
+        want_entropy, want_argmax, want_moments: ask for `mean_logit`, `argmax`, and for
+            `log_sum_sq_probs` and `average_logit`.
         missing_target: "error", or "none" to accept labels outside [0, V) as rows without a target
             in this shard of the vocabulary (nll = lse).
 
@@ -105,54 +108,8 @@ def cce_rows(
         class_weight=class_weight,
         want_entropy=want_entropy,
         want_argmax=want_argmax,
+        want_moments=want_moments,
         allow_missing=missing_target == "none",
-    )
-
-
-def rows_of_head(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    method: Method,
-    *,
-    class_weight: Tensor | None = None,
-    want_entropy: bool = False,
-    want_argmax: bool = False,
-    want_stats: bool = False,
-    allow_missing: bool = False,
-) -> Rows:
-    """`cce_rows` of a problem that has been checked, in the dtype that autocast asks for."""
-    if method.materialises:
-        return Rows(
-            *reference.rows(
-                e,
-                c,
-                targets,
-                bias,
-                **head.map(),
-                ignore_index=head.ignore_index,
-                class_weight=class_weight,
-                want_entropy=want_entropy,
-                want_argmax=want_argmax,
-            )
-        )
-    return op.rows(
-        e,
-        c,
-        targets,
-        bias,
-        head,
-        # the gradient of a weighted sum of logits is dense
-        tau=method.tau(e.dtype) if class_weight is None else 0.0,
-        seed=method.seed,
-        class_weight=class_weight,
-        want_entropy=want_entropy,
-        want_argmax=want_argmax,
-        want_stats=want_stats,
-        allow_missing=allow_missing,
-        lean=method.lean,
     )
 
 
@@ -253,7 +210,7 @@ def linear_cross_entropy(
         num_items_in_batch=num_items_in_batch,
     )
     wanted = Wanted(return_lse, return_entropy, return_argmax, return_stats)
-    tokens, e, c, bias = _enter(e, c, targets, bias, head, terms, method)
+    tokens, e, c, bias = enter(e, c, targets, bias, head, terms, method)
     if _may_fuse(e, c, bias, terms, wanted, method):
         loss = op.fused_loss(
             e,
@@ -281,65 +238,6 @@ def linear_cross_entropy(
         want_stats=wanted.stats,
     )
     return assemble(tokens, rows, smoothing, terms, wanted)
-
-
-def linear_logprobs(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    *,
-    bias: Tensor | None = None,
-    ignore_index: int = -100,
-    softcap: float | None = None,
-    shift: int | bool = 0,
-    logit_scale: float = 1.0,
-    temperature: float = 1.0,
-    filter_eps: float | str | None = "auto",
-    impl: str = "auto",
-    filter_seed: int = 0,
-    memory: str = "default",
-    state: object = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each distribution, for RL and scoring.
-
-    Arguments and memory as in `linear_cross_entropy`.
-
-    Returns:
-        (logprobs, entropy), float32 [..., T - shift], both differentiable, 0 where ignored.
-    """
-    head = Head(softcap, logit_scale, temperature, ignore_index)
-    if state is not None:
-        warn_ignored("state")
-    method = Method(impl, filter_eps, filter_seed, memory)
-    terms = LossTerms(reduction="none", shift=shift)
-    tokens, e, c, bias = _enter(e, c, targets, bias, head, terms, method)
-    rows = rows_of_head(e, c, tokens.labels, bias, head, method, want_entropy=True)
-    entropy = tokens.unflatten(rows.lse - rows.mean_logit)
-    return tokens.unflatten(-rows.nll), entropy
-
-
-def _enter(
-    e: Tensor,
-    c: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    head: Head,
-    terms: LossTerms,
-    method: Method,
-) -> tuple[Tokens, Tensor, Tensor, Tensor | None]:
-    """The scored positions, e [N, D], c and bias, checked and in the dtype of autocast."""
-    check_problem(e, c, targets, bias, method)
-    terms.check(targets, c.shape[0])
-    e, c, bias = to_autocast(e, c, bias)
-    tokens = weigh(e, targets, head, terms)
-    check_labels(
-        tokens.labels,
-        c.shape[0],
-        head.ignore_index,
-        offset=tokens.steps,
-        wait=method.materialises,
-    )
-    return tokens, e.reshape(-1, e.shape[-1]), c, bias
 
 
 def _may_fuse(

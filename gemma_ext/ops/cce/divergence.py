@@ -42,6 +42,7 @@ __all__ = [
     "LinearDivergenceOutput",
     "divergence_rows",
     "linear_divergence",
+    "rows_of_heads",
 ]
 
 
@@ -122,7 +123,7 @@ def divergence_rows(
         targets = no_targets(e)
     check_heads(e, c, teacher_e, teacher_c, targets, bias, teacher_bias, method)
     check_labels(targets, c.shape[0], head.ignore_index, wait=method.materialises)
-    return _rows(
+    return rows_of_heads(
         *to_autocast(e, c, bias),
         *to_autocast(teacher_e, teacher_c, teacher_bias),
         targets,
@@ -226,7 +227,7 @@ def linear_divergence(
         offset=tokens.steps,
         wait=method.materialises,
     )
-    rows = _rows(
+    rows = rows_of_heads(
         e.reshape(-1, e.shape[-1]),
         c,
         bias,
@@ -264,7 +265,7 @@ def _assemble(
     return LinearDivergenceOutput(loss, divergence, cross_entropy, FilterStats(rows.stats))
 
 
-def _rows(
+def rows_of_heads(
     e: Tensor,
     c: Tensor,
     bias: Tensor | None,
@@ -278,6 +279,7 @@ def _rows(
     method: Method,
     want_stats: bool = False,
 ) -> DivergenceRows:
+    """`divergence_rows` of heads that have been checked, in the dtypes autocast asks for."""
     teacher_e, teacher_c = teacher_e.detach(), teacher_c.detach()
     teacher_bias = None if teacher_bias is None else teacher_bias.detach()
     if method.materialises:

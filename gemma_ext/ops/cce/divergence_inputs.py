@@ -57,21 +57,26 @@ def no_targets(e: Tensor) -> Tensor:
 
 
 def teacher_head(
-    head: Head, softcap: float | str | None, logit_scale: float | str, temperature: float | str
+    head: Head,
+    softcap: float | str | None,
+    logit_scale: float | str,
+    temperature: float | str,
+    *,
+    role: str = "teacher",
 ) -> Head:
     """The teacher's map; "same" stands for the student's number.
 
     Raises:
-        TypeError, ValueError: as `Head`, with names of the teacher's.
+        TypeError, ValueError: as `Head`, with names of the teacher's, which begin with `role`.
     """
 
     def number(name: str, value: object, same: object) -> object:
         if value == SAME and isinstance(value, str):
             return same
         if not (value is None and name == "softcap"):
-            check_number(f"teacher_{name}", value, "'same' or a number")
+            check_number(f"{role}_{name}", value, "'same' or a number")
             if name != "logit_scale" and not value > 0:
-                raise ValueError(f"expected teacher_{name} to be positive, got {value}")
+                raise ValueError(f"expected {role}_{name} to be positive, got {value}")
         return value
 
     return Head(
@@ -103,13 +108,15 @@ def check_heads(
     bias: Tensor | None,
     teacher_bias: Tensor | None,
     method: Method,
+    *,
+    role: str = "teacher",
 ) -> None:
-    """Raise TypeError or ValueError unless both heads fit each other."""
+    """Raise TypeError or ValueError unless both heads fit; the second's names begin with `role`."""
     check_problem(e, c, targets, bias, method)
     allowed = (torch.float32, torch.bfloat16, torch.float16)
     if method.materialises:
         allowed += (torch.float64,)
-    for name, value in (("teacher_e", teacher_e), ("teacher_c", teacher_c)):
+    for name, value in ((f"{role}_e", teacher_e), (f"{role}_c", teacher_c)):
         check_tensor(name, value)
         if value.device != e.device:
             raise ValueError(f"expected {name} on {e.device} like e, got {value.device}")
@@ -120,16 +127,16 @@ def check_heads(
             )
     if teacher_c.dtype != teacher_e.dtype and not autocast_is_on(e.device.type):
         raise TypeError(
-            f"expected teacher_c to be {teacher_e.dtype} like teacher_e, got {teacher_c.dtype}"
+            f"expected {role}_c to be {teacher_e.dtype} like {role}_e, got {teacher_c.dtype}"
         )
     if teacher_e.dim() < 1 or teacher_e.shape[:-1] != e.shape[:-1]:
         expected = ", ".join(str(size) for size in (*e.shape[:-1], "D"))
-        raise ValueError(f"expected teacher_e to be [{expected}], got {list(teacher_e.shape)}")
+        raise ValueError(f"expected {role}_e to be [{expected}], got {list(teacher_e.shape)}")
     width = teacher_e.shape[-1]
     if teacher_c.dim() != 2 or teacher_c.shape[1] != width:
-        raise ValueError(f"expected teacher_c to be [V, {width}], got {list(teacher_c.shape)}")
+        raise ValueError(f"expected {role}_c to be [V, {width}], got {list(teacher_c.shape)}")
     if teacher_c.shape[0] != c.shape[0]:
         raise ValueError(
-            f"expected teacher_c to have the {c.shape[0]} rows of c, got {teacher_c.shape[0]}"
+            f"expected {role}_c to have the {c.shape[0]} rows of c, got {teacher_c.shape[0]}"
         )
-    check_vector("teacher_bias", teacher_bias, c.shape[0], e.device)
+    check_vector(f"{role}_bias", teacher_bias, c.shape[0], e.device)

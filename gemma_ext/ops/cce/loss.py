@@ -27,6 +27,8 @@ class Rows(NamedTuple):
         weighted_logit_sum: [N] sum_v class_weight_v s_nv, or None without class weights.
         argmax: [N] int64 argmax_v s_nv (ties: lowest index), or None when not asked for.
         stats: [3] float64, the values of `FilterStats`; None where nothing is ever left out.
+        log_sum_sq_probs: [N] log sum_v p_nv^2, without gradient, or None when not asked for.
+        average_logit: [N] sum_v s_nv / V, without gradient; None as log_sum_sq_probs is.
     """
 
     nll: Tensor
@@ -35,6 +37,18 @@ class Rows(NamedTuple):
     weighted_logit_sum: Tensor | None = None
     argmax: Tensor | None = None
     stats: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    average_logit: Tensor | None = None
+
+    def entropy(self) -> Tensor:
+        """[N], of rows that were asked for their mean logit."""
+        entropy = self.lse - self.mean_logit
+        # two roundings of a logit may leave less than nothing of a row that is certain
+        return entropy + (entropy.clamp(min=0.0) - entropy).detach()
+
+    def is_top1(self, labels: Tensor) -> Tensor:
+        """[N] bool, whether the label [N] is the argmax that was asked for."""
+        return self.argmax == labels
 
 
 class FilterStats(NamedTuple):
@@ -241,7 +255,7 @@ def assemble(
     return LinearCrossEntropyOutput(
         loss=loss,
         lse=tokens.unflatten(rows.lse) if wanted.lse else None,
-        entropy=tokens.unflatten(rows.lse - rows.mean_logit) if wanted.entropy else None,
+        entropy=tokens.unflatten(rows.entropy()) if wanted.entropy else None,
         argmax=argmax,
         accuracy=accuracy,
         stats=FilterStats(rows.stats) if wanted.stats else None,

@@ -38,7 +38,7 @@ _Backward = record("cce_backward")
 _Fused = record("cce_fused")
 _Differentiable = record("cce_forward", "seed")
 Forwarded = namedtuple(
-    "Forwarded", ["nll", "lse", "lse_low", "mean", "class_sum", "argmax", "masses", "summary"]
+    "Forwarded", "nll lse lse_low mean class_sum argmax masses summary log_squares average"
 )
 """What `cce_forward` returns."""
 
@@ -69,6 +69,7 @@ def rows(
     want_entropy: bool = False,
     want_argmax: bool = False,
     want_stats: bool = False,
+    want_moments: bool = False,
     allow_missing: bool = False,
     lean: bool = False,
 ) -> Rows:
@@ -95,6 +96,7 @@ def rows(
                 want_mean=want_entropy,
                 want_argmax=want_argmax,
                 lean=lean,
+                want_moments=want_moments,
                 seed=seed,
             ),
         )
@@ -106,6 +108,8 @@ def rows(
         weighted_logit_sum=out.class_sum if class_weight is not None else None,
         argmax=out.argmax if want_argmax else None,
         stats=out.summary,
+        log_sum_sq_probs=out.log_squares if want_moments else None,
+        average_logit=out.average if want_moments else None,
     )
 
 
@@ -156,7 +160,9 @@ class CceRows(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, out = _Differentiable(*inputs), Forwarded(*output)
-        ctx.mark_non_differentiable(out.lse_low, out.argmax, out.masses, out.summary)
+        ctx.mark_non_differentiable(
+            out.lse_low, out.argmax, out.masses, out.summary, out.log_squares, out.average
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x.e, x.c, x.targets, x.bias, x.class_weight, *out)
         ctx.options = {name: getattr(x, name) for name in (*_HEAD, "allow_missing", "lean", "seed")}
@@ -319,6 +325,8 @@ def _forward_fake(*args):
             dtype=torch.bfloat16 if x.lean and x.e.device.type == "cuda" else torch.float32,
         ),
         x.e.new_empty(3, dtype=torch.float64),
+        vector(n if x.want_moments else 0),
+        vector(n if x.want_moments else 0),
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gemma_ext.lm import HuggingFaceModel
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder
-from gemma_ext.papers.detox.intervention import Intervention, latents
+from gemma_ext.papers.detox.intervention import Intervention, Latent, latents
+from gemma_ext.papers.detox.search import Found
 from gemma_ext.papers.detox.study import Task, contrasts, mean_toxicity, states
 
 
@@ -63,13 +64,14 @@ def splitting(
     found = [each.best(count) for each in contrasts(lm, every, plan.layer, toxic, clean)]
     chosen = [each.latents for each in found]
     fires = _fires(lm, every, plan.layer, [*toxic, *clean], chosen)
+    # the plan's own latents are of one width
+    plan = replace(plan, latents=_held(found[0], 1), tier="per_token")
     before = mean_toxicity(lm, every[0], plan, 0.0, task)
     rows = []
     for (features, sae), best, hit in zip(listed, found, fires, strict=True):
         levels = []
         for some in (1, count):
-            held = latents(best.latents[:some], best.reference[:some])
-            tried = replace(plan, latents=held, tier="per_token")
+            tried = replace(plan, latents=_held(best, some))
             levels.append(mean_toxicity(lm, sae, tried, alpha, task))
         of_toxic, of_clean = hit[: len(toxic)], hit[len(toxic) :]
         rows.append(
@@ -83,6 +85,11 @@ def splitting(
             )
         )
     return rows
+
+
+def _held(best: Found, count: int) -> tuple[Latent, ...]:
+    """The best of them, each held down by its largest activation."""
+    return latents(best.latents[:count], best.reference[:count])
 
 
 @torch.no_grad()

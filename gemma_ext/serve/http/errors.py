@@ -87,11 +87,13 @@ def of_validation(error: ValidationError) -> ApiError:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is no JSON: {message}")
-    if not first["loc"]:
+    unknown = first["type"] == "extra_forbidden"
+    path = (*first["loc"], message) if unknown else first["loc"]
+    if not path:
         return ApiError(400, f"the body is no JSON object: {message}")
-    param = str(first["loc"][0])
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
+    param = str(path[0])
+    where = ".".join(str(part) for part in path)
+    if unknown:
         return ApiError(400, f"{where}: no such argument", param=where, code="unknown_parameter")
     if first["type"] == "missing":
         code = "missing_required_parameter"

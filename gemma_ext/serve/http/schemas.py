@@ -9,7 +9,16 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, FailFast, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from gemma_ext.serve.protocol import MOST_IDS, MOST_LOGPROBS, SamplingParams
 
@@ -81,16 +90,28 @@ def _only(name: str, *allowed: Any) -> Any:
     return Annotated[Any, AfterValidator(check)]
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
+class Known(BaseModel):
+    """An object of the API, which has no other fields than these.
+
+    The first unknown one is the error; pydantic's own refusal makes one of each.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="after")
+    def _refuse_unknown(self) -> Known:
+        for name in self.model_extra:
+            raise PydanticCustomError("extra_forbidden", "{name}", {"name": name})
+        return self
+
+
+class StreamOptions(Known):
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
-class Sampled(BaseModel):
+class Sampled(Known):
     """What both kinds of completion have; None stands for the default everywhere."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str
     n: Annotated[int, Field(ge=1)] | None = None
@@ -173,9 +194,7 @@ class CompletionBody(Sampled):
 _Empty = Annotated[list[Any], Field(max_length=0)] | None
 
 
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid")
-
+class Message(Known):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     name: str | None = None

@@ -1,0 +1,106 @@
+"""Reward shaping against reward hacking: PPO on a reward model with a planted error.
+
+    python python_examples/par.py                          # four rules on the pocket
+    python python_examples/par.py --rules all --seeds 0,1,2
+    python python_examples/par.py --model google/gemma-3-270m --dtype bfloat16 --rules vanilla,par
+
+Gold counts common words; the proxy, which the policy is trained on, pays for asterisks
+too. Ten references of each prompt are drawn once. Each rule and seed is one run of PPO; reward
+models are trained on pairs with a bias for length. Finished pieces are kept in the output folder.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from gemma_ext import pocket
+from gemma_ext.papers.reward_shaping import RULES, page, reward_study, study
+from gemma_ext.report import Kept
+from gemma_ext.sae import load_model
+
+SOME = "vanilla,par,minmax,lsc"
+WORDS = 6  # of a docstring that make a prompt
+
+
+def main(
+    model: Annotated[str, typer.Option(help="pocket, pocket:small, a folder or a hub id.")] = (
+        "pocket"
+    ),
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of another model's weights.")] = "float32",
+    out: Annotated[Path, typer.Option(help="Folder of pieces and page.")] = Path("out/par"),
+    rules: Annotated[str, typer.Option(help="Names, or all.")] = SOME,
+    seeds: Annotated[str, typer.Option(help="A run of each.")] = "0",
+    steps: Annotated[int, typer.Option(min=4, help="Of PPO.")] = study.Plan.steps,
+    batch: Annotated[int, typer.Option(min=2, help="Responses of a step.")] = study.Plan.batch,
+    length: Annotated[int, typer.Option(min=4, help="Tokens of a response.")] = study.Plan.length,
+    rate: Annotated[float, typer.Option(help="Learning rate.")] = study.Plan.learning_rate,
+    beta: Annotated[float, typer.Option(min=0, help="Price of a nat.")] = study.Plan.beta,
+    count: Annotated[int, typer.Option(min=2, help="Prompts.")] = 96,
+    references: Annotated[int, typer.Option(min=2, help="Of each prompt.")] = 10,
+    models: Annotated[int, typer.Option(min=0, help="Steps of each reward model.")] = 60,
+) -> None:
+    """Compare rules of reward shaping on MODEL."""
+    loaded, tokenizer = load_model(model, device=device, dtype=getattr(torch, dtype))
+    plan = study.Plan(
+        steps=steps, batch=batch, length=length, learning_rate=rate, beta=beta,
+        references=references,
+    )  # fmt: skip
+    names = list(RULES) if rules == "all" else rules.split(",")
+    if unknown := set(names) - set(RULES):
+        raise typer.BadParameter(f"expected rules of {', '.join(RULES)}, got {sorted(unknown)[0]}")
+    begun = prompts(count)
+    settings = {"model": model, "dtype": dtype, "prompts": count, **study.facts(plan)}
+    kept = Kept(out / "results.json", settings)
+    drawn = study.references(plan, loaded, tokenizer, begun, out / "references.jsonl")
+    runs = []
+    for seed in map(int, seeds.split(",")):
+        for rule in names:
+            name = f"{rule}-{seed}"
+            runs.append(
+                kept(
+                    name,
+                    lambda rule=rule, seed=seed, name=name: study.train(
+                        plan, rule, seed, loaded, tokenizer, drawn, out / "runs" / name
+                    ),
+                )
+            )
+    rows = []
+    if models:
+        rows = kept(
+            f"reward models, {models} steps",
+            lambda: reward_study.compare(
+                loaded, tokenizer, drawn, plan.planted, out / "reward", steps=models
+            ),
+        )
+    command = f"python python_examples/par.py --model {model} --rules {rules} --seeds {seeds}"
+    facts = {name: str(value) for name, value in settings.items()}
+    page.write(out / "report.html", runs, rows, facts, command=command)
+    text = page.markdown(runs, rows)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    print(text + "\n".join(["", *page.verdict_of(runs), str(out / "report.html")]))
+
+
+def prompts(count: int) -> list[str]:
+    """The first words of docstrings."""
+    texts = {
+        " ".join(entry.split()[:WORDS]): None
+        for document in pocket.documents()
+        if document.kind == "prose" and document.split == "train"
+        for entry in document.text.split("\n\n")
+        if len(entry.split()) > 3 * WORDS
+    }
+    found = sorted(texts)
+    random.Random(0).shuffle(found)
+    if len(found) < count:
+        raise typer.BadParameter(f"expected at most {len(found)} prompts, got {count}")
+    return found[:count]
+
+
+if __name__ == "__main__":
+    typer.run(main)

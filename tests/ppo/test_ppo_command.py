@@ -1,0 +1,174 @@
+"""The command: from names to a folder with model, history and report; errors in one sentence."""
+
+import json
+
+import pytest
+import typer
+from ppo_tiny import PROMPTS, adapted, tiny_model, tokenizer
+from typer.testing import CliRunner
+
+from gemma_ext.nn.ppo import AdapterCritic, SeparateCritic, SharedCritic, ValueHead
+from gemma_ext.ppo import command, page
+from gemma_ext.ppo.files import load_value_head, save_trained, save_value_head
+from gemma_ext.ppo.opening import load_causal, open_parts
+
+SMALL = [
+    *("--total-episodes", "16", "--per-device-train-batch-size", "4"),
+    *("--gradient-accumulation-steps", "2", "--response-length=5", "--learning-rate", "1e-3"),
+    *("--num_ppo_epochs", "1", "--sample-prompts", "2", "--quiet"),
+]
+
+
+@pytest.fixture
+def app():
+    made = typer.Typer()
+    made.command(context_settings=command.main.context_settings)(command.main)
+    return made
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a model, prompts and rewards, worked in."""
+    tiny_model().save_pretrained(tmp_path / "tiny")
+    tokenizer().save_pretrained(tmp_path / "tiny")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "rewards_of_the_command.py").write_text(
+        "def length(completions, **columns):\n    return [len(text) / 10 for text in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(app, *arguments):
+    return CliRunner().invoke(app, list(arguments))
+
+
+GIVEN = ("tiny", "--prompts", "prompts.txt", "--reward", "rewards_of_the_command:length")
+
+
+def test_run_leaves_model_history_and_report_and_goes_on(place, app):
+    import transformers
+
+    found = run(app, *GIVEN, "--out", "out", *SMALL)
+    assert found.exit_code == 0, found.output
+    lines = (place / "out" / "history.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    html = (place / "out" / "report.html").read_text()
+    for part in ("PPO of tiny", "<svg", "Responses before and after", "objective/kl", "1 length"):
+        assert part in html
+    samples = json.loads((place / "out" / "samples.json").read_text())
+    assert len(samples["before"]) == len(samples["after"]) == 2
+    model = transformers.AutoModelForCausalLM.from_pretrained(place / "out" / "model")
+    assert model.config.vocab_size == 61
+    assert load_value_head(place / "out" / "model").bias is not None
+    assert "objective/scores" in found.output
+    again = run(app, *GIVEN, "--out", "out", *SMALL)
+    assert again.exit_code == 0, again.output
+    assert (place / "out" / "history.jsonl").read_text().splitlines() == lines
+
+
+def test_file_of_settings_under_flags(place, app):
+    (place / "run.yaml").write_text(
+        "model: tiny\nprompts: prompts.txt\nreward: [rewards_of_the_command:length]\n"
+        "weight: [0.5]\nlora: 2\nvalue: adapter\ntotal-episodes: 800\nkl_coef: 0.3\nbf16: false\n"
+    )
+    found = run(app, "--config", "run.yaml", "--out", "out", *SMALL)
+    assert found.exit_code == 0, found.output
+    run_of = json.loads((place / "out" / "checkpoint.json").read_text())["run"]
+    assert (run_of["kl_coef"], run_of["total_episodes"]) == (0.3, 16)
+    assert (place / "out" / "model" / "value" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tiny"], "prompts: expected one, got none"),
+        ([*GIVEN, "--kl-cof", "1"], "expected settings of PPOConfig, got kl_cof"),
+        ([*GIVEN, "--kl-coef", "much"], "kl_coef: expected a number, got 'much'"),
+        ([*GIVEN, "--num-ppo-epochs", "1.5"], "num_ppo_epochs: expected a whole number, got '1.5'"),
+        ([*GIVEN, "--bf16", "maybe"], "bf16: expected true or false, got 'maybe'"),
+        ([*GIVEN, "--kl-coef", "none"], "kl_coef: expected a value, got none"),
+        ([*GIVEN, "--value", "adapter"], "lora: expected a rank for a critic that is an adapter"),
+        ([*GIVEN, "--value", "copy", "--lora", "2"], "expected shared or adapter beside adapters"),
+        ([*GIVEN, "--value", "nowhere"], "value: expected shared, adapter, copy, a folder"),
+        ([*GIVEN, "--dtype", "float3"], "dtype: expected auto, float32 or bfloat16, got 'float3'"),
+        (["nowhere", *GIVEN[1:]], "expected a folder or hub id of a causal LM, got nowhere"),
+        ([*GIVEN, "--config", "no.yaml"], "config: expected a file, got no.yaml"),
+        ([*GIVEN, "stray", "more"], "expected a flag as --kl-coef, got"),
+    ],
+)
+def test_errors_are_one_sentence(place, app, arguments, message):
+    found = run(app, *arguments, "--quiet")
+    assert found.exit_code == 1
+    assert message in found.output.replace("\n", " ")
+    assert "Traceback" not in found.output
+
+
+def test_mistakes_in_a_file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("- 1\n")
+    with pytest.raises(ValueError, match="expected names and values"):
+        command.read_config(path)
+    path.write_text("a: [\n")
+    with pytest.raises(ValueError, match="expected YAML"):
+        command.read_config(path)
+
+
+def test_critics_by_name(place):
+    def critic(value, **more):
+        parts = open_parts(
+            command.make_config({}),
+            model="tiny",
+            prompts=PROMPTS,
+            reward="rewards_of_the_command:length",
+            value=value,
+            device="cpu",
+            **more,
+        )
+        return parts.arguments["value"]
+
+    assert isinstance(critic(None), SharedCritic)
+    assert isinstance(critic("adapter", lora=2), AdapterCritic)
+    assert isinstance(critic("copy"), SeparateCritic)
+    assert isinstance(critic("tiny"), SeparateCritic)
+    head = ValueHead(24)
+    head.weight.data.normal_()
+    save_trained(place / "kept", tiny_model(), SeparateCritic(tiny_model(), head), tokenizer())
+    again = critic("kept/critic")
+    assert again.head.weight.equal(head.weight)
+    classifier = tiny_model(kind="Gemma2ForSequenceClassification", num_labels=1)
+    classifier.save_pretrained(place / "judge")
+    assert critic("judge").head.weight.equal(classifier.score.weight)
+    assert load_causal("tiny", "bfloat16", "cpu")[0].dtype.itemsize == 2
+
+
+def test_files_of_heads(tmp_path):
+    import torch
+
+    head = ValueHead(24, bias=False)
+    head.weight.data.normal_()
+    for names in ("trl", "classifier"):
+        save_value_head(tmp_path / names, head, names=names)
+        assert load_value_head(tmp_path / names).weight.equal(head.weight)
+    with pytest.raises(ValueError, match="names: expected trl or classifier, got 'x'"):
+        save_value_head(tmp_path, head, names="x")
+    biased = ValueHead(24)
+    biased.bias.data += 1
+    with pytest.raises(ValueError, match="expected a head without a bias for classifier"):
+        save_value_head(tmp_path, biased, names="classifier")
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save({"v_head.summary.weight": head.weight.data}, old / "pytorch_model.bin")
+    assert load_value_head(old).weight.equal(head.weight)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="in a file, got neither"):
+        load_value_head(tmp_path / "empty")
+    with pytest.raises(ValueError, match="expected a folder, got nowhere"):
+        load_value_head("nowhere")
+    save_trained(tmp_path / "lora", adapted(tiny_model(), "value"), None, tokenizer())
+    assert (tmp_path / "lora" / "model" / "policy" / "adapter_config.json").exists()
+
+
+def test_page_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="history: expected at least one line, got none"):
+        page.write(tmp_path / "p.html", [], title="", facts={})

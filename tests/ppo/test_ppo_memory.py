@@ -1,0 +1,50 @@
+"""No tensor grows with response length times vocabulary, in any phase."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from ppo_tiny import tiny_model, trainer
+
+V, ROWS = 256_000, 4
+STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak():
+    """MiB that this process held at most since the last `forget`."""
+    [line] = [x for x in STATUS.read_text().splitlines() if x.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def forget():
+    REFS.write_text("5")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REFS.exists(), reason="peaks are read from /proc")
+@pytest.mark.parametrize("estimator", ["k1", "full"])
+def test_peak_is_flat_in_response_length(tmp_path, estimator):
+    policy = tiny_model(vocabulary=V).requires_grad_(False)
+    policy.model.layers.requires_grad_(True)
+    held = {}
+    for length in (4, 4, 48):  # the first one warms up
+        made = trainer(
+            tmp_path / str(length),
+            policy,
+            changed={
+                "total_episodes": ROWS,
+                "per_device_train_batch_size": ROWS,
+                "gradient_accumulation_steps": 1,
+                "num_ppo_epochs": 1,
+                "response_length": length,
+                "stop_token_id": V - 1,
+                "kl_estimator": estimator,
+            },
+        )
+        forget()
+        start = peak()
+        made.train_step()
+        held[length] = peak() - start
+    whole = ROWS * 48 * V * 4 / 2**20  # 188 MiB, of which eager PPO holds several
+    assert held[48] - held[4] < whole / 6
+    assert torch.isfinite(policy.model.layers[0].mlp.down_proj.weight).all()

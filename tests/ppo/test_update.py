@@ -1,0 +1,256 @@
+"""The gradient path: exact in any pieces, blind to padding and to what is behind an end."""
+
+import dataclasses
+
+import pytest
+import torch
+from ppo_tiny import END, D, adapted, config, random_sequences, tiny_model
+
+from gemma_ext.nn.ppo import (
+    AdapterCritic,
+    AdapterOffReference,
+    FrozenReference,
+    SeparateCritic,
+    Sequences,
+    SharedCritic,
+    explained_variance,
+)
+from gemma_ext.ppo import experience
+from gemma_ext.ppo.update import Update
+
+
+def parts(kind="shared", seed=0):
+    """A policy, its critic and its reference, the same every time."""
+    if kind == "adapter":
+        policy = adapted(tiny_model(seed), "value")
+        critic = AdapterCritic(policy)
+        reference = AdapterOffReference(policy)
+    else:
+        policy = tiny_model(seed)
+        critic = SharedCritic(D) if kind == "shared" else SeparateCritic(tiny_model(seed + 1))
+        reference = FrozenReference(tiny_model(seed + 2))
+    torch.manual_seed(9)
+    with torch.no_grad():
+        critic.head.weight.normal_(std=0.1)
+    return policy, critic, reference
+
+
+def experienced(settings, made, sequences, coef=0.05):
+    policy, critic, reference = made
+    found = experience.score_tokens(
+        policy, critic if settings.has_critic else None, reference, sequences, settings
+    )
+    scores = torch.arange(len(sequences)).float().sin()
+    extra = {"greedy_scores": scores.cos()} if settings.advantage == "remax" else {}
+    return experience.build(sequences, scores, found, coef, settings, **extra), found
+
+
+def gradients(settings, kind, sequences, rows=None):
+    """Gradients of one optimiser step, before the optimiser sees them."""
+    made = parts(kind)
+    batch, _ = experienced(settings, made, sequences)
+    update = Update(settings, made[0], made[1] if settings.has_critic else None, made[2])
+    # another policy than the one that drew, so that ratios are not 1
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in update.trained():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    kept = []
+    for optimiser in update.optimisers:
+        optimiser.step = lambda group=optimiser: kept.extend(
+            p.grad.clone() if p.grad is not None else None
+            for g in group.param_groups
+            for p in g["params"]
+        )
+    rows = torch.arange(len(sequences)) if rows is None else rows
+    metrics = update.step(batch, rows, coef=0.05)
+    return kept, metrics
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate", "adapter"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"kl_in": "loss", "kl_estimator": "full", "entropy_coef": 0.1, "dual_clip": 1.5},
+        {"kl_in": "loss", "kl_estimator": "k3", "aggregation": "seq-mean-token-mean"},
+    ],
+)
+def test_pieces_of_one_row_give_the_gradient_of_the_whole(tmp_path, kind, changed):
+    sequences = random_sequences(rows=6)
+    base = config(tmp_path, per_device_train_batch_size=6, max_grad_norm=None, **changed)
+    whole, seen = gradients(base, kind, sequences)
+    single = dataclasses.replace(base, per_device_train_batch_size=1, gradient_accumulation_steps=6)
+    pieces, other = gradients(single, kind, sequences)
+    assert any(g is not None and bool(g.abs().max() > 1e-4) for g in whole)
+    for a, b in zip(whole, pieces, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    for name, value in seen.items():
+        assert other[name] == pytest.approx(value, abs=1e-5), name
+
+
+def test_loss_gradient_is_that_of_the_formula_over_whole_logits(tmp_path):
+    """The whole objective once more, padded, with materialised logits."""
+    sequences = random_sequences(rows=4)
+    settings = config(tmp_path, per_device_train_batch_size=4, max_grad_norm=None, vf_coef=0.3)
+    mine, _ = gradients(settings, "shared", sequences)
+    made = parts("shared")
+    batch, _ = experienced(settings, made, sequences)
+    policy, critic, _ = made
+    torch.manual_seed(4)
+    everything = [*policy.parameters(), *critic.parameters()]
+    with torch.no_grad():
+        for parameter in everything:
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    out = policy(
+        input_ids=sequences.ids,
+        attention_mask=sequences.mask,
+        position_ids=sequences.position_ids,
+        output_hidden_states=True,
+    )
+    places = slice(sequences.prompt_width - 1, -1)
+    logp = (out.logits[:, places] / 0.9).log_softmax(-1)
+    logp = logp.gather(2, sequences.responses.unsqueeze(-1)).squeeze(-1)
+    values = out.hidden_states[-1][:, places] @ critic.head.weight[0] + critic.head.bias
+    mask, count = sequences.response_mask, sequences.response_mask.sum()
+    ratio = (logp - batch.logprobs).exp()
+    policy_loss = torch.max(-batch.advantages * ratio, -batch.advantages * ratio.clamp(0.8, 1.2))
+    near = batch.values + (values - batch.values).clamp(-0.2, 0.2)
+    value_loss = torch.max((values - batch.returns) ** 2, (near - batch.returns) ** 2) / 2
+    loss = ((policy_loss + 0.3 * value_loss) * mask).sum() / count
+    loss.backward()
+    for a, p in zip(mine, everything, strict=True):
+        torch.testing.assert_close(a, p.grad, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate", "adapter"])
+def test_ratio_is_one_at_the_first_minibatch(tmp_path, kind):
+    sequences = random_sequences(rows=8)
+    settings = config(
+        tmp_path, num_mini_batches=2, num_ppo_epochs=1, local_rollout_forward_batch_size=3
+    )
+    made = parts(kind)
+    batch, _ = experienced(settings, made, sequences)
+    first = Update(settings, made[0], made[1], made[2]).run(batch, 0, 0.0, 1.0)[0]
+    assert first["approxkl"] == pytest.approx(0, abs=1e-6)
+    for name in ("ratio", "ratio_min", "ratio_max"):
+        assert first[name] == pytest.approx(1, abs=1e-5)
+    assert first["clipfrac"] == 0
+
+
+def test_nothing_behind_an_end_and_no_padding_counts(tmp_path):
+    settings = config(tmp_path, per_device_train_batch_size=6, max_grad_norm=None)
+    sequences = random_sequences(rows=6)
+    plain, _ = gradients(settings, "shared", sequences)
+    # other tokens behind the ends, and wider padding on both sides
+    noise = torch.randint(3, 60, sequences.responses.shape)
+    dirty = torch.where(sequences.response_mask, sequences.responses, noise)
+    ids = torch.cat([sequences.ids[:, : sequences.prompt_width], dirty], 1)
+    wide = Sequences.cat(
+        [
+            Sequences(ids, sequences.mask, sequences.response_mask),
+            random_sequences(rows=1, prompt=9, response=12),
+        ]
+    )[:6]
+    other, _ = gradients(settings, "shared", wide)
+    for a, b in zip(plain, other, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_first_token_and_end_each_count_once(tmp_path):
+    """A response of an end alone has one term, the end's."""
+    settings = config(tmp_path, per_device_train_batch_size=2, whiten_advantages=False)
+    prompt = torch.tensor([[5, 6], [7, 8]])
+    responses = torch.tensor([[END, 9, 9], [9, END, 4]])
+    sequences = Sequences.build(prompt, torch.ones_like(prompt), responses, [END])
+    made = parts("shared")
+    batch, found = experienced(settings, made, sequences)
+    assert found.logprobs.shape == (3,)
+    logits = made[0](input_ids=prompt).logits[:, -1] / 0.9
+    first = logits.log_softmax(-1)[torch.arange(2), responses[:, 0]]
+    torch.testing.assert_close(found.logprobs[:2], first, atol=1e-5, rtol=0)
+    assert batch.sequences.response_mask.tolist() == [[True, False, False], [True, True, False]]
+    # the score stands at the end: with gamma = lam = 1 the return is the rest of the rewards
+    one = dataclasses.replace(settings, lam=1.0, kl_coef=0.0)
+    batch, _ = experienced(one, made, sequences, coef=0.0)
+    scores = torch.arange(2).float().sin()
+    torch.testing.assert_close(batch.returns[0, 0], scores[0])
+    torch.testing.assert_close(batch.returns[1, :2], scores[1].expand(2))
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "remax", "reinforce++"])
+def test_advantages_without_a_critic(tmp_path, advantage):
+    settings = config(tmp_path, advantage=advantage, num_generations=2, kl_in="loss")
+    sequences = random_sequences(rows=8)
+    batch, _ = experienced(settings, parts(), sequences)
+    assert batch.values is None
+    assert batch.returns is None
+    scores = torch.arange(8).float().sin()
+    by_row = torch.stack([batch.advantages[row, 0] for row in range(8)])
+    pairs = scores.view(4, 2)
+    if advantage == "rloo":
+        torch.testing.assert_close(by_row, (pairs - pairs.flip(1)).flatten())
+    elif advantage == "grpo":
+        wanted = (pairs - pairs.mean(1, keepdim=True)) / (pairs.std(1, keepdim=True) + 1e-4)
+        torch.testing.assert_close(by_row, wanted.flatten())
+    elif advantage == "remax":
+        torch.testing.assert_close(by_row, scores - scores.cos())
+    else:
+        every = batch.packed("advantages")
+        assert float(every.mean()) == pytest.approx(0, abs=1e-5)
+        assert float(every.std()) == pytest.approx(1, abs=1e-4)
+
+
+def test_importance_weights_scale_the_loss(tmp_path):
+    settings = config(tmp_path, importance_cap=1.5)
+    sequences, made = random_sequences(rows=4), parts()
+    found = experience.score_tokens(made[0], made[1], made[2], sequences, settings)
+    batch = experience.build(
+        sequences,
+        torch.ones(4),
+        found,
+        0.0,
+        settings,
+        sampler_logprobs=found.logprobs - torch.linspace(-1, 1, len(found.logprobs)),
+    )
+    wanted = torch.linspace(-1, 1, len(found.logprobs)).exp().clamp(max=1.5)
+    torch.testing.assert_close(batch.packed("weights"), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_value_head_overfits(tmp_path):
+    """A constant reward first, then one that differs between the rows."""
+    sequences = random_sequences(rows=6)
+    settings = config(
+        tmp_path,
+        per_device_train_batch_size=6,
+        gradient_accumulation_steps=1,
+        num_ppo_epochs=15,
+        learning_rate=1e-9,
+        value_learning_rate=5e-2,
+        lam=1.0,
+        vf_coef=1.0,
+        max_grad_norm=None,
+        cliprange_value=None,
+    )
+    policy, critic, reference = parts("separate")
+    update = Update(settings, policy, critic, reference)
+    for scores in (torch.ones(6), torch.arange(6).float() / 3):
+        for step in range(2):
+            found = experience.score_tokens(policy, critic, reference, sequences, settings)
+            batch = experience.build(sequences, scores, found, 0.0, settings)
+            updates = update.run(batch, step, 0.0, 1.0)
+        assert updates[-1]["loss/value"] < 5e-3
+    found = experience.score_tokens(policy, critic, reference, sequences, settings)
+    assert explained_variance(found.values, batch.packed("returns")) > 0.95
+
+
+def test_what_cannot_be_trained(tmp_path):
+    policy = tiny_model().requires_grad_(False)
+    reference = FrozenReference(tiny_model())
+    with pytest.raises(ValueError, match="policy: expected trainable parameters, got none"):
+        Update(config(tmp_path), policy, None, reference)
+    half = tiny_model().bfloat16()
+    with pytest.raises(ValueError, match="expected trainable weights in float32"):
+        Update(config(tmp_path), half, None, reference)
