@@ -28,8 +28,8 @@ ANCHORS = {"theta_0": "the pretrained model", "sft_1": "the first parent", "soup
 CHECK_HEAD = ("seed", "before", "first parent", "second parent", "soup", "best alpha")
 ZERO_HEAD = ("method", "KL of a response at step 0", "of a token", "tokens", "with an end")
 COLLAPSE_HEAD = (
-    "run", "KL of a token at step 0", "held-out median tokens at step 0", "at the end", "with an end",
-    "reward", "steps", "collapsed",
+    "run", "KL of a token at step 0", "held-out median tokens at step 0", "at the end",
+    "with an end", "reward", "steps", "collapsed",
 )  # fmt: skip
 DIFFERENCE_HEAD = ("method", "divergence from", "at", "reward over the baseline", "decided")
 Table = tuple[tuple[str, ...], list[list[str]]]
