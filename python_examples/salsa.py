@@ -37,12 +37,6 @@ ARTICLES = {"the", "a", "an"}
 PROMPT = 5  # words
 SENTENCE = re.compile(r"(.{40,140}?[a-z)]\.)(?: |$)")
 HELD_OUT = 200  # pairs for losses, of which the first are prompts for rewards
-WAYS = {
-    "salsa": Options(),
-    "salsa, mean of the divergence": Options(length_normalised=True),
-    "salsa, beyond step 0": Options(subtract_step_zero=True),
-    "salsa, at least 8 tokens": Options(min_length=8),
-}
 
 
 def articles(completions: list[str], **columns: object) -> list[float]:
@@ -173,9 +167,15 @@ def collapses(
     common: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Runs of the first seed at a weight that makes silence pay, with what may be done about it."""
-    found = []
-    runs = [("ppo", "ppo", Options()), ("soup start", "soup start", Options())]
-    runs += [(name, "salsa", options) for name, options in WAYS.items()]
+    found, least = [], setting.length // 2
+    runs = [
+        ("ppo", "ppo", Options()),
+        ("soup start", "soup start", Options()),
+        ("salsa", "salsa", Options()),
+        ("salsa, mean of the divergence", "salsa", Options(length_normalised=True)),
+        ("salsa, beyond step 0", "salsa", Options(subtract_step_zero=True)),
+        (f"salsa, at least {least} tokens", "salsa", Options(min_length=least)),
+    ]
     for name, method, options in runs:
         place = f"collapse, {name}, beta {beta:g}"
 

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from gemma_ext.nn._models import unwrap
+from gemma_ext.nn.ppo import (
+    AdapterOffReference,
+    Critic,
+    FrozenReference,
+    Reference,
+    SeparateCritic,
+    SharedCritic,
+)
+from gemma_ext.nn.ppo.adapters import peft_or_bare
+from gemma_ext.nn.ppo.critic import width_of
 from gemma_ext.ppo.config import PPOConfig
+from gemma_ext.ppo.rollout import Generate, Sampler
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,3 +83,26 @@ def without_dropout(config: PPOConfig, *models: nn.Module) -> None:
             for name in _SHARES:
                 if isinstance(getattr(module, name, None), float):
                     setattr(module, name, 0.0)
+
+
+def critic_of(value: Critic | nn.Module | None, policy: nn.Module) -> Critic:
+    """A critic as it is, a model as one of its own, or a head on the policy's states."""
+    if isinstance(value, Critic):
+        return value
+    return SharedCritic(width_of(policy)) if value is None else SeparateCritic(value)
+
+
+def sampler_of(config: PPOConfig, ends: Sequence[int], pad: int) -> Sampler:
+    """What the settings name."""
+    if config.rollouts == "generate":
+        return Generate(config, ends, pad)
+    from gemma_ext.ppo.engine_rollout import EngineSampler
+
+    return EngineSampler(config, ends, pad)
+
+
+def reference_of(policy: nn.Module) -> Reference:
+    """The policy without its adapters, or a copy of it as it is now."""
+    if hasattr(peft_or_bare(policy), "disable_adapter"):
+        return AdapterOffReference(policy)
+    return FrozenReference(copy.deepcopy(peft_or_bare(policy)))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -16,27 +13,29 @@ from torch import Tensor, nn
 
 from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.nn.ppo import (
-    AdapterOffReference,
     AdaptiveKL,
     Critic,
     FixedKL,
-    FrozenReference,
     Reference,
     SeparateCritic,
     Sequences,
-    SharedCritic,
 )
-from gemma_ext.nn.ppo.adapters import peft_or_bare
-from gemma_ext.nn.ppo.critic import width_of
-from gemma_ext.ppo import checkpoint, experience, metrics
+from gemma_ext.ppo import checkpoint, experience, metrics, state
 from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.history import History, live_metrics
 from gemma_ext.ppo.memory import Plan, plan
 from gemma_ext.ppo.prompts import Prompts
 from gemma_ext.ppo.ranks import rank, world
 from gemma_ext.ppo.rewards import Responses, Rewards
-from gemma_ext.ppo.rollout import Generate, Rollout, Sampler, seed_of
-from gemma_ext.ppo.setup import ends_of, pad_of, without_dropout
+from gemma_ext.ppo.rollout import Rollout, Sampler, seed_of
+from gemma_ext.ppo.setup import (
+    critic_of,
+    ends_of,
+    pad_of,
+    reference_of,
+    sampler_of,
+    without_dropout,
+)
 from gemma_ext.ppo.update import Update
 from gemma_ext.progress import progress_bar
 
@@ -100,8 +99,8 @@ class PPOTrainer:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.device = next(policy.parameters()).device
         self.pad, self.ends = pad_of(tokenizer), ends_of(config, policy, tokenizer)
-        self.reference = reference if reference is not None else _default_reference(policy)
-        self.critic = self._critic(value) if config.has_critic else None
+        self.reference = reference if reference is not None else reference_of(policy)
+        self.critic = critic_of(value, policy).to(self.device) if config.has_critic else None
         own = [self.critic.model] if isinstance(self.critic, SeparateCritic) else []
         without_dropout(config, policy, *own)
         self.prompts = (
@@ -114,7 +113,7 @@ class PPOTrainer:
             if isinstance(rewards, Rewards)
             else Rewards(rewards, tokenizers=reward_tokenizers, device=self.device)
         )
-        self.sampler = sampler or _sampler(config, self.ends, self.pad)
+        self.sampler = sampler or sampler_of(config, self.ends, self.pad)
         self.update = Update(config, policy, self.critic, self.reference)
         self.control = (
             FixedKL(config.kl_coef)
@@ -269,31 +268,14 @@ class PPOTrainer:
 
     def save(self) -> None:
         """Writes the checkpoint; the one before stays until it is whole."""
-        state = {
-            "step": self.step,
-            "weights": checkpoint.local(self.update.trained()),
-            "update": self.update.state_dict(),
-            "control": self.control.state_dict(),
-            "reference": self.reference.state_dict(),
-            "rewards": self.rewards.state_dict(),
-            "random": checkpoint.random_states(),
-            "before": json.dumps(self.before),
-        }
-        checkpoint.write(self.folder, self.step, self._run(), state)
+        checkpoint.write(self.folder, self.step, self._run(), state.of(self))
 
     def resume(self) -> bool:
         """Takes up the checkpoint of the folder, if there is one."""
-        state = checkpoint.read(self.folder, self._run())
-        if state is None:
+        kept = checkpoint.read(self.folder, self._run())
+        if kept is None:
             return False
-        self.step = state["step"]
-        checkpoint.restore(self.update.trained(), state["weights"])
-        self.update.load_state_dict(state["update"])
-        self.control.load_state_dict(state["control"])
-        self.reference.load_state_dict(state["reference"])
-        self.rewards.load_state_dict(state["rewards"])
-        checkpoint.set_random_states(state["random"])
-        self.before = json.loads(state["before"])
+        state.restore(self, kept)
         self.history.read(self.step)
         if rank() == 0:
             self.history.write()
@@ -307,36 +289,6 @@ class PPOTrainer:
         rows = self.prompts.order(start, mine, self.config.seed)
         return [row for row in rows for _ in range(times)]
 
-    def _critic(self, value: Critic | nn.Module | None) -> Critic:
-        if isinstance(value, Critic):
-            return value.to(self.device)
-        if value is None:
-            return SharedCritic(width_of(self.policy)).to(self.device)
-        return SeparateCritic(value).to(self.device)
-
     def _run(self) -> dict[str, Any]:
         """What a resumed run has to share with the one before, as JSON has it."""
-        settings = asdict(self.config)
-        for name in ("output_dir", "logging_steps", "save_steps", "sample_prompts"):
-            del settings[name]
-        sizes = [p.numel() for p in self.update.trained()]
-        return {
-            **settings,
-            "prompts": len(self.prompts),
-            "rewards": self.rewards.names,
-            "weights": f"{len(sizes)} tensors, {sum(sizes)}",
-        }
-
-
-def _sampler(config: PPOConfig, ends: Sequence[int], pad: int) -> Sampler:
-    if config.rollouts == "generate":
-        return Generate(config, ends, pad)
-    from gemma_ext.ppo.engine_rollout import EngineSampler
-
-    return EngineSampler(config, ends, pad)
-
-
-def _default_reference(policy: nn.Module) -> Reference:
-    if hasattr(peft_or_bare(policy), "disable_adapter"):
-        return AdapterOffReference(policy)
-    return FrozenReference(copy.deepcopy(peft_or_bare(policy)))
+        return state.identity(self)

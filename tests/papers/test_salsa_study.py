@@ -124,7 +124,7 @@ def test_tuning_is_a_function_of_its_seed(folder):
 
 
 def settings(**changes):
-    given = {"steps": 2, "batch": 4, "length": 5, "betas": (0.1, 0.3), "every": 1}
+    given = {"steps": 2, "batch": 4, "length": 5, "betas": (0.1,), "every": 1}
     return study.Setting(**{**given, **changes})
 
 
@@ -162,7 +162,7 @@ def records(folder, parents, tmp_path_factory):
 
 
 def test_a_study_measures_every_method_along_the_way(records):
-    assert len(records) == len(study.METHODS) * 2 * 2
+    assert len(records) == len(study.METHODS) * 2
     for record in records:
         assert [point["step"] for point in record["points"]] == [0, 1, 2]
         first = record["points"][0]
@@ -193,7 +193,7 @@ def test_differences_are_at_equal_divergence(records):
             ]
             assert difference.mean == pytest.approx(sum(pairs) / 2)
     rows = study.ends(records, ("reward",))
-    assert len(rows) == len(study.METHODS) * 2
+    assert len(rows) == len(study.METHODS)
     assert all(row["seeds"] == 2 for row in rows)
 
 
@@ -290,7 +290,7 @@ def test_the_command_trains_and_compares(parents, folder, held, rewards, tmp_pat
     )
     assert "expected salsa.json in" in str(ran("compare", tmp_path).exception)
     refused = ran("train", *common, "--out", tmp_path / "y", "--kl-warmup", "soon")
-    assert "kl_warmup: expected a int, got 'soon'" in str(refused.exception)
+    assert "kl_warmup: expected int, got 'soon'" in str(refused.exception)
 
 
 def test_parts_by_their_names(parents, folder, held):

@@ -237,7 +237,7 @@ def _options(flags: dict[str, str]) -> Options:
                 else:
                     found[field.name] = {"int": int, "float": float}[kind](text)
             except (KeyError, ValueError):
-                raise ValueError(f"{field.name}: expected a {kind}, got {text!r}") from None
+                raise ValueError(f"{field.name}: expected {kind}, got {text!r}") from None
     return Options(**found)
 
 

@@ -28,8 +28,8 @@ ANCHORS = {"theta_0": "the pretrained model", "sft_1": "the first parent", "soup
 CHECK_HEAD = ("seed", "before", "first parent", "second parent", "soup", "best alpha")
 ZERO_HEAD = ("method", "KL of a response at step 0", "of a token", "tokens", "with an end")
 COLLAPSE_HEAD = (
-    "run", "KL of a token at step 0", "median tokens at step 0", "at the end", "with an end",
-    "reward", "steps", "collapsed",
+    "run", "KL of a token at step 0", "held-out median tokens at step 0", "at the end",
+    "with an end", "reward", "steps", "collapsed",
 )  # fmt: skip
 DIFFERENCE_HEAD = ("method", "divergence from", "at", "reward over the baseline", "decided")
 Table = tuple[tuple[str, ...], list[list[str]]]
@@ -94,7 +94,7 @@ def collapse_table(records: Sequence[Record]) -> list[list[str]]:
         [
             record["name"],
             f"{record['zero']['kl_reference_per_token']:.3f}",
-            f"{record['zero']['length_median']:g}",
+            f"{record['points'][0]['length_median']:g}",
             f"{record['points'][-1]['length_median']:g}",
             f"{record['points'][-1]['eos_rate']:.2f}",
             f"{record['points'][-1]['reward']:.2f}",
