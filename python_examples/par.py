@@ -1,12 +1,14 @@
 """Reward shaping against reward hacking: PPO on a reward model with a planted error.
 
     python python_examples/par.py                          # four rules on the pocket
-    python python_examples/par.py --rules all --seeds 0,1,2
+    python python_examples/par.py --rules all
+    python python_examples/par.py --rules vanilla,par --seeds 1,2
     python python_examples/par.py --model google/gemma-3-270m --dtype bfloat16 --rules vanilla,par
 
-Gold counts common words; the proxy, which the policy is trained on, pays for asterisks
-too. Ten references of each prompt are drawn once. Each rule and seed is one run of PPO; reward
-models are trained on pairs with a bias for length. Finished pieces are kept in the output folder.
+Gold counts common words; the proxy, which the policy is trained on, pays for asterisks too. Ten
+references of each prompt are drawn once. Each rule and seed is one run of PPO; reward
+models are trained on pairs with a bias for length. Finished pieces are kept in the output folder,
+and the page is about all of them: rules and seeds may be added by a further call.
 """
 
 from __future__ import annotations
@@ -58,18 +60,18 @@ def main(
     settings = {"model": model, "dtype": dtype, "prompts": count, **study.facts(plan)}
     kept = Kept(out / "results.json", settings)
     drawn = study.references(plan, loaded, tokenizer, begun, out / "references.jsonl")
-    runs = []
     for seed in map(int, seeds.split(",")):
         for rule in names:
             name = f"{rule}-{seed}"
-            runs.append(
-                kept(
-                    name,
-                    lambda rule=rule, seed=seed, name=name: study.train(
-                        plan, rule, seed, loaded, tokenizer, drawn, out / "runs" / name
-                    ),
-                )
+            kept(
+                name,
+                lambda rule=rule, seed=seed, name=name: study.train(
+                    plan, rule, seed, loaded, tokenizer, drawn, out / "runs" / name
+                ),
             )
+    # the page is about all runs of the folder
+    runs = [piece for piece in kept.pieces.values() if "curves" in piece]
+    runs.sort(key=lambda run: (list(RULES).index(run["rule"]), run["seed"]))
     rows = []
     if models:
         rows = kept(

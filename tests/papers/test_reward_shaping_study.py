@@ -74,18 +74,19 @@ def test_the_page_says_what_came_out(tmp_path):
     ]
     models = [{"model": "Reg", "accuracy": 0.9, "length": 0.1, "gold": 0.5, "spread": 1.0}]
     lines = page.verdict_of(runs)
-    assert lines[0].startswith("vanilla: gold collapsed, 2.00 at the start, 4.00 at its peak")
-    assert lines[1].startswith("par: gold held")
+    assert lines[0].startswith("vanilla: gold collapsed in 1 of 1 runs; on the mean 2.00 at")
+    assert "3.00 at its peak, 1.00 at the end (33% of the peak)" in lines[0]
+    assert lines[1].startswith("par: gold collapsed in 0 of 1 runs")
     assert lines[2].endswith("a factor of 100.")
     assert page.verdict_of(runs[1:]) == lines[1:2]
     fallen = fake("vanilla", 0, [2, 4, 3, 3, 3, 3, 3, 3], [2.0] * 8)
-    assert "fell from its peak" in page.verdict_of([fallen])[0]
+    assert "collapsed in 1 of 2 runs" in page.verdict_of([fallen, runs[0]])[0]
     page.write(tmp_path / "report.html", runs, models, {"steps": "8"}, command="python x")
     html = (tmp_path / "report.html").read_text()
     for text in (lines[0], "batch 3: up", "text of par", "python x", "<svg", "Reg"):
         assert text in html
     text = page.markdown(runs, models)
-    assert "| vanilla | 1 | 2.00 | 4.00 | 1.00 | 0.25 |" in text
+    assert "| vanilla | 1 | 2.00 | 3.00 | 1.00 | 0.33 |" in text
     assert "| Reg | 0.90 | 0.10 | 0.50 | 1.00 |" in text
 
 

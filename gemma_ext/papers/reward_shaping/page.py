@@ -33,6 +33,7 @@ _CELLS = (
     ("shaped_high", ".2f"),
 )  # fmt: skip
 ORANGE = "#e08a3c"
+COLLAPSED = 0.5  # of its peak: a run whose gold ends below it
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -77,13 +78,14 @@ def verdict_of(runs: Sequence[Run]) -> list[str]:
     lines = []
     for rule in ("vanilla", "par"):
         if rule in found:
-            one = found[rule]
-            kept, end = one["kept"]["mean"], one["gold_final"]["mean"]
-            what = "collapsed" if kept < 0.5 else "fell from its peak" if kept < 0.95 else "held"
+            one, some = found[rule], grouped(runs)[rule]
+            lost = sum(summary([run])["kept"]["mean"] < COLLAPSED for run in some)
             lines.append(
-                f"{rule}: gold {what}, {one['gold_start']['mean']:.2f} at the start, "
-                f"{one['gold_peak']['mean']:.2f} at its peak, {end:.2f} at the end "
-                f"({kept:.0%} of the peak), the proxy at {one['proxy_final']['mean']:.2f}."
+                f"{rule}: gold collapsed in {lost} of {len(some)} runs; on the mean "
+                f"{one['gold_start']['mean']:.2f} at the start, {one['gold_peak']['mean']:.2f} at "
+                f"its peak, {one['gold_final']['mean']:.2f} at the end "
+                f"({one['kept']['mean']:.0%} of the peak), the proxy at "
+                f"{one['proxy_final']['mean']:.2f}."
             )
     if {"vanilla", "par"} <= found.keys():
         vanilla, par = (found[rule]["critic_final"]["mean"] for rule in ("vanilla", "par"))
