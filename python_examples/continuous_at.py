@@ -248,7 +248,14 @@ def harden(
     model = cat.with_lora(base, config)
     mixture = cat.Mixture(data.pairs(), data.useful_rows(), config.adversarial, config.seed)
     place = out / "runs" / config_name(config)
-    trainer = cat.ContinuousTrainer(model, mixture, config, place, heldout=audit.harmful[:4])
+    trainer = cat.ContinuousTrainer(
+        model,
+        mixture,
+        config,
+        place,
+        heldout=audit.harmful[:4],
+        heldout_attack=cat.Attack(model, audit.attack),
+    )
     began = time.process_time()
     trainer.run()
     seconds = time.process_time() - began
