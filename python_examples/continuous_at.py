@@ -66,7 +66,7 @@ def main(
         "out/continuous_at"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each kind.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Of the hardening.")] = 60,
+    steps: Annotated[int, typer.Option(min=1, help="Of the hardening.")] = 30,
     teaching: Annotated[int, typer.Option(min=1, help="Steps that teach, twice.")] = 120,
     rate: Annotated[float, typer.Option(help="Learning rate of the hardening.")] = 1e-3,
     teaching_rate: Annotated[float, typer.Option(help="Learning rate of the teaching.")] = 3e-3,
@@ -98,7 +98,7 @@ def main(
         more["gcg"] = partial(gcg_success, tokenizer, requests, gcg_steps)
     audit = data.audit(attack, count, more)
     common = {"steps": steps, "micro_batch": 16, "learning_rate": rate, "attack": attack}
-    common |= {"evaluate_every": max(1, steps // 6)}
+    common |= {"evaluate_every": max(1, steps // 6), "save_every": 10}
     ul = cat.TrainConfig(batch=24, adversarial=1 / 3, **common)
     # nothing holds useful answers in IPO
     ipo = cat.TrainConfig.ipo(batch=8, **common | {"learning_rate": rate / 4})
@@ -248,7 +248,14 @@ def harden(
     model = cat.with_lora(base, config)
     mixture = cat.Mixture(data.pairs(), data.useful_rows(), config.adversarial, config.seed)
     place = out / "runs" / config_name(config)
-    trainer = cat.ContinuousTrainer(model, mixture, config, place, heldout=audit.harmful[:4])
+    trainer = cat.ContinuousTrainer(
+        model,
+        mixture,
+        config,
+        place,
+        heldout=audit.harmful[:4],
+        heldout_attack=cat.Attack(model, audit.attack),
+    )
     began = time.process_time()
     trainer.run()
     seconds = time.process_time() - began
