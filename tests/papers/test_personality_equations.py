@@ -245,3 +245,14 @@ def test_no_clean_trial_is_said_and_not_chosen():
 def test_a_clean_share_has_a_lower_bound():
     assert Trial(0.0, 0.0, 1.0, 15).clean_bound == pytest.approx(0.796, abs=1e-3)
     assert Trial(0.0, 0.0, 0.5, 100).clean_bound == pytest.approx(0.404, abs=1e-3)
+
+
+def test_a_layer_that_no_strength_leaves_clean_takes_no_part():
+    trials = {
+        9: [p.Trial(0.0, 0.9, 0.8, 20), p.Trial(5.0, 1.0, 0.0, 20)],
+        12: [p.Trial(0.0, 0.2, 0.8, 20), p.Trial(4.0, 0.45, 0.95, 20)],
+        15: [p.Trial(0.0, 0.3, 1.0, 20)],
+    }
+    assert p.best_layer(trials) == (12, trials[12][1])
+    with pytest.raises(ValueError, match=r"expected one at least 0.9 clean, got 0.8 at most"):
+        p.best_layer({9: trials[9]})

@@ -28,7 +28,7 @@ What differs:
 - The adapter's base is not quantised, so that quantisation is not charged to the trait.
 """
 
-from gemma_ext.papers.personality.calibration import Trial, best, by_thirds, grid
+from gemma_ext.papers.personality.calibration import Trial, best, best_layer, by_thirds, grid
 from gemma_ext.papers.personality.comparison import Chosen, Comparison
 from gemma_ext.papers.personality.contrast import (
     OPPOSITES,
@@ -79,6 +79,7 @@ __all__ = [
     "adapted",
     "answers",
     "best",
+    "best_layer",
     "by_thirds",
     "chat",
     "contrasted",

@@ -13,7 +13,7 @@ each with draws of its own, since draws in common shut the gate at all strengths
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 CLEAN = 0.9  # the release's gate
@@ -62,6 +62,18 @@ def best(trials: Sequence[Trial], clean: float = CLEAN) -> Trial:
         top = max((trial.clean for trial in trials), default=0.0)
         raise ValueError(f"trials: expected one at least {clean} clean, got {top} at most")
     return max(fit, key=lambda trial: (trial.aligned, -abs(trial.strength)))
+
+
+def best_layer(of_layers: Mapping[int, Sequence[Trial]]) -> tuple[int, Trial]:
+    """The layer, and its `best`, that aligns most; layers without a clean trial take no part.
+
+    Raises:
+        ValueError: no trial of any layer is clean.
+    """
+    clean = {at: some for at, some in of_layers.items() if any(t.clean >= CLEAN for t in some)}
+    fit = {layer: best(some) for layer, some in (clean or of_layers).items()}
+    layer = max(fit, key=lambda at: fit[at].aligned)
+    return layer, fit[layer]
 
 
 def by_thirds(measure: Measure, low: float = -300.0, high: float = 300.0, steps: int = 8) -> Trial:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gemma_ext.lm import HuggingFaceModel, Prompt, Sampling
 from gemma_ext.ops.sae import Steering
-from gemma_ext.papers.personality.calibration import STRENGTHS, Trial, best, grid
+from gemma_ext.papers.personality.calibration import STRENGTHS, Trial, best, best_layer, grid
 from gemma_ext.papers.personality.contrast import Pair
 from gemma_ext.papers.personality.directions import contrasted, without
 from gemma_ext.papers.personality.manipulations import (
@@ -104,9 +104,8 @@ class Comparison:
         }
         chosen = {}
         for trait, of_layers in trials.items():
-            fit = {layer: best(some) for layer, some in of_layers.items()}
-            layer = max(fit, key=lambda at: fit[at].aligned)
-            chosen[trait] = Chosen(layer, directions[trait][layer], fit[layer].strength)
+            layer, trial = best_layer(of_layers)
+            chosen[trait] = Chosen(layer, directions[trait][layer], trial.strength)
         ways = [*self._taught(), *self._steered(chosen, directions, limits)]
         found = [self._answers(way) for way in ways]
         (plain,) = [each for each in found if (each.method, each.trait) == ("steering", None)]
