@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gemma_ext.papers.personality import bbq, directions
-from gemma_ext.papers.personality.calibration import Trial, best, by_thirds, grid
+from gemma_ext.papers.personality.calibration import Trial, best, best_layer, by_thirds, grid
 from gemma_ext.papers.personality.paired import difference, holm, mcnemar
 from gemma_ext.papers.personality.stability import Row, levels, ranges, stability
 
@@ -249,10 +249,10 @@ def test_a_clean_share_has_a_lower_bound():
 
 def test_a_layer_that_no_strength_leaves_clean_takes_no_part():
     trials = {
-        9: [p.Trial(0.0, 0.9, 0.8, 20), p.Trial(5.0, 1.0, 0.0, 20)],
-        12: [p.Trial(0.0, 0.2, 0.8, 20), p.Trial(4.0, 0.45, 0.95, 20)],
-        15: [p.Trial(0.0, 0.3, 1.0, 20)],
+        9: [Trial(0.0, 0.9, 0.8, 20), Trial(5.0, 1.0, 0.0, 20)],
+        12: [Trial(0.0, 0.2, 0.8, 20), Trial(4.0, 0.45, 0.95, 20)],
+        15: [Trial(0.0, 0.3, 1.0, 20)],
     }
-    assert p.best_layer(trials) == (12, trials[12][1])
+    assert best_layer(trials) == (12, trials[12][1])
     with pytest.raises(ValueError, match=r"expected one at least 0.9 clean, got 0.8 at most"):
-        p.best_layer({9: trials[9]})
+        best_layer({9: trials[9]})
