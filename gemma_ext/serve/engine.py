@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from gemma_ext.serve.config import PAGE, EngineConfig
+from gemma_ext.serve.flight import Flight
 from gemma_ext.serve.kv import HostStore
 from gemma_ext.serve.protocol import Event, Limits, Request, Stats, Token
-from gemma_ext.serve.router import Flight, Router
+from gemma_ext.serve.router import Router
 from gemma_ext.serve.runner import PROMPT, ModelRunner, Rows
 from gemma_ext.serve.stats import Latencies
 from gemma_ext.serve.trace import Trace

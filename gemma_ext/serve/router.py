@@ -16,7 +16,7 @@ hears of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from gemma_ext.ops.depth_batching.head import HeadExit
 from gemma_ext.serve.exits import ON_HEAD, REMEMBERING
+from gemma_ext.serve.flight import DRAWN, LEFT, TOLD, Flight
 from gemma_ext.serve.policies import WRITTEN
 from gemma_ext.serve.protocol import MOST_LOGPROBS, Request
 from gemma_ext.serve.route import ENDED, FIELDS, FREE, HEAD, PARKED, READY, Chosen, Route, Shape
@@ -35,54 +36,6 @@ if TYPE_CHECKING:
 
 MOST_STOPS = 16  # stop ids of a request that the device knows; the host knows all
 _LEAST_ROWS = 8
-_TOLD = ("id", "row", "pos", "token", "depth", "filled", "how")
-_DRAWN, _PARKED = 1, 2
-
-
-class News(NamedTuple):
-    """What a tick did, on the host.
-
-    Attributes:
-        drawn, parked: int64 [n, 6] request, row, position, token (of parked ones none), depth, and
-            the positions that have all loops.
-        ran: rows, current ones, owed ones and loops of the block.
-        sampled: of `drawn`.
-    """
-
-    drawn: np.ndarray
-    parked: np.ndarray
-    ran: tuple[int, ...]
-    sampled: Sampled
-
-
-class Flight:
-    """A tick under way, and the copies of what it tells."""
-
-    def __init__(self, told: Tensor, likely: tuple[Tensor, ...] | None) -> None:
-        self._event = None
-        if told.device.type != "cuda":
-            self._told, self._likely = told.clone(), likely and tuple(x.clone() for x in likely)
-            return
-        self._told, self._likely = _fetch(told), likely and tuple(map(_fetch, likely))
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def land(self) -> News:
-        """Waits for the tick."""
-        if self._event is not None:
-            self._event.synchronize()
-        told = self._told.numpy()
-        how = told[1:, 6]
-        drawn, parked = (told[1:, :6][how == kind] for kind in (_DRAWN, _PARKED))
-        at = torch.from_numpy(np.flatnonzero(how == _DRAWN))
-        ids = torch.from_numpy(drawn[:, 3].astype(np.int32))
-        likely = (None,) * 3 if self._likely is None else (x[at] for x in self._likely)
-        return News(drawn, parked, tuple(told[0, :4].tolist()), Sampled(ids, *likely))
-
-
-def _fetch(x: Tensor) -> Tensor:
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return host.copy_(x, non_blocking=True)
 
 
 class Router:
@@ -118,7 +71,7 @@ class Router:
         self.tables: Tensor | None = None
         self.now = zeros(1)
         told = 1 + min(shape.width, shape.requests)
-        self.told = zeros(told, len(_TOLD))
+        self.told = zeros(told, len(TOLD))
         most = min(CANDIDATES, head.vocabulary)
         self.top = min(most, MOST_LOGPROBS)
         self.likely = (
@@ -317,7 +270,7 @@ class Router:
         self._put_back(on & ~leaves, row, READY)
         self._put_back(parks, row, PARKED)
         filled = route.done[row].gather(1, (route.last[row] - 1).clamp(min=0).unsqueeze(1))
-        how = _DRAWN * drawn.long() + _PARKED * parks.long()
+        how = DRAWN * drawn.long() + LEFT * parks.long()
         columns = (route.id[row], row, pos, ids.long(), run, filled.squeeze(1), how)
         self.told[1:] = torch.stack(columns, 1)
         self._settle(torch.where(drawn, row, n), ids)
