@@ -35,8 +35,8 @@ def write(folder: Path, step: int, run: Mapping[str, Any], state: Mapping[str, A
         dist.barrier()
     if rank() == 0:
         files.write_json(folder / POINTER, {"step": step, "world": world(), "run": dict(run)})
-        for other in folder.glob("checkpoint-*.pt"):
-            # also what a killed run left
+        for other in folder.glob("checkpoint-*.pt*"):
+            # also what a killed run left, half written files included
             if not other.name.startswith(f"checkpoint-{step}-"):
                 other.unlink(missing_ok=True)
 

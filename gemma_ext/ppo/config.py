@@ -21,7 +21,7 @@ class PPOConfig:
 
     Args:
         output_dir: folder of checkpoint, history, report and model.
-        total_episodes: responses of the whole run; the last step may be short of some.
+        total_episodes: responses of the whole run, rounded up to whole batches.
         per_device_train_batch_size: responses of one backward.
         gradient_accumulation_steps: backwards of one optimiser step.
         num_mini_batches: optimiser steps of an epoch over a batch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,7 @@ class Prompts:
         rows = read_prompts(source) if isinstance(source, (str, Path)) else list(source)
         self.rows = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
         self.tokenizer, self.max_length = tokenizer, max_length
+        self._digest: str | None = None
         if not self.rows:
             raise ValueError("prompts: expected at least one, got none")
         for place, row in enumerate(self.rows):
@@ -56,6 +58,16 @@ class Prompts:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> str:
+        """Of all rows and columns, as far as JSON has them."""
+        if self._digest is None:
+            found = hashlib.blake2b(digest_size=16)
+            for row in self.rows:
+                text = json.dumps(row, default=_plain)
+                found.update(text.encode() + b"\n")
+            self._digest = found.hexdigest()
+        return self._digest
 
     def order(self, start: int, count: int, seed: int) -> list[int]:
         """Rows at places start .. start + count of an endless walk that shuffles every round."""
@@ -99,6 +111,10 @@ class Prompts:
         """The other columns of some rows."""
         names = [name for name in self.rows[0] if name not in ("prompt", "input_ids", "completion")]
         return {name: [self.rows[row][name] for row in rows] for name in names}
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
 
 
 def read_prompts(source: str | Path) -> list[dict[str, Any]]:

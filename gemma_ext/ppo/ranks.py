@@ -35,6 +35,22 @@ def gathered(value: Any) -> list[Any]:
     return found
 
 
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+    """The norm of the gradients, which is brought to `limit`, sharded ones beside whole ones."""
+    kinds = [
+        [p for p in parameters if isinstance(p, DTensor) is sharded] for sharded in (False, True)
+    ]
+    norms = []
+    for kind in filter(None, kinds):
+        norm = nn.utils.get_total_norm([p.grad for p in kind if p.grad is not None])
+        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    if limit is not None:
+        for kind in filter(None, kinds):
+            nn.utils.clip_grads_with_norm_(kind, limit, total)
+    return float(total)
+
+
 def mean_of(values: Mapping[str, Sequence[float] | Tensor]) -> dict[str, float]:
     """Means over the ranks of all finite numbers under each name, those of some ranks included."""
     sums: dict[str, list[float]] = {}

@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -126,8 +127,10 @@ class Rewards:
     def mode(self, training: bool) -> None:
         """Whether shapers that remember what they saw go on learning."""
         for _, function in self._with_state():
-            if hasattr(function, "train"):
-                function.train(training)
+            if not training and hasattr(function, "eval"):
+                function.eval()
+            elif hasattr(function, "train"):
+                function.train(*([] if training else [False]))
 
     def _with_state(self) -> list[tuple[str, Any]]:
         return [
@@ -147,7 +150,7 @@ class Rewards:
             arguments = _accepted(function, _arguments(responses))
             given = function(**arguments)
             if inspect.isawaitable(given):
-                given = asyncio.run(_awaited(given))
+                given = _finished(given)
         if not isinstance(given, Tensor):
             given = torch.tensor([float("nan") if r is None else float(r) for r in given])
         if given.shape != (len(responses.prompts),):
@@ -231,6 +234,16 @@ def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[s
         return arguments
     names = {p.name for p in taken}
     return {name: value for name, value in arguments.items() if name in names}
+
+
+def _finished(given: Any) -> Any:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(_awaited(given))
+    # a notebook's loop is running in this thread, and cannot be entered again
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _awaited(given)).result()
 
 
 async def _awaited(given: Any) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gemma_ext.nn._models import unwrap
 from gemma_ext.nn.ppo import (
@@ -102,7 +103,13 @@ def sampler_of(config: PPOConfig, ends: Sequence[int], pad: int) -> Sampler:
 
 
 def reference_of(policy: nn.Module) -> Reference:
-    """The policy without its adapters, or a copy of it as it is now."""
+    """The policy without its adapters, or a copy of it as it is now.
+
+    Raises:
+        ValueError: a sharded policy, which cannot be copied.
+    """
     if hasattr(peft_or_bare(policy), "disable_adapter"):
         return AdapterOffReference(policy)
+    if any(isinstance(p, DTensor) for p in policy.parameters()):
+        raise ValueError("reference: expected one beside a sharded policy, got None")
     return FrozenReference(copy.deepcopy(peft_or_bare(policy)))

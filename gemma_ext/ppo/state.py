@@ -46,7 +46,8 @@ def identity(trainer: PPOTrainer) -> dict[str, Any]:
     sizes = [p.numel() for p in trainer.update.trained()]
     return {
         **{name: v for name, v in asdict(trainer.config).items() if name not in _FREE},
-        "prompts": len(trainer.prompts),
+        "prompts": trainer.prompts.digest(),
         "rewards": trainer.rewards.names,
+        "weights of the rewards": trainer.rewards.weights,
         "weights": f"{len(sizes)} tensors, {sum(sizes)}",
     }

@@ -135,7 +135,6 @@ class PPOTrainer:
             if rank() == 0:
                 self.history.write()
         live = live_metrics(self.folder / "tensorboard") if rank() == 0 else None
-        self.rewards.mode(training=True)
         with progress_bar("ppo", self.steps, self.show_progress and rank() == 0) as advance:
             advance(self.step)
             while self.step < self.steps:
@@ -157,6 +156,7 @@ class PPOTrainer:
         """One batch: its metrics over all ranks."""
         config, began = self.config, time.perf_counter()
         coef = self.control.coef
+        self.rewards.mode(training=True)
         rows = self._rows(self.step)
         rollout = self.respond(rows, seed_of(config.seed, "draw", self.step))
         drawn = time.perf_counter()
@@ -220,7 +220,7 @@ class PPOTrainer:
     def score(
         self, rows: Sequence[int], sequences: Sequences
     ) -> tuple[Tensor, Responses, dict[str, Tensor]]:
-        """Scores [B], nan where there is none; what was scored; the rewards of each function."""
+        """Scores [B], nan where none is finite; what was scored; the rewards of each function."""
         ids = [
             row[real].tolist()
             for row, real in zip(sequences.responses, sequences.response_mask, strict=True)
@@ -242,7 +242,7 @@ class PPOTrainer:
         if self.config.missing_eos_penalty is not None:
             ended = metrics.ended(sequences, self.ends)
             scores = scores - self.config.missing_eos_penalty * (~ended).float()
-        return scores, responses, each
+        return scores.masked_fill(~scores.isfinite(), float("nan")), responses, each
 
     def samples(self) -> list[dict[str, Any]]:
         """Responses to the first prompts with seeds of their own, and their scores."""

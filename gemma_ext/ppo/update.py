@@ -26,7 +26,7 @@ from gemma_ext.nn.ppo import (
 from gemma_ext.nn.ppo.critic import Critic
 from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.experience import Experience
-from gemma_ext.ppo.ranks import Gradients, everyone
+from gemma_ext.ppo.ranks import Gradients, clip_gradients, everyone
 from gemma_ext.ppo.rollout import seed_of
 
 
@@ -124,9 +124,7 @@ class Update:
         for name, group, optimiser in zip(
             ("policy", "value"), self.groups, self.optimisers, strict=False
         ):
-            limit = self.config.max_grad_norm
-            norm = nn.utils.clip_grad_norm_(group, float("inf") if limit is None else limit)
-            norms[f"{name}/grad_norm"] = float(getattr(norm, "full_tensor", lambda n=norm: n)())
+            norms[f"{name}/grad_norm"] = clip_gradients(group, self.config.max_grad_norm)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return self._metrics(seen) | norms

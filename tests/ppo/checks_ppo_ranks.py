@@ -1,7 +1,7 @@
 """Two gloo ranks against one process that has the batches of both: `checks_ppo_ranks.py DIR KIND`.
 
-KIND: "plain" weights, "ddp" (DistributedDataParallel), "fsdp" (FSDP2: `fully_shard`), or "pieces"
-(two ranks, in two goes).
+KIND: "plain" weights, "ddp" (DistributedDataParallel), "fsdp" (FSDP2, interrupted), "fsdp critic"
+(one of its own, sharded too), "fsdp root" (in one unit), or "pieces" (two ranks, in two goes).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from toy_ppo import LIKED, tiny, trainer, weights
 
@@ -35,17 +36,24 @@ def interrupt(made, step, line):
     raise Interrupted
 
 
+def sharded(model, kind: str):
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers if kind != "fsdp root" else ():
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 def run(folder: Path, kind: str, world: int, *, stop: bool = False) -> PPOTrainer:
     policy, reference = tiny(), {}
-    if kind in ("ddp", "fsdp"):
-        reference = {"reference": FrozenReference(tiny())}
-    if kind == "fsdp" and world > 1:
-        mesh = init_device_mesh("cpu", (world,))
-        for layer in policy.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(policy, mesh=mesh)
     if kind == "ddp":
+        reference = {"reference": FrozenReference(tiny())}
         policy = DistributedDataParallel(policy) if world > 1 else policy
+    if kind.startswith("fsdp"):
+        reference = {"reference": FrozenReference(tiny())}
+        if kind == "fsdp critic":
+            critic = tiny(seed=3)
+            reference["value"] = sharded(critic, kind) if world > 1 else critic
+        policy = sharded(policy, kind) if world > 1 else policy
     # large epsilon: Adam's first step is the sign of a gradient, which rounding may turn
     made = trainer(
         folder,
@@ -68,10 +76,8 @@ def run(folder: Path, kind: str, world: int, *, stop: bool = False) -> PPOTraine
 
 def state_of(made: PPOTrainer) -> dict:
     found = {
-        name.replace("policy.module.", "policy."): getattr(
-            value, "full_tensor", lambda v=value: v
-        )()
-        for name, value in weights(made).items()
+        k.replace("policy.module.", "policy."): v.full_tensor() if isinstance(v, DTensor) else v
+        for k, v in weights(made).items()
     }
     return {"weights": found, "history": list(made.history)}
 
@@ -80,7 +86,7 @@ def rank_main(rank: int, folder: Path, kind: str) -> None:
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    if kind == "pieces":
+    if kind in ("pieces", "fsdp"):
         run(folder / "two", kind, 2, stop=True)
     made = run(folder / "two", kind, 2)
     torch.save(state_of(made), folder / f"{rank}.pt")

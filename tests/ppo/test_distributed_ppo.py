@@ -12,7 +12,10 @@ import pytest
 CHECKS = Path(__file__).with_name("checks_ppo_ranks.py")
 
 
-@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp", "pieces"])
+_SHARDED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp critic", "fsdp root")]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp", *_SHARDED, "pieces"])
 def test_two_ranks_are_one(kind, tmp_path):
     done = subprocess.run(
         [sys.executable, str(CHECKS), str(tmp_path), kind],

@@ -46,10 +46,18 @@ def adapter_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:
     Raises:
         ValueError: there is none of that name.
     """
-    found = [p for full, p in model.named_parameters() if name in full.split(".")]
-    if not found or name not in peft_model(model).peft_config:
-        known = ", ".join(peft_model(model).peft_config)
-        raise ValueError(f"expected an adapter named {name}, got {known}")
+    inner = peft_model(model)
+    # peft keeps those of a module in dicts by adapter; a module of the model may have the same name
+    places = [m for m in inner.modules() if isinstance(m, (nn.ModuleDict, nn.ParameterDict))]
+    own = {
+        id(p)
+        for place in places
+        if name in place
+        for p in (place[name].parameters() if isinstance(place, nn.ModuleDict) else [place[name]])
+    }
+    found = [p for p in model.parameters() if id(p) in own]
+    if not found or name not in inner.peft_config:
+        raise ValueError(f"expected an adapter named {name}, got {', '.join(inner.peft_config)}")
     return found
 
 

@@ -81,7 +81,8 @@ class AdapterCritic(Critic):
     ) -> None:
         super().__init__(head or ValueHead(width_of(policy)))
         self.adapter = adapter
-        self.own = adapter_parameters(policy, adapter)
+        # peft freezes an adapter that is added beside the active one
+        self.own = [p.requires_grad_(True) for p in adapter_parameters(policy, adapter)]
         # a plain attribute: the policy's parameters are not the critic's
         self.policy = (policy,)
 

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from gemma_ext.nn._defer_head import defer_head
 from gemma_ext.nn._deferred_logits import DeferredLogits, LossOptions
 from gemma_ext.nn._models import output_head, unwrap
+from gemma_ext.nn.ppo.adapters import peft_or_bare
 from gemma_ext.nn.ppo.sequences import Sequences
 from gemma_ext.ops.cce import linear_logprobs
 from gemma_ext.ops.cce.divergence import divergence_rows
@@ -77,10 +78,10 @@ def read(model: nn.Module, sequences: Sequences, where: Tensor | None = None) ->
             with its head.
     """
     bare = unwrap(model)
-    for part in {model, bare}:
-        if isinstance(part, FSDPModule):
-            part.unshard()  # of the root's weights the head is one, looked at before the call
     options = LossOptions(type(bare).__name__, filter_eps=None, remedy=_REMEDY)
+    for part in {model, peft_or_bare(model), bare}:
+        if isinstance(part, FSDPModule):
+            part.unshard()  # before the head is looked at; the forward would do it a moment later
     with defer_head(output_head(bare), options):
         output = model(**model_inputs(bare, sequences), return_dict=True)
     logits = output.logits

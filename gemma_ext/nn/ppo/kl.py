@@ -68,4 +68,5 @@ def full_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     [N, V] tensors.
     """
     share = logprobs.exp()
-    return torch.where(share > 0, share * (logprobs - ref_logprobs), 0).sum(-1)
+    # the difference is masked, not the product, whose gradient would be 0 * inf
+    return (share * torch.where(share > 0, logprobs - ref_logprobs, 0)).sum(-1)

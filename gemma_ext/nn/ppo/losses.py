@@ -84,7 +84,8 @@ def value_loss(
         return ValueLoss(plain / 2, torch.zeros_like(plain, dtype=torch.bool))
     if not clip > 0:
         raise ValueError(f"expected clip to be None or positive, got {clip}")
-    bounded = (old_values + (values - old_values).clamp(-clip, clip) - returns).square()
+    # clamped in place: V_old + (V - V_old) would differ from V in the last bit, and seem clipped
+    bounded = (values.clamp(old_values - clip, old_values + clip) - returns).square()
     return ValueLoss(torch.maximum(plain, bounded) / 2, bounded > plain)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.nn.ppo.adapters import peft_model, without
+from gemma_ext.nn.ppo.adapters import adapter_parameters, peft_model, without
 from gemma_ext.nn.ppo.hidden import HiddenHead, read
 from gemma_ext.nn.ppo.sequences import Sequences
 
@@ -73,11 +73,22 @@ class AdapterOffReference:
 
     Raises:
         TypeError: a policy without adapters.
+        ValueError: one that trains more than adapters, with which the reference would move.
     """
 
     def __init__(self, policy: nn.Module) -> None:
         self.policy = policy
-        peft_model(policy)
+        adapters = {
+            id(p)
+            for name in peft_model(policy).peft_config
+            for p in adapter_parameters(policy, name)
+        }
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad and id(parameter) not in adapters:
+                raise ValueError(
+                    f"policy: expected only adapters to train beside a reference without them, "
+                    f"got {name}"
+                )
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:

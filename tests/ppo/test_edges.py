@@ -1,0 +1,161 @@
+"""Edges of a run: infinite scores, other data, adapters that peft froze, leftovers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+import torch
+from ppo_tiny import PROMPTS, adapted, count_words, tiny_model, trainer
+
+from gemma_ext.nn.ppo import AdapterCritic, AdapterOffReference, full_kl, value_loss
+from gemma_ext.nn.ppo.adapters import adapter_parameters
+from gemma_ext.ppo import Rewards
+from gemma_ext.ppo.command import join_ranks
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo", "remax", "reinforce++"])
+def test_an_infinite_score_is_none(advantage, tmp_path):
+    """As log(0) is: it must not reach the baselines of its neighbours."""
+
+    def scores(worst):
+        def reward(completions, **columns):
+            return [worst if i % 4 == 1 else float(i) for i in range(len(completions))]
+
+        return reward
+
+    changed = {"total_episodes": 8, "advantage": advantage, "num_generations": 4}
+    found = []
+    for worst in (float("-inf"), None):
+        made = trainer(tmp_path / str(worst), rewards=scores(worst), changed=changed)
+        made.train()
+        found.append([p.clone() for p in made.policy.parameters()])
+    for infinite, none in zip(*found, strict=True):
+        assert torch.equal(infinite, none)
+        assert bool(none.isfinite().all())
+
+
+def test_full_kl_has_a_gradient_beside_impossible_tokens():
+    logits = torch.tensor([[0.3, 0.1, float("-inf")]], requires_grad=True)
+    full_kl(logits.log_softmax(-1), torch.tensor([[0.5, 0.25, 0.25]]).log()).sum().backward()
+    two = torch.tensor([[0.3, 0.1]], requires_grad=True)
+    full_kl(two.log_softmax(-1), torch.tensor([[0.5, 0.25]]).log()).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.cat([two.grad, torch.zeros(1, 1)], 1))
+
+
+def test_a_value_inside_the_clip_is_not_counted_as_clipped():
+    torch.manual_seed(0)
+    old = 0.05 * torch.randn(20000)
+    values = old + 0.38 * torch.rand(20000) - 0.19
+    inside = (values > old - 0.2) & (values < old + 0.2)
+    assert not (value_loss(values, old, torch.randn(20000)).clipped & inside).any()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        ({"prompts": [*PROMPTS[:-1], "w13"]}, "prompts"),
+        ({"rewards": Rewards(count_words(), [2.0])}, "weights of the rewards"),
+    ],
+)
+def test_other_data_of_the_same_size_is_another_run(other, named, tmp_path):
+    trainer(tmp_path, changed={"total_episodes": 8}).train()
+    with pytest.raises(ValueError, match=rf"is of another run \({named} differ\)"):
+        trainer(tmp_path, changed={"total_episodes": 8}, **other).train()
+
+
+class Learning:
+    """With `train` and `eval` that take no argument."""
+
+    def __init__(self):
+        self.modes, self.learns = [], True
+
+    def __call__(self, completions, **columns):
+        self.modes.append(self.learns)
+        return [0.0] * len(completions)
+
+    def train(self):
+        self.learns = True
+
+    def eval(self):
+        self.learns = False
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
+def test_samples_amid_training_do_not_stop_a_shaper(tmp_path):
+    reward = Learning()
+
+    def look(made, step, line):
+        made.samples()
+
+    changed = {"total_episodes": 16, "sample_prompts": 1}
+    trainer(tmp_path, rewards=reward, callbacks=[look], changed=changed).train()
+    # the samples before; then two steps, each with its look
+    assert reward.modes == [False, True, False, True, False]
+
+
+def test_an_async_reward_where_a_loop_is_running(tmp_path):
+    async def reward(completions, **columns):
+        await asyncio.sleep(0)
+        return [1.0] * len(completions)
+
+    async def notebook():
+        return trainer(tmp_path, rewards=reward, changed={"total_episodes": 8}).train()
+
+    assert asyncio.run(notebook())["objective/scores"] == [1.0]
+
+
+def test_half_written_files_of_a_killed_run_go(tmp_path):
+    tmp_path.joinpath("checkpoint-7-0.pt.1234.tmp").write_bytes(b"half")
+    trainer(tmp_path, changed={"total_episodes": 8}).train()
+    assert [p.name for p in tmp_path.glob("checkpoint-*.pt*")] == ["checkpoint-1-0.pt"]
+
+
+def test_an_adapter_that_peft_froze_is_trained_as_a_critic(tmp_path):
+    peft = pytest.importorskip("peft")
+    policy = adapted(tiny_model())
+    policy.add_adapter("value", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    before = [p.clone() for p in adapter_parameters(policy, "value")]
+    made = trainer(tmp_path, policy, value=AdapterCritic(policy), changed={"total_episodes": 16})
+    made.train()
+    after = adapter_parameters(policy, "value")
+    assert all(p.requires_grad for p in after)
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_module_of_the_models_own_is_no_adapter():
+    peft = pytest.importorskip("peft")
+    made = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(r=2, target_modules=["v_proj"]), adapter_name="self_attn"
+    )
+    own = adapter_parameters(made, "self_attn")
+    assert len(own) == 4  # A and B of two layers
+
+
+def test_a_reference_without_adapters_may_not_move_with_the_base():
+    peft = pytest.importorskip("peft")
+    policy = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="policy"
+    )
+    AdapterOffReference(policy)
+    next(p for n, p in policy.named_parameters() if "norm" in n).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"policy: expected only adapters to train .* got .*norm"):
+        AdapterOffReference(policy)
+
+
+def test_every_rank_has_a_card_of_its_own(monkeypatch):
+    done = {}
+    monkeypatch.setattr(os, "environ", {"WORLD_SIZE": "4", "LOCAL_RANK": "3"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: done.update(card=place))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda kind: done.update(backend=kind)
+    )
+    join_ranks()
+    assert done == {"card": 3, "backend": "cpu:gloo,cuda:nccl"}
