@@ -190,6 +190,13 @@ def test_xstest(tmp_path):
     assert rows["contrast_homonyms", False].rate == 1.0
 
 
+def test_silence_does_not_comply():
+    requests = [over_refusal.Request("a", "x"), over_refusal.Request("b", "x")]
+    answers = iter(["", " \n"])
+    report = over_refusal.over_refusal(ScriptedModel(lambda messages: next(answers)), requests)
+    assert report.verdicts == ("refuses", "refuses")
+
+
 def test_xstest_with_labels(tmp_path):
     path = tmp_path / "xstest.csv"
     path.write_text("prompt,type,label\na,contrast_x,safe\nb,x,Unsafe\n")

@@ -185,6 +185,42 @@ def test_an_interrupted_run_gives_the_same_bits(tmp_path, config):
     assert [line["step"] for line in whole.history()] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("config", [UL, IPO])
+def test_an_interrupted_run_without_an_adapter_gives_the_same_bits(tmp_path, config):
+    """Its embeddings are trained too, which the radius is relative to."""
+    config = replace(config, learning_rate=1e-3, attack=replace(ATTACK, eps_rel=0.05))
+
+    def made(out):
+        mixture = Mixture(PAIRS, USEFUL, config.adversarial)
+        return ContinuousTrainer(tiny().requires_grad_(True), mixture, config, out)
+
+    whole = made(tmp_path / "whole")
+    whole.run(show_progress=False)
+    made(tmp_path / "parts").run(show_progress=False, stop_after=2)
+    (tmp_path / "parts" / "references.json").unlink(missing_ok=True)
+    last = made(tmp_path / "parts")
+    last.run(show_progress=False)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(last)[name]), name
+
+
+def test_references_of_another_model_are_not_taken_over(tmp_path):
+    """As a run leaves them that ends before its first checkpoint."""
+    config = replace(IPO, steps=1, save_every=0)
+    row = PAIRS[0].safe
+    path = tmp_path / "references.json"
+    trainer(tmp_path, config).references.compute(TargetLoss(tiny()), [row], show_progress=False)
+    assert path.exists()
+    other = tiny()
+    with torch.no_grad():
+        other.model.norm.weight.add_(0.5)
+    expected = -float(TargetLoss(other).means(Batch([row])).detach())
+    mixture = Mixture(PAIRS, USEFUL, 1.0)
+    made = ContinuousTrainer(with_lora(other, config), mixture, config, tmp_path)
+    made.run(show_progress=False)
+    assert float(made.references([row])) == pytest.approx(expected, abs=1e-5)
+
+
 def test_metrics_tell_what_happened(tmp_path):
     made = trainer(
         tmp_path,

@@ -172,6 +172,19 @@ def test_gradient_in_the_score():
         assert torch.autograd.gradcheck(lambda x, f=f: f(x, q), r)
 
 
+def test_masked_references_have_no_gradient_whatever_they_hold():
+    r, q = batch(12)
+    mask = torch.ones_like(q, dtype=torch.bool)
+    mask[0, 2:] = False
+    poisoned = torch.where(mask, q, math.nan)
+    r.requires_grad_()
+    for f in (rules.sigmoid, rules.tanh, rules.polynomial, rules.centred, rules.lsc, rules.sgfc):
+        (found,) = torch.autograd.grad(f(r, poisoned, mask).sum(), r)
+        (first,) = torch.autograd.grad(f(r[:1], q[:1, :2]).sum(), r)
+        torch.testing.assert_close(found[:1], first[:1])
+        assert torch.isfinite(found).all()
+
+
 def test_masked_references_do_not_count_whatever_they_hold():
     r, q = batch(11)
     mask = torch.rand(q.shape, generator=torch.Generator().manual_seed(0)) < 0.6

@@ -126,6 +126,12 @@ def test_the_best_alpha_is_found_between_points_of_the_grid():
     assert fine.best == pytest.approx(0.65, abs=0.08)
 
 
+@pytest.mark.timeout(60)
+def test_a_sweep_of_one_point_has_nothing_to_refine():
+    one, two = heads_only(2)
+    assert salsa.alpha_sweep([one, two], [text(1)], grid=[0.5], refine=3).alphas == (0.5,)
+
+
 def test_of_equal_alphas_the_middle_is_taken():
     assert salsa.Alphas((0.0, 0.5, 1.0), (2.0, 2.0, 2.0)).best == 0.5
 

@@ -269,8 +269,8 @@ def test_a_run_ends_where_responses_collapse(start, tmp_path):
         )
 
     run = made()
-    run.zero = {**run._step_zero(), "length_median": 1000.0}
-    (tmp_path / "step_zero.json").write_text(json.dumps(run.zero))
+    zero = {**run._step_zero(), "length_median": 1000.0}
+    run._step_zero = lambda: zero
     run.train()
     assert run.step == 2
     assert "the policy has collapsed" in run.stopped
@@ -285,10 +285,22 @@ def test_a_run_ends_where_responses_collapse(start, tmp_path):
 def test_without_patience_a_run_goes_on(start, tmp_path):
     reference = salsa.SoupReference([start[0], near(start[0], 1)])
     made = trainer(SalsaTrainer, tmp_path, start, reference, Options(collapse_patience=None))
-    made.zero = {**made._step_zero(), "length_median": 1000.0}
-    (tmp_path / "step_zero.json").write_text(json.dumps(made.zero))
+    zero = {**made._step_zero(), "length_median": 1000.0}
+    made._step_zero = lambda: zero
     made.train()
     assert made.step == 2
+    assert made.stopped is None
+
+
+def test_step_zero_of_a_run_without_a_checkpoint_is_not_taken_for_anothers(start, tmp_path):
+    """A run that ended before its first checkpoint leaves the file behind."""
+    far = {"kl_reference_per_token": 9.0, "length_median": 1000.0}
+    (tmp_path / "step_zero.json").write_text(json.dumps(far))
+    reference = salsa.SoupReference([start[0], near(start[0], 1)])
+    made = trainer(SalsaTrainer, tmp_path, start, reference, Options(subtract_step_zero=True))
+    made.train()
+    assert made.zero["length_median"] <= 6
+    assert json.loads((tmp_path / "step_zero.json").read_text()) == made.zero
     assert made.stopped is None
 
 

@@ -98,7 +98,8 @@ class Perturbed:
                     stack.enter_context(_measuring(self.blocks[site], batch, found, site))
                 self.loss(batch, self.embeddings(batch.ids))
         if EMBEDDINGS in self.sites:
-            if self._mean_norm is None:
+            # embeddings that are trained move
+            if self._mean_norm is None or self.embeddings.module.weight.requires_grad:
                 self._mean_norm = self.embeddings.mean_norm()
             count = len(batch.places[0])
             found[EMBEDDINGS] = torch.full((count,), self._mean_norm, device=batch.device)

@@ -25,13 +25,16 @@ class References:
 
     Args:
         path: JSON file that keeps them; what it holds is not computed again.
+        model: what tells models apart; a file of another model is written over.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path | None = None, model: str = "") -> None:
+        self.path, self.model = path, model
         self._values: dict[str, float] = {}
         if path is not None and path.exists():
-            self._values = json.loads(path.read_text())
+            kept = json.loads(path.read_text())
+            if kept.get("model") == model:
+                self._values = kept["values"]
 
     @torch.no_grad()
     def compute(
@@ -52,7 +55,8 @@ class References:
                 self._values.update(zip(names, (-means).tolist(), strict=True))
         if self.path is not None:
             with replacing(self.path) as beside:
-                beside.write_text(json.dumps(self._values, indent=1) + "\n")
+                kept = {"model": self.model, "values": self._values}
+                beside.write_text(json.dumps(kept, indent=1) + "\n")
 
     def __call__(self, rows: Sequence[Row]) -> Tensor:
         """Float32 [R].

@@ -89,13 +89,14 @@ class ContinuousTrainer:
         self.heldout, self.probes = tuple(heldout), dict(probes or {})
         self.attack = Attack(model, config.attack)
         self.heldout_attack = heldout_attack or self.attack
-        self.references = References(self.out / REFERENCES) if config.loss == "ipo" else None
+        base = _digest(model)
+        self.references = References(self.out / REFERENCES, base) if config.loss == "ipo" else None
         self.objective = Objective(self.attack.perturbed, config, self.references)
         self.optimiser = torch.optim.AdamW(
             self.trained.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.step = 0
-        self._run = {**config.identity(), "base": _digest(model), "data": _digest_of(mixture)}
+        self._run = {**config.identity(), "base": base, "data": _digest_of(mixture)}
 
     def run(self, *, show_progress: bool = True, stop_after: int | None = None) -> None:
         """All steps that are left.
@@ -103,11 +104,12 @@ class ContinuousTrainer:
         Args:
             stop_after: end the call after this many steps in all, as an interruption would.
         """
-        self.resume()
         if self.references is not None:
             rows = [row for pair in self.mixture.adversarial for row in (pair.safe, pair.harmful)]
             loss = self.attack.perturbed.loss
+            # before weights that may have no adapter to switch off are those of the checkpoint
             self.references.compute(loss, rows, show_progress=show_progress)
+        self.resume()
         last = min(stop_after or self.config.steps, self.config.steps)
         self.model.train()
         with progress_bar("hardening", self.config.steps, show_progress) as advance:
@@ -215,10 +217,11 @@ def _due(step: int, every: int) -> bool:
 
 
 def _digest(model: nn.Module) -> str:
-    """Of the weights that are not trained."""
+    """Of the weights before training: those of an adapter, which can be switched off, left out."""
     found = hashlib.blake2b(digest_size=16)
+    whole = not hasattr(model, "disable_adapter")
     for name, p in sorted(model.named_parameters()):
-        if not p.requires_grad:
+        if whole or not p.requires_grad:
             found.update(name.encode())
             found.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()

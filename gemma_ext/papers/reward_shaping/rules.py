@@ -93,7 +93,11 @@ def _mean(
     f: Callable[[Tensor], Tensor], r: Tensor, q: Tensor | None, mask: Tensor | None
 ) -> Tensor:
     """f(r), or the mean of f(r - q_m) over the references that the mask keeps."""
-    return f(r) if q is None else _over(f(r[:, None] - q), mask) / _count(q, mask)
+    if q is None:
+        return f(r)
+    if mask is not None:  # before f: a gradient of 0 times NaN is NaN
+        q = torch.where(mask, q, 0.0)
+    return _over(f(r[:, None] - q), mask) / _count(q, mask)
 
 
 def _over(values: Tensor, mask: Tensor | None) -> Tensor:

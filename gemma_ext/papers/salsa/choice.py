@@ -129,7 +129,7 @@ def _golden(
     left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
     for alpha in (left, right)[:points]:
         found[alpha] = loss(alpha)
-    while len(found) < points:
+    for _ in range(points - 2):
         if found[left] <= found[right]:
             high, right = right, left
             left = high - _GOLDEN * (high - low)

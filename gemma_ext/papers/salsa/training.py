@@ -19,6 +19,7 @@ from gemma_ext.nn.ppo.kl_control import FixedKL
 from gemma_ext.papers.salsa.checks import SHORT, Collapse, step_zero
 from gemma_ext.papers.salsa.folder import read_json, write_json
 from gemma_ext.ppo import Generate, History, PPOConfig, PPOTrainer
+from gemma_ext.ppo.checkpoint import POINTER
 from gemma_ext.ppo.experience import TokenScores
 from gemma_ext.ppo.metrics import ended
 from gemma_ext.ppo.ranks import gathered, mean_of, rank
@@ -121,8 +122,10 @@ class SalsaTrainer(PPOTrainer):
 
     def train(self) -> History:
         place = self.folder / STEP_ZERO
-        self.zero = read_json(place) if place.exists() else self._step_zero()
-        if rank() == 0 and not place.exists():
+        # without a checkpoint, which is held against this run, the file may be another run's
+        known = (self.folder / POINTER).exists() and place.exists()
+        self.zero = read_json(place) if known else self._step_zero()
+        if rank() == 0 and not known:
             write_json(place, self.zero)
         self.collapse = Collapse(
             [self.zero["length_median"]],
