@@ -46,5 +46,5 @@ def test_peak_is_flat_in_response_length(tmp_path, estimator):
         made.train_step()
         held[length] = peak() - start
     whole = ROWS * 48 * V * 4 / 2**20  # 188 MiB, of which eager PPO holds several; draws take 40
-    assert held[48] - held[4] < whole / 6
+    assert held[48] - held[4] < whole / 2
     assert torch.isfinite(policy.model.layers[0].mlp.down_proj.weight).all()
