@@ -206,7 +206,7 @@ def test_an_interrupted_run_without_an_adapter_gives_the_same_bits(tmp_path, con
 
 def test_references_of_another_model_are_not_taken_over(tmp_path):
     """As a run leaves them that ends before its first checkpoint."""
-    config = replace(IPO, steps=1, save_every=0)
+    config = replace(IPO, steps=1)
     row = PAIRS[0].safe
     path = tmp_path / "references.json"
     trainer(tmp_path, config).references.compute(TargetLoss(tiny()), [row], show_progress=False)
