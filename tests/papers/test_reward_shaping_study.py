@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import string
 import sys
 from pathlib import Path
 
@@ -104,6 +106,9 @@ def test_biased_pairs_prefer_gold_or_length():
         assert planted.gold(pair.chosen) > planted.gold(pair.rejected)
     for pair in reward_study.biased_pairs(rows, planted, 50, 0, bias=1.0):
         assert len(pair.chosen.split()) > len(pair.rejected.split())
+    alike = [References("p", ("x y z", "z y x"), (0.0,) * 2)]
+    with pytest.raises(ValueError, match="expected responses that differ, got 0 of 5 pairs"):
+        reward_study.biased_pairs(alike, planted, 5, 0, bias=0.0)
 
 
 def test_prompts_are_the_beginnings_of_docstrings(example):
@@ -114,11 +119,14 @@ def test_prompts_are_the_beginnings_of_docstrings(example):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on(example, tmp_path, capsys):
+def test_a_run_goes_on(example, tmp_path, capsys, monkeypatch):
+    # an untrained model writes letters
+    letters = Planted(words=tuple(string.ascii_lowercase))
+    monkeypatch.setattr(study, "Plan", functools.partial(study.Plan, planted=letters))
     texts = [document.text for document in pocket.documents(30_000)]
     options = {
         "model": str(tiny_gemma.base(tmp_path / "model", texts)), "device": "cpu",
-        "dtype": "float32", "out": tmp_path / "out", "rules": "vanilla,par,ceil", "seeds": "0,1",
+        "dtype": "float32", "out": tmp_path / "out", "rules": "vanilla,par", "seeds": "0,1",
         "steps": 4, "batch": 4, "length": 6, "rate": 1e-3, "beta": 0.005, "count": 6,
         "references": 3, "models": 2,
     }  # fmt: skip

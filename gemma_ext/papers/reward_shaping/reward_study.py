@@ -24,22 +24,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEMBERS = 3  # of WARM; the study has five
+TRIES = 200  # draws for each pair, before responses count as all alike
 
 
 def biased_pairs(
     rows: Sequence[References], planted: Planted, count: int, seed: int, bias: float = 0.25
 ) -> list[Pair]:
-    """Pairs with a preference by gold; the share `bias` of them by length."""
+    """Pairs with a preference by gold; the share `bias` of them by length.
+
+    Raises:
+        ValueError: too few responses differ.
+    """
     rng = random.Random(seed)
     found: list[Pair] = []
-    while len(found) < count:
+    for _ in range(TRIES * count):
         row = rng.choice(rows)
         a, b = (_cut(text, rng) for text in rng.sample(row.completions, 2))
         by_length = rng.random() < bias
         worth = [float(len(t.split())) if by_length else planted.gold(t) for t in (a, b)]
         if worth[0] != worth[1]:
             found.append(Pair(row.prompt, *((a, b) if worth[0] > worth[1] else (b, a))))
-    return found
+        if len(found) == count:
+            return found
+    raise ValueError(f"rows: expected responses that differ, got {len(found)} of {count} pairs")
 
 
 def compare(
