@@ -168,6 +168,7 @@ def test_public_names():
         "LinearCrossEntropy",
         "LinearCrossEntropyOutput",
         "LinearDivergenceOutput",
+        "LinearLogprobsOutput",
         "VocabState",
         "__version__",
         "linear_cross_entropy",
