@@ -33,7 +33,7 @@ PARTS = {
         "not seeds and not thread and not (float32 and 300)"
         " and not (reported and not (jsd and 1.0))",
     ),
-    "logprobs": ("test_logprobs.py test_logprobs_rows.py", "not held and not compiler"),
+    "logprobs": ("test_head_logprobs.py test_logprobs_rows.py", "not held and not compiler"),
     "soup": ("test_soup_values.py test_soup_merge.py test_soup_population.py", "not large_results"),
     "soup_selection": (
         "test_soup_select.py test_soup_sums.py test_soup_rows.py",
