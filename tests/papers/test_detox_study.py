@@ -172,9 +172,22 @@ def test_each_tier_subtracts_where_it_says(tier):
         "per_input": codes.any(1).cummax(0).values[:, None].expand_as(codes),
         "per_token": codes,
     }
-    rows = torch.nn.functional.normalize(sae.decoder[[2, 9]], dim=-1)
-    truth = STATES[0] - (gates[tier].float() * torch.tensor([1.5, 4.0])) @ rows
+    truth = STATES[0] - (gates[tier].float() * torch.tensor([1.5, 4.0])) @ sae.decoder[[2, 9]]
     torch.testing.assert_close(steer(STATES, plan.steering(sae))[0], truth)
+
+
+def test_scale_may_lie_in_codes_or_in_rows():
+    """As of a dictionary whose input scale was folded into its file."""
+    sae, folded = dictionary(), dictionary()
+    with torch.no_grad():
+        folded.encoder /= 64
+        folded.decoder *= 64
+    before, after = (
+        steer(STATES, plan_of(2, 9, reference=s, tier="constant").steering(given))
+        for given, s in ((sae, 4.0), (folded, 4.0 / 64))
+    )
+    assert not torch.equal(before, STATES)
+    torch.testing.assert_close(after, before)
 
 
 def test_other_modes_take_alpha_as_a_share():

@@ -1,6 +1,6 @@
 """Three tiers of the same subtraction, and a file that says which.
 
-    x'_t = x_t - sum_j g_tj alpha_j s_j d_j            d_j: unit decoder row of latent j
+    x'_t = x_t - sum_j g_tj alpha_j s_j d_j            d_j: decoder row of latent j
 
 | tier      | g_tj                                                                        |
 |-----------|-----------------------------------------------------------------------------|
@@ -9,7 +9,8 @@
 |           | up to t ("causal"), or among the last tokens ("window")                      |
 | per_token | 1 where latent j fires at t                                                 |
 
-s_j is the largest activation seen, M_j, by default; 1 and the mean norm of the states are choices.
+s_j is the largest activation seen, M_j, by default, so that alpha 1 takes away the most that latent
+j ever writes, whatever part of its scale is in the decoder's rows.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Intervention:
     Attributes:
         model, layer, sae: names of the model and of the dictionary of the block's output.
         latents: that are steered.
-        mode: "add" subtracts alpha ref_max of the unit direction; the other modes of `Steering`
+        mode: "add" subtracts alpha ref_max of the decoder row; the other modes of `Steering`
             change the latent's code and take alpha as the share of the change.
         tier: when, as above.
         input_scope: of per_input.
@@ -89,13 +90,11 @@ class Intervention:
         """For `steer_hook` and sweeps, whose factors multiply every alpha."""
         alpha = torch.tensor([latent.alpha for latent in self.latents])
         reference = torch.tensor([latent.ref_max for latent in self.latents])
-        adds = self.mode == "add"
         per_input = {"scope": self.input_scope, "window": self.window}
         return latent_steering(
             sae,
             [latent.id for latent in self.latents],
-            unit=adds,
-            strength=-alpha * reference if adds else alpha,
+            strength=-alpha * reference if self.mode == "add" else alpha,
             mode=self.mode,
             gate=self.tier,
             gate_threshold=self.gate_threshold,
