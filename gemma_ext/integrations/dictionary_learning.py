@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ext import files
 from gemma_ext.integrations import _dictionaries as dictionaries
-from gemma_ext.integrations import _files as files
 from gemma_ext.nn.sparse_autoencoder import (
     BatchTopK,
     Gated,

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 from gemma_ext.extras import require
+from gemma_ext.files import read_pickle
 from gemma_ext.integrations import (
     crosscoder_files,
     dictionary_learning,
@@ -26,7 +27,6 @@ from gemma_ext.integrations import (
     saelens,
     sparsify,
 )
-from gemma_ext.integrations._files import read_pickle
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder
 
 _LOAD: dict[str, Callable[[Path], SparseAutoencoder]] = {

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.nn import functional
 
+from gemma_ext import files
 from gemma_ext.integrations import _dictionaries as dictionaries
-from gemma_ext.integrations import _files as files
 from gemma_ext.nn.sparse_autoencoder import GroupMax, SparseAutoencoder, TopK
 from gemma_ext.ops.sae import Codes, decode, encode_group_max, encode_topk
 

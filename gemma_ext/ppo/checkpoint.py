@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from gemma_ext.integrations import _files as files
+from gemma_ext import files
 from gemma_ext.ppo.ranks import rank, world
 
 POINTER = "checkpoint.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gemma_ext.nn.ppo import AGGREGATIONS, KL_ESTIMATORS
+from gemma_ext.nn.ppo import AGGREGATIONS, KL_ESTIMATORS, SCALES
 
 ADVANTAGES = ("gae", "rloo", "grpo", "remax", "reinforce++")
 _SCHEDULES = ("linear", "cosine", "constant")
@@ -130,8 +130,19 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip: expected None or above 1, got {self.dual_clip}")
+        if self.kl_target is not None and self.kl_horizon < self.local_batch_size:
+            raise ValueError(
+                f"kl_horizon: expected at least the {self.local_batch_size} responses of a batch, "
+                f"got {self.kl_horizon}"
+            )
         for name, options in (
             ("advantage", ADVANTAGES),
+            ("scale_rewards", SCALES),
             ("kl_estimator", (*KL_ESTIMATORS, "full")),
             ("kl_in", ("reward", "loss")),
             ("aggregation", AGGREGATIONS),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.integrations import _files as files
+from gemma_ext import files
 from gemma_ext.nn._models import unwrap
 from gemma_ext.nn.ppo import Critic, SeparateCritic, ValueHead
 from gemma_ext.nn.ppo.adapters import peft_or_bare

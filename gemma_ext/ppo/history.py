@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.integrations import _files as files
+from gemma_ext import files
 
 METRICS = "history.jsonl"
 

@@ -49,5 +49,6 @@ def identity(trainer: PPOTrainer) -> dict[str, Any]:
         "prompts": trainer.prompts.digest(),
         "rewards": trainer.rewards.names,
         "weights of the rewards": trainer.rewards.weights,
+        "reference": getattr(trainer.reference, "identity", type(trainer.reference).__name__),
         "weights": f"{len(sizes)} tensors, {sum(sizes)}",
     }

@@ -172,6 +172,11 @@ class PPOTrainer:
             sequences.ids, sequences.mask, sequences.response_mask & scored.unsqueeze(1)
         )
         sampled = rollout.logprobs
+        if sampled is None and config.importance_cap is not None:
+            raise ValueError(
+                "importance_cap: expected a sampler that gives log-probabilities, got "
+                f"{type(self.sampler).__name__}, which gives none"
+            )
         if sampled is not None:
             sampled = known.pack(sequences.unpack(sampled))
         found = self.score_tokens(known)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from gemma_ext.integrations import _files as files
+from gemma_ext import files
 from gemma_ext.integrations.sae_files import save_dictionary
 from gemma_ext.integrations.saelens import save_saelens
 from gemma_ext.nn.sparse_autoencoder import (

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.integrations import _files as files
+from gemma_ext import files
 from gemma_ext.lm.huggingface import evaluating
 from gemma_ext.lm.identity import identity
 from gemma_ext.sae.sites import Site, capture, find_site

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from gemma_ext import files
 from gemma_ext.extras import require
-from gemma_ext.integrations import _files as files
 from gemma_ext.nn.sparse_autoencoder import (
     DeadLatents,
     Loss,

@@ -8,7 +8,7 @@ import torch
 from foreign_dictionaries import DICTIONARY_LEARNING, D, F, K, M, N, close
 from safetensors.torch import load_file, save_file
 
-from gemma_ext.integrations import _files
+from gemma_ext import files
 from gemma_ext.integrations.crosscoder_files import load_crosscoder, save_crosscoder
 from gemma_ext.integrations.dictionary_learning import (
     load_dictionary_learning,
@@ -482,7 +482,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     (tmp_path / "cfg.json").write_text("before")
 
     def fail():
-        with _files.replacing(tmp_path / "cfg.json") as beside:
+        with files.replacing(tmp_path / "cfg.json") as beside:
             beside.write_text("half")
             raise RuntimeError
 

@@ -126,15 +126,33 @@ def test_a_run_goes_on_where_it_stopped(tmp_path):
     done = runs.complete(lm, cases, answers, Sampling(max_tokens=9), chat=False)
     assert len(lm.asked) == 4
     assert harmbench.read_completions(answers) == done
-    # other test cases of a behaviour are asked anew
+    # other test cases of a behaviour are asked anew, and other behaviours stay in the file
     runs.complete(lm, {"a_1": ["Else"]}, answers, chat=False)
     assert len(lm.asked) == 5
+    assert harmbench.read_completions(answers)["b_2"] == done["b_2"]
 
     made = runs.label(done, BEHAVIORS, judges.RefusalStrings(), answers)
     assert [one.label for found in made.values() for one in found] == [True, False] * 2
     assert harmbench.read_completions(answers) == made
     with pytest.raises(ValueError, match="expected completions of the 1 behaviours, got some of"):
         runs.label(done, BEHAVIORS[:1], judges.RefusalStrings())
+
+
+def test_answers_are_kept_as_they_come(tmp_path):
+    answers = tmp_path / "completions.json"
+    cases = {f"b{number:02}": [f"ask {number}"] for number in range(runs.AT_ONCE + 3)}
+
+    def dies(prompt):
+        if prompt == f"ask {runs.AT_ONCE}":
+            raise KeyboardInterrupt
+        return "Yes."
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.complete(ScriptedModel(dies), cases, answers, chat=False)
+    assert list(harmbench.read_completions(answers)) == list(cases)[: runs.AT_ONCE]
+    lm = ScriptedModel(lambda prompt: "Yes.")
+    assert list(runs.complete(lm, cases, answers, chat=False)) == list(cases)
+    assert len(lm.asked) == 3
 
 
 def test_chats_are_asked_in_messages():

@@ -267,3 +267,9 @@ def test_grpo_of_trl_trains_with_it(tmp_path):
     assert all("length/raw" in row and "length/saturated" in row for row in logs)
     assert (tmp_path / "out" / "checkpoint-2" / "reward_shaping.json").exists()
     assert len(reward.monitor.history) == 2
+
+
+def test_a_score_that_is_no_number_names_its_row():
+    reward = shape(lambda prompts, completions, **columns: [None, 1.0, math.nan], "sigmoid")
+    with pytest.raises(ValueError, match="expected finite scores, got nan in row 2"):
+        call(reward, ["", "a", "b"])

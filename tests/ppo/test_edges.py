@@ -7,11 +7,19 @@ import os
 
 import pytest
 import torch
-from ppo_tiny import PROMPTS, adapted, count_words, tiny_model, trainer
+from ppo_tiny import (
+    PROMPTS,
+    adapted,
+    count_words,
+    fixed,
+    random_sequences,
+    tiny_model,
+    trainer,
+)
 
-from gemma_ext.nn.ppo import AdapterCritic, AdapterOffReference, full_kl, value_loss
+from gemma_ext.nn.ppo import AdapterCritic, AdapterOffReference, AdaptiveKL, full_kl, value_loss
 from gemma_ext.nn.ppo.adapters import adapter_parameters
-from gemma_ext.ppo import Rewards
+from gemma_ext.ppo import PPOConfig, Rewards
 from gemma_ext.ppo.command import join_ranks
 
 
@@ -159,3 +167,35 @@ def test_every_rank_has_a_card_of_its_own(monkeypatch):
     )
     join_ranks()
     assert done == {"card": 3, "backend": "cpu:gloo,cuda:nccl"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ({"gamma": 1.1}, r"gamma: expected a number in \[0, 1\], got 1.1"),
+        ({"lam": -0.1}, r"lam: expected a number in \[0, 1\], got -0.1"),
+        ({"dual_clip": 0.5}, "dual_clip: expected None or above 1, got 0.5"),
+        ({"scale_rewards": "row"}, "scale_rewards: expected one of group, batch, none, got 'row'"),
+        (
+            {"kl_target": 6.0, "kl_horizon": 4},
+            "kl_horizon: expected at least the 8 responses of a batch, got 4",
+        ),
+    ],
+)
+def test_settings_are_refused_before_a_rollout(setting, told):
+    with pytest.raises(ValueError, match=told):
+        PPOConfig(**setting)
+
+
+def test_beta_does_not_change_its_sign():
+    control = AdaptiveKL(0.1, target=6.0, horizon=10)
+    assert control.update(0.0, 200) == 0.0
+
+
+def test_a_cap_of_importance_needs_a_sampler_that_tells(tmp_path):
+    def silent(policy, prompts, seeds, **options):
+        return fixed(random_sequences(rows=len(prompts)))(policy, prompts, seeds)
+
+    made = trainer(tmp_path, sampler=silent, changed={"importance_cap": 2.0})
+    with pytest.raises(ValueError, match="importance_cap: expected a sampler that gives"):
+        made.train_step()

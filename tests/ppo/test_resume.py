@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy_ppo import lines, tiny, trainer, weights
 
-from gemma_ext.nn.ppo import AdapterCritic
+from gemma_ext.nn.ppo import AdapterCritic, FrozenReference
 from gemma_ext.nn.ppo.adapters import with_adapters
 from gemma_ext.ppo.checkpoint import POINTER
 from gemma_ext.ppo.history import METRICS
@@ -101,7 +101,8 @@ def test_leftovers_of_a_killed_run_do_no_harm(tmp_path):
     [
         ({"learning_rate": 1e-4}, "learning_rate"),
         ({"seed": 7, "cliprange": 0.1}, "cliprange, seed"),
-        ({"parts": {"policy": tiny(num_hidden_layers=1)}}, "weights"),
+        ({"parts": {"policy": tiny(num_hidden_layers=1)}}, "reference, weights"),
+        ({"parts": {"reference": FrozenReference(tiny(seed=5))}}, "reference"),
     ],
 )
 def test_another_run_is_refused(changed, named, tmp_path):

@@ -54,5 +54,6 @@ class AdaptiveKL(FixedKL):
         if math.isnan(kl):
             return self.coef
         error = min(max(kl / self.target - 1, -self.limit), self.limit)
-        self.coef *= 1 + error * samples / self.horizon
+        # a batch of more than 1 / limit horizons would turn the sign
+        self.coef *= max(0.0, 1 + error * samples / self.horizon)
         return self.coef

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from gemma_ext.nn.ppo.adapters import adapter_parameters, peft_model, without
 from gemma_ext.nn.ppo.hidden import HiddenHead, read
@@ -42,10 +44,14 @@ class FrozenReference:
 
     Args:
         model: of transformers; put in evaluation mode, its parameters without gradients.
+
+    Attributes:
+        identity: tells references apart that a resumed run must not confuse.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.identity = f"{type(self).__name__} {_sample(model)}"
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:
@@ -63,6 +69,16 @@ class FrozenReference:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+def _sample(model: nn.Module) -> str:
+    """Digest of the first values of every parameter; of sharded ones, of their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        if not isinstance(parameter, DTensor):
+            digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class AdapterOffReference:

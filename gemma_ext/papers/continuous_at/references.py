@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_ext.files import replacing
 from gemma_ext.lm.huggingface import evaluating
-from gemma_ext.papers.continuous_at.files import replacing
 from gemma_ext.papers.continuous_at.prompts import Batch, Row
 from gemma_ext.papers.continuous_at.target_loss import TargetLoss
 from gemma_ext.progress import track

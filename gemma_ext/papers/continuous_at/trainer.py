@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from gemma_ext.extras import require
+from gemma_ext.files import read_pickle, replacing, write_pickle
 from gemma_ext.papers.continuous_at.attack import Attack
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import Mixture, Pair
-from gemma_ext.papers.continuous_at.files import read_state, replacing, write_state
 from gemma_ext.papers.continuous_at.objective import Objective
 from gemma_ext.papers.continuous_at.probes import attacked_loss
 from gemma_ext.papers.continuous_at.references import References
@@ -170,7 +170,7 @@ class ContinuousTrainer:
             "trained": {name: p.detach() for name, p in self.trained.items()},
             "optimiser": self.optimiser.state_dict(),
         }
-        write_state(self.out / CHECKPOINT, state)
+        write_pickle(self.out / CHECKPOINT, state)
 
     def resume(self) -> bool:
         """Takes up the checkpoint, if there is one.
@@ -181,7 +181,7 @@ class ContinuousTrainer:
         place = self.out / CHECKPOINT
         if not place.exists():
             return False
-        state = read_state(place)
+        state = read_pickle(place)
         before, now = json.loads(state["run"]), json.loads(json.dumps(self._run))
         if before != now:
             differing = [k for k, v in now.items() if before.get(k) != v]

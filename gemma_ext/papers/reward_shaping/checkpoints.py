@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from gemma_ext.extras import require
+from gemma_ext.files import write_json
 from gemma_ext.papers.reward_shaping.hooks import ShapedReward
 
 FILE = "reward_shaping.json"
@@ -17,11 +17,7 @@ FILE = "reward_shaping.json"
 def save_state(folder: str | Path, rewards: Sequence[ShapedReward]) -> Path:
     """Writes the states of shaped rewards, by name, into a folder of a checkpoint."""
     path = Path(folder) / FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    state = {reward.__name__: reward.state_dict() for reward in rewards}
-    beside.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_json(path, {reward.__name__: reward.state_dict() for reward in rewards})
     return path
 
 

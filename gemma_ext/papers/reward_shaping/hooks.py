@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -129,6 +130,11 @@ class ShapedReward:
         rows = [at for at, value in enumerate(values) if value is not None]
         # a tensor keeps its dtype; numbers of Python become float32
         scores = raw if isinstance(raw, Tensor) else torch.tensor([float(values[r]) for r in rows])
+        for row in rows:
+            if not math.isfinite(values[row]):
+                raise ValueError(
+                    f"{self.__name__}: expected finite scores, got {values[row]} in row {row}"
+                )
         references = lengths = None
         if self.shaper.shaping.needs_references or (self.monitor and self.column in columns):
             if columns.get(self.column) is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from gemma_ext.files import replacing
 from gemma_ext.lm import LanguageModel, Sampling
 from gemma_ext.papers.reward_shaping.hooks import COLUMN, RewardFunction
 from gemma_ext.progress import track
@@ -95,12 +96,12 @@ def draw_references(
 
     Args:
         policy: before training; references of the policy in training would hold PAR at one half.
-        reward: of TRL's signature.
+        reward: called with prompts and completions alone, no ids.
         path: JSON lines, rewritten after every batch of prompts.
         identity: of `fingerprint`.
 
     Raises:
-        ValueError: the file has references of another identity.
+        ValueError: the file has references of another identity; a score that is not finite.
     """
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
@@ -114,6 +115,12 @@ def draw_references(
         drawn = policy.generate(rows, sampling)
         texts = [completion.text for completion in drawn]
         found = torch.as_tensor(reward(rows, texts)).double().tolist()
+        if not all(map(math.isfinite, found)):
+            bad = next(at for at, score in enumerate(found) if not math.isfinite(score))
+            raise ValueError(
+                f"reward: expected finite scores, got {found[bad]} for {texts[bad]!r} to "
+                f"{rows[bad]!r}"
+            )
         for at, prompt in enumerate(some):
             own = slice(at * count, (at + 1) * count)
             lengths = tuple(completion.tokens for completion in drawn[own])
@@ -124,13 +131,10 @@ def draw_references(
 
 def write_references(path: str | Path, rows: Iterable[References], identity: str) -> None:
     """JSON lines behind a line with the identity."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"identity": identity})]
     lines += [json.dumps(dataclasses.asdict(row), ensure_ascii=False) for row in rows]
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(Path(path)) as beside:
+        beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def read_references(path: str | Path, identity: str) -> list[References]:

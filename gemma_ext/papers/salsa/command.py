@@ -11,8 +11,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from gemma_ext.files import read_json, write_json
 from gemma_ext.papers.salsa import page
-from gemma_ext.papers.salsa.folder import read_json, record, save, write_json
+from gemma_ext.papers.salsa.folder import record, save
 from gemma_ext.papers.salsa.opening import (
     CHOICES,
     REFERENCES,

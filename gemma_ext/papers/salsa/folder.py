@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemma_ext.files import read_json, write_json
 from gemma_ext.papers.salsa.soup import Weights
 from gemma_ext.souping.live import parameters_of
 
@@ -68,18 +68,6 @@ def record(
         "sha256": digest(soup),
         "checks": dict(checks or {}),
     }
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a file beside its place and renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def save(

@@ -77,6 +77,10 @@ class MultiReference:
             raise ValueError("expected at least one model, got none")
         self.weights = check_weights(weights or uniform(len(models)), len(models))
         self.references = [FrozenReference(model) for model in models]
+        self.identity = [
+            [weight, reference.identity]
+            for weight, reference in zip(self.weights, self.references, strict=True)
+        ]
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:
@@ -137,6 +141,7 @@ class MovingReference(FrozenReference):
             raise ValueError(f"expected rounding to be nearest or stochastic, got {rounding!r}")
         super().__init__(model)
         self.decay, self.every, self.rounding, self.seed = decay, every, rounding, seed
+        self.identity = [self.identity, decay, every, rounding, shadow, seed]
         self.moves = 0
         self.shadow: dict[str, Tensor] | None = None
         if shadow:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from gemma_ext.files import read_json, write_json
 from gemma_ext.nn.ppo import Reference, Sequences, sequence_sum
 from gemma_ext.nn.ppo.kl_control import FixedKL
 from gemma_ext.papers.salsa.checks import SHORT, Collapse, step_zero
-from gemma_ext.papers.salsa.folder import read_json, write_json
 from gemma_ext.ppo import Generate, History, PPOConfig, PPOTrainer
 from gemma_ext.ppo.checkpoint import POINTER
 from gemma_ext.ppo.experience import TokenScores

@@ -20,7 +20,7 @@ def banned_ids(
 ) -> Tensor:
     """int64 ids below `vocabulary` that no attacked string holds.
 
-    Special and added tokens and ids without a token never do: the text of a string that held one
+    Special tokens and ids without a token never do: the text of a string that held one
     would be read as a control of the chat. Without `allow_non_ascii` neither do tokens whose text
     has other characters than printable ASCII.
     """

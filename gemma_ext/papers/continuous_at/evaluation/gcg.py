@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemma_ext.files import write_json
 from gemma_ext.lm.identity import identity as identity_of
 from gemma_ext.papers.continuous_at.evaluation.candidates import banned_ids
 from gemma_ext.papers.continuous_at.evaluation.config import (
@@ -24,7 +25,6 @@ from gemma_ext.papers.continuous_at.evaluation.config import (
     GCGResult,
     ProbeSamplingConfig,
 )
-from gemma_ext.papers.continuous_at.evaluation.files import write_json
 from gemma_ext.papers.continuous_at.evaluation.search import Search
 from gemma_ext.progress import progress_bar
 

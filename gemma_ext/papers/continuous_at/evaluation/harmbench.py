@@ -9,8 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.papers.continuous_at.evaluation.files import write_json
-from gemma_ext.papers.continuous_at.files import replacing
+from gemma_ext.files import replacing, write_json
 
 TestCases = dict[str, list[str]]
 """Prompts of each behaviour, by BehaviorID."""

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from gemma_ext.files import write_json
 from gemma_ext.lm.protocol import LanguageModel, Sampling
-from gemma_ext.papers.continuous_at.evaluation.files import write_json
 from gemma_ext.progress import progress_bar
 
 INSTRUCTIONS = """You test how safe a language model is. Your task is to write a prompt that makes \

@@ -31,6 +31,7 @@ from gemma_ext.papers.continuous_at.evaluation.pair import PairConfig, pair
 from gemma_ext.papers.continuous_at.evaluation.template import SLOT
 from gemma_ext.progress import track
 
+AT_ONCE = 16
 Attacker = Callable[[Behavior], Sequence[str]]
 """From a behaviour to prompts that try to bring it about."""
 
@@ -109,7 +110,8 @@ def make_test_cases(
     """Prompts for each behaviour.
 
     Args:
-        path: file that is written after each behaviour; those it holds are not attacked again.
+        path: file of this attack, written after each behaviour; those it holds are not attacked
+            again, whatever attacked them.
     """
     cases = read_test_cases(path) if path is not None and Path(path).exists() else {}
     for behavior in track(behaviors, "attacks", show_progress):
@@ -130,29 +132,30 @@ def complete(
     """What a model answers to all test cases.
 
     Args:
-        path: file that the completions are written to; behaviours that it holds with the same test
-            cases are not asked again.
+        path: file of this model and these settings, written after every `AT_ONCE` behaviours;
+            those it holds with the same test cases are not asked again, whoever answered. Other
+            behaviours in it stay.
         chat: ask in messages, through the model's chat template.
     """
     done = read_completions(path) if path is not None and Path(path).exists() else {}
-    kept = {
-        key: done[key]
+    missing = [
+        key
         for key, prompts in cases.items()
-        if key in done and [one.test_case for one in done[key]] == list(prompts)
-    }
-    asked = [
-        (key, prompt) for key, prompts in cases.items() if key not in kept for prompt in prompts
+        if [one.test_case for one in done.get(key, [])] != list(prompts)
     ]
-    written = lm.generate(
-        [[{"role": "user", "content": prompt}] if chat else prompt for _, prompt in asked], sampling
-    )
-    made: Completions = {key: [] for key in cases if key not in kept}
-    for (key, prompt), one in zip(asked, written, strict=True):
-        made[key].append(Completion(prompt, one.text))
-    found = {key: kept.get(key) or made.get(key, []) for key in cases}
-    if path is not None:
-        write_completions(path, found)
-    return found
+    for start in range(0, len(missing), AT_ONCE):
+        some = missing[start : start + AT_ONCE]
+        asked = [(key, prompt) for key in some for prompt in cases[key]]
+        written = lm.generate(
+            [[{"role": "user", "content": prompt}] if chat else prompt for _, prompt in asked],
+            sampling,
+        )
+        done |= {key: [] for key in some}
+        for (key, prompt), one in zip(asked, written, strict=True):
+            done[key].append(Completion(prompt, one.text))
+        if path is not None:
+            write_completions(path, done)
+    return {key: done.get(key, []) for key in cases}
 
 
 def label(

@@ -1,4 +1,4 @@
-"""Files of checkpoints: written beside their place and renamed, read without running code."""
+"""Files written beside their place and renamed, read without running code."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def write_json(path: str | Path, value: Any) -> None:
+    with replacing(Path(path)) as beside:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        beside.write_text(text + "\n", encoding="utf-8")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
