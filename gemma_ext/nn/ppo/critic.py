@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
@@ -14,7 +15,7 @@ from gemma_ext.nn.ppo.sequences import Sequences
 from gemma_ext.nn.ppo.value import ValueHead
 
 
-class Critic(nn.Module):
+class Critic(nn.Module, ABC):
     """The value of the state before each response token.
 
     Attributes:
@@ -28,13 +29,13 @@ class Critic(nn.Module):
         super().__init__()
         self.head = head
 
+    @abstractmethod
     def forward(self, sequences: Sequences, policy: Read | None = None) -> Tensor:
         """float32 [N].
 
         Args:
             policy: what the policy read of the same sequences, for a critic that shares its states.
         """
-        raise NotImplementedError
 
     def acting(self) -> AbstractContextManager[None]:
         """Goes around a forward and its backward."""
