@@ -40,7 +40,9 @@ def test_any_rows(call, softcap, windowed, threads, data):
     got = paged_attn_mixed_depth(p.q, p.pool, *p.places(), **options)
     wide = p.wide()
     want = paged_attn_mixed_depth(wide.q, wide.pool, *wide.places(), **options)
-    assert_close(got, want, rel=max(3 * EPS[call["dtype"]], 2e-6))
+    # a weighted mean of values, which may cancel: its error counts in units of the largest
+    largest = float(wide.pool.nan_to_num(0).abs().max())
+    assert_close(got, want, max_abs=max(3 * EPS[call["dtype"]], 2e-6) * largest)
     n = data.draw(st.integers(0, len(p.req) - 1))
     one = p.rows([n])
     assert torch.equal(paged_attn_mixed_depth(one.q, one.pool, *one.places(), **options)[0], got[n])
