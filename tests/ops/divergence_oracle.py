@@ -136,6 +136,23 @@ def gradients(
     d_lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dE, dC, dbias) of sum d_divergence D + d_nll nll + d_lse lse, over rows not ignored."""
+    g, e, c = _factors(x, kind, beta, d_divergence, d_nll, d_lse)
+    scale = x.maps.get("logit_scale", 1.0)
+    return scale * g @ c, scale * g.T @ e, g.sum(0)
+
+
+def walks(x: Problem, kind: str, beta: float, *upstream: Tensor) -> list[Tensor]:
+    """Of every entry of `gradients`, the root of the sum of its squared terms: what the rounding
+    of the terms adds up to, however much of the sum they cancel."""
+    g, e, c = (t.square() for t in _factors(x, kind, beta, *upstream))
+    scale = x.maps.get("logit_scale", 1.0) ** 2
+    return [t.sqrt() for t in (scale * g @ c, scale * g.T @ e, g.sum(0))]
+
+
+def _factors(
+    x: Problem, kind: str, beta: float, d_divergence: Tensor, d_nll: Tensor, d_lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d / d logits [N, V], E and C; 0 in ignored rows."""
     valid = x.targets != IGNORE
     s, t = x.scores()
     zero = torch.zeros((), dtype=torch.float64)
@@ -151,6 +168,4 @@ def gradients(
         slope = (1 - (s * temperature / softcap) ** 2) / temperature
     g = g * slope
     wide = x.to(torch.float64)
-    e = torch.where(valid[:, None], wide.e, zero)
-    scale = x.maps.get("logit_scale", 1.0)
-    return scale * g @ wide.c, scale * g.T @ e, g.sum(0)
+    return g, torch.where(valid[:, None], wide.e, zero), wide.c

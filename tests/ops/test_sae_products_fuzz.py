@@ -9,6 +9,7 @@ from sae_lists import EPS, FORMS, problem, safe
 
 from gemma_ext.ops.sae import Steering, decode_error, fresh_state, nested_errors, pack, steer
 
+WEIGHT = 3  # of `outputs`, its gradient
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 lists = st.fixed_dictionaries(
     {
@@ -34,6 +35,16 @@ def outputs(p, widths, unit_norm, impl):
     return [squared, levels, *torch.autograd.grad(loss, list(leaves.values()))]
 
 
+def sizes(p, widths, unit_norm, true):
+    """What the rounding of each output is relative to: its largest entry; of a gradient without
+    what is parallel to each row, which may be all of it, that of the whole gradient."""
+    largest = [float(x.detach().abs().max()) if x.numel() else 0.0 for x in true]
+    if unit_norm:
+        whole = outputs(p.wide(), widths, False, "reference")[WEIGHT]
+        largest[WEIGHT] = float(whole.abs().max())
+    return largest
+
+
 @settings(max_examples=60, **QUIET)
 @given(lists, st.booleans(), st.integers(1, 3), st.data())
 def test_any_lists(call, unit_norm, threads, data):
@@ -45,9 +56,8 @@ def test_any_lists(call, unit_norm, threads, data):
     p.codes = safe(p.codes)
     true = outputs(p.wide(), widths, unit_norm, "reference")
     limit = 64 * EPS[call["dtype"]]
-    for got, want in zip(found, true, strict=True):
+    for got, want, scale in zip(found, true, sizes(p, widths, unit_norm, true), strict=True):
         assert got.shape == want.shape
-        scale = want.abs().max() if want.numel() else 0
         assert bool(((got.double() - want).abs() <= limit * scale + 1e-5).all())
 
 

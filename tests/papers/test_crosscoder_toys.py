@@ -117,17 +117,19 @@ def decoupled(decoders):
 def test_l1_is_indifferent_to_a_decoupled_concept_and_batchtopk_is_not():
     u, zero = [1.0, 0, 0, 0], [0.0] * 4
     together, apart = decoupled([u + u, zero + zero]), decoupled([u + zero, zero + u])
-    x = torch.rand(50, 1, 1) * torch.tensor(u).expand(1, 2, 4) + 0.0
+    x = (1 + torch.rand(50, 1, 1)) * torch.tensor(u).expand(1, 2, 4)
     l1 = Objective("squared", l1=0.3)
     with torch.no_grad():
         for made in (together, apart):
             made.activation = BatchTopK(2.0)  # both latents may fire
-        assert float(l1(together, x).total) == pytest.approx(float(l1(apart, x).total), abs=1e-7)
+        # float32 sums of 50 tokens in another order
+        assert float(l1(together, x).total) == pytest.approx(float(l1(apart, x).total), rel=1e-5)
         for made in (together, apart):
             made.activation = BatchTopK(1.0)
         scarce = Objective("squared")
         assert float(scarce(together, x).total) < 1e-9
-        assert float(scarce(apart, x).total) > 0.05
+        # half the tokens are lost in both models, each with a square of 1 at least
+        assert float(scarce(apart, x).total) > 0.49
 
 
 def test_gradient_of_the_penalty_at_a_vanished_decoder_is_zero():

@@ -37,7 +37,7 @@ class Completion:
             wrong = f"best_of: expected n, {self._kept}, for a stream"
         if wrong:
             raise ApiError(400, f"{wrong}, got {body.best_of}", param="best_of")
-        asked = _DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
+        longest = longest_output(service, prompts, body.max_tokens, _DEFAULT_TOKENS)
         wanted = body.logprobs
         if wanted is None and self._drawn > self._kept:
             wanted = 0  # tells which are best
@@ -45,7 +45,7 @@ class Completion:
             service,
             body,
             prompts,
-            sampling(service, body, longest_output(service, prompts, asked), wanted),
+            sampling(service, body, longest, wanted),
             choices=self._drawn,
             prompt_logprobs=body.logprobs if body.echo else None,
             kind="cmpl",

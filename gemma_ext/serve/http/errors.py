@@ -118,7 +118,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
         sentence = f"{request.method} {request.url.path}: {error.detail}"
-        return ApiError(error.status_code, sentence).response()
+        response = ApiError(error.status_code, sentence).response()
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(ClientLeft)
     async def left(_: Request, error: ClientLeft) -> Response:

@@ -34,6 +34,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # the server leaves out the body
+            scope = {**scope, "method": "GET"}
         began, status = time.monotonic(), CLIENT_LEFT
 
         async def counted(message: Message) -> None:

@@ -214,16 +214,23 @@ def sampling(
         raise of_value(error) from None
 
 
-def longest_output(service: Service, prompts: Sequence[list[int]], asked: int | None) -> int:
-    """Tokens to draw at most: what was asked for, or what the context leaves.
+def longest_output(
+    service: Service,
+    prompts: Sequence[list[int]],
+    asked: int | None,
+    usual: int | None = None,
+) -> int:
+    """Tokens to draw at most: what was asked for, or else no more than is `usual`, than the
+    context leaves and than the server allows.
 
     Raises:
         ApiError: 400, the context does not hold prompt and output.
     """
     longest, limit = max(map(len, prompts)), service.engine.limits.max_model_len
-    if asked is None:
-        asked = max(1, limit - longest)
     most = service.settings.most_tokens
+    if asked is None:
+        bounds = (usual, most, limit - longest)
+        asked = max(1, min(bound for bound in bounds if bound is not None))
     if longest + asked > limit:
         raise ApiError(
             400,
@@ -238,4 +245,5 @@ def longest_output(service: Service, prompts: Sequence[list[int]], asked: int | 
 
 
 def _event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    # in ASCII: clients that cut a stream at every line end of Unicode would cut a text in two
+    return b"data: " + json.dumps(data).encode() + b"\n\n"

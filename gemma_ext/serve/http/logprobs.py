@@ -8,7 +8,11 @@ from typing import Any
 from gemma_ext.serve.protocol import Token
 from gemma_ext.serve.text import Vocabulary
 
-_LEAST = -9999.0  # JSON has no infinity
+_LEAST = -9999.0  # JSON has neither infinity nor NaN
+
+
+def _told(logprob: float) -> float:
+    return logprob if logprob > _LEAST else _LEAST
 
 
 def of_completion(tokens: Iterable[tuple[Token, int]], vocabulary: Vocabulary) -> dict[str, Any]:
@@ -25,8 +29,8 @@ def of_completion(tokens: Iterable[tuple[Token, int]], vocabulary: Vocabulary) -
             values.append(None)
             tops.append(None)
             continue
-        values.append(max(token.logprob, _LEAST))
-        top = {vocabulary.name(id): max(value, _LEAST) for id, value in token.top}
+        values.append(_told(token.logprob))
+        top = {vocabulary.name(id): _told(value) for id, value in token.top}
         top.setdefault(names[-1], values[-1])
         tops.append(top)
     return {
@@ -41,7 +45,7 @@ def of_chat(tokens: Iterable[tuple[Token, int]], vocabulary: Vocabulary) -> dict
     """One object for each token, with its bytes."""
 
     def entry(id: int, logprob: float) -> dict[str, Any]:
-        told = {"token": vocabulary.name(id), "logprob": max(logprob, _LEAST)}
+        told = {"token": vocabulary.name(id), "logprob": _told(logprob)}
         return {**told, "bytes": list(vocabulary.bytes(id))}
 
     content = [

@@ -71,11 +71,12 @@ class _Connection(H11Protocol):
             self._reading = self.loop.call_later(self._settings.write_seconds, self._watch, unread)
 
     def send_400_response(self, msg: str) -> None:
-        refusal = ApiError(400, f"the request is no HTTP/1.1: {msg}").response()
-        headers = [*refusal.raw_headers, (b"connection", b"close")]
-        head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
-        for event in (head, h11.Data(data=refusal.body), h11.EndOfMessage()):
-            self.transport.write(self.conn.send(event))
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else the answer is given
+            refusal = ApiError(400, f"the request is no HTTP/1.1: {msg}").response()
+            headers = [*refusal.raw_headers, (b"connection", b"close")]
+            head = h11.Response(status_code=400, headers=headers, reason=b"Bad Request")
+            for event in (head, h11.Data(data=refusal.body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
         self.transport.close()
 
 
