@@ -15,14 +15,28 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path`; what is written there takes its place if nothing fails."""
+    """A name beside `path`; what is written there takes its place if nothing fails.
+
+    It is on the disk before it takes the place, so that a machine that stops leaves one or the
+    other, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield beside
+        _sync(beside)
         os.replace(beside, path)
+        _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: str | Path, value: Any) -> None:

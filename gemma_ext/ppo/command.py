@@ -29,7 +29,10 @@ def main(
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(help="module:function, or a reward model's folder or id; more than once."),
+        typer.Option(
+            help="module:function, a reward model's folder or id, or with --lora adapter:FOLDER of "
+            "peft; more than once."
+        ),
     ] = None,
     weight: Annotated[list[float] | None, typer.Option(help="Of each reward, in order.")] = None,
     value: Annotated[

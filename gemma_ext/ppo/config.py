@@ -17,7 +17,11 @@ _SCHEDULES = ("linear", "cosine", "constant")
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """How a policy is trained. Names that trl's `PPOConfig` had keep their meaning and default.
+    """How a policy is trained. Names that trl's `PPOConfig` had keep their meaning.
+
+    They keep their defaults too but for `adam_epsilon` (1e-8 there), `total_episodes` (of epochs),
+    `logging_steps` (10), `save_steps` (500), `bf16` and `gradient_checkpointing` (both on);
+    `max_grad_norm` was not looked at there.
 
     Args:
         output_dir: folder of checkpoint, history, report and model.
@@ -49,7 +53,8 @@ class PPOConfig:
         kl_horizon: responses of that control.
         advantage: one of `ADVANTAGES`; all but "gae" have no critic.
         scale_rewards: of "grpo": "group", "batch" or "none".
-        gamma, lam: of GAE. whiten_rewards, whiten_advantages: over the global batch.
+        gamma, lam: of GAE. whiten_rewards, whiten_advantages: over the global batch; "reinforce++"
+            whitens its advantages always.
         whiten_unbiased: with Bessel's correction, as trl; PAR's code has none.
         cliprange, cliprange_high: below and above; the same if None. dual_clip: None for none.
         cliprange_value: None for none. vf_coef, entropy_coef: weights in the loss.
@@ -126,13 +131,22 @@ class PPOConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("temperature", "learning_rate", "kl_target", "max_grad_norm"):
+        for name in (
+            "temperature", "learning_rate", "value_learning_rate", "kl_target", "max_grad_norm",
+            "top_p", "cliprange_value", "importance_cap",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
-        for name in ("gamma", "lam"):
+        for name in ("gamma", "lam", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
+        for name in ("top_k", "cliprange_high", "weight_decay", "sample_prompts"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}: expected at least 0, got {value}")
+        if not 0 <= self.cliprange < 1:
+            raise ValueError(f"cliprange: expected a number in [0, 1), got {self.cliprange}")
         if self.dual_clip is not None and not self.dual_clip > 1:
             raise ValueError(f"dual_clip: expected None or above 1, got {self.dual_clip}")
         if self.kl_target is not None and self.kl_horizon < self.local_batch_size:
@@ -195,7 +209,7 @@ class PPOConfig:
 
     def factor(self, step: int, steps: int) -> float:
         """Of the learning rates in step `step`, counted from 0, of `steps`."""
-        rise = self.warmup_ratio * steps
+        rise = math.ceil(self.warmup_ratio * steps)
         if step < rise:
             return (step + 1) / rise
         if self.lr_scheduler_type == "constant":

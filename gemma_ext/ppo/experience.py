@@ -140,7 +140,13 @@ def build(
             if config.whiten_advantages:
                 advantages = whiten(advantages, unbiased=config.whiten_unbiased, group=group)
         else:
-            advantages = reinforce_plus_plus(rewards, lengths, gamma=config.gamma, group=group)
+            advantages = reinforce_plus_plus(
+                rewards,
+                lengths,
+                gamma=config.gamma,
+                unbiased=config.whiten_unbiased,
+                group=group,
+            )
     else:
         total = scores - sequence_sum(penalty, lengths)
         if config.advantage == "rloo":

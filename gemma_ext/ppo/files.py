@@ -1,6 +1,7 @@
 """A trained policy, its critic, and heads of values in files under the names that others read.
 
-OUT/model          the policy (or its adapters) and tokenizer, as transformers and peft load it
+OUT/model          the policy and tokenizer, as transformers loads it; adapters of peft each in a
+                   folder of their name below it, OUT/model/policy
 OUT/critic         a critic of its own; the head as `score.weight` where its model has one
 .../value_head.safetensors   `v_head.summary.weight` and `.bias`
 """
@@ -8,11 +9,11 @@ OUT/critic         a critic of its own; the head as `score.weight` where its mod
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from gemma_ext import files
@@ -36,22 +37,18 @@ def save_trained(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Writes what a run made; called on every rank, written by the first."""
-    folder, model = Path(folder), peft_or_bare(policy)
-    _save_model(folder / MODEL, model)
-    if rank() == 0:
-        tokenizer.save_pretrained(folder / MODEL)
+    folder = Path(folder)
+    save_model(folder / MODEL, policy, tokenizer)
     if critic is None:
         return
     if not isinstance(critic, SeparateCritic):
         if rank() == 0:
             save_value_head(folder / MODEL, critic.head)
         return
-    inner = peft_or_bare(critic.model)
-    score = getattr(unwrap(inner), "score", None)
-    if isinstance(score, nn.Linear) and critic.head.bias is None:
-        with torch.no_grad():
-            score.weight.copy_(critic.head.weight)
-    _save_model(folder / CRITIC, inner)
+    score = getattr(unwrap(critic.model), "score", None)
+    if isinstance(score, nn.Linear) and (score.bias is None) == (critic.head.bias is None):
+        score.load_state_dict(critic.head.state_dict())
+    save_model(folder / CRITIC, critic.model)
     if rank() == 0:
         save_value_head(folder / CRITIC, critic.head)
 
@@ -109,9 +106,11 @@ def _heads(path: Path) -> dict[str, Tensor]:
         return {k: file.get_tensor(k) for k in file.keys() if k.endswith(ends)}  # noqa: SIM118
 
 
-def _save_model(folder: Path, model: Any) -> None:
-    """Sharded weights come together first."""
-    state = None
+def save_model(folder: Path, model: nn.Module, tokenizer: Any = None) -> None:
+    """Writes a model (or its adapters) as transformers and peft load it, sharded weights whole;
+    called on every rank, written by the first.
+    """
+    model, state = peft_or_bare(model), None
     if any(hasattr(p, "full_tensor") for p in model.parameters()):
         state = {
             k: (v.full_tensor() if hasattr(v, "full_tensor") else v).cpu()
@@ -120,10 +119,17 @@ def _save_model(folder: Path, model: Any) -> None:
     if rank() == 0:
         with quiet_transformers():
             model.save_pretrained(folder, state_dict=state)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
 
 
 def write_samples(path: Path, before: list[Any], after: list[Any]) -> None:
-    """Responses before and after a run."""
+    """Responses before and after a run; null is the score of one that nobody scored."""
+
+    def told(samples: list[Any]) -> list[Any]:
+        return [one if math.isfinite(one["score"]) else {**one, "score": None} for one in samples]
+
     with files.replacing(path) as beside:
-        text = json.dumps({"before": before, "after": after}, indent=1, ensure_ascii=False)
+        both = {"before": told(before), "after": told(after)}
+        text = json.dumps(both, indent=1, ensure_ascii=False)
         beside.write_text(text + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,8 @@ class History:
 
     Attributes:
         folder: of the run.
-        lines: one dict a step, "step" counted from 1.
+        lines: one dict a step, "step" counted from 1. A mean of nothing is nan here and null in
+            the file.
 
     Example:
         >>> trainer.train()["objective/scores"][-1]
@@ -42,26 +44,40 @@ class History:
         """Takes up the lines of the folder up to a step; later ones are forgotten."""
         place = self.folder / METRICS
         whole = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
-        lines = [json.loads(line) for line in whole if line.endswith("}")]
+        lines = [_read(line) for line in whole if line.endswith("}")]
         self.lines = [line for line in lines if line["step"] <= until]
 
     def write(self) -> None:
         """The file as the lines are."""
         with files.replacing(self.folder / METRICS) as beside:
-            beside.write_text("".join(f"{json.dumps(line)}\n" for line in self.lines))
+            beside.write_text("".join(map(_written, self.lines)))
 
     def add(self, line: Mapping[str, float]) -> None:
         """One more line, here and in the file."""
         self.lines.append(dict(line))
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.lines[-1]) + "\n")
+            file.write(_written(self.lines[-1]))
 
 
-def live_metrics(folder: str | Path) -> Any:
-    """A writer for TensorBoard, None where it is not installed."""
+def _written(line: Mapping[str, float]) -> str:
+    """A line of the file, where JSON has null for what is no finite number."""
+    finite = {name: x if math.isfinite(x) else None for name, x in line.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _read(line: str) -> dict[str, float]:
+    return {name: math.nan if x is None else x for name, x in json.loads(line).items()}
+
+
+def live_metrics(folder: str | Path, after: int = 0) -> Any:
+    """A writer for TensorBoard, None where it is not installed.
+
+    Args:
+        after: step that a resumed run goes on from; what was told of later ones is taken back.
+    """
     if find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=after + 1)

@@ -25,7 +25,7 @@ from torch import Tensor
 from gemma_ext.nn.ppo import Sequences, explained_variance, kl_estimate, moments, sequence_sum
 from gemma_ext.ppo.experience import Experience, TokenScores
 from gemma_ext.ppo.ranks import everyone, mean_of
-from gemma_ext.ppo.rewards import Responses
+from gemma_ext.ppo.responses import Responses
 
 _OF_UPDATE = {
     "approxkl": "policy/approxkl_avg",

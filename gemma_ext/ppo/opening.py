@@ -14,13 +14,14 @@ from torch import nn
 from gemma_ext.extras import require
 from gemma_ext.nn.ppo import (
     AdapterCritic,
+    AdapterReward,
     Critic,
     FrozenReference,
     SeparateCritic,
     SharedCritic,
     with_adapters,
 )
-from gemma_ext.nn.ppo.adapters import VALUE
+from gemma_ext.nn.ppo.adapters import REWARD, VALUE
 from gemma_ext.nn.ppo.critic import width_of
 from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.files import load_value_head
@@ -28,6 +29,7 @@ from gemma_ext.ppo.rewards import Rewards
 
 _CRITICS = ("shared", "adapter", "copy")
 _ALPHA = 2  # of an adapter, times its rank
+_OF_ADAPTER = "adapter:"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ def open_parts(
     """Opens what a command or a file names.
 
     Args:
-        reward: a name for `load_reward`, or several, or `Rewards`. The rest: as of the command.
+        reward: a name for `load_reward`, or adapter:FOLDER, or several, or `Rewards`. The rest: as
+            of the command.
 
     Raises:
         ValueError: what is missing, or is not there.
@@ -74,9 +77,10 @@ def open_parts(
     critic = _critic(value, policy, bare, device) if config.has_critic else None
     if not isinstance(reward, Rewards):
         weights = [weight] if isinstance(weight, (int, float)) else weight
-        reward = Rewards(
-            [reward] if isinstance(reward, str) else list(reward), weights, None, device
-        )
+        batch = config.local_rollout_forward_batch_size
+        names = [reward] if isinstance(reward, str) else list(reward)
+        rewards = [_reward(name, policy, number, batch) for number, name in enumerate(names)]
+        reward = Rewards(rewards, weights, None, device, batch)
     held = None
     if reference is not None:
         held = FrozenReference(load_causal(reference, dtype or "auto", device)[0])
@@ -117,7 +121,8 @@ def load_causal(name: str, dtype: str, device: str) -> tuple[Any, Any]:
         from gemma_ext import pocket
 
         made = pocket.load(size or "nano")
-        return made.model.to(device), made.tokenizer
+        wanted = None if dtype == "auto" else getattr(torch, dtype)
+        return made.model.to(device, wanted), made.tokenizer
     import transformers
 
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -162,6 +167,30 @@ def _critic(value: str | None, policy: Any, bare: nn.Module, device: str) -> Cri
         except ValueError:
             head = None  # a model without a head gets a fresh one
     return SeparateCritic(model.to(device), head)
+
+
+def _reward(name: str, policy: Any, number: int, batch: int) -> Any:
+    """The name as it is, or of an adapter's folder what scores by it on the policy's backbone."""
+    folder = name.removeprefix(_OF_ADAPTER)
+    if folder == name or not Path(folder).is_dir():
+        return name
+    if not hasattr(policy, "load_adapter") or not hasattr(policy, "peft_config"):
+        raise ValueError("lora: expected a rank for a reward that is an adapter, got none")
+    from peft import PeftConfig
+
+    own = f"{REWARD}{number or ''}"
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        config.modules_to_save = None  # the head, which is read apart
+        config.inference_mode = True
+        policy.add_adapter(own, config)
+        policy.load_adapter(folder, own, torch_device=str(policy.device))
+    except (ValueError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f"reward: expected an adapter of the model in {folder}, got: {first}"
+        ) from None
+    return AdapterReward(policy, load_value_head(folder), own, batch)
 
 
 def _adapter(rank: int) -> Any:

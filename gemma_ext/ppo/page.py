@@ -103,13 +103,19 @@ def _samples(
     return [
         {
             "prompt": _text(one["prompt"]),
-            "before": _text(one["completion"]),
+            "before": _answer(one),
             "score_before": f"{one['score']:.3f}",
-            "after": _text(two["completion"]),
+            "after": _answer(two),
             "score_after": f"{two['score']:.3f}",
         }
         for one, two in zip(before, after, strict=True)
     ]
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    """The completion, and a line for each thing that reward functions told of it."""
+    told = [f"{k}: {v}" for k, v in sample.items() if k not in ("prompt", "completion", "score")]
+    return "\n".join([_text(sample["completion"]), *told])
 
 
 def _text(value: Any) -> str:

@@ -133,7 +133,8 @@ def read_prompts(source: str | Path) -> list[dict[str, Any]]:
     path = Path(source)
     if not path.is_file():
         raise ValueError(f"prompts: expected a file or hf:NAME, got {source}")
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # not splitlines, which also ends a line at U+2028 and its like, that JSON leaves in texts
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     if path.suffix != ".jsonl":
         return [{"prompt": line} for line in lines]
     rows = []

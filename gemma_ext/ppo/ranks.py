@@ -67,11 +67,22 @@ def mean_of(values: Mapping[str, Sequence[float] | Tensor]) -> dict[str, float]:
     return {name: total / count if count else float("nan") for name, (total, count) in sums.items()}
 
 
-class Gradients:
-    """Averages gradients over the ranks, whoever reduces them.
+def same_start(*modules: nn.Module | None) -> None:
+    """What trains is on every rank as on the first; sharded parameters are parts of one already."""
+    if world() == 1:
+        return
+    for module in filter(None, modules):
+        for parameter in module.parameters():
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                dist.broadcast(parameter.data, 0)
 
-    Modules under DistributedDataParallel and sharded parameters (FSDP2) reduce themselves; the rest
-    is reduced here. Losses are scaled by the world size before, so that the average is a sum.
+
+class Gradients:
+    """Averages gradients over the ranks.
+
+    Sharded parameters (FSDP2) reduce themselves; the rest is reduced here once a step, also below
+    DistributedDataParallel, which would wait in each backward for the adapters of other roles.
+    Losses are scaled by the world size before, so that the average is a sum.
 
     Args:
         modules: that hold the parameters or wrap them.
@@ -85,32 +96,29 @@ class Gradients:
             for part in module.modules()
             if isinstance(part, DistributedDataParallel)
         ]
-        own = {id(p) for part in self.wrapped for p in part.parameters()}
-        self.plain = [p for p in parameters if id(p) not in own and not isinstance(p, DTensor)]
+        self.plain = [p for p in parameters if not isinstance(p, DTensor)]
         self.scale = float(world())
 
-    def broadcast(self) -> None:
-        """Everyone begins where the first rank does."""
-        if world() > 1:
-            for parameter in self.plain:
-                dist.broadcast(parameter.data, 0)
-
     @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
-        """Around a backward; `last` of its optimiser step."""
+    def accumulating(self) -> Iterator[None]:
+        """Around a forward and its backward."""
         with ExitStack() as stack:
-            if not last:
-                for part in self.wrapped:
-                    stack.enter_context(part.no_sync())
+            for part in self.wrapped:
+                stack.enter_context(part.no_sync())
             yield
 
     def average(self) -> None:
-        if world() == 1:
+        if world() == 1 or not self.plain:
             return
-        for parameter in self.plain:
+        # what no rank has used keeps no gradient, as in a process alone: weight decay passes it by
+        used = [p.grad is not None for p in self.plain]
+        used = torch.tensor(used, dtype=torch.int32, device=self.plain[0].device)
+        dist.all_reduce(used, dist.ReduceOp.MAX)
+        some = [p for p, one in zip(self.plain, used.tolist(), strict=True) if one]
+        for parameter in some:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        work = [dist.all_reduce(p.grad, async_op=True) for p in self.plain]
-        for each, parameter in zip(work, self.plain, strict=True):
+        work = [dist.all_reduce(p.grad, async_op=True) for p in some]
+        for each, parameter in zip(work, some, strict=True):
             each.wait()
             parameter.grad /= self.scale

@@ -8,41 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemma_ext.extras import require
-from gemma_ext.nn.ppo import Sequences
-
-
-@dataclass
-class Responses:
-    """What rewards are given for.
-
-    Attributes:
-        prompts: texts or messages; completions: alike; completion_ids: tokens, the end included.
-        columns: of the dataset, a list for each.
-        sequences: the same as tensors.
-        state: `global_step` and `max_steps` of the run.
-    """
-
-    prompts: list[Any]
-    completions: list[Any]
-    completion_ids: list[list[int]]
-    columns: Mapping[str, list[Any]]
-    sequences: Sequences
-    state: Any = None
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    extra: dict[str, list[Any]] = field(default_factory=dict)
+from gemma_ext.ppo.responses import Responses
+from gemma_ext.ppo.reward_models import load_reward, padded_alike, score_texts
 
 
 class Rewards:
@@ -54,6 +29,7 @@ class Rewards:
             `load_reward`.
         weights: one for each; all 1 by default.
         tokenizers: of the modules, one for each function or None; needed for modules.
+        batch: texts that a module reads at once.
 
     Raises:
         ValueError, TypeError: functions, weights and tokenizers that do not fit.
@@ -65,6 +41,7 @@ class Rewards:
         weights: Sequence[float] | None = None,
         tokenizers: Any = None,
         device: torch.device | str = "cpu",
+        batch: int = 64,
     ) -> None:
         several = list(functions) if isinstance(functions, (list, tuple)) else [functions]
         beside = list(tokenizers) if isinstance(tokenizers, (list, tuple)) else [tokenizers]
@@ -79,6 +56,7 @@ class Rewards:
             load_reward(f, device) if isinstance(f, str) else (f, t)
             for f, t in zip(several, beside, strict=True)
         ]
+        self.batch = batch
         self.functions = [f for f, _ in pairs]
         self.tokenizers = [t for _, t in pairs]
         self.names = _names(several)
@@ -87,10 +65,13 @@ class Rewards:
         ):
             if isinstance(function, nn.Module):
                 function.eval()
-                if tokenizer is None and not hasattr(function, "score_sequences"):
+                if hasattr(function, "score_sequences"):
+                    continue
+                if tokenizer is None:
                     raise TypeError(
                         f"rewards: expected a tokenizer for the module {name}, got none"
                     )
+                padded_alike(function, tokenizer)
             elif not callable(function) and not hasattr(function, "score_sequences"):
                 raise TypeError(
                     f"rewards: expected a function, module, id or path, got "
@@ -145,7 +126,7 @@ class Rewards:
         if hasattr(function, "score_sequences"):
             given = function.score_sequences(responses.sequences)
         elif isinstance(function, nn.Module):
-            given = _score_texts(function, tokenizer, responses)
+            given = score_texts(function, tokenizer, responses, self.batch)
         else:
             arguments = _accepted(function, _arguments(responses))
             given = function(**arguments)
@@ -159,42 +140,6 @@ class Rewards:
                 f"response, got {list(given.shape)}"
             )
         return given.to(device, torch.float32)
-
-
-def load_reward(source: str, device: torch.device | str = "cpu") -> tuple[Any, Any]:
-    """A reward function and the tokenizer it needs, or None.
-
-    Args:
-        source: module:function, where the module is imported as from the working folder; else a
-            folder or hub id of a sequence classification with one output.
-
-    Raises:
-        ValueError: there is no such module, function or folder, or one with several outputs.
-    """
-    module, colon, name = source.partition(":")
-    if colon and not Path(source).exists():
-        if "" not in sys.path:
-            sys.path.insert(0, "")
-        try:
-            return getattr(import_module(module), name), None
-        except ModuleNotFoundError as error:
-            raise ValueError(f"reward: expected a module {module}, got {error}") from None
-        except AttributeError:
-            raise ValueError(f"reward: expected {name} in {module}, got none") from None
-    require("a reward model", "hf", "transformers", "safetensors")
-    import transformers
-
-    try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"reward: expected module:function, a folder or a hub id, got {source}: {first}"
-        ) from None
-    if model.config.num_labels != 1:
-        raise ValueError(f"reward: expected one output of {source}, got {model.config.num_labels}")
-    return model.to(device), tokenizer
 
 
 def _names(functions: Sequence[Any]) -> list[str]:
@@ -248,22 +193,3 @@ def _finished(given: Any) -> Any:
 
 async def _awaited(given: Any) -> Any:
     return await given
-
-
-def _score_texts(module: nn.Module, tokenizer: Any, responses: Responses) -> Tensor:
-    """Of whole conversations, as the module's own tokenizer has them."""
-    texts = [
-        prompt + completion
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template([*prompt, *completion], tokenize=False)
-        for prompt, completion in zip(responses.prompts, responses.completions, strict=True)
-    ]
-    inputs = tokenizer(
-        text=texts,
-        return_tensors="pt",
-        padding=True,
-        padding_side="right",
-        add_special_tokens=isinstance(responses.prompts[0], str),
-    )
-    device = next(module.parameters()).device
-    return module(**{name: value.to(device) for name, value in inputs.items()}).logits[:, 0]

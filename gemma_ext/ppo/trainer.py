@@ -25,8 +25,9 @@ from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.history import History, live_metrics
 from gemma_ext.ppo.memory import Plan, plan
 from gemma_ext.ppo.prompts import Prompts
-from gemma_ext.ppo.ranks import rank, world
-from gemma_ext.ppo.rewards import Responses, Rewards
+from gemma_ext.ppo.ranks import rank, same_start, world
+from gemma_ext.ppo.responses import Responses
+from gemma_ext.ppo.rewards import Rewards
 from gemma_ext.ppo.rollout import Rollout, Sampler, seed_of
 from gemma_ext.ppo.setup import (
     critic_of,
@@ -50,8 +51,7 @@ class PPOTrainer:
 
     Whatever a step depends on is a function of its number and the seed, or in the checkpoint: a run
     that was killed gives the weights of one that was not. Under torch.distributed every rank
-    answers its share of a batch; plain weights are kept equal here, those under
-    DistributedDataParallel or FSDP2 by their wrapper.
+    answers its share of a batch; weights are kept equal here, sharded ones by FSDP2.
 
     Args:
         config: settings.
@@ -65,7 +65,8 @@ class PPOTrainer:
         tokenizer: of the policy.
         reward_tokenizers: of rewards that are modules.
         sampler: draws responses; by default what the settings name.
-        callbacks: called behind every step with the trainer, the step's number and its metrics.
+        callbacks: called behind every step, before it is saved, with the trainer, the step's number
+            and its metrics. A step that is made again behind a kill is told again.
         show_progress: draw a bar on stderr.
 
     Raises:
@@ -99,8 +100,10 @@ class PPOTrainer:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
         self.device = next(policy.parameters()).device
         self.pad, self.ends = pad_of(tokenizer), ends_of(config, policy, tokenizer)
-        self.reference = reference if reference is not None else reference_of(policy)
         self.critic = critic_of(value, policy).to(self.device) if config.has_critic else None
+        # before the policy is copied
+        same_start(policy, self.critic)
+        self.reference = reference if reference is not None else reference_of(policy)
         own = [self.critic.model] if isinstance(self.critic, SeparateCritic) else []
         without_dropout(config, policy, *own)
         self.prompts = (
@@ -111,7 +114,12 @@ class PPOTrainer:
         self.rewards = (
             rewards
             if isinstance(rewards, Rewards)
-            else Rewards(rewards, tokenizers=reward_tokenizers, device=self.device)
+            else Rewards(
+                rewards,
+                tokenizers=reward_tokenizers,
+                device=self.device,
+                batch=config.local_rollout_forward_batch_size,
+            )
         )
         self.sampler = sampler or sampler_of(config, self.ends, self.pad)
         self.update = Update(config, policy, self.critic, self.reference)
@@ -129,16 +137,18 @@ class PPOTrainer:
 
     def train(self) -> History:
         """All steps that are left; the history of the whole run."""
-        self.update.gradients.broadcast()
         if not self.resume():
             self.before = self.samples()
             if rank() == 0:
                 self.history.write()
-        live = live_metrics(self.folder / "tensorboard") if rank() == 0 else None
+        live = live_metrics(self.folder / "tensorboard", self.step) if rank() == 0 else None
         with progress_bar("ppo", self.steps, self.show_progress and rank() == 0) as advance:
             advance(self.step)
             while self.step < self.steps:
                 line = self.train_step()
+                # before the checkpoint, which then has what they drew and changed
+                for callback in self.callbacks:
+                    callback(self, self.step, line)
                 last = self.step == self.steps
                 if rank() == 0 and (self.step % self.config.logging_steps == 0 or last):
                     self.history.add(line)
@@ -146,9 +156,9 @@ class PPOTrainer:
                         live.add_scalar(name, number, self.step)
                 if self.step % self.config.save_steps == 0 or last:
                     self.save()
-                for callback in self.callbacks:
-                    callback(self, self.step, line)
                 advance(1, metrics.note(line))
+        if live is not None:
+            live.close()
         self.rewards.mode(training=False)
         return self.history
 
@@ -164,6 +174,7 @@ class PPOTrainer:
         greedy = None
         if config.advantage == "remax":
             best = self.respond(rows, 0, greedy=True)
+            self.rewards.mode(training=False)  # a baseline is no sample to learn from
             greedy = self.score(rows, best.sequences)[0]
         # what nobody scored takes no part
         sequences = rollout.sequences
@@ -226,23 +237,8 @@ class PPOTrainer:
         self, rows: Sequence[int], sequences: Sequences
     ) -> tuple[Tensor, Responses, dict[str, Tensor]]:
         """Scores [B], nan where none is finite; what was scored; the rewards of each function."""
-        ids = [
-            row[real].tolist()
-            for row, real in zip(sequences.responses, sequences.response_mask, strict=True)
-        ]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        prompts = [self.prompts.given(row) for row in rows]
-        responses = Responses(
-            prompts,
-            [
-                text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-                for prompt, text in zip(prompts, texts, strict=True)
-            ],
-            ids,
-            self.prompts.columns(rows),
-            sequences,
-            SimpleNamespace(global_step=self.step, max_steps=self.steps),
-        )
+        state = SimpleNamespace(global_step=self.step, max_steps=self.steps)
+        responses = Responses.of(self.prompts, rows, sequences, self.tokenizer, state)
         scores, each = self.rewards(responses)
         if self.config.missing_eos_penalty is not None:
             ended = metrics.ended(sequences, self.ends)
@@ -250,18 +246,19 @@ class PPOTrainer:
         return scores.masked_fill(~scores.isfinite(), float("nan")), responses, each
 
     def samples(self) -> list[dict[str, Any]]:
-        """Responses to the first prompts with seeds of their own, and their scores."""
+        """Responses to the first prompts with seeds of their own, their scores, and what
+        `log_extra` was told of them.
+        """
         rows = list(range(min(self.config.sample_prompts, len(self.prompts))))
         if not rows:
             return []
         self.rewards.mode(training=False)
         rollout = self.respond(rows, seed_of(self.config.seed, "samples"))
         scores, responses, _ = self.score(rows, rollout.sequences)
+        columns = zip(responses.prompts, responses.completions, scores.tolist(), strict=True)
         return [
-            {"prompt": prompt, "completion": completion, "score": score}
-            for prompt, completion, score in zip(
-                responses.prompts, responses.completions, scores.tolist(), strict=True
-            )
+            {"prompt": prompt, "completion": completion, "score": score, **responses.told(row)}
+            for row, (prompt, completion, score) in enumerate(columns)
         ]
 
     def plan(self) -> Plan:
@@ -273,14 +270,14 @@ class PPOTrainer:
 
     def save(self) -> None:
         """Writes the checkpoint; the one before stays until it is whole."""
-        checkpoint.write(self.folder, self.step, self._run(), state.of(self))
+        checkpoint.write(self.folder, self.step, self._run(), self.state_dict())
 
     def resume(self) -> bool:
         """Takes up the checkpoint of the folder, if there is one."""
         kept = checkpoint.read(self.folder, self._run())
         if kept is None:
             return False
-        state.restore(self, kept)
+        self.load_state_dict(kept)
         self.history.read(self.step)
         if rank() == 0:
             self.history.write()
@@ -293,6 +290,14 @@ class PPOTrainer:
         start = (step * world() + rank()) * mine
         rows = self.prompts.order(start, mine, self.config.seed)
         return [row for row in rows for _ in range(times)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return state.of(self)
+
+    def load_state_dict(self, kept: Mapping[str, Any]) -> None:
+        """Puts the trainer where it was."""
+        state.restore(self, kept)
 
     def _run(self) -> dict[str, Any]:
         """What a resumed run has to share with the one before, as JSON has it."""

@@ -11,13 +11,15 @@ trl's where that was a defect or cannot be had here:
 | `max_grad_norm` is not looked at                    | clips the gradients                        |
 | without `stop_token` responses have one length      | they end where the model ends a text       |
 | `optimizers`                                        | AdamW of the settings; anything else fails |
+| `bf16` and `gradient_checkpointing` unless set      | off                                        |
+| score at, and a value of, the place behind the end  | score at the end, no value behind it       |
 | reward model: `.score` on states of the token ids   | the same; a module without it gets texts   |
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ from gemma_ext.nn.ppo import (
 from gemma_ext.nn.ppo.adapters import active, peft_or_bare
 from gemma_ext.nn.ppo.hidden import model_inputs
 from gemma_ext.ppo.experience import chunks
+from gemma_ext.ppo.files import save_model
 from gemma_ext.ppo.ranks import rank
 from gemma_ext.ppo.trl_model import AutoModelForCausalLMWithValueHead
 
@@ -172,7 +175,7 @@ class PPOTrainer:
             peft_or_bare(model).set_adapter(args.model_adapter_name)
         rows = rows_of(train_dataset)
         self.model, self.callbacks = model, list(callbacks or ())
-        self.trainer = ppo.PPOTrainer(
+        self.trainer = _Trainer(
             args.settings(len(rows)),
             model,
             _reference(model, ref_model, args.ref_adapter_name),
@@ -184,6 +187,7 @@ class PPOTrainer:
             callbacks=[self._behind_step],
             show_progress=not args.disable_tqdm,
         )
+        self.trainer.saved = lambda: self._tell("on_save")
         self.state = SimpleNamespace(
             global_step=0,
             episode=0,
@@ -203,9 +207,7 @@ class PPOTrainer:
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """The policy (or its adapters) and the tokenizer, as transformers and peft load them."""
-        folder = output_dir or self.args.output_dir
-        peft_or_bare(self.model).save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
+        save_model(Path(output_dir or self.args.output_dir), self.model, self.processing_class)
 
     def generate_completions(self, sampling: bool = False) -> list[dict[str, Any]]:
         """prompt, completion and score for the evaluation prompts; a few of them with `sampling`.
@@ -238,12 +240,9 @@ class PPOTrainer:
         self._tell("on_step_end")
         if self.control.should_training_stop and step < trainer.steps:
             trainer.steps = step
-            trainer.save()
         if step % self.args.logging_steps == 0 or step == trainer.steps:
             self.state.log_history.append(dict(line))
             self._tell("on_log", logs=dict(line))
-        if step % self.args.save_steps == 0 or step == trainer.steps:
-            self._tell("on_save")
 
     def _tell(self, event: str, **more: Any) -> None:
         told = {"model": self.model, "processing_class": self.processing_class, **more}
@@ -251,6 +250,16 @@ class PPOTrainer:
             if hasattr(callback, event):
                 control = getattr(callback, event)(self.args, self.state, self.control, **told)
                 self.control = control or self.control
+
+
+class _Trainer(ppo.PPOTrainer):
+    """Says when it has saved."""
+
+    saved: Callable[[], None]
+
+    def save(self) -> None:
+        super().save()
+        self.saved()
 
 
 class ClassifierReward:
@@ -308,6 +317,8 @@ def rows_of(dataset: Any) -> list[dict[str, Any]]:
 def _reference(
     policy: nn.Module, given: nn.Module | Reference | None, adapter: str | None
 ) -> Reference | None:
+    if isinstance(given, AutoModelForCausalLMWithValueHead):
+        given = given.pretrained_model
     if isinstance(given, nn.Module):
         return FrozenReference(given)
     if given is None and adapter is not None:

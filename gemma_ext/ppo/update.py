@@ -117,7 +117,7 @@ class Update:
         pieces = rows.split(self.config.per_device_train_batch_size)
         seen = []
         for piece in pieces:
-            with self.gradients.accumulating(last=piece is pieces[-1]):
+            with self.gradients.accumulating():
                 seen.append(self._backward(experience[piece], counts, coef))
         self.gradients.average()
         norms = {}
@@ -125,7 +125,8 @@ class Update:
             ("policy", "value"), self.groups, self.optimisers, strict=False
         ):
             norms[f"{name}/grad_norm"] = clip_gradients(group, self.config.max_grad_norm)
-            optimiser.step()
+            if counts.tokens:  # without any, Adam would go on by its momentum
+                optimiser.step()
             optimiser.zero_grad(set_to_none=True)
         return self._metrics(seen) | norms
 

@@ -55,6 +55,10 @@ def test_win_rate_takes_both_orders_and_halves_ties():
 def test_verdicts():
     assert verdict("Better: B ... no.\nBetter:  N") == "N"
     assert verdict("better: A") is None
+    # first letters are no verdict
+    assert verdict("Better: Answer B") == verdict("Better: **B**") == "B"
+    assert verdict("Better: Neither") == "N"
+    assert verdict("Better: Both") is verdict("Better: All") is None
     assert math.isnan(win_rate(judge({("a", "b"): "Better: A", ("b", "a"): "Better: B"}), ["p"],
                                ["a"], ["b"]).error)  # fmt: skip
     with pytest.raises(ValueError, match="answers: expected 1 of both, got 1 and 0"):
@@ -119,6 +123,8 @@ def test_references_are_drawn_scored_kept_and_go_on(tmp_path):
     assert len(policy.asked) == asked + 3
     assert more[0] == drawn[1]
     assert read_references(path, name) == [drawn[0], drawn[1], more[1]]
+    odd = draw_references(["line\u2028or\u0085lines"], policy, score, path, name, **options)
+    assert read_references(path, name)[3:] == odd
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -19,8 +19,9 @@ from gemma_ext.nn.ppo import (
     value_loss,
 )
 from gemma_ext.papers import salsa
+from gemma_ext.papers.salsa.study import measure
 from gemma_ext.papers.salsa.training import Options, Rising, SalsaTrainer
-from gemma_ext.ppo import PPOConfig, PPOTrainer
+from gemma_ext.ppo import PPOConfig, PPOTrainer, Prompts
 from gemma_ext.ppo.experience import TokenScores, build
 from gemma_ext.ppo.opening import load_causal
 
@@ -333,6 +334,70 @@ def test_options_that_do_not_fit_are_refused(tmp_path):
         (Options(kl_warmup=2), {"kl_target": 1.0}, "kl_warmup: expected 0 beside a kl_target"),
         (Options(length_normalised=True), {"kl_in": "loss"}, "kl_in: expected reward"),
         (Options(min_length=6), {}, "min_length: expected less than the 6 tokens"),
+        (Options(min_length=2), {"rollouts": "engine"}, "rollouts: expected generate with a min"),
     ):
         with pytest.raises(ValueError, match=message):
             options.check(config(tmp_path, **settings))
+
+
+def test_a_resumed_run_knows_how_long_responses_have_been_short(start, tmp_path):
+    """Whatever lines of history were written: the checkpoint has it."""
+    reference = salsa.SoupReference([start[0], near(start[0], 1)])
+    options = Options(collapse_share=0.99, collapse_patience=4)
+
+    def made(folder, **changes):
+        run = trainer(
+            SalsaTrainer, folder, start, reference, options,
+            total_episodes=80, save_steps=1, logging_steps=3, **changes,
+        )  # fmt: skip
+        zero = {**run._step_zero(), "length_median": 1000.0}
+        run._step_zero = lambda: zero
+        return run
+
+    whole = made(tmp_path / "whole")
+    whole.train()
+    assert whole.step == 4
+
+    def stop(run, step, line):
+        if step == 2:
+            raise InterruptedError
+
+    pieces = made(tmp_path / "pieces")
+    pieces.callbacks.append(stop)
+    with pytest.raises(InterruptedError):
+        pieces.train()
+    again = made(tmp_path / "pieces")
+    again.train()
+    assert again.step == 4
+    assert same(whole, again)
+    assert again.stopped == whole.stopped
+
+
+class Stateful:
+    """Learns from what it sees in training."""
+
+    def __init__(self):
+        self.seen, self.training = 0, True
+
+    def __call__(self, completions, **columns):
+        self.seen += len(completions) * self.training
+        return [1.0] * len(completions)
+
+    def train(self, mode=True):
+        self.training = mode
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def test_a_measurement_is_no_training(start, tmp_path):
+    reference = salsa.SoupReference([start[0], near(start[0], 1)])
+    reward = Stateful()
+    made = trainer(SalsaTrainer, tmp_path, start, reference, rewards=reward)
+    questions = Prompts(PROMPTS, start[1])
+    made.callbacks.append(lambda run, step, line: measure(run, questions, {}, 0))
+    made.train()
+    assert reward.seen == 16

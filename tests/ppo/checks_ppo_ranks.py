@@ -1,7 +1,9 @@
 """Two gloo ranks against one process that has the batches of both: `checks_ppo_ranks.py DIR KIND`.
 
-KIND: "plain" weights, "ddp" (DistributedDataParallel), "fsdp" (FSDP2, interrupted), "fsdp critic"
-(one of its own, sharded too), "fsdp root" (in one unit), or "pieces" (two ranks, in two goes).
+KIND: "plain" weights, "apart" (another start and an idle weight on each rank), "ddp"
+(DistributedDataParallel), "adapters" (of two roles below it), "accelerate" (which puts it there),
+"fsdp" (FSDP2, interrupted), "fsdp critic" (one of its own, sharded too), "fsdp root" (in one unit),
+or "pieces" (two ranks, in two goes).
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from toy_ppo import LIKED, tiny, trainer, weights
 
-from gemma_ext.nn.ppo import FrozenReference
+from gemma_ext.nn.ppo import AdapterCritic, AdapterOffReference, FrozenReference, with_adapters
 from gemma_ext.ppo import PPOTrainer
+from gemma_ext.ppo.ranks import rank as rank_of
 
 
 def liked(completion_ids, **columns):
@@ -33,7 +36,8 @@ class Interrupted(Exception):
 
 
 def interrupt(made, step, line):
-    raise Interrupted
+    if step == 2:
+        raise Interrupted
 
 
 def sharded(model, kind: str):
@@ -43,11 +47,40 @@ def sharded(model, kind: str):
     return fully_shard(model, mesh=mesh)
 
 
+def with_two_roles(model):
+    from peft import LoraConfig
+
+    torch.manual_seed(3)
+    return with_adapters(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]), "value")
+
+
+def prepared(model, world: int):
+    from accelerate import Accelerator
+
+    if world > 1:  # as a launcher tells it; the group is there
+        place = {"RANK": rank_of(), "LOCAL_RANK": rank_of(), "WORLD_SIZE": world}
+        place |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 29500}
+        os.environ.update({name: str(value) for name, value in place.items()})
+    made = Accelerator(cpu=True).prepare(model)
+    assert isinstance(made, DistributedDataParallel) == (world > 1)
+    return made
+
+
 def run(folder: Path, kind: str, world: int, *, stop: bool = False) -> PPOTrainer:
     policy, reference = tiny(), {}
-    if kind == "ddp":
+    if kind == "apart":
+        policy, reference = tiny(seed=7 * rank_of()), {"reference": None}
+        policy.idle = torch.nn.Parameter(torch.ones(3))
+    if kind in ("ddp", "accelerate"):
         reference = {"reference": FrozenReference(tiny())}
-        policy = DistributedDataParallel(policy) if world > 1 else policy
+    if kind == "adapters":
+        policy = with_two_roles(policy)
+    if kind in ("ddp", "adapters") and world > 1:
+        policy = DistributedDataParallel(policy)
+    if kind == "accelerate":
+        policy = prepared(policy, world)
+    if kind == "adapters":
+        reference = {"value": AdapterCritic(policy), "reference": AdapterOffReference(policy)}
     if kind.startswith("fsdp"):
         reference = {"reference": FrozenReference(tiny())}
         if kind == "fsdp critic":
@@ -66,6 +99,7 @@ def run(folder: Path, kind: str, world: int, *, stop: bool = False) -> PPOTraine
         whiten_rewards=True,
         missing_eos_penalty=0.1,
         aggregation="seq-mean-token-mean",
+        weight_decay=0.1,
     )
     if stop:
         made.callbacks.append(interrupt)

@@ -15,8 +15,13 @@ CHECKS = Path(__file__).with_name("checks_ppo_ranks.py")
 _SHARDED = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp critic", "fsdp root")]
 
 
-@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp", *_SHARDED, "pieces"])
+_WRAPPED = ["ddp", "adapters", "accelerate"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "apart", *_WRAPPED, "fsdp", *_SHARDED, "pieces"])
 def test_two_ranks_are_one(kind, tmp_path):
+    for package in {"adapters": ["peft"], "accelerate": ["accelerate"]}.get(kind, []):
+        pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, str(CHECKS), str(tmp_path), kind],
         capture_output=True,

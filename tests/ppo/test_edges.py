@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
 import os
 
 import pytest
@@ -17,10 +19,12 @@ from ppo_tiny import (
     trainer,
 )
 
+from gemma_ext import files
 from gemma_ext.nn.ppo import AdapterCritic, AdapterOffReference, AdaptiveKL, full_kl, value_loss
 from gemma_ext.nn.ppo.adapters import adapter_parameters
-from gemma_ext.ppo import PPOConfig, Rewards
+from gemma_ext.ppo import History, PPOConfig, Rewards, page
 from gemma_ext.ppo.command import join_ranks
+from gemma_ext.ppo.files import write_samples
 
 
 @pytest.mark.parametrize("advantage", ["gae", "rloo", "grpo", "remax", "reinforce++"])
@@ -199,3 +203,65 @@ def test_a_cap_of_importance_needs_a_sampler_that_tells(tmp_path):
     made = trainer(tmp_path, sampler=silent, changed={"importance_cap": 2.0})
     with pytest.raises(ValueError, match="importance_cap: expected a sampler that gives"):
         made.train_step()
+
+
+def test_the_file_of_a_history_is_json(tmp_path):
+    """Nobody scores, so that means are of nothing."""
+    made = trainer(
+        tmp_path,
+        rewards=lambda completions, **columns: [None] * len(completions),
+        changed={"total_episodes": 8, "sample_prompts": 1},
+    )
+    history = made.train()
+    assert math.isnan(history["objective/scores"][0])
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / "history.jsonl").read_text()
+    (line,) = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    assert line["objective/scores"] is None
+    assert line["step"] == 1
+    again = History(tmp_path)
+    again.read(1)
+    assert math.isnan(again["objective/scores"][0])
+    again.write()
+    assert (tmp_path / "history.jsonl").read_text() == text
+    write_samples(tmp_path / "samples.json", made.before, made.samples())
+    kept = json.loads((tmp_path / "samples.json").read_text(), parse_constant=refuse)
+    assert kept["before"][0]["score"] is None
+
+
+def test_a_greedy_baseline_is_no_sample_to_learn_from(tmp_path):
+    reward = Learning()
+    changed = {"total_episodes": 8, "advantage": "remax"}
+    trainer(tmp_path, rewards=reward, changed=changed).train()
+    assert reward.modes == [True, False]
+
+
+def test_what_rewards_tell_of_responses_is_shown_beside_them(tmp_path):
+    def reward(completions, log_extra, **columns):
+        log_extra("words", [len(text.split()) for text in completions])
+        log_extra("verdict", [torch.tensor(1.5)] * len(completions))
+        return [1.0] * len(completions)
+
+    made = trainer(tmp_path, rewards=reward, changed={"total_episodes": 8, "sample_prompts": 2})
+    made.train()
+    samples = made.samples()
+    assert [one["words"] for one in samples] == [len(one["completion"].split()) for one in samples]
+    assert samples[0]["verdict"] == "tensor(1.5000)"
+    page.write(
+        tmp_path / "page.html", made.history.lines, title="t", facts={},
+        before=made.before, after=samples,
+    )  # fmt: skip
+    assert f"words: {samples[0]['words']}" in (tmp_path / "page.html").read_text()
+
+
+def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
+    done = []
+    sync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("replace"), replace(a, b)))
+    files.write_json(tmp_path / "a.json", {})
+    assert done == ["sync", "replace", "sync"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]

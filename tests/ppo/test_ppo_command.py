@@ -1,12 +1,15 @@
 """The command: from names to a folder with model, history and report; errors in one sentence."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 import typer
-from ppo_tiny import PROMPTS, adapted, tiny_model, tokenizer
+from ppo_tiny import PROMPTS, adapted, random_sequences, tiny_model, tokenizer
 from typer.testing import CliRunner
 
+from gemma_ext import pocket
 from gemma_ext.nn.ppo import AdapterCritic, SeparateCritic, SharedCritic, ValueHead
 from gemma_ext.ppo import command, page
 from gemma_ext.ppo.files import load_value_head, save_trained, save_value_head
@@ -143,8 +146,6 @@ def test_critics_by_name(place):
 
 
 def test_files_of_heads(tmp_path):
-    import torch
-
     head = ValueHead(24, bias=False)
     head.weight.data.normal_()
     for names in ("trl", "classifier"):
@@ -172,3 +173,65 @@ def test_files_of_heads(tmp_path):
 def test_page_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="history: expected at least one line, got none"):
         page.write(tmp_path / "p.html", [], title="", facts={})
+
+
+def test_a_reward_that_is_an_adapter_of_the_model(place):
+    """As trl's reward trainer leaves one: a sequence classification under peft."""
+    peft = pytest.importorskip("peft")
+    classifier = tiny_model(kind="Gemma2ForSequenceClassification", num_labels=1)
+    backbone = tiny_model().model.state_dict()
+    classifier.model.load_state_dict(backbone)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "down_proj"])
+    made = peft.get_peft_model(classifier, lora)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    made.eval().save_pretrained(place / "judge")
+
+    def opened(**more):
+        return open_parts(
+            command.make_config({}),
+            model="tiny",
+            prompts=PROMPTS,
+            reward=["adapter:judge", "rewards_of_the_command:length"],
+            device="cpu",
+            **more,
+        ).arguments["rewards"]
+
+    rewards = opened(lora=2)
+    assert rewards.names == ["reward", "length"]
+    sequences = random_sequences(rows=3)
+    found = rewards.functions[0].score_sequences(sequences)
+    for row, length in enumerate(sequences.lengths.tolist()):
+        end = sequences.prompt_width + length
+        ids = sequences.ids[row, :end][sequences.mask[row, :end].bool()]
+        wanted = made(input_ids=ids.unsqueeze(0)).logits[0, 0]
+        torch.testing.assert_close(found[row], wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="lora: expected a rank for a reward that is an adapter"):
+        opened()
+    lora.r = 3
+    made.save_pretrained(place / "judge")
+    config = json.loads((place / "judge" / "adapter_config.json").read_text())
+    (place / "judge" / "adapter_config.json").write_text(json.dumps({**config, "r": 3}))
+    with pytest.raises(ValueError, match="reward: expected an adapter of the model in judge, got"):
+        opened(lora=2)
+
+
+def test_a_score_with_a_bias_is_written_back(place):
+    classifier = tiny_model(kind="Gemma2ForSequenceClassification", num_labels=1)
+    classifier.score = torch.nn.Linear(24, 1)
+    critic = SeparateCritic(classifier)
+    with torch.no_grad():
+        critic.head.weight.fill_(0.5)
+        critic.head.bias.fill_(2.0)
+    save_trained(place / "kept", tiny_model(), critic, tokenizer())
+    assert float(classifier.score.bias) == 2.0
+    assert bool((classifier.score.weight == 0.5).all())
+
+
+def test_the_pocket_has_the_dtype_that_is_asked_for(monkeypatch):
+    made = SimpleNamespace(model=tiny_model(), tokenizer=tokenizer())
+    monkeypatch.setattr(pocket, "load", lambda size: made)
+    assert load_causal("pocket", "bfloat16", "cpu")[0].dtype == torch.bfloat16

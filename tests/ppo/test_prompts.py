@@ -57,6 +57,15 @@ def test_files(tmp_path):
         read_prompts("nowhere")
 
 
+@pytest.mark.parametrize("odd", ["\u2028", "\u0085"])
+def test_a_line_of_a_file_ends_at_its_newline_alone(odd, tmp_path):
+    """JSON leaves what other programs take for the end of a line in its texts."""
+    rows = [{"prompt": f"one{odd}two"}, {"prompt": "three"}]
+    texts = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(texts) + "\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "rows.jsonl") == rows
+
+
 def test_rows_that_do_not_fit():
     words = tokenizer()
     with pytest.raises(ValueError, match="prompts: expected at least one, got none"):
@@ -87,6 +96,9 @@ def test_sizes_and_schedules(tmp_path):
     assert linear == [1.0, 0.75, 0.5, 0.25]
     warm = config(tmp_path, warmup_ratio=0.5, lr_scheduler_type="constant")
     assert [warm.factor(step, 4) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    for ratio in (0.01, 0.25, 0.3, 1.0):  # of steps that they are no whole part of
+        factors = [config(tmp_path, warmup_ratio=ratio).factor(step, 10) for step in range(10)]
+        assert max(factors) == 1.0
     cosine = config(tmp_path, lr_scheduler_type="cosine")
     assert cosine.factor(0, 4) == 1
     assert cosine.factor(2, 4) == pytest.approx(0.5)
@@ -105,6 +117,12 @@ def test_sizes_and_schedules(tmp_path):
         ({"advantage": "rloo"}, "num_generations: expected at least 2 for rloo, got 1"),
         ({"num_generations": 3}, "expected a divisor of the 8 responses of a rank, got 3"),
         ({"max_prompt_length": 0}, "max_prompt_length: expected None or at least 1, got 0"),
+        ({"warmup_ratio": 1.5}, r"warmup_ratio: expected a number in \[0, 1\], got 1.5"),
+        ({"cliprange": 1.0}, r"cliprange: expected a number in \[0, 1\), got 1.0"),
+        ({"cliprange_high": -0.1}, "cliprange_high: expected at least 0, got -0.1"),
+        ({"cliprange_value": 0.0}, "cliprange_value: expected a positive number, got 0.0"),
+        ({"importance_cap": -1.0}, "importance_cap: expected a positive number, got -1.0"),
+        ({"top_k": -1}, "top_k: expected at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range(tmp_path, changed, message):

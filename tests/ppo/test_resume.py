@@ -116,3 +116,33 @@ def test_what_may_differ(tmp_path):
     trainer(tmp_path, steps=2).train()
     more = trainer(tmp_path, steps=3, save_steps=1, logging_steps=3, sample_prompts=0)
     assert [line["step"] for line in more.train()] == [1, 2, 3]
+
+
+def test_what_a_callback_draws_is_in_the_checkpoint(tmp_path):
+    """The rewards of its samples draw from torch's own stream."""
+
+    def look(made, step, line):
+        made.samples()
+
+    whole = trainer(tmp_path / "whole", parts={"callbacks": [look]})
+    history = whole.train()
+    folder = tmp_path / "pieces"
+    with pytest.raises(Interrupted):
+        trainer(folder, parts={"callbacks": [look, stop_at(5)]}).train()
+    torch.randn(3)
+    last = trainer(folder, parts={"callbacks": [look]})
+    assert lines(last.train()) == lines(history)
+    assert all(torch.equal(weights(last)[n], t) for n, t in weights(whole).items())
+
+
+def test_another_base_below_the_adapters_is_another_run(tmp_path):
+    peft = pytest.importorskip("peft")
+
+    def made(seed):
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+        return trainer(tmp_path, steps=1, parts={"policy": with_adapters(tiny(seed), config)})
+
+    made(0).train()
+    made(0).train()
+    with pytest.raises(ValueError, match=r"is of another run \(reference differ\)"):
+        made(1).train()

@@ -134,3 +134,27 @@ def test_mistakes():
 
     with pytest.raises(ValueError, match=r"expected 3 numbers of short, .* got \[1\]"):
         Rewards(short)(responses())
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end():
+    """As Llama's has none, and its models no padding token."""
+    model = tiny_model(kind="Gemma2ForSequenceClassification", num_labels=1)
+    wanted = Rewards(model, tokenizers=tokenizer())(responses())[0]
+    words = tokenizer()
+    words.pad_token = None
+    model.config.pad_token_id = None
+    found = Rewards(model, tokenizers=words)(responses())[0]
+    assert (words.pad_token_id, model.config.pad_token_id) == (1, 1)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_modules_read_so_many_at_once():
+    model = tiny_model(kind="Gemma2ForSequenceClassification", num_labels=1)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append(len(given["input_ids"])), with_kwargs=True
+    )
+    found = Rewards(model, tokenizers=tokenizer(), batch=2)(responses())[0]
+    assert seen == [2, 1]
+    wanted = Rewards(model, tokenizers=tokenizer())(responses())[0]
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)

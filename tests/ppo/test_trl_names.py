@@ -192,12 +192,24 @@ def test_a_callback_may_stop_the_run_and_functions_are_told_too(tmp_path):
             control.should_training_stop = state.global_step == 2
             return control
 
+        def on_save(self, args, state, control, **more):
+            kept.append((state.global_step, (tmp_path / "checkpoint-2-0.pt").exists()))
+
+    kept = []
     calls = [Stop(), lambda trainer, step, line: told.append((step, line["step"]))]
     trainer = PPOTrainer(args(tmp_path), Saved(), tiny(), None, liked, TEXTS, callbacks=calls)
     trainer.train()
     assert told == [(1, 1), (2, 2)]
     assert [line["step"] for line in trainer.state.log_history] == [2]
-    assert (tmp_path / "checkpoint-2-0.pt").exists()
+    assert kept == [(2, True)]
+
+
+def test_a_reference_with_a_value_head_is_its_model(tmp_path):
+    """As old scripts made them, by copying the policy."""
+    policy, other = (AutoModelForCausalLMWithValueHead(tiny(seed)) for seed in (0, 1))
+    trainer = PPOTrainer(args(tmp_path), Saved(), policy, other, liked, TEXTS)
+    assert trainer.trainer.reference.model is other.pretrained_model
+    assert trainer.trainer.train_step()["objective/kl_k3"] > 0
 
 
 def test_settings():

@@ -254,3 +254,28 @@ def test_what_cannot_be_trained(tmp_path):
     half = tiny_model().bfloat16()
     with pytest.raises(ValueError, match="expected trainable weights in float32"):
         Update(config(tmp_path), half, None, reference)
+
+
+def test_a_batch_without_a_score_moves_nothing(tmp_path):
+    """Adam has momentum by then, and would go on without a gradient."""
+    settings, sequences = config(tmp_path, weight_decay=0.1), random_sequences(rows=8)
+    made = parts()
+    update = Update(settings, *made)
+    batch, _ = experienced(settings, made, sequences)
+    update.step(batch, torch.arange(8))
+    moved = [p.detach().clone() for p in update.trained()]
+    nothing = Sequences(sequences.ids, sequences.mask, torch.zeros_like(sequences.response_mask))
+    found = experience.score_tokens(*made, nothing, settings)
+    scores = torch.full((8,), float("nan"))
+    update.step(experience.build(nothing, scores, found, 0.05, settings), torch.arange(8))
+    assert all(torch.equal(a, b) for a, b in zip(moved, update.trained(), strict=True))
+
+
+def test_reinforce_whitens_as_the_settings_say(tmp_path):
+    found = []
+    for unbiased in (True, False):
+        settings = config(tmp_path, advantage="reinforce++", whiten_unbiased=unbiased)
+        batch, _ = experienced(settings, parts(), random_sequences(rows=8))
+        found.append(batch.packed("advantages").double())
+    n = len(found[0])
+    torch.testing.assert_close(found[1], found[0] * (n / (n - 1)) ** 0.5, rtol=1e-5, atol=1e-6)

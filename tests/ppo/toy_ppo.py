@@ -151,7 +151,8 @@ def weights(made: PPOTrainer) -> dict[str, torch.Tensor]:
 def lines(history: History | Path) -> list[str]:
     """Of a history, without the times; text, because nan is not nan."""
     if isinstance(history, Path):
-        kept = [json.loads(line) for line in history.read_text().splitlines()]
+        lines = [json.loads(line) for line in history.read_text().splitlines()]
+        kept = [{k: float("nan") if v is None else v for k, v in line.items()} for line in lines]
     else:
         kept = list(history)
     return [

@@ -74,11 +74,16 @@ def reinforce_plus_plus(
     lengths: Tensor,
     *,
     gamma: float = 1.0,
+    unbiased: bool = True,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Advantages [N] of packed token rewards [N], KL inside, whitened over the ranks of `group`."""
+    """Advantages [N] of packed token rewards [N], KL inside, whitened over the ranks of `group`.
+
+    Args:
+        unbiased: as of `whiten`.
+    """
     _, returns = packed_gae(rewards, torch.zeros_like(rewards), lengths, gamma=gamma, lam=1.0)
-    return whiten(returns, group=group)
+    return whiten(returns, unbiased=unbiased, group=group)
 
 
 def _groups(rewards: Tensor, group_size: int) -> Tensor:

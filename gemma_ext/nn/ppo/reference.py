@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,10 +71,16 @@ class FrozenReference:
         pass
 
 
-def _sample(model: nn.Module) -> str:
-    """Digest of the first values of every parameter; of sharded ones, of their names."""
+def _sample(model: nn.Module, left_out: Container[int] = ()) -> str:
+    """Digest of the first values of every parameter; of sharded ones, of their names.
+
+    Args:
+        left_out: ids of parameters.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
+        if id(parameter) in left_out:
+            continue
         digest.update(name.encode())
         if not isinstance(parameter, DTensor):
             digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
@@ -83,6 +89,9 @@ def _sample(model: nn.Module) -> str:
 
 class AdapterOffReference:
     """The policy itself with its adapters off: the base model to the bit, without a second copy.
+
+    Attributes:
+        identity: of the base model; a resumed run must not confuse it with another.
 
     Args:
         policy: of peft, or a wrapper of one.
@@ -105,6 +114,7 @@ class AdapterOffReference:
                     f"policy: expected only adapters to train beside a reference without them, "
                     f"got {name}"
                 )
+        self.identity = f"{type(self).__name__} {_sample(policy, adapters)}"
 
     @torch.no_grad()
     def logprobs(self, sequences: Sequences, temperature: float = 1.0) -> Tensor:

@@ -37,7 +37,7 @@ def with_lora(model: PreTrainedModel, config: TrainConfig) -> PeftModel:
     Raises:
         ImportError: peft is missing.
     """
-    require("adversarial training", "genome", "peft")
+    require("adversarial training", "ppo", "peft")
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(

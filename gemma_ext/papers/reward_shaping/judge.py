@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from gemma_ext.lm import LanguageModel, Sampling
 
-VERDICT = re.compile(r"Better:\s*([ABN])")
+# "Better: Answer B" is B, and the first letters of Answer or Both are no verdict
+VERDICT = re.compile(r"Better:\W*(?:(?:Answer|Assistant)\s+)?(A|B|N)(?:either|one)?\b")
 SAMPLING = Sampling(max_tokens=1024, temperature=0.1)
 TEMPLATE = """Two assistants answered the same request. Weigh how helpful, correct, harmless and \
 well written each answer is; a longer answer is not better for its length.

@@ -139,7 +139,8 @@ def write_references(path: str | Path, rows: Iterable[References], identity: str
 
 def read_references(path: str | Path, identity: str) -> list[References]:
     """Raises a ValueError where the file is of another identity: scores would not compare."""
-    first, *lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # not splitlines, which also ends a line at U+2028 and its like inside of a text
+    first, *lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     held = json.loads(first).get("identity")
     if held != identity:
         raise ValueError(

@@ -252,7 +252,7 @@ def _samples(records: Sequence[Record]) -> list[dict[str, Any]]:
             "method": f"{method}, beta {beta:g}",
             "prompt": sample["prompt"],
             "completion": sample["completion"],
-            "score": f"{sample['score']:.2f}",
+            "score": "none" if sample["score"] is None else f"{sample['score']:.2f}",
         }
         for method, (beta, sample) in found.items()
     ]

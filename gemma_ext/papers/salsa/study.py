@@ -185,13 +185,8 @@ def measure(
     with torch.no_grad():
         rollout = trainer.sampler(trainer.policy, [prompts.ids(row) for row in rows], seeds)
     sequences = rollout.sequences
-    ids = [
-        row[real].tolist()
-        for row, real in zip(sequences.responses, sequences.response_mask, strict=True)
-    ]
-    texts = trainer.tokenizer.batch_decode(ids, skip_special_tokens=True)
-    given = [prompts.given(row) for row in rows]
-    scores, _ = trainer.rewards(Responses(given, texts, ids, prompts.columns(rows), sequences))
+    trainer.rewards.mode(training=False)
+    scores, _ = trainer.rewards(Responses.of(prompts, rows, sequences, trainer.tokenizer))
     found = step_zero(
         trainer.policy,
         anchors,

@@ -73,6 +73,10 @@ class Options:
             raise ValueError("kl_warmup: expected 0 beside a kl_target, which moves beta as well")
         if (self.length_normalised or self.subtract_step_zero) and config.kl_in != "reward":
             raise ValueError("kl_in: expected reward for a divergence that is changed, got loss")
+        if self.min_length and config.rollouts != "generate":
+            raise ValueError(
+                f"rollouts: expected generate with a min_length, got {config.rollouts}"
+            )
         if self.min_length >= config.response_length:
             raise ValueError(
                 f"min_length: expected less than the {config.response_length} tokens of a "
@@ -134,16 +138,14 @@ class SalsaTrainer(PPOTrainer):
         )
         return super().train()
 
-    def resume(self) -> bool:
-        found = super().resume()
-        if found and len(self.history):
-            last = self.history.lines[-1]
-            seen = {name: x for name, x in last.items() if name.startswith("collapse/")}
-            below = int(seen["collapse/updates_below"])
-            self.collapse.load_state_dict({"below": below, "seen": seen})
-            if self.collapse.collapsed:
-                self.stopped, self.steps = self.collapse.sentence(), self.step
-        return found
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"collapse": self.collapse.state_dict()}
+
+    def load_state_dict(self, kept: Mapping[str, Any]) -> None:
+        super().load_state_dict(kept)
+        self.collapse.load_state_dict(kept["collapse"])
+        if self.collapse.collapsed:
+            self.stopped, self.steps = self.collapse.sentence(), self.step
 
     def train_step(self) -> dict[str, float]:
         line = super().train_step()
