@@ -64,6 +64,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
+    """A CSV file as `read_pairs` reads it."""
     with (
         replacing(Path(path)) as beside,
         beside.open("w", encoding="utf-8", newline="") as lines,
