@@ -44,16 +44,6 @@ PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs cos
 TESTS = ("edges", "sync", "graphs", "streams", "determinism")
 OP_TESTS = ("values", "gradients", "filter", "options", "outputs")
 DIVERGENCE_TESTS = ("divergence", "divergence_filter")
-SOUPING = "test_gpu_soup.py"
-SOUP_TESTS = ("merge", "select", "rows", "sums", "population", "values")
-SAE = "test_gpu_sae.py"
-SAE_TESTS = ("decode", "products", "steer", "encode", "encode_gradients")
-# products of float32 are split on a card: 2^-16, and NaN for infinities
-SAE_CHOSEN = "cuda and not margin and not infinities and not (normal and fp32)"
-DEPTH = "test_gpu_depth_kv.py"
-DEPTH_TESTS = ("compact", "kv", "attention", "models", "propagate")
-HEADS = "test_gpu_depth_linear.py"
-HEADS_TESTS = ("linear", "norm", "head", "gate")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -178,7 +168,8 @@ def test_files() -> list[Path]:
     """Files of tests/gpu but those of other stages, those of TESTS first: time may run out."""
     names = [f"test_gpu_{name}.py" for name in TESTS]
     found = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
-    found = [path for path in found if path.name not in (SOUPING, SAE, DEPTH, HEADS)]
+    elsewhere = {family.test for family in FAMILIES.values()}
+    found = [path for path in found if path.name not in elsewhere]
     return sorted(found, key=lambda p: names.index(p.name) if p.name in names else len(names))
 
 
@@ -201,57 +192,67 @@ def sanitizer(stage: Stage) -> int:
     )  # fmt: skip
 
 
-def souping(stage: Stage) -> int:
-    """The benchmark has half of the time, the tests what it leaves."""
-    trial = ["--layers", 1, "--width", 64, "--seconds", 0, "--rounds", 1]
-    status = measure(stage, "bench_souping_card.py", ["--seconds", stage.left / 4], trial)
-    if find_spec("pytest") is None:
-        raise NotRun(f"{sys.executable} has no pytest")
-    runs: list[Sequence[object]] = [(f"tests/gpu/{SOUPING}",)]
-    if DEVICE == "cuda":
-        files = [f"tests/ops/test_soup_{name}.py" for name in SOUP_TESTS]
-        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
-    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
+@dataclass(frozen=True)
+class Family:
+    """A stage that measures kernels, and tests them in the time that is left then.
+
+    Attributes:
+        script: the benchmark. test: of tests/gpu. ops: of tests/ops, without "test_" and ".py".
+        share: of the stage's time, as the benchmark's --seconds.
+        given: its further options. trial: those of a run without a card.
+        chosen: of tests/ops, as pytest's -k.
+    """
+
+    script: str
+    test: str
+    ops: Sequence[str]
+    trial: Sequence[object]
+    share: float = 1 / 4
+    given: Sequence[object] = ()
+    chosen: str = "cuda"
+
+    def __call__(self, stage: Stage) -> int:
+        words = [*self.given, "--seconds", stage.left * self.share]
+        status = measure(stage, self.script, words, self.trial)
+        if find_spec("pytest") is None:
+            raise NotRun(f"{sys.executable} has no pytest")
+        runs: list[Sequence[object]] = [(f"tests/gpu/{self.test}",)]
+        if DEVICE == "cuda":
+            files = [f"tests/ops/test_{name}.py" for name in self.ops]
+            runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", self.chosen, "-m", "not slow"))
+        return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
 
 
-def sae(stage: Stage) -> int:
-    """The benchmark has half of the time, the tests what it leaves."""
-    trial = ["--tokens", 64, "--features", 1500, "--width", 96, "--seconds", 0, "--rounds", 1]
-    status = measure(stage, "bench_sae_card.py", ["--seconds", stage.left / 4], trial)
-    if find_spec("pytest") is None:
-        raise NotRun(f"{sys.executable} has no pytest")
-    runs: list[Sequence[object]] = [(f"tests/gpu/{SAE}",)]
-    if DEVICE == "cuda":
-        files = [f"tests/ops/test_sae_{name}.py" for name in SAE_TESTS]
-        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", SAE_CHOSEN, "-m", "not slow"))
-    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
-
-
-def depth(stage: Stage) -> int:
-    """The benchmark has a quarter of the time, the tests what it leaves."""
-    trial = ["--rows", 2, "--context", 40, "--seconds", 0]
-    status = measure(stage, "bench_depth_kv.py", ["--seconds", stage.left / 4], trial)
-    if find_spec("pytest") is None:
-        raise NotRun(f"{sys.executable} has no pytest")
-    runs: list[Sequence[object]] = [(f"tests/gpu/{DEPTH}",)]
-    if DEVICE == "cuda":
-        files = [f"tests/ops/test_depth_{name}.py" for name in DEPTH_TESTS]
-        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
-    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
-
-
-def heads(stage: Stage) -> int:
-    """The benchmark has half of the time, the tests what it leaves."""
-    trial = ["--rows", 2, "--shape", 32, 300, "--rank", 8, "--seconds", 0]
-    given = ["--rows", 1, 32, 128, "--dtype", "bf16", "--seconds", stage.left / 15]
-    status = measure(stage, "bench_depth_linear.py", given, trial)
-    if find_spec("pytest") is None:
-        raise NotRun(f"{sys.executable} has no pytest")
-    runs: list[Sequence[object]] = [(f"tests/gpu/{HEADS}",)]
-    if DEVICE == "cuda":
-        files = [f"tests/ops/test_depth_{name}.py" for name in HEADS_TESTS]
-        runs.append(("-c", "tests/gpu/pytest.ini", *files, "-k", "cuda", "-m", "not slow"))
-    return status or worst(run_tests(stage, *words, limit=stage.left) for words in runs)
+FAMILIES = {
+    "souping": Family(
+        "bench_souping_card.py",
+        "test_gpu_soup.py",
+        [f"soup_{name}" for name in ("merge", "select", "rows", "sums", "population", "values")],
+        ["--layers", 1, "--width", 64, "--seconds", 0, "--rounds", 1],
+    ),
+    "sae": Family(
+        "bench_sae_card.py",
+        "test_gpu_sae.py",
+        [f"sae_{name}" for name in ("decode", "products", "steer", "encode", "encode_gradients")],
+        ["--tokens", 64, "--features", 1500, "--width", 96, "--seconds", 0, "--rounds", 1],
+        # products of float32 are split on a card: 2^-16, and NaN for infinities
+        chosen="cuda and not margin and not infinities and not (normal and fp32)",
+    ),
+    "depth": Family(
+        "bench_depth_kv.py",
+        "test_gpu_depth_kv.py",
+        [f"depth_{name}" for name in ("compact", "kv", "attention", "models", "propagate")],
+        ["--rows", 2, "--context", 40, "--seconds", 0],
+    ),
+    "heads": Family(
+        "bench_depth_linear.py",
+        "test_gpu_depth_linear.py",
+        [f"depth_{name}" for name in ("linear", "norm", "head", "gate")],
+        ["--rows", 2, "--shape", 32, 300, "--rank", 8, "--seconds", 0],
+        share=1 / 15,  # its --seconds are of a number of rows
+        given=["--rows", 1, 32, 128, "--dtype", "bf16"],
+    ),
+}
 
 
 def step(stage: Stage) -> int:
@@ -309,10 +310,7 @@ STAGES: dict[str, Callable[[Stage], int]] = {
     "build": build,
     "tests": tests,
     "sanitizer": sanitizer,
-    "souping": souping,
-    "sae": sae,
-    "depth": depth,
-    "heads": heads,
+    **FAMILIES,
     "step": step,
     "sweep": sweep,
     "profile": profile,

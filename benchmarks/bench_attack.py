@@ -32,11 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_ext.bench import report, timing
+from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.rows import verdict
+from gemma_ext.bench.subject import DTYPES
 from gemma_ext.papers.continuous_at import Attack, AttackConfig, Batch, Row
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLACK = {"fp32": 1e-3, "bf16": 0.1}  # of a mean loss; the loop adds small steps up in bf16
 BAR = 5.0
 MICRO, EVERY, PROMPT, TARGET, LONGEST = 8, 8, 70, 20, 256
@@ -162,9 +163,8 @@ def run_case(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     }
     expected = torch.tensor(subjects["gemma_ext"]())
     rows: dict[str, dict[str, Any]] = {}
-    memory_of = timing.CardMemory if options.device == "cuda" else timing.PeakMemory
     for label in list(subjects):
-        with memory_of() as memory:
+        with timing.memory_of(options.device) as memory:
             losses = torch.tensor(subjects[label]())
         error = (losses - expected).abs().max().item()
         rows[label] = {"peak_mb": memory.peak() / 2**20, "error": error}
@@ -194,7 +194,7 @@ def add_times(
         {label: step(run) for label, run in subjects.items()},
         seconds=options.seconds,
         warmup=0,
-        measure=timing.measure_on_card if options.device == "cuda" else timing.measure,
+        measure=timing.measure_of(options.device),
     )
     for label, own in timings.items():
         rows[label] |= {"total": own.total, "spread": own.spread, "rate": work / own.total}
@@ -210,8 +210,7 @@ def add_times(
 
 def main() -> None:
     options = parse_options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
     found, name = run_case(options)
@@ -225,17 +224,17 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = parser_of(
+        __doc__,
+        device="cpu",
+        dtype="fp32",
+        dtypes=SLACK,
+        threads=torch.get_num_threads(),
+        seconds=60.0,
     )
     parser.add_argument("--model", help="a folder; else random weights")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--batch", type=int, default=64, help="rows of the global step")
     parser.add_argument("--steps", type=int, default=10, help="K")
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -39,6 +39,7 @@ from cce_rows import (
 
 from gemma_ext.bench import report
 from gemma_ext.bench.data import DATA_KINDS
+from gemma_ext.bench.options import parser_of, shape_of
 from gemma_ext.bench.stages import LEAST_SECONDS, Effort, Stages
 from gemma_ext.bench.subject import DTYPES, Case, Subject
 
@@ -251,10 +252,7 @@ def default_subjects(known: Mapping[str, Subject]) -> list[str]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser = parser_of(__doc__, device="cpu", threads=os.cpu_count(), rounds=3)
     parser.add_argument(
         "--shape", action="append", type=shape_of, metavar="N,D,V", help="repeatable"
     )
@@ -266,28 +264,17 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--csv", type=Path, help="append the rows to this file")
     parser.add_argument("--check", action="store_true", help="errors and memory, no times")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--seconds", type=float, help="time to spend per table, 60 by default, 6 on a card"
     )
     parser.add_argument(
         "--budget", type=float, default=240.0, help="seconds for everything, on a card"
     )
-    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
     parser.add_argument("--warmup", type=int, default=1, help="calls that are not counted")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     options = parser.parse_args()
     if options.seconds is None:
         options.seconds = 6.0 if options.device == "cuda" else 60.0
     return options
-
-
-def shape_of(text: str) -> tuple[int, int, int]:
-    """ "N,D,V" as three sizes."""
-    parts = text.split(",")
-    if len(parts) != 3 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"expected N,D,V, got {text}")
-    return int(parts[0]), int(parts[1]), int(parts[2])
 
 
 if __name__ == "__main__":

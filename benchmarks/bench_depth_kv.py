@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_ext.bench import report
-from gemma_ext.bench.timing import Timing, interleave, measure, measure_on_card, paired_ratio
+from gemma_ext.bench.options import parser_of
+from gemma_ext.bench.subject import DTYPES
+from gemma_ext.bench.timing import Timing, interleave, measure_of, paired_ratio
 from gemma_ext.ops.depth_batching import (
     PAGE,
     depth_compact,
@@ -34,7 +36,6 @@ from gemma_ext.ops.depth_batching import (
 )
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}
 LOOPS, SOFTCAP = 2, 50.0
 CARD_BAR = 0.75  # of the bandwidth of a copy
@@ -155,7 +156,7 @@ def rows_of(o: argparse.Namespace) -> list[dict[str, object]]:
     timings = interleave(
         {name: marked(step) for name, step in steps.items()},
         seconds=o.seconds,
-        measure=measure_on_card if o.device == "cuda" else measure,
+        measure=measure_of(o.device),
     )
     return [_row(name, note, timings, p, o) for name in NAMES if name in timings or note]
 
@@ -180,21 +181,16 @@ def _row(
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = parser_of(
+        __doc__, device="cpu", dtype="bf16", threads=torch.get_num_threads(), seconds=20.0
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=int, help="16, on a card 64")
     parser.add_argument("--context", type=int, help="tokens of a request: 1536, on a card 4096")
     parser.add_argument("--chunk", action="store_true", help="rows of one request")
     parser.add_argument("--heads", type=int, default=8, help="of q; Gemma 2 2B by default")
     parser.add_argument("--kv-heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=256, help="of a head")
-    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=20.0, help="rounds are added up to here")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     options = parser.parse_args()
     on_card = options.device == "cuda"
     options.rows = options.rows or (64 if on_card else 16)

@@ -31,20 +31,19 @@ import gemma_ext
 from gemma_ext.bench import report
 from gemma_ext.bench.ceilings import measure_ceilings
 from gemma_ext.bench.data import DATA_KINDS, head_data
+from gemma_ext.bench.options import parser_of, shape_of
+from gemma_ext.bench.subject import DTYPES
 from gemma_ext.bench.timing import (
-    CardMemory,
-    PeakMemory,
     interleave,
-    measure,
-    measure_on_card,
+    measure_of,
     memory_environment,
+    memory_of,
     paired_ratio,
 )
 from gemma_ext.ops.cce.divergence import KINDS
 from gemma_ext.reference.cce_divergence import divergence
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ROWS = 64  # whose gradient is checked
 CHUNK = 512
 COLUMNS = {
@@ -170,8 +169,7 @@ def check(name: str, options: argparse.Namespace) -> dict[str, Any]:
             divergence(*p.wide(slice(i, i + CHUNK), torch.float32).logits(), p.kind).sum()
             for i in range(0, len(p.e), CHUNK)
         ) / len(p.e)
-    memory = CardMemory if options.device == "cuda" else PeakMemory
-    with memory() as watched:
+    with memory_of(options.device) as watched:
         out = SUBJECTS[name](p)
         loss = out if isinstance(out, Tensor) else out.loss
         loss.backward()
@@ -227,7 +225,7 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     timings = interleave(
         {name: step(name) for name in names if not found[name]["note"]},
         seconds=options.seconds,
-        measure=measure_on_card if options.device == "cuda" else measure,
+        measure=measure_of(options.device),
     )
     gemm = measure_ceilings(options.device).gemm * 1e9
     n, d, v = options.shape
@@ -248,24 +246,19 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = parser_of(
+        __doc__, device="cpu", dtype="bf16", threads=torch.get_num_threads(), seconds=60.0
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--shape",
-        type=lambda text: tuple(map(int, text.split(","))),
+        type=shape_of,
         default=(2048, 2304, 32768),
         metavar="N,D,V",
     )
     parser.add_argument("--kind", default="forward_kl", choices=KINDS)
-    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--data", default="plaw-2.5", choices=DATA_KINDS)
     parser.add_argument("--softcap", type=float, default=30.0, help="0: none")
     parser.add_argument("--impl", nargs="+", choices=tuple(SUBJECTS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -30,14 +30,15 @@ import torch
 from torch import Tensor
 
 from gemma_ext.bench import report, timing
+from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.rows import verdict
+from gemma_ext.bench.subject import DTYPES
 from gemma_ext.papers.continuous_at.evaluation import gcg
 from gemma_ext.papers.continuous_at.evaluation.candidates import draw
 from gemma_ext.papers.continuous_at.evaluation.scorer import TargetScorer
 from gemma_ext.papers.continuous_at.evaluation.template import split
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SLACK = {"fp32": 1e-4, "bf16": 0.1}  # of a mean loss; nanoGCG rounds bf16 logits
 BATCHES, ROOM = (64, 512), 3e9  # of nanoGCG, and bytes of its logits
 BAR = 3.0  # times the steps per second of nanoGCG
@@ -206,7 +207,7 @@ def run_case(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str, st
                 else:
                     rows[label]["note"] = f"RED: off by {error:.1e}"
     for label, run in subjects.items():
-        with (timing.CardMemory if options.device == "cuda" else timing.PeakMemory)() as memory:
+        with timing.memory_of(options.device) as memory:
             run()
             rows[label]["peak_mb"] = memory.peak() / 2**20
     add_times(rows, subjects, options)
@@ -231,7 +232,7 @@ def add_times(
 
         return timed
 
-    measure = timing.measure_on_card if options.device == "cuda" else timing.measure
+    measure = timing.measure_of(options.device)
     timings = timing.interleave(
         {label: step(run) for label, run in subjects.items()},
         seconds=options.seconds,
@@ -253,8 +254,7 @@ def add_times(
 
 def main() -> None:
     options = parse_options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     facts = report.machine(options.device)
     print(report.header(facts), flush=True)
     found, name, tokens = run_case(options)
@@ -268,18 +268,18 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = parser_of(
+        __doc__,
+        device="cpu",
+        dtype="fp32",
+        dtypes=SLACK,
+        threads=torch.get_num_threads(),
+        seconds=60.0,
     )
     parser.add_argument("--model", default="small", help="a size of the pocket, or a folder")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--width", type=int, default=512, help="candidates of a step")
     parser.add_argument("--steps", type=int, default=1, help="of a timed call")
     parser.add_argument("--batch", nargs="+", type=int, help="of nanoGCG")
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -23,6 +23,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from gemma_ext.bench import report, timing
+from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.rows import verdict
 from gemma_ext.bench.subject import DTYPES
 from gemma_ext.lm.harness import GemmaExtLM
@@ -189,8 +190,7 @@ def label_of(config: Any, folder: str | None) -> str:
 
 def main() -> None:
     options = parse_options()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     model, tokenizer, ids = build(options.model, DTYPES[options.dtype])
     label = label_of(model.config, options.model)
     facts = report.machine()
@@ -214,17 +214,13 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = parser_of(
+        __doc__, dtype="bf16", dtypes=SLACK, threads=torch.get_num_threads(), seconds=10.0
     )
     parser.add_argument("--model", metavar="FOLDER", help="of weights and a tokenizer")
-    parser.add_argument("--dtype", choices=list(SLACK), default="bf16")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--tokens", type=int, default=512, help="that ours runs at a time")
-    parser.add_argument("--seconds", type=float, default=10.0, help="to time a case")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -32,18 +32,17 @@ import gemma_ext
 from gemma_ext.bench import report
 from gemma_ext.bench.ceilings import measure_ceilings
 from gemma_ext.bench.data import DATA_KINDS, head_data
+from gemma_ext.bench.options import parser_of
+from gemma_ext.bench.subject import DTYPES
 from gemma_ext.bench.timing import (
-    CardMemory,
-    PeakMemory,
     interleave,
-    measure,
-    measure_on_card,
+    measure_of,
     memory_environment,
+    memory_of,
     paired_ratio,
 )
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEADS = ("full", "frozen")
 BARS = {"cpu": 2.0, "cuda": 1.5}
 ROWS, CHUNK = 64, 512
@@ -170,8 +169,7 @@ def check(name: str, options: argparse.Namespace) -> dict[str, Any]:
     p = problem(options)
     if "trl" in name:  # not its import
         importlib.import_module("trl.kernels" if name == "trl" else "gemma_ext.integrations.trl")
-    memory = CardMemory if options.device == "cuda" else PeakMemory
-    with memory() as watched:
+    with memory_of(options.device) as watched:
         out = SUBJECTS[name](p)
         p.objective(out).backward()
         peak = watched.peak()
@@ -229,7 +227,7 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     timings = interleave(
         {name: step(name) for name in names if not found[name]["note"]},
         seconds=options.seconds,
-        measure=measure_on_card if options.device == "cuda" else measure,
+        measure=measure_of(options.device),
     )
     gemm = measure_ceilings(options.device).gemm * 1e9
     (n, d), v = p.e.shape, len(p.c)
@@ -257,10 +255,14 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = parser_of(
+        __doc__,
+        device="cpu",
+        dtype="bf16",
+        dtypes=("fp32", "bf16"),
+        threads=torch.get_num_threads(),
+        seconds=60.0,
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
         "--shape",
         type=lambda text: tuple(map(int, text.split(","))),
@@ -270,14 +272,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="in place of --data, D, V, --softcap")
     parser.add_argument("--head", default="full", choices=HEADS, help="frozen: as under LoRA")
     parser.add_argument("--idle", type=float, default=0.3, help="share of rows without a gradient")
-    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--data", default="plaw-2.5", choices=DATA_KINDS)
     parser.add_argument("--softcap", type=float, default=30.0, help="0: none")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--impl", nargs="+", choices=tuple(SUBJECTS))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -26,6 +26,7 @@ from typing import Any
 from merge_models import make_models, model_bytes
 
 from gemma_ext.bench import report
+from gemma_ext.bench.options import parser_of
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -229,9 +230,7 @@ LAYOUT = report.Layout(
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--folder", type=Path, default=HERE / ".merges", help="on a disk")
     parser.add_argument("--layers", type=int, default=26)
     parser.add_argument("--vocab", type=int, default=256000)
@@ -242,7 +241,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--cold", action="store_true", help="sources leave the page cache first")
     parser.add_argument("--threads", type=int, default=4, help="that read and write")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds for a run")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -28,14 +28,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_ext.bench import report
+from gemma_ext.bench.options import parser_of
+from gemma_ext.bench.subject import DTYPES
 from gemma_ext.bench.timing import (
-    CardMemory,
-    PeakMemory,
     Timing,
     interleave,
-    measure,
-    measure_on_card,
+    measure_of,
     memory_environment,
+    memory_of,
     paired_ratio,
     total_memory,
 )
@@ -48,7 +48,6 @@ from gemma_ext.ops.sae import (
 )
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR, EAGER = "F.linear", "F.linear, relu, topk"
 AUX = 512
 BARS = {"of_linear": 1.25, "step": 3.0, "peak": 16 << 30}
@@ -222,7 +221,7 @@ def timed(options: argparse.Namespace, steps: Mapping[str, Callable]) -> dict[st
         steps,
         seconds=options.seconds,
         least=options.rounds,
-        measure=measure_on_card if options.device == "cuda" else measure,
+        measure=measure_of(options.device),
     )
 
 
@@ -251,28 +250,22 @@ def print_peak(options: argparse.Namespace, b: Batch) -> None:
         run = STEPS[options.peak](b).run
     else:
         run = encoders(b, level_of(b))[options.peak]
-    with CardMemory() if options.device == "cuda" else PeakMemory() as memory:
+    with memory_of(options.device) as memory:
         run()
         print(memory.peak())
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = parser_of(
+        __doc__, device="cpu", dtype="fp32", threads=torch.get_num_threads(), seconds=60.0, rounds=3
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--features", type=int, default=65536)
     parser.add_argument("--width", type=int, default=2304)
     parser.add_argument("--active", type=int, default=64, help="entries of a token")
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
-    parser.add_argument("--rounds", type=int, default=3, help="at least")
     parser.add_argument("--no-peaks", dest="peaks", action="store_false")
     parser.add_argument("--peak", help="print the peak of one subject in bytes")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     return parser.parse_args()
 
 

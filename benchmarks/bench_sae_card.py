@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_ext.bench import report, timing
+from gemma_ext.bench.options import parser_of
 from gemma_ext.ops.sae import (
     Codes,
     decode,
@@ -160,7 +161,7 @@ def measure(q: Problem, device: str, seconds: float, least: int) -> list[dict[st
         {name: marked(step) for name, step in steps.items() if name not in wrong},
         seconds=seconds,
         least=least,
-        measure=timing.measure_on_card if device == "cuda" else timing.measure,
+        measure=timing.measure_of(device),
     )
     rows = []
     for name in steps:
@@ -225,17 +226,11 @@ LAYOUT = report.Layout(
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser = parser_of(__doc__, device="cuda", seconds=12.0, rounds=5)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=2304)
     parser.add_argument("--features", type=int, nargs="+", default=[131_072, 16_384])
     parser.add_argument("--k", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=12.0, help="to time all subjects")
-    parser.add_argument("--rounds", type=int, default=5, help="least number of rounds")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_ext.bench import report
-from gemma_ext.bench.timing import interleave, measure, measure_on_card, paired_ratio
+from gemma_ext.bench.options import parser_of
+from gemma_ext.bench.subject import DTYPES
+from gemma_ext.bench.timing import interleave, measure_of, paired_ratio
 from gemma_ext.ops.sae import Codes, decode, decode_error, dots, nested_errors, scatter
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BARS = {"decode": 10.0}
 BAR_FEATURES = 65536
 COLUMNS = {
@@ -170,7 +171,7 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, object]]:
     timings = interleave(
         steps,
         seconds=options.seconds,
-        measure=measure_on_card if options.device == "cuda" else measure,
+        measure=measure_of(options.device),
     )
     return [_row(name, subject, notes[name], timings, p) for name, subject in chosen.items()]
 
@@ -202,20 +203,15 @@ def _row(name: str, subject: Subject, note: str, timings: dict, p: Problem) -> d
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = parser_of(
+        __doc__, device="cpu", dtype="fp32", threads=torch.get_num_threads(), seconds=60.0
     )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--active", type=int, default=64, help="entries of a token")
     parser.add_argument("--features", type=int, default=BAR_FEATURES)
     parser.add_argument("--width", type=int, default=2304)
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
     parser.add_argument("--op", nargs="+", choices=tuple(SUBJECTS), help="some of the ops")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     return parser.parse_args()
 
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from gemma_ext.bench import report
-from gemma_ext.bench.timing import interleave, measure, measure_on_card, paired_ratio
+from gemma_ext.bench.options import parser_of
+from gemma_ext.bench.timing import interleave, measure_of, paired_ratio
 from gemma_ext.ops.souping import (
     Gram,
     Magnitudes,
@@ -205,7 +206,7 @@ def remap(device: str) -> dict[str, object]:
     index[torch.rand(rows, 2, generator=g) < 0.1] = -1
     index, out = index.to(device), torch.empty_like(tables[0])
     gather_rows_(out, tables, index)
-    time = measure_on_card if device == "cuda" else measure
+    time = measure_of(device)
     done = time(lambda mark: gather_rows_(out, tables, index))
     met = "pass" if done.cpu < REMAP_SECONDS else "MISS"
     bars = f"{done.cpu:.2f} < {REMAP_SECONDS:g} CPU s {met}" if device == "cpu" else ""
@@ -239,10 +240,7 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, object]]:
         steps[name] = lambda mark, call=subject.call: call(p)
         if subject.eager and options.peers:
             steps[f"eager {name}"] = lambda mark, call=subject.eager: call(p)
-    on_card = options.device == "cuda"
-    timings = interleave(
-        steps, seconds=options.seconds, measure=measure_on_card if on_card else measure
-    )
+    timings = interleave(steps, seconds=options.seconds, measure=measure_of(options.device))
     found = []
     for name, subject in chosen.items():
         row = {
@@ -272,18 +270,12 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, object]]:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser = parser_of(__doc__, device="cpu", threads=torch.get_num_threads(), seconds=60.0)
     parser.add_argument("--parameters", type=int, default=64_000_000, help="elements of each model")
     parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=60.0, help="rounds are added up to here")
     parser.add_argument("--op", nargs="+", choices=tuple(SUBJECTS), help="some of the ops")
     parser.add_argument("--no-peers", dest="peers", action="store_false")
     parser.add_argument("--no-remap", dest="remap", action="store_false")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     return parser.parse_args()
 
 

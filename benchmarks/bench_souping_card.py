@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from gemma_ext.bench import report, timing
+from gemma_ext.bench.options import parser_of
 from gemma_ext.ops.souping import (
     Gram,
     Magnitudes,
@@ -213,7 +214,7 @@ def measure(parts: Sequence[Part], device: str, seconds: float, least: int) -> l
         {COPY: on(lambda _: target.copy_(source), parts)} | steps,
         seconds=seconds,
         least=least,
-        measure=timing.measure_on_card if device == "cuda" else timing.measure,
+        measure=timing.measure_of(device),
     )
     copy_rate = 2 * source.numel() / timed[COPY].total
     copied = Subject(COPY, target.copy_, 2 * (MODELS + 2))
@@ -280,15 +281,9 @@ def bars(subject: Subject, row: Mapping[str, Any], timed: Mapping[str, timing.Ti
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser = parser_of(__doc__, device="cuda", seconds=12.0, rounds=5)
     parser.add_argument("--layers", type=int, default=4, help="of Gemma-2-2B, 78 M parameters each")
     parser.add_argument("--width", type=int, default=2304, help="of the model")
-    parser.add_argument("--seconds", type=float, default=12.0, help="to time all subjects")
-    parser.add_argument("--rounds", type=int, default=5, help="least number of rounds")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

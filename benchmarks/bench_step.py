@@ -29,6 +29,7 @@ from step_impls import Implementation, Loss, implementations
 from torch import Tensor, nn
 
 from gemma_ext.bench import report, timing
+from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.subject import DTYPES
 
 Batch = tuple[Tensor, Tensor]  # ids and labels, [B, T]
@@ -153,7 +154,7 @@ class Step:
             self.model.zero_grad(set_to_none=True)
             self.run(loss, self.first)
             self.model.zero_grad(set_to_none=True)
-            with timing.CardMemory() if device == "cuda" else timing.PeakMemory() as memory:
+            with timing.memory_of(device) as memory:
                 value = self.run(loss, self.first)
                 peak = memory.peak()
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -169,7 +170,7 @@ class Step:
         """One step, the implementation put in place and the gradients freed before."""
         with self.implementation.on(self.model) as loss:
             self.model.zero_grad(set_to_none=True)
-            timed = timing.measure_on_card if device == "cuda" else timing.measure
+            timed = timing.measure_of(device)
             return timed(partial(self.run, loss, next(self.batches)))
 
 
@@ -287,8 +288,7 @@ def bars(case: Case, rows: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
 def main() -> None:
     options = parse_options()
     device = options.device
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     known = implementations(**patch_options(options))
     unknown = set(options.impl or []) - set(known)
     if unknown:
@@ -362,14 +362,17 @@ def patch_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     card = torch.cuda.is_available()
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if card else "cpu")
+    parser = parser_of(
+        __doc__,
+        device="cuda" if card else "cpu",
+        dtype="bf16",
+        threads=torch.get_num_threads(),
+        seconds=4.0,
+        rounds=3,
+    )
     parser.add_argument("--model", help="path or id of a config, with weights where there are any")
     parser.add_argument("--text", type=Path, help="file to train on, for a model with a tokenizer")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--batch", type=int, help="B: 4 on a card, else 2")
     parser.add_argument("--tokens", type=int, help="T: 2048 on a card, else 256")
     parser.add_argument(
@@ -380,11 +383,7 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--filter-eps", type=float, help="of ours; by default its own choice")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--optimizer", choices=["none", "sgd"], default="none")
-    parser.add_argument("--seconds", type=float, default=4.0, help="to time a case")
-    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds to start cases in")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args(words)
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gemma_ext.bench import data, timing
-from gemma_ext.bench.one_process import memory_of
 from gemma_ext.bench.rows import Rows, compare_with_best
 from gemma_ext.bench.subject import Case, Step, Subject
+from gemma_ext.bench.timing import memory_of
 
 BATCHES = 3  # inputs in rotation: no call finds its rows in the cache
 

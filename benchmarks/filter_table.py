@@ -29,6 +29,7 @@ from torch import Tensor, nn
 import gemma_ext
 from gemma_ext.bench import report
 from gemma_ext.bench.filtering import Gradients, Rule, gradients, large_blocks, sampled_strips
+from gemma_ext.bench.options import parser_of
 from gemma_ext.integrations.transformers import patch, unpatch
 
 RESULTS = Path(__file__).parent / "results"
@@ -188,17 +189,13 @@ def save(folder: Path, stem: str, facts: dict[str, str], rows: list[dict[str, An
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, threads=os.cpu_count())
     parser.add_argument("--model", help="folder or id of a causal LM with its tokenizer")
     parser.add_argument("--text", type=Path, default=Path(argparse.__file__))
     parser.add_argument("--pocket", choices=("nano", "small"), default="small")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--form", choices=("kernels", "formula"), help="who makes filtered rows")
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from bench_cce import shape_of
 from torch.profiler import ProfilerActivity, profile
 
 import gemma_ext
 from gemma_ext.bench import report
 from gemma_ext.bench.data import DATA_KINDS, head_data
+from gemma_ext.bench.options import shape_of
 from gemma_ext.bench.subject import DTYPES
 
 STEPS = 3

@@ -12,7 +12,8 @@ import argparse
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from gemma_ext.report.plots import BLUE, GREY, axes
+from gemma_ext.files import replacing
+from gemma_ext.report.plots import BLUE, GREY, axes, svg
 from gemma_ext.serve.simulate import (
     A100,
     H100,
@@ -92,9 +93,9 @@ def draw(found: dict[tuple, list[tuple[str, float]]], file: Path) -> None:
         panel.set_title(f"Gemma 2B, rank {rank}, {machine}, {width} tokens a step", fontsize=10)
         for place, value in zip(places, values, strict=True):
             panel.text(value + 0.02, place, f"{value:.2f}", va="center", fontsize=9)
-    beside = file.with_name(f".{file.name}.part")
-    figure.savefig(beside, format="svg", metadata={"Date": None})
-    beside.replace(file)
+    text = svg(figure, "What exits give, cost by cost, over continuous sequence batching")
+    with replacing(file) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def main() -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench_cce import shape_of
 from torch import Tensor
 
 import gemma_ext
 from gemma_ext.bench import data, report, timing
+from gemma_ext.bench.options import parser_of, shape_of
 from gemma_ext.bench.subject import DTYPES
 
 RESULTS = Path(__file__).parent / "results"
@@ -169,15 +169,8 @@ def bars(shape: Sequence[int], device: str, row: Mapping[str, Any]) -> Iterator[
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda")
+    parser = parser_of(__doc__, device="cuda", dtype="bf16", seconds=8.0, rounds=3)
     parser.add_argument("--shape", type=shape_of, default=BAR_SHAPE, metavar="N,D,V")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
-    parser.add_argument("--seconds", type=float, default=8.0, help="to time all points")
-    parser.add_argument("--rounds", type=int, default=3, help="least number of rounds")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

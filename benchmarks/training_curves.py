@@ -31,6 +31,7 @@ from step_model import head_of
 from training_run import MAKERS, Run, Task, rarest, train
 
 from gemma_ext.bench import report
+from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.rows import verdict
 from gemma_ext.pocket.quiet import quiet_transformers
 from gemma_ext.pocket.training import windows_of
@@ -252,9 +253,7 @@ def main() -> None:
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__, threads=os.cpu_count())
     parser.add_argument("--pocket", choices=("nano", "small"), default="small")
     parser.add_argument("--model", help="folder or id of a causal LM with its tokenizer")
     parser.add_argument("--text", type=Path, default=Path(argparse.__file__))
@@ -264,8 +263,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4, help="windows of a step")
     parser.add_argument("--rate", type=float, help=f"peak learning rate ({RATES})")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>/")
     return parser.parse_args()
 
 

@@ -1,4 +1,4 @@
-"""Kernels and losses for training, scoring and serving Gemma-class models."""
+"""Kernels and methods for training, interpreting, merging and serving Gemma-class models."""
 
 from gemma_ext import _loader
 from gemma_ext._version import __version__

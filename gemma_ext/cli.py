@@ -8,6 +8,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from gemma_ext._version import __version__
+
 COMMANDS = {
     "demo": "gemma_ext.demo.command:main",
     "evolve": "gemma_ext.papers.genome.command:main",
@@ -33,9 +35,15 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    app.callback()(lambda: None)  # keeps a single command a sub-command
+    version = typer.Option(
+        False, "--version", help="Print the version.", callback=_version, is_eager=True
+    )
+
+    @app.callback()  # keeps a single command a sub-command
+    def root(version: bool = version) -> None: ...
+
     asked = sys.argv[1] if len(sys.argv) > 1 else None
-    for name in [asked] if asked in COMMANDS else COMMANDS:
+    for name in [asked] if asked in COMMANDS else () if asked == "--version" else COMMANDS:
         module, function = COMMANDS[name].split(":")
         target = getattr(import_module(module), function)
         if isinstance(target, typer.Typer):
@@ -45,6 +53,12 @@ def main() -> None:
             settings = getattr(target, "context_settings", None)
             app.command(name, context_settings=settings)(target)
     app(prog_name="gemma-ext")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"gemma_ext {__version__}")
+        raise SystemExit(0)
 
 
 if __name__ == "__main__":

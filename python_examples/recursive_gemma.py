@@ -121,7 +121,7 @@ def serve(folder: Path, requests: int, tokens: int = 32) -> list[str]:
         requests, tokens a second, loops of a token in the mean, and how many answers are those of
         one request after another.
     """
-    require("serving", "serve", "fastapi", "uvicorn", "openai")
+    require("serving", "recursive", "fastapi", "uvicorn", "openai")
     from gemma_ext.serve.exits import ExitTest
     from gemma_ext.serve.launch import Launch, ends_of_text, load_model
     from gemma_ext.serve.protocol import Request, SamplingParams

@@ -117,18 +117,17 @@ def run_times(
 ) -> dict[str, Any]:
     """Interleaved times of what the problem runs, and the ceilings."""
     ceilings = measure_ceilings(problem.device)
-    measure = timing.measure_on_card if problem.device == "cuda" else timing.measure
     timings = timing.interleave(
-        problem.runs(steps), seconds=seconds, least=least, warmup=warmup, measure=measure
+        problem.runs(steps),
+        seconds=seconds,
+        least=least,
+        warmup=warmup,
+        measure=timing.measure_of(problem.device),
     )
     return {
         "ceilings": ceilings.as_dict(),
         "timings": {name: [asdict(run) for run in t.runs] for name, t in timings.items()},
     }
-
-
-def memory_of(device: str) -> timing.CardMemory | timing.PeakMemory:
-    return timing.CardMemory() if device == "cuda" else timing.PeakMemory()
 
 
 def usable(device: str) -> bool:

@@ -178,6 +178,15 @@ class CardMemory:
         return torch.cuda.max_memory_allocated() - self._base
 
 
+def measure_of(device: str) -> Callable[[Callable[[Mark], None]], Measurement]:
+    """`measure_on_card` or `measure`."""
+    return measure_on_card if device == "cuda" else measure
+
+
+def memory_of(device: str) -> PeakMemory | CardMemory:
+    return CardMemory() if device == "cuda" else PeakMemory()
+
+
 def total_memory(device: str = "cpu") -> int:
     """Bytes of physical memory of the machine, or of its current card."""
     if device == "cuda":

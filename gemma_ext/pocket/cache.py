@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from gemma_ext.files import replacing
+
 MANIFEST = "manifest.json"
 
 
@@ -26,9 +28,8 @@ def cache_dir() -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file beside its place and renames it, so that a reader sees all of it or none."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_tensors(
@@ -37,9 +38,8 @@ def write_tensors(
     """The same for a safetensors file."""
     from safetensors.torch import save_file
 
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
 
 
 def write_manifest(folder: Path, **fields: Any) -> None:

@@ -56,7 +56,11 @@ class DomainText:
 
 
 def load_domain(name: str, tokenizer: PreTrainedTokenizerFast) -> DomainText:
-    """Reads and encodes a domain.
+    """A domain of the corpus as streams of token ids [n] int64: train, validation and test.
+
+    Args:
+        name: one of `DOMAINS`.
+        tokenizer: of the pocket that reads them.
 
     Raises:
         ValueError: `name` is none of `DOMAINS`.

@@ -98,7 +98,10 @@ def load_expert(
     *,
     show_progress: bool = True,
 ) -> Gemma2ForCausalLM:
-    """The model of `expert_folder`, in float32 on the CPU, in evaluation mode."""
+    """The model of `expert_folder`, in float32 on the CPU, in evaluation mode.
+
+    Arguments and errors are those of `expert_folder`.
+    """
     from transformers import Gemma2ForCausalLM
 
     folder = expert_folder(domain, size, recipe, show_progress=show_progress)

@@ -68,7 +68,11 @@ def windows_of(ids: Tensor, context: int) -> Tensor:
 
 @torch.no_grad()
 def perplexity(model: Gemma2ForCausalLM, ids: Tensor, context: int, batch: int = 16) -> float:
-    """exp of the mean loss over `windows_of(ids, context)`."""
+    """exp of the mean loss a token, in nats, over `windows_of(ids, context)`.
+
+    Args:
+        ids: [n] int64. batch: windows that are read at a time.
+    """
     training = model.training
     model.eval()
     windows = windows_of(ids, context)

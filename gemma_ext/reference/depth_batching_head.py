@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.reference.depth_batching_linear import by_rows, rms_norm, row_products
-from gemma_ext.reference.souping import philox
+from gemma_ext.reference.random_numbers import philox
 
 LEAST_HEAT = 1e-6
 """A row of less temperature takes the best token."""

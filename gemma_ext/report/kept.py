@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from gemma_ext.files import replacing
 
 
 class Kept:
@@ -34,9 +35,7 @@ class Kept:
         """The piece of that name, made and written if it is not there; as JSON gives it back."""
         if name not in self.pieces:
             self.pieces[name] = json.loads(json.dumps(make()))
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
             text = json.dumps({"identity": self.identity, "pieces": self.pieces}, indent=1)
-            beside.write_text(text + "\n", encoding="utf-8")
-            os.replace(beside, self.path)
+            with replacing(self.path) as beside:
+                beside.write_text(text + "\n", encoding="utf-8")
         return self.pieces[name]

@@ -15,6 +15,7 @@ import torch
 from gemma_ext import _loader
 from gemma_ext._version import __version__
 from gemma_ext.extras import require
+from gemma_ext.files import replacing
 
 BASE = "base.html.jinja"
 
@@ -50,10 +51,8 @@ def write_page(
         undefined=StrictUndefined,
     )
     html = environment.get_template(template).render(numbers=numbers, machine=machine, **values)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(html, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(html, encoding="utf-8")
 
 
 def this_machine() -> dict[str, str]:

@@ -126,6 +126,6 @@ def pocket_of(name: str) -> str | None:
 
 
 def width_of(model: PreTrainedModel, site: str | int) -> int:
-    """D at a site."""
+    """D at a site that `find_site` knows; runs the model on one token."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=model.get_input_embeddings().weight.device)
     return capture(model, ids, [find_site(model, site)])[0].shape[-1]

@@ -46,7 +46,12 @@ class Site:
 
 
 def find_site(model: nn.Module, name: str | int) -> Site:
-    """The place of this name.
+    """A place in a model whose activations [..., D] are read or changed.
+
+    Args:
+        name: a block's number (its output), a hook as SAELens names it
+            ("blocks.12.hook_mlp_out"), or the path of a module, behind which ".input" or ".output"
+            (the default) may stand.
 
     Raises:
         ValueError: there is none.
@@ -119,7 +124,7 @@ def capture(model: nn.Module, ids: Tensor, sites: Sequence[Site], **inputs: Any)
 
 @contextmanager
 def replacing(site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside the block the model goes on with `change(activation)` in place of the activation."""
+    """Inside the block the model goes on with `change(activation)`, [..., D], in its place."""
     with _listening([(site, change)]):
         yield
 

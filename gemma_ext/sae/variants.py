@@ -43,6 +43,12 @@ def new_dictionary(
     dictionary is saved. A crosscoder of several sources leaves the norms free in any case: they are
     its result; it chooses by p times their sum.
 
+    Args:
+        width: D. features: F.
+        activation: one of `ACTIVATIONS`.
+        k: active latents of a token, where they are chosen.
+        sources: models of a crosscoder. seed: of the decoder's rows.
+
     Raises:
         ValueError: no such activation, or one that crosscoders are not trained with.
     """

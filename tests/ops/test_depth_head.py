@@ -378,7 +378,7 @@ def test_noise_is_gumbel():
 
 def test_philox_words():
     """Known answers of Random123: counter and key of zeros, and of ones."""
-    from gemma_ext.reference.souping import philox
+    from gemma_ext.reference.random_numbers import philox
 
     zeros = torch.zeros(1, dtype=torch.int64)
     words = [int(w) for w in philox(zeros, [zeros] * 4)]

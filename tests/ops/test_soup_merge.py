@@ -21,7 +21,7 @@ from gemma_ext.ops.souping import (
     sign_balance,
     soup_,
 )
-from gemma_ext.reference import souping as formulas
+from gemma_ext.reference import random_numbers
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 ELECTIONS, COMBINES = ("none", "sum", "count"), ("sum", "mean", "weighted_mean", "max")
@@ -172,12 +172,12 @@ def test_largest_dropped_and_the_next_kept(device):
 
 
 def drawn(part: Part, density: list[float], seed: int, ids=None) -> torch.Tensor:
-    key = formulas.random_key(seed, part.name)
+    key = random_numbers.random_key(seed, part.name)
     n = part.sources[0].numel()
     ids = ids or range(len(part.sources))
     return torch.stack(
         [
-            formulas.uniforms(key, i, formulas.DROP, part.offset, n) < d
+            random_numbers.uniforms(key, i, random_numbers.DROP, part.offset, n) < d
             for i, d in zip(ids, density, strict=True)
         ]
     )

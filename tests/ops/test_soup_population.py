@@ -17,7 +17,7 @@ from gemma_ext.ops.souping import (
     soup_,
     swarm_,
 )
-from gemma_ext.reference import souping as formulas
+from gemma_ext.reference import random_numbers
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -44,7 +44,7 @@ def test_normal_numbers_are_those_of_the_formula(device):
     n = 100_000
     part = Part([torch.zeros(n, device=device)], None, torch.empty(n, device=device), "w", 7, [5])
     mutate_([part], 1.0, 1.0, seed=9)
-    want = formulas.normals(formulas.random_key(9, "w"), 5, 7, n)
+    want = random_numbers.normals(random_numbers.random_key(9, "w"), 5, 7, n)
     torch.testing.assert_close(part.out.cpu().double(), want, rtol=3e-6, atol=3e-7)
 
 

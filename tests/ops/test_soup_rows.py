@@ -24,7 +24,7 @@ from gemma_ext.ops.souping import (
     merge_,
     overlaps,
 )
-from gemma_ext.reference import souping as formulas
+from gemma_ext.reference import random_numbers
 
 pytestmark = pytest.mark.parametrize("device", DEVICES)
 
@@ -97,11 +97,11 @@ def test_draws_by_rank(spread, rescale, shape, device):
     part = models(shape, 2, dtype=torch.float32, seed=3, device=device)
     mask = RowMask(density=[0.5, 0.7], epsilon=[0.2, 0.1], spread=spread, rescale=rescale)
     merge_([part], Rule(), 1.0, mask=mask, seed=7)
-    key, n = formulas.random_key(7, part.name), part.base.numel()
+    key, n = random_numbers.random_key(7, part.name), part.base.numel()
     kept, divide = [], []
     for m, (d, e) in enumerate(((0.5, 0.2), (0.7, 0.1))):
         p = probabilities(delta_of(part, m), d, e, spread).reshape(shape)
-        u = formulas.uniforms(key, m, formulas.DROP, 0, n).reshape(shape)
+        u = random_numbers.uniforms(key, m, random_numbers.DROP, 0, n).reshape(shape)
         assert ((u - p).abs() > 1e-6).all()  # else float32 might decide otherwise
         kept.append(u < p)
         divide.append(p)

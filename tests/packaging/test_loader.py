@@ -134,3 +134,12 @@ def test_info_as_module_and_as_command_agree(python):
     command = python("import sys; sys.argv[1:] = ['info']; from gemma_ext.cli import main; main()")
     assert module.returncode == command.returncode == 0, module.stderr + command.stderr
     assert module.stdout == command.stdout
+
+
+def test_the_version_as_a_command(monkeypatch, capsys):
+    from gemma_ext import __version__, cli
+
+    monkeypatch.setattr("sys.argv", ["gemma-ext", "--version"])
+    with pytest.raises(SystemExit, match="0"):
+        cli.main()
+    assert capsys.readouterr().out == f"gemma_ext {__version__}\n"

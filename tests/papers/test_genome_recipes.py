@@ -23,6 +23,7 @@ from gemma_ext.papers.genome.recipe import (
     to_table,
     with_noise,
 )
+from gemma_ext.reference import random_numbers
 from gemma_ext.reference import souping as formulas
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -31,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("error")
 def noise_of(noise: Noise, shape, name="x") -> torch.Tensor:
     """float64, from the formula: m sigma e."""
     n = int(torch.Size(shape).numel())
-    key = formulas.random_key(noise.seed, name)
+    key = random_numbers.random_key(noise.seed, name)
     return formulas.mutate(
         torch.zeros(n, dtype=torch.float64), noise.rate, noise.sigma, key, 0, 0
     ).view(shape)

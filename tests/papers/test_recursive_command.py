@@ -99,6 +99,13 @@ def test_one_sentence_for_what_is_amiss(source, tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_training_of_no_model_is_refused_by_name(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    made = run("train", tmp_path / "none", tmp_path / "out", "--text", tmp_path / "text.txt")
+    assert "train: source: expected a model's folder with config.json" in str(made.exception)
+    assert not (tmp_path / "out").exists()
+
+
 def test_training_needs_no_token_that_pads(source, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = None

@@ -92,7 +92,9 @@ def test_errors_are_one_sentence(folder):
         "gemma-ext merge: r.yml, line 2, parameters.wieght: linear has no parameter wieght; "
         "did you mean weight?"
     )
-    assert run("missing.yml", "out").exit_code == 1
+    missing = run("missing.yml", "out")
+    assert missing.exit_code == 1
+    assert "missing.yml: expected a recipe, got no file" in missing.output
     assert isinstance(run("r.yml", "out", "-v").exception, ValueError)
     assert not (folder / "out").exists()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gemma_ext.files import replacing, write_json
 from gemma_ext.nn.recursive.plan import Plan
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -51,10 +52,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, written beside its place and renamed."""
     from safetensors.torch import save_file
 
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    save_file(plain, beside, {"format": "pt"})
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        save_file(plain, beside, {"format": "pt"})
 
 
 def write_adapter_config(folder: Path, plan: Plan, layers: str) -> None:
@@ -85,11 +85,7 @@ def write_adapter_config(folder: Path, plan: Plan, layers: str) -> None:
         ],
         "layers_pattern": layers.rsplit(".", 1)[-1],
     }
-    path = folder / LORA / ADAPTER_CONFIG
-    path.parent.mkdir(exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_json(folder / LORA / ADAPTER_CONFIG, record)
 
 
 def lora_key(layers: str, depth: int, linear: str, factor: str) -> str:

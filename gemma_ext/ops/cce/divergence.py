@@ -174,20 +174,16 @@ def linear_divergence(
         e: [..., T, D] hidden states of the student, float32, bfloat16 or float16; c: [V, D].
         teacher_e: [..., T, D'] of the teacher at the same positions; teacher_c: [V, D'], in a dtype
             of their own.
-        targets: [..., T] int32 or int64 labels, whose `ignore_index` names positions that take no
-            part, or None: all take part. Ignored rows may hold anything.
+        targets: [..., T] labels, or None: every position takes part.
         kind: "forward_kl", "reverse_kl", "jsd" or "tvd", as in `gemma_ext.ops.cce.divergence`.
         beta: share of the teacher in the mixture of "jsd"; 0 is "forward_kl", 1 "reverse_kl".
         ce_weight: of the cross-entropy against `targets`, which comes from the same pass and so
             wants temperature 1.
         bias, teacher_bias: [V]. softcap, logit_scale, temperature: of the student; those of the
             teacher are the "same" unless given (teacher_softcap=None is no cap).
-        shift: position t is scored at target t + shift of the same sequence; True means 1.
-        reduction: "mean", "sum" or "none". "mean" divides by the sum of the token weights that
-            count, or by `num_items_in_batch`.
-        token_weights: [..., T], shifted like `targets`.
         return_parts: return a `LinearDivergenceOutput`.
-        filter_eps, filter_seed, impl: as in `linear_cross_entropy`.
+        ignore_index, shift, reduction, token_weights, num_items_in_batch, filter_eps, filter_seed,
+            impl: as in `linear_cross_entropy`.
 
     Returns:
         The float32 loss, 0-d or [..., T - shift] with reduction "none".

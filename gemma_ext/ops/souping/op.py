@@ -13,7 +13,7 @@ from gemma_ext.ops._derivatives import refuse_derivatives
 from gemma_ext.ops.souping.inputs import models_of
 from gemma_ext.ops.souping.parts import Part
 from gemma_ext.ops.souping.rules import Cut, Mask, RowMask, Rule
-from gemma_ext.reference.souping import random_key
+from gemma_ext.reference.random_numbers import random_key
 
 _ops = torch.ops.gemma_ext
 STATE = 66

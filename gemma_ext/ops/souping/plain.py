@@ -11,6 +11,7 @@ from torch import Tensor
 from gemma_ext.ops.souping.inputs import first_tensor, models_of, rows_of
 from gemma_ext.ops.souping.parts import Part
 from gemma_ext.ops.souping.rules import Cut, RowMask, Rule
+from gemma_ext.reference import random_numbers
 from gemma_ext.reference import souping as formulas
 
 COARSE, FINE = 1 << 15, 1 << 16
@@ -30,8 +31,8 @@ def write(part: Part, value: Tensor, rounding: str, seed: int, out: Tensor | Non
     out = part.out if out is None else out
     noise = None
     if rounding == "stochastic" and out.dtype != torch.float32:
-        key = formulas.random_key(seed, part.name)
-        noise = formulas.random_words(key, 0, formulas.ROUND, part.offset, len(value))
+        key = random_numbers.random_key(seed, part.name)
+        noise = random_numbers.random_words(key, 0, random_numbers.ROUND, part.offset, len(value))
     with torch.no_grad():
         out.copy_(formulas.rounded(value, out.dtype, noise).reshape(out.shape))
 
@@ -64,9 +65,9 @@ def _cut_mask(cut: Cut, t: int, part: Part, x: Tensor, base: Tensor | None) -> T
 
 def _bernoulli(part: Part, seed: int, thresholds: Tensor) -> Tensor:
     """bool [M, n]: u < thresholds [M, n]."""
-    key = formulas.random_key(seed, part.name)
+    key = random_numbers.random_key(seed, part.name)
     u = [
-        formulas.uniforms(key, model, formulas.DROP, part.offset, thresholds.shape[1])
+        random_numbers.uniforms(key, model, random_numbers.DROP, part.offset, thresholds.shape[1])
         for model in models_of(part)
     ]
     return torch.stack(u) < thresholds if u else torch.zeros_like(thresholds, dtype=torch.bool)
@@ -243,7 +244,7 @@ def gather_rows_(out, sources, rows):
 def mutate_(parts, rate, sigma, rounding, seed):
     for t, part in enumerate(parts):
         x, _ = stacked(part)
-        key, model = formulas.random_key(seed, part.name), models_of(part)[0]
+        key, model = random_numbers.random_key(seed, part.name), models_of(part)[0]
         mutant = formulas.mutate(x[0], float(rate[t]), float(sigma[t]), key, model, part.offset)
         write(part, mutant, rounding, seed)
 
@@ -254,8 +255,8 @@ def crossover_(parts, weights, kind, alpha, rounding, seed):
         if kind == "blend":
             child = formulas.blend(x, weights[t], float(alpha[t]))
         else:
-            key = formulas.random_key(seed, part.name)
-            u = formulas.uniforms(key, 0, formulas.PICK, part.offset, x.shape[1])
+            key = random_numbers.random_key(seed, part.name)
+            u = random_numbers.uniforms(key, 0, random_numbers.PICK, part.offset, x.shape[1])
             share = x.abs().softmax(0) if kind == "magnitude" else 1.0
             child = formulas.pick(x, weights[t].unsqueeze(-1) * share, u)
         write(part, child, rounding, seed)

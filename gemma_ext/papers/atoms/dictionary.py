@@ -11,7 +11,6 @@ which leaves the support and never makes the error larger.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ext.files import replacing, write_json
 from gemma_ext.ops import sae
 from gemma_ext.papers.atoms.product import AtomicProduct
 
@@ -118,7 +118,6 @@ class Dictionary:
             ImportError: safetensors is missing.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             "D": self.atoms,
             "L": self.product.factor,
@@ -126,15 +125,10 @@ class Dictionary:
             "aip_norm": self.product.norms(self.atoms),
             "bias": self.bias,
         }
-        beside = folder / f"atoms.{os.getpid()}.tmp"
         tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        _safetensors().save_file(tensors, beside)
-        os.replace(beside, folder / "atoms.safetensors")
-        beside.write_text(
-            json.dumps({**facts, "condition": self.product.condition}, indent=1) + "\n",
-            encoding="utf-8",
-        )
-        os.replace(beside, folder / "atoms.json")
+        with replacing(folder / "atoms.safetensors") as beside:
+            _safetensors().save_file(tensors, beside)
+        write_json(folder / "atoms.json", {**facts, "condition": self.product.condition})
 
 
 def load(folder: Path | str) -> tuple[Dictionary, dict[str, Any]]:

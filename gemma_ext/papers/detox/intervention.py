@@ -16,7 +16,6 @@ j ever writes, whatever part of its scale is in the decoder's rows.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_ext.files import write_json
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, latent_steering
 from gemma_ext.ops.sae import Steering
 
@@ -102,10 +102,7 @@ class Intervention:
         )
 
     def write(self, path: str | Path) -> None:
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.tmp")
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        write_json(path, asdict(self))
 
     @classmethod
     def read(cls, path: str | Path) -> Intervention:

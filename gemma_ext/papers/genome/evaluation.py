@@ -37,6 +37,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
+    """An individual to be scored on a split."""
+
     genome: Genome
     split: str = "validation"
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_ext.files import replacing
 from gemma_ext.papers.genome.config import Search
 from gemma_ext.papers.genome.evaluation import Account
 from gemma_ext.papers.genome.population import Individual, individual_from
@@ -151,6 +151,5 @@ class Workspace:
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+    with replacing(path) as beside:
+        beside.write_text(text, encoding="utf-8")

@@ -7,13 +7,12 @@ results.json    the rows
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from gemma_ext.distributed.fleet import Fleet
+from gemma_ext.files import write_json
 from gemma_ext.papers.genome.compare import Row, baseline, ensemble, searched
 from gemma_ext.papers.genome.config import Search
 from gemma_ext.papers.genome.evaluation import Account, Ledger
@@ -64,7 +63,7 @@ def run_study(
         fixed = {"best parent": experts, "uniform soup": 1}  # have no use for more
         with bar(name, min(fixed.get(name, account.used), account.used)) as advance:
             rows.append(baseline(ledger, name, experts, account.used, search, advance))
-    _write(folder / "results.json", [row.record() for row in rows])
+    write_json(folder / "results.json", [row.record() for row in rows])
     return evolved, rows
 
 
@@ -76,9 +75,3 @@ def _expected(search: Search, experts: int) -> int:
     moves = search.capacity if search.moves else 0
     most = start + search.generations * round(children + mutants + moves)
     return most if search.budget is None else min(most, search.budget)
-
-
-def _write(path: Path, value: object) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.files import write_json
 from gemma_ext.papers.mergebench.scorers import Scorer
 from gemma_ext.papers.mergebench.scores import mean, normalised
 
@@ -234,9 +235,7 @@ def _check_setting(path: Path, setting: dict[str, Any]) -> None:
                     f"out: expected {key} {held.get(key)!r} as in {path}, got {setting.get(key)!r}"
                 )
         return
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(json.dumps(setting, indent=1) + "\n", encoding="utf-8")
-    beside.rename(path)
+    write_json(path, setting)
 
 
 class Resident:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from gemma_ext.files import replacing
 from gemma_ext.lm import LanguageModel, Sampling
 
 TRAITS = ("extraversion", "agreeableness", "neuroticism", "openness", "conscientiousness")
@@ -64,13 +64,14 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def write_pairs(path: str | Path, pairs: Sequence[Pair]) -> None:
-    path = Path(path)
-    beside = path.with_name(f"{path.name}.tmp")
-    with beside.open("w", encoding="utf-8", newline="") as lines:
+    """A CSV file as `read_pairs` reads it."""
+    with (
+        replacing(Path(path)) as beside,
+        beside.open("w", encoding="utf-8", newline="") as lines,
+    ):
         rows = csv.DictWriter(lines, COLUMNS)
         rows.writeheader()
         rows.writerows(vars(pair) for pair in pairs)
-    os.replace(beside, path)
 
 
 def from_answers(

@@ -14,6 +14,7 @@ from gemma_ext.extras import require
 from gemma_ext.nn.recursive import ORDERS, load
 from gemma_ext.ops.cce.divergence import KINDS
 from gemma_ext.papers.recursive.export import export_folder
+from gemma_ext.papers.recursive.folders import check_source
 from gemma_ext.papers.recursive.initialise import INITS
 from gemma_ext.papers.recursive.objective import EXITS, Objective
 from gemma_ext.papers.recursive.recipe import LORA_INITS, NORMS, SVDS, Recipe
@@ -144,7 +145,7 @@ def train(
             exit_weight,
             self_distillation,
         )
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(check_source(source))
         model = load(source, dtype=torch.float32)
         objective.prepare(model, head_rank)
         checkpoints = out / "checkpoints"

@@ -32,6 +32,13 @@ Group = tuple[Path, Layout, int | None]
 """A folder, its tensors, and the most bytes of a shard; None for one adapter file."""
 
 
+def check_source(folder: str | Path) -> Path:
+    """Raises ValueError where no model is."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"source: expected a model's folder with config.json, got {folder}")
+    return Path(folder)
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A model's folder, looked at without reading its weights.
@@ -55,9 +62,7 @@ class Source:
         """Raises ValueError where a tensor of a layer is not in the checkpoint."""
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        folder = Path(folder)
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"source: expected a model's folder with config.json, got {folder}")
+        folder = check_source(folder)
         config = AutoConfig.from_pretrained(folder)
         plain = AutoConfig.from_pretrained(folder)
         if hasattr(plain, "recursive"):

@@ -11,7 +11,6 @@ there is dropped. DPO takes a frozen model too: `DPOTrainer(..., ref_model=refer
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from gemma_ext.extras import require
+from gemma_ext.files import write_pickle
 from gemma_ext.nn.ppo import Reference
 from gemma_ext.papers.salsa.references import MovingReference, MultiReference
 
@@ -120,9 +120,7 @@ def _callback(reference: MovingReference) -> Any:
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             folder = _folder(args, state.global_step)
             if state.is_world_process_zero and folder.is_dir():
-                beside = folder / f"{STATE}.tmp"
-                torch.save(reference.state_dict(), beside)
-                os.replace(beside, folder / STATE)
+                write_pickle(folder / STATE, reference.state_dict())
 
     return Moves()
 

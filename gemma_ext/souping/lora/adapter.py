@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_ext.files import replacing
 from gemma_ext.souping.lora.factors import Factors, merge_factors
 from gemma_ext.souping.lora.folder import CONFIG, PREFIX, WEIGHTS, read_folder
 
@@ -84,19 +85,16 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     from safetensors.torch import save_file
 
     folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for module, factors in adapter.factors.items():
         embedding = module in adapter.embeddings
         for side, tensor in (("A", factors.a), ("B", factors.b)):
             name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
             tensors[f"{PREFIX}{module}.{name}"] = tensor.contiguous()
-    beside = folder / f"{WEIGHTS}.part"
-    save_file(tensors, beside, metadata={"format": "pt"})
-    os.replace(beside, folder / WEIGHTS)
-    beside = folder / f"{CONFIG}.part"
-    beside.write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
-    os.replace(beside, folder / CONFIG)
+    with replacing(folder / WEIGHTS) as beside:
+        save_file(tensors, beside, metadata={"format": "pt"})
+    with replacing(folder / CONFIG) as beside:
+        beside.write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
 
 
 def _config(first: Mapping[str, Any], merged: Mapping[str, Factors]) -> dict[str, Any]:

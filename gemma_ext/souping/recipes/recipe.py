@@ -117,9 +117,11 @@ def read_recipes(path: Path | str) -> list[Recipe]:
     """The recipes of a file, in an order in which each finds those that it names.
 
     Raises:
-        RecipeError: with file, line and key.
+        RecipeError: with file, line and key; no file.
         OSError: the file cannot be read.
     """
+    if not Path(path).exists():
+        raise RecipeError(f"{path}: expected a recipe, got no file")
     return parse_recipes(Path(path).read_text(encoding="utf-8"), str(path))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gemma_ext.files import replacing
 from gemma_ext.ops.souping import Part
 from gemma_ext.souping.method import Values
 
@@ -107,6 +108,5 @@ def save_statistics(tensors: Mapping[str, Tensor], path: str | os.PathLike[str])
         if owner != name:
             aliases[name] = owner
     stored = {name: tensors[name].contiguous() for name in tensors if name not in aliases}
-    beside = Path(f"{os.fspath(path)}.part")
-    save_file(stored, beside, metadata={_ALIASES: json.dumps(aliases)})
-    os.replace(beside, path)
+    with replacing(Path(path)) as beside:
+        save_file(stored, beside, metadata={_ALIASES: json.dumps(aliases)})
