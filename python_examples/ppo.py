@@ -48,10 +48,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("out/ppo"),
     advantage: Annotated[str, typer.Option(help="gae, rloo, grpo, remax, reinforce++.")] = "gae",
     lora: Annotated[int, typer.Option(min=0, help="Rank of adapters; 0 trains all weights.")] = 0,
+    critic: Annotated[
+        str, typer.Option(help="shared, adapter or copy; empty for one that shares no weights.")
+    ] = "",
     steps: Annotated[int, typer.Option(min=1, help="Batches of responses.")] = 40,
     batch: Annotated[int, typer.Option(min=4, help="Responses of a batch.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a response.")] = 20,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
+    rate: Annotated[float, typer.Option(help="Learning rate of the policy.")] = 3e-4,
+    value_rate: Annotated[float, typer.Option(help="Learning rate of the critic.")] = 1e-3,
     kl: Annotated[float, typer.Option(min=0, help="Weight of the KL to the model before.")] = 0.1,
     seed: Annotated[int, typer.Option(help="Of draws and orders.")] = 0,
 ) -> None:
@@ -66,7 +70,8 @@ def main(
         response_length=length,
         temperature=1.0,
         learning_rate=rate,
-        value_learning_rate=1e-3,
+        value_learning_rate=value_rate,
+        cliprange_value=None,  # scores are of several units
         kl_coef=kl,
         seed=seed,
         save_steps=10,
@@ -76,6 +81,7 @@ def main(
         model=model,
         prompts=prompts(),
         reward=Rewards([articles, distinct], [1.0, 2.0]),
+        value=critic or ("adapter" if lora else "copy"),
         lora=lora or None,
         device=device,
         dtype=dtype,
