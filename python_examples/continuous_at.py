@@ -92,10 +92,10 @@ def main(
     base, tokenizer = taught(model, folder, teaching, teaching_rate, device, kind)
     data = Data(cat.Encoder(tokenizer))
     attack = cat.AttackConfig(eps_rel=eps, unit="ball", rate=0.25)
-    more = {}
+    more = []
     if gcg_steps:
         requests = data.requests(data.heldout[:gcg_requests])
-        more["gcg"] = partial(gcg_success, tokenizer, requests, gcg_steps)
+        more.append(partial(attacked_by_gcg, tokenizer, requests, gcg_steps))
     audit = data.audit(attack, count, more)
     common = {"steps": steps, "micro_batch": 16, "learning_rate": rate, "attack": attack}
     common |= {"evaluate_every": max(1, steps // 6), "save_every": 10}
@@ -115,7 +115,12 @@ def main(
             records.append({"name": name, "seed": seed, **found["audit"]})
             histories.setdefault(name, found["history"])
             print(f"{name}, seed {seed}: {found['audit']}")
-    page.write(out / "report.html", records, histories, {k: str(v) for k, v in settings.items()})
+    command = f"python python_examples/continuous_at.py --model {model} --steps {steps}"
+    command += f" --seeds {seeds} --gcg-requests {gcg_requests}"
+    if only:
+        command += f' --only "{only}"'
+    facts = {name: str(value) for name, value in settings.items()}
+    page.write(out / "report.html", records, histories, facts, command=command)
     text = page.markdown(records)
     (out / "table.md").write_text(text, encoding="utf-8")
     print(f"{text}\n{out / 'report.html'}")
@@ -168,7 +173,7 @@ class Data:
         """(request, target) of the form that hardening never sees."""
         return [(FORMS[2].format(*each), affirmation(*each)) for each in combinations]
 
-    def audit(self, attack: cat.AttackConfig, count: int, more: dict[str, Any]) -> study.Audit:
+    def audit(self, attack: cat.AttackConfig, count: int, more: list[Any]) -> study.Audit:
         drawn, useful = self.heldout[:count], self.useful_heldout[:count]
         verbs = HARMFUL[-BORDERLINE:]
         return study.Audit(
@@ -273,25 +278,28 @@ def layers(model: Any) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
-def gcg_success(tokenizer: Any, requests: list[tuple[str, str]], steps: int, model: Any) -> float:
-    """Share of requests for which GCG finds a suffix after which the target is what is written."""
+def attacked_by_gcg(
+    tokenizer: Any, requests: list[tuple[str, str]], steps: int, model: Any
+) -> dict[str, float]:
+    """Share of requests for which GCG finds a suffix after which the target is what is written,
+    and the mean loss of the targets behind the best suffixes."""
     settings = gcg.GCGConfig(
         num_steps=steps,
         search_width=64,
         topk=64,
         optim_str_init="x x x x x x x x x x",
-        early_stop=True,
         seed=0,
         verbosity="ERROR",
     )
-    encoder, won = cat.Encoder(tokenizer), 0
-    loss = cat.TargetLoss(model)
+    encoder, loss = cat.Encoder(tokenizer), cat.TargetLoss(model)
+    won, losses = 0, []
     for request, target in requests:
         found = gcg.run(model, tokenizer, f"{request} {{optim_str}}", target, settings)
         prompt = encoder.ask(f"{request} {found.best_string}")
         row = encoder.row(prompt, encoder.answer(target))
         won += bool(loss.greedy(cat.Batch([row], model.device)))
-    return won / len(requests)
+        losses.append(found.best_loss)
+    return {"gcg": won / len(requests), "loss_gcg": sum(losses) / len(losses)}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Reward shaping against reward hacking: PPO on a reward model with a planted error.
 
-    python python_examples/par.py                          # four rules on the pocket
-    python python_examples/par.py --rules all
-    python python_examples/par.py --rules vanilla,par --seeds 1,2
-    python python_examples/par.py --model google/gemma-3-270m --dtype bfloat16 --rules vanilla,par
+    python python_examples/par.py                          # every rule on the pocket
+    python python_examples/par.py --rules vanilla,par
+    python python_examples/par.py --seeds 0,1,2
+    python python_examples/par.py --model DIR --dtype bfloat16 --lora 8 --rules par --models 0
 
 Gold counts common words; the proxy, which the policy is trained on, pays for asterisks too. Ten
-references of each prompt are drawn once. Each rule and seed is one run of PPO; reward
+references of each prompt are drawn once. Each rule and seed is one run of PPO; for each seed reward
 models are trained on pairs with a bias for length. Finished pieces are kept in the output folder,
 and the page is about all of them: rules and seeds may be added by a further call.
 """
@@ -25,7 +25,6 @@ from gemma_ext.papers.reward_shaping import RULES, page, reward_study, study
 from gemma_ext.report import Kept
 from gemma_ext.sae import load_model
 
-SOME = "vanilla,par,minmax,lsc"
 WORDS = 6  # of a docstring that make a prompt
 
 
@@ -36,13 +35,14 @@ def main(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="Of another model's weights.")] = "float32",
     out: Annotated[Path, typer.Option(help="Folder of pieces and page.")] = Path("out/par"),
-    rules: Annotated[str, typer.Option(help="Names, or all.")] = SOME,
+    rules: Annotated[str, typer.Option(help="Names by commas, or all.")] = "all",
     seeds: Annotated[str, typer.Option(help="A run of each.")] = "0",
     steps: Annotated[int, typer.Option(min=4, help="Of PPO.")] = study.Plan.steps,
     batch: Annotated[int, typer.Option(min=2, help="Responses of a step.")] = study.Plan.batch,
     length: Annotated[int, typer.Option(min=4, help="Tokens of a response.")] = study.Plan.length,
     rate: Annotated[float, typer.Option(help="Learning rate.")] = study.Plan.learning_rate,
     beta: Annotated[float, typer.Option(min=0, help="Price of a nat.")] = study.Plan.beta,
+    lora: Annotated[int, typer.Option(min=0, help="Rank of adapters; 0 trains all weights.")] = 0,
     count: Annotated[int, typer.Option(min=2, help="Prompts.")] = 96,
     references: Annotated[int, typer.Option(min=2, help="Of each prompt.")] = 10,
     models: Annotated[int, typer.Option(min=0, help="Steps of each reward model.")] = 60,
@@ -51,7 +51,7 @@ def main(
     loaded, tokenizer = load_model(model, device=device, dtype=getattr(torch, dtype))
     plan = study.Plan(
         steps=steps, batch=batch, length=length, learning_rate=rate, beta=beta,
-        references=references,
+        references=references, lora=lora,
     )  # fmt: skip
     names = list(RULES) if rules == "all" else rules.split(",")
     if unknown := set(names) - set(RULES):
@@ -72,14 +72,20 @@ def main(
     # the page is about all runs of the folder
     runs = [piece for piece in kept.pieces.values() if "curves" in piece]
     runs.sort(key=lambda run: (list(RULES).index(run["rule"]), run["seed"]))
-    rows = []
     if models:
-        rows = kept(
-            f"reward models, {models} steps",
-            lambda: reward_study.compare(
-                loaded, tokenizer, drawn, plan.planted, out / "reward", steps=models
-            ),
-        )
+        for seed in map(int, seeds.split(",")):
+            kept(
+                f"reward models, {models} steps, seed {seed}",
+                lambda seed=seed: reward_study.compare(
+                    loaded, tokenizer, drawn, plan.planted, out / "reward", steps=models, seed=seed
+                ),
+            )
+    rows = [
+        row
+        for name, piece in kept.pieces.items()
+        if name.startswith(f"reward models, {models} steps")
+        for row in piece
+    ]
     command = f"python python_examples/par.py --model {model} --rules {rules} --seeds {seeds}"
     facts = {name: str(value) for name, value in settings.items()}
     page.write(out / "report.html", runs, rows, facts, command=command)

@@ -48,25 +48,33 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("out/ppo"),
     advantage: Annotated[str, typer.Option(help="gae, rloo, grpo, remax, reinforce++.")] = "gae",
     lora: Annotated[int, typer.Option(min=0, help="Rank of adapters; 0 trains all weights.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Batches of responses.")] = 40,
+    critic: Annotated[
+        str, typer.Option(help="shared, adapter or copy; empty for one that shares no weights.")
+    ] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Batches of responses.")] = 30,
     batch: Annotated[int, typer.Option(min=4, help="Responses of a batch.")] = 64,
     length: Annotated[int, typer.Option(min=1, help="Tokens of a response.")] = 20,
-    rate: Annotated[float, typer.Option(help="Learning rate.")] = 3e-4,
-    kl: Annotated[float, typer.Option(min=0, help="Weight of the KL to the model before.")] = 0.1,
+    rate: Annotated[float, typer.Option(help="Learning rate of the policy.")] = 3e-4,
+    value_rate: Annotated[float, typer.Option(help="Learning rate of the critic.")] = 3e-3,
+    kl: Annotated[float, typer.Option(min=0, help="Weight of the KL to the model before.")] = 0.3,
     seed: Annotated[int, typer.Option(help="Of draws and orders.")] = 0,
 ) -> None:
     """Train MODEL to write articles."""
+    quarter = batch // 4
     config = PPOConfig(
         output_dir=out,
-        total_episodes=steps * batch,
-        per_device_train_batch_size=min(batch, 32),
-        gradient_accumulation_steps=max(1, batch // 32),
+        total_episodes=steps * quarter * 4,
+        per_device_train_batch_size=quarter,
+        num_mini_batches=4,
+        num_ppo_epochs=2,
         num_generations=4 if advantage in ("rloo", "grpo") else 1,
         advantage=advantage,
         response_length=length,
         temperature=1.0,
         learning_rate=rate,
-        value_learning_rate=1e-3,
+        warmup_ratio=0.1,
+        value_learning_rate=value_rate,
+        cliprange_value=None,  # scores are of several units
         kl_coef=kl,
         seed=seed,
         save_steps=10,
@@ -76,6 +84,7 @@ def main(
         model=model,
         prompts=prompts(),
         reward=Rewards([articles, distinct], [1.0, 2.0]),
+        value=critic or ("adapter" if lora else "copy"),
         lora=lora or None,
         device=device,
         dtype=dtype,

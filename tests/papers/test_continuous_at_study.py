@@ -48,13 +48,6 @@ def records():
     return rows
 
 
-def test_intervals_are_students_over_seeds():
-    assert page.interval([0.4]) == (0.4, None)
-    mean, half = page.interval([0.1, 0.2, 0.3])
-    assert mean == pytest.approx(0.2)
-    assert half == pytest.approx(4.303 * 0.1 / 3**0.5)
-
-
 def test_the_page_has_every_model_and_only_numbers_that_all_have(tmp_path):
     rows = records()
     rows[0]["gcg"] = 0.5
@@ -64,18 +57,34 @@ def test_the_page_has_every_model_and_only_numbers_that_all_have(tmp_path):
     assert cells[1][head.index("K = 100, restarts")] == "0.20 ± 0.25"
     assert page.markdown(rows).count("\n") == 5
     lines = [{"step": 1, "away": 1.0, "heldout_harmful_attacked": 2.0}, {"step": 2, "away": 1.5}]
-    page.write(tmp_path / "report.html", rows, {"C-AdvUL": lines}, {"model": "<pocket>"})
+    histories, facts = {"C-AdvUL": lines}, {"model": "<pocket>"}
+    page.write(tmp_path / "report.html", rows, histories, facts, command="python x --seeds 3")
     text = (tmp_path / "report.html").read_text()
     assert text.count("<svg") == 3
     assert "&lt;pocket&gt;" in text
     assert "after no attack" in text
+    assert "python x --seeds 3" in text
+
+
+def test_losses_under_two_attacks_are_correlated_over_models(tmp_path):
+    rows = [row | {"loss_gcg": 2 * at + 1.0} for at, row in enumerate(records())]
+    assert page.agreement(rows) is None  # all have one loss under the strong attack
+    rows = [row | {"loss_strong": float(x)} for row, x in zip(rows, (1, 3, 2, 4, 5), strict=True)]
+    assert page.agreement(rows) == pytest.approx(0.9)
+    assert page.agreement(rows[:2]) is None
+    assert page.agreement([*rows, records()[0]]) is None
+    lines = [{"step": 1, "away": 1.0}]
+    page.write(tmp_path / "report.html", rows, {"C-AdvUL": lines}, {}, command="")
+    text = (tmp_path / "report.html").read_text()
+    assert "<b>0.90</b><span>correlation of losses under K = 100 and GCG</span>" in text
+    assert "loss, GCG" in text
 
 
 def test_what_is_audited_is_never_trained_on(example, tiny):
     _, tokenizer = example.load_model(str(tiny))
     tokenizer.chat_template = example.TEMPLATE
     data = example.Data(cat.Encoder(tokenizer))
-    audit = data.audit(cat.AttackConfig(), 16, {})
+    audit = data.audit(cat.AttackConfig(), 16, [])
     hardened = {row.prompt for pair in data.pairs() for row in (pair.harmful, pair.safe)}
     useful = {row.prompt for row in data.useful_rows()}
     taught = useful | {row.prompt for row in data.refusals(data.harmful)}
@@ -93,7 +102,7 @@ def test_an_audit_counts_what_the_model_writes(example, tiny):
     tokenizer.chat_template = example.TEMPLATE
     data = example.Data(cat.Encoder(tokenizer))
     attack = cat.AttackConfig(steps=2, unit="ball", rate=0.5, eps_rel=0.5)
-    audit = data.audit(attack, 2, {"gcg": lambda model: 0.25})
+    audit = data.audit(attack, 2, [lambda model: {"gcg": 0.25}])
     found = audit(model)
     assert found["clean"] == found["useful"] == 0.0
     assert found["gcg"] == 0.25

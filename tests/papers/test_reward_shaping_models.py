@@ -207,6 +207,20 @@ def test_training_learns_a_planted_preference(kind, causal, tokenizer, tmp_path)
         assert log[-1]["length_penalty"] < log[0]["length_penalty"]
 
 
+def test_training_says_nothing_but_its_bar(causal, tokenizer, tmp_path, capsys):
+    options = {"out": tmp_path, "config": RewardTraining(batch=2, steps=2)}
+    model = from_causal(causal)
+    train_reward_model(model, tokenizer, planted_pairs(4), show_progress=False, **options)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "reward model" not in said.err
+    log = train_reward_model(model, tokenizer, planted_pairs(4), **options)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "reward model, bt" in said.err
+    assert f"accuracy {log[-1]['accuracy']:.2f}" in said.err
+
+
 def test_the_loss_of_a_batch_is_that_of_its_scores(causal, tokenizer):
     pairs = planted_pairs(3)
     batch = collate(encode_pairs(tokenizer, pairs, 64))

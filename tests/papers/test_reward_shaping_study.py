@@ -6,14 +6,17 @@ import functools
 import importlib.util
 import string
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_gemma
+import torch
 
 from gemma_ext import pocket
 from gemma_ext.papers.reward_shaping import RULES, References, page, reward_study, study
 from gemma_ext.papers.reward_shaping.planted import Planted, win
+from gemma_ext.sae import load_model
 
 SCRIPT = Path(__file__).resolve().parents[2] / "python_examples" / "par.py"
 
@@ -54,18 +57,19 @@ def fake(rule, seed, gold, proxy, critic=1.0, alarms=()):
             "samples": [sample]}  # fmt: skip
 
 
-def test_summaries_are_means_of_the_last_quarter_with_errors_over_seeds():
+def test_summaries_are_means_of_the_last_quarter_with_intervals_over_seeds():
     runs = [
         fake("par", 0, [1, 2, 3, 4, 4, 4, 4, 4], [1.0] * 8),
         fake("par", 1, [1, 6, 6, 2, 2, 2, 2, 2], [3.0] * 8),
     ]
     found = study.summary(runs)
-    assert found["gold_peak"] == {"mean": 5, "error": 1.0}
-    assert found["gold_final"]["mean"] == 3
-    assert found["kept"]["mean"] == pytest.approx((1 + 1 / 3) / 2)
-    assert found["proxy_final"] == {"mean": 2, "error": 1.0}
-    assert found["win_final"] == {"mean": 0.5, "error": 0}
-    assert study.summary(runs[:1])["gold_peak"]["error"] is None
+    assert found["gold_peak"] == (5, pytest.approx(12.706))
+    assert (found["collapsed"], found["seeds"]) == (1, 2)
+    assert found["gold_final"][0] == 3
+    assert found["kept"][0] == pytest.approx((1 + 1 / 3) / 2)
+    assert found["proxy_final"] == (2, pytest.approx(12.706))
+    assert found["win_final"] == (0.5, 0)
+    assert study.summary(runs[:1])["gold_peak"][1] is None
     assert study.windows([1, 3, 5], 2) == [2, 4]
 
 
@@ -88,8 +92,10 @@ def test_the_page_says_what_came_out(tmp_path):
     for text in (lines[0], "batch 3: up", "text of par", "python x", "<svg", "Reg"):
         assert text in html
     text = page.markdown(runs, models)
-    assert "| vanilla | 1 | 2.00 | 3.00 | 1.00 | 0.33 |" in text
+    assert "| vanilla | 1 of 1 | 2.00 | 3.00 | 1.00 | 0.33 |" in text
     assert "| Reg | 0.90 | 0.10 | 0.50 | 1.00 |" in text
+    text = page.markdown(runs, [*models, {**models[0], "accuracy": 0.7}])
+    assert "| Reg | 0.80 ± 1.27 | 0.10 ± 0.00 |" in text
 
 
 def test_a_plan_shapes_by_name():
@@ -118,6 +124,24 @@ def test_prompts_are_the_beginnings_of_docstrings(example):
     assert example.prompts(20) == found
 
 
+def test_weights_in_16_bits_are_trained_by_adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    texts = [document.text for document in pocket.documents(30_000)]
+    folder = tiny_gemma.base(tmp_path / "model", texts)
+    model, tokenizer = load_model(str(folder), dtype=torch.bfloat16)
+    plan = study.Plan(steps=2, batch=2, length=3, epochs=1, references=2, lora=2)
+    rows = [References(f"word {i}", ("a", "b"), (0.0, 1.0)) for i in range(2)]
+    options = {"model": model, "tokenizer": tokenizer, "rows": rows, "show_progress": False}
+    found = [
+        study.train(plan, "par", 3, folder=tmp_path / name, **options)["curves"] for name in "ab"
+    ]
+    assert len(found[0]["gold"]) == 2
+    assert found[0] == found[1]
+    assert not isinstance(model, peft.PeftModel)
+    with pytest.raises(ValueError, match="expected trainable weights in float32"):
+        study.train(replace(plan, lora=0), "par", 3, folder=tmp_path / "c", **options)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on(example, tmp_path, capsys, monkeypatch):
     # an untrained model writes letters
@@ -128,11 +152,11 @@ def test_a_run_goes_on(example, tmp_path, capsys, monkeypatch):
         "model": str(tiny_gemma.base(tmp_path / "model", texts)), "device": "cpu",
         "dtype": "float32", "out": tmp_path / "out", "rules": "vanilla,par", "seeds": "0,1",
         "steps": 4, "batch": 4, "length": 6, "rate": 1e-3, "beta": 0.005, "count": 6,
-        "references": 3, "models": 2,
+        "references": 3, "models": 2, "lora": 0,
     }  # fmt: skip
     example.main(**options)
     said = capsys.readouterr().out
-    assert "| par | 2 |" in said
+    assert "| par | 0 of 2 |" in said
     assert "| WARM of 3 |" in said
     assert (tmp_path / "out" / "report.html").exists()
     assert not list((tmp_path / "out" / "runs").iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_ext import report
-from gemma_ext.report import plots
+from gemma_ext.report import interval, plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,14 +23,13 @@ NAMES = {
     "loss_clean": "loss",
     "loss_attacked": "loss, attacked",
     "loss_strong": "loss, K = 100",
+    "loss_gcg": "loss, GCG",
     "useful": "useful answers",
     "over_refusal": "refused: useful",
     "borderline": "refused: borderline",
 }
 RATES = ("clean", "attacked", "strong", "gcg")
 COLOURS = (plots.INK, plots.BLUE, "#e08a3c", "#3c9a6b", "#8a4fbf", plots.GREY)
-# two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def grouped(rows: Sequence[Record]) -> dict[str, list[Record]]:
@@ -39,15 +38,6 @@ def grouped(rows: Sequence[Record]) -> dict[str, list[Record]]:
     for row in rows:
         found.setdefault(row["name"], []).append(row)
     return found
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and half the width of its 95 % interval over seeds; None for one seed."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, None
-    t = _T[min(len(values) - 1, len(_T)) - 1]
-    return mean, t * statistics.stdev(values) / len(values) ** 0.5
 
 
 def columns(rows: Sequence[Record]) -> list[str]:
@@ -101,6 +91,20 @@ def rates(rows: Sequence[Record]) -> Figure:
     return drawn
 
 
+def agreement(rows: Sequence[Record]) -> float | None:
+    """Pearson's r over models of the losses under the strong attack and under GCG.
+
+    None of fewer than three models, or where one of the losses is the same for all.
+    """
+    if len(rows) < 3 or any("loss_gcg" not in row for row in rows):
+        return None
+    pairs = [[row[key] for row in rows] for key in ("loss_strong", "loss_gcg")]
+    try:
+        return statistics.correlation(*pairs)
+    except statistics.StatisticsError:
+        return None
+
+
 def trade(rows: Sequence[Record]) -> Figure:
     """Robustness against useful answers, a point for each seed."""
     drawn, panels = plots.axes(1, 2, (8.2, 3.2))
@@ -136,6 +140,8 @@ def write(
     rows: Sequence[Record],
     histories: Mapping[str, Sequence[Record]],
     facts: Mapping[str, str],
+    *,
+    command: str,
 ) -> None:
     """The page of a study.
 
@@ -143,6 +149,7 @@ def write(
         rows: records, the model as it was first.
         histories: lines of a trainer's metrics, by name.
         facts: rows about the run.
+        command: that made it.
     """
     groups = grouped(rows)
     before = next(iter(groups.values()))[0]
@@ -152,6 +159,8 @@ def write(
         if name in groups:
             mean, _ = interval([row["strong"] for row in groups[name]])
             cards.append((f"after {name}", f"{mean:.2f}"))
+    if (r := agreement(rows)) is not None:
+        cards.append(("correlation of losses under K = 100 and GCG", f"{r:.2f}"))
     report.write_page(
         path,
         "gemma_ext.papers.continuous_at",
@@ -161,6 +170,7 @@ def write(
         head=head,
         rows=cells,
         facts=dict(facts),
+        command=command,
         rates=plots.svg(rates(rows), "success of attacks on each model"),
         trade=plots.svg(trade(rows), "robustness against utility"),
         curves=plots.svg(curves(histories), "losses of harmful targets over training"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +35,8 @@ class Audit:
         borderline_refused: their refusals.
         attack: the attack of training; the strong one is `evaluation.embedding.stronger` of it.
         restarts: starts of the strong attack.
-        more: further attacks, by name: success rate of a model, in [0, 1].
+        more: further attacks: numbers of a model by name, such as "gcg", a success rate in [0, 1],
+            and "loss_gcg", the mean loss of the targets under it.
     """
 
     harmful: Sequence[Pair]
@@ -45,7 +46,7 @@ class Audit:
     borderline_refused: Sequence[Row]
     attack: AttackConfig
     restarts: int = 2
-    more: Mapping[str, Callable[[PreTrainedModel], float]] = field(default_factory=dict)
+    more: Sequence[Callable[[PreTrainedModel], Mapping[str, float]]] = ()
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Success rates of attacks, losses of targets, accuracy and shares of refusals."""
@@ -66,7 +67,9 @@ class Audit:
                 "over_refusal": over_refusal(loss, self.useful, self.refused),
                 "borderline": over_refusal(loss, self.borderline, self.borderline_refused),
             }
-            return result | {name: attack(model) for name, attack in self.more.items()}
+            for attack in self.more:
+                result |= attack(model)
+            return result
 
 
 def variants(base: TrainConfig, sites: Sequence[int], ipo: TrainConfig) -> dict[str, TrainConfig]:

@@ -16,14 +16,14 @@ from gemma_ext.papers.reward_shaping.monitors import ALARM
 from gemma_ext.papers.reward_shaping.shaper import RewardShaper
 from gemma_ext.papers.reward_shaping.shaping import RULES
 from gemma_ext.papers.reward_shaping.study import summary
-from gemma_ext.report import plots
+from gemma_ext.report import interval, plots
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Run = Mapping[str, Any]
 HEAD = (
-    "rule", "seeds", "gold at start", "gold peak", "gold at end", "kept of the peak",
+    "rule", "collapsed", "gold at start", "gold peak", "gold at end", "kept of the peak",
     "proxy at end", "win rate at end", "KL at end", "critic loss at end", "largest shaped mean",
 )  # fmt: skip
 MODEL_HEAD = ("reward model", "accuracy by gold", "corr. with length", "corr. with gold", "spread")
@@ -33,7 +33,6 @@ _CELLS = (
     ("shaped_high", ".2f"),
 )  # fmt: skip
 ORANGE = "#e08a3c"
-COLLAPSED = 0.5  # of its peak: a run whose gold ends below it
 
 
 def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -45,22 +44,30 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def table(runs: Sequence[Run]) -> list[list[str]]:
-    """A row of cells for each rule; +- is the standard error over seeds."""
+    """A row of cells for each rule; ± is half of the 95 % interval over seeds."""
     rows = []
     for rule, some in grouped(runs).items():
         found = summary(some)
-        rows.append([rule, str(found["seeds"]), *(_cell(found[k], how) for k, how in _CELLS)])
+        lost = f"{found['collapsed']} of {found['seeds']}"
+        rows.append([rule, lost, *(_cell(found[key], how) for key, how in _CELLS)])
     return rows
 
 
-def _cell(value: Mapping[str, float | None], how: str) -> str:
-    error = "" if value["error"] is None else f" ± {value['error']:{how}}"
-    return f"{value['mean']:{how}}{error}"
+def _cell(value: tuple[float, float | None], how: str) -> str:
+    mean, half = value
+    return f"{mean:{how}}" + ("" if half is None else f" ± {half:{how}}")
 
 
 def model_table(models: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row of cells for each kind of reward model; ± is half of the 95 % interval over seeds."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for row in models:
+        found.setdefault(row["model"], []).append(row)
     keys = ("accuracy", "length", "gold", "spread")
-    return [[row["model"], *(f"{row[key]:.2f}" for key in keys)] for row in models]
+    return [
+        [name, *(_cell(interval([row[key] for row in some]), ".2f") for key in keys)]
+        for name, some in found.items()
+    ]
 
 
 def markdown(runs: Sequence[Run], models: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -78,17 +85,16 @@ def verdict_of(runs: Sequence[Run]) -> list[str]:
     lines = []
     for rule in ("vanilla", "par"):
         if rule in found:
-            one, some = found[rule], grouped(runs)[rule]
-            lost = sum(summary([run])["kept"]["mean"] < COLLAPSED for run in some)
+            one = found[rule]
             lines.append(
-                f"{rule}: gold collapsed in {lost} of {len(some)} runs; on the mean "
-                f"{one['gold_start']['mean']:.2f} at the start, {one['gold_peak']['mean']:.2f} at "
-                f"its peak, {one['gold_final']['mean']:.2f} at the end "
-                f"({one['kept']['mean']:.0%} of the peak), the proxy at "
-                f"{one['proxy_final']['mean']:.2f}."
+                f"{rule}: gold collapsed in {one['collapsed']} of {one['seeds']} runs; on the mean "
+                f"{one['gold_start'][0]:.2f} at the start, {one['gold_peak'][0]:.2f} at "
+                f"its peak, {one['gold_final'][0]:.2f} at the end "
+                f"({one['kept'][0]:.0%} of the peak), the proxy at "
+                f"{one['proxy_final'][0]:.2f}."
             )
     if {"vanilla", "par"} <= found.keys():
-        vanilla, par = (found[rule]["critic_final"]["mean"] for rule in ("vanilla", "par"))
+        vanilla, par = (found[rule]["critic_final"][0] for rule in ("vanilla", "par"))
         lines.append(
             f"The critic's loss at the end is {vanilla:.3g} under vanilla and {par:.3g} under PAR, "
             f"a factor of {vanilla / par:.0f}."
@@ -195,13 +201,13 @@ def write(
         command: that made it.
     """
     found = {rule: summary(some) for rule, some in grouped(runs).items()}
-    best = max(found.values(), key=lambda row: row["gold_final"]["mean"])
+    best = max(found.values(), key=lambda row: row["gold_final"][0])
     numbers = [
-        (f"gold of {rule} at the end", f"{found[rule]['gold_final']['mean']:.2f}")
+        (f"gold of {rule} at the end", f"{found[rule]['gold_final'][0]:.2f}")
         for rule in ("vanilla", "par")
         if rule in found
     ]
-    numbers.append((f"best at the end: {best['rule']}", f"{best['gold_final']['mean']:.2f}"))
+    numbers.append((f"best at the end: {best['rule']}", f"{best['gold_final'][0]:.2f}"))
     report.write_page(
         path,
         "gemma_ext.papers.reward_shaping",

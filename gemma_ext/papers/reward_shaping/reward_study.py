@@ -67,14 +67,14 @@ def compare(
     Attributes of a row: "accuracy"; "length", Pearson's of score and words over single responses;
     "gold", the same of score and gold; "spread", the standard deviation of scores.
     """
-    half = len(rows) // 2
+    half, first = len(rows) // 2, MEMBERS * seed  # no member is in the average of two seeds
     test = biased_pairs(rows[half:], planted, 200, seed + 100, bias=0.0)
 
     def trained(kind: str, at: int, rate: float) -> PreTrainedModel:
-        pairs = biased_pairs(rows[:half], planted, steps * batch, seed + at)
-        made = from_causal(model, heads=2 if kind == "odin" else 1, seed=seed + at)
+        pairs = biased_pairs(rows[:half], planted, steps * batch, first + at)
+        made = from_causal(model, heads=2 if kind == "odin" else 1, seed=first + at)
         config = RewardTraining(
-            kind=kind, learning_rate=rate, batch=batch, steps=steps, seed=seed + at
+            kind=kind, learning_rate=rate, batch=batch, steps=steps, seed=first + at
         )
         train_reward_model(
             made, tokenizer, pairs, config, out=folder / kind, show_progress=show_progress

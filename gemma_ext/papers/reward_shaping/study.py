@@ -7,17 +7,23 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
+from gemma_ext.extras import require
 from gemma_ext.lm import HuggingFaceModel, Sampling
 from gemma_ext.lm.identity import identity
+from gemma_ext.nn.ppo import with_adapters
 from gemma_ext.papers.reward_shaping.hooks import COLUMN, shape
 from gemma_ext.papers.reward_shaping.monitors import HackingMonitor
 from gemma_ext.papers.reward_shaping.planted import GOLD, Planted
 from gemma_ext.papers.reward_shaping.references import References, draw_references, fingerprint
 from gemma_ext.papers.reward_shaping.shaping import RULES, Shaping
 from gemma_ext.ppo import PPOConfig, PPOTrainer
+from gemma_ext.report import interval
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +40,7 @@ CURVES = {
     "saturated": "proxy/saturated",
 }
 LATE = 0.25  # of the steps, that final figures are means of
+COLLAPSED = 0.5  # of its peak: a run whose gold ends below it
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class Plan:
         temperature: of drafts and of references.
         references: M of each prompt.
         ceil: of the rule of that name, in units of the proxy.
+        lora: rank of adapters; 0 trains all weights, which then have to be float32.
     """
 
     steps: int = 48
@@ -57,6 +65,7 @@ class Plan:
     temperature: float = 0.9
     references: int = 10
     ceil: float = 5.0
+    lora: int = 0
     planted: Planted = field(default_factory=Planted)
 
     def shaping(self, rule: str) -> Shaping:
@@ -121,7 +130,7 @@ def train(
         seed=seed,
     )
     trainer = PPOTrainer(
-        config, copy.deepcopy(model), None, reward, data, tokenizer=tokenizer,
+        config, _policy(plan, model, seed), None, reward, data, tokenizer=tokenizer,
         show_progress=show_progress,
     )  # fmt: skip
     history = trainer.train()
@@ -136,18 +145,37 @@ def train(
     return found
 
 
+def _policy(plan: Plan, model: PreTrainedModel, seed: int) -> nn.Module:
+    """What is trained: a copy, under adapters drawn from the seed where the plan has them."""
+    policy = copy.deepcopy(model)
+    if not plan.lora:
+        return policy
+    require("adapters", "ppo", "peft")
+    from peft import LoraConfig
+
+    rank = plan.lora
+    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return with_adapters(policy, adapter)
+
+
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the runs of one rule: means over seeds and their standard errors, None of one seed.
+    """Of the runs of one rule: how many, how many collapsed, and of each number (mean over seeds,
+    half of its 95 % interval or None).
 
     "start" is the first batch, before any update; "peak" the best mean of a window of the length
-    that "final" is a mean of, the last `LATE` of the steps.
+    that "final" is a mean of, the last `LATE` of the steps. A run collapsed whose gold ends below
+    `COLLAPSED` of its peak.
     """
     rows = [_of_run(run["curves"]) for run in runs]
-    found: dict[str, Any] = {"rule": runs[0]["rule"], "seeds": len(runs)}
+    found: dict[str, Any] = {
+        "rule": runs[0]["rule"],
+        "seeds": len(runs),
+        "collapsed": sum(row["kept"] < COLLAPSED for row in rows),
+    }
     for key in rows[0]:
-        values = [row[key] for row in rows]
-        error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        found[key] = {"mean": fmean(values), "error": error}
+        found[key] = interval([row[key] for row in rows])
     return found
 
 

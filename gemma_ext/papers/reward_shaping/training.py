@@ -14,9 +14,10 @@ from gemma_ext.extras import require
 from gemma_ext.lm.text import Text
 from gemma_ext.papers.reward_shaping.losses import REG, bradley_terry, odin_penalties
 from gemma_ext.papers.reward_shaping.reward_model import LENGTH, QUALITY, score_head, scores
+from gemma_ext.progress import Advance, progress_bar
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 KINDS = ("bt", "reg", "odin")
 # (batch, learning rate, seed, examples) of the five runs that the study averages for WARM
@@ -93,8 +94,11 @@ def train_reward_model(
         ValueError: no pairs, or ODIN with another number of heads than two.
         ImportError: transformers or accelerate is missing.
     """
-    made = preference_trainer(model, tokenizer, pairs, config, out=out, show_progress=show_progress)
-    made.train()
+    made = preference_trainer(model, tokenizer, pairs, config, out=out)
+    total = _steps(config, len(made.train_dataset))
+    with progress_bar(f"reward model, {config.kind}", total, show_progress) as advance:
+        made.add_callback(_bar(advance))
+        made.train()
     model.eval()
     return [row for row in made.state.log_history if "loss" in row]
 
@@ -106,12 +110,15 @@ def preference_trainer(
     config: RewardTraining = RewardTraining(),
     *,
     out: str | Path = "out/reward",
-    show_progress: bool = True,
     **arguments: Any,
 ) -> Trainer:
-    """The trainer of `train_reward_model`; `arguments` are further ones of TrainingArguments."""
+    """The trainer of `train_reward_model`; `arguments` are further ones of TrainingArguments.
+
+    It prints nothing unless `disable_tqdm=False` is among them.
+    """
     require("training of reward models", "hf", "transformers", "accelerate")
     from transformers import Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
 
     heads = model.config.num_labels
     if config.kind == "odin" and heads != 2:
@@ -137,7 +144,7 @@ def preference_trainer(
             self._found.clear()
             super().log(logs, *more)
 
-    total = config.steps or max(1, round(config.epochs * len(examples) / config.batch))
+    total = _steps(config, len(examples))
     options = {
         "output_dir": str(out),
         "per_device_train_batch_size": config.batch,
@@ -152,7 +159,7 @@ def preference_trainer(
         "save_strategy": "no",
         "report_to": [],
         "remove_unused_columns": False,
-        "disable_tqdm": not show_progress,
+        "disable_tqdm": True,
         "use_cpu": next(model.parameters()).device.type == "cpu",
         "seed": config.seed,
         **arguments,
@@ -164,7 +171,28 @@ def preference_trainer(
         data_collator=collate,
     )
     made._found = {}
+    if made.args.disable_tqdm:
+        made.remove_callback(PrinterCallback)
     return made
+
+
+def _steps(config: RewardTraining, examples: int) -> int:
+    return config.steps or max(1, round(config.epochs * examples / config.batch))
+
+
+def _bar(advance: Advance) -> TrainerCallback:
+    """Moves a bar by every step, with what was logged last as its note."""
+    from transformers import TrainerCallback
+
+    class Bar(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            advance(1)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+            if "loss" in logs:
+                advance(0, f"loss {float(logs['loss']):.3f}, accuracy {logs['accuracy']:.2f}")
+
+    return Bar()
 
 
 def preference_loss(
