@@ -27,7 +27,7 @@ from torch.nn import functional
 from gemma_ext.bench import report
 from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.subject import DTYPES
-from gemma_ext.bench.timing import Timing, interleave, measure_of, paired_ratio
+from gemma_ext.bench.timing import Timing, interleave, measure_of, paired_ratio, whole
 from gemma_ext.ops.depth_batching import Projection, head_exit, seg_depth_lora
 
 HERE = Path(__file__).parent
@@ -152,15 +152,8 @@ def rows_of(o: argparse.Namespace, n: int) -> list[dict[str, object]]:
     target = torch.empty_like(sources[0])
     steps[COPY] = in_turn([lambda s=s: target.copy_(s) for s in sources])
 
-    def marked(step: Callable[[], object]) -> Callable[..., None]:
-        def run(mark: Callable[[], None]) -> None:
-            mark()
-            step()
-
-        return run
-
     timings = interleave(
-        {name: marked(step) for name, step in steps.items()},
+        {name: whole(step) for name, step in steps.items()},
         seconds=o.seconds,
         measure=measure_of(o.device),
     )
