@@ -44,6 +44,16 @@ PIECE = 75.0  # for one file of tests, one tool of the sanitizer: what hangs cos
 TESTS = ("edges", "sync", "graphs", "streams", "determinism")
 OP_TESTS = ("values", "gradients", "filter", "options", "outputs")
 DIVERGENCE_TESTS = ("divergence", "divergence_filter")
+SOUPING = "test_gpu_soup.py"
+SOUP_TESTS = ("merge", "select", "rows", "sums", "population", "values")
+SAE = "test_gpu_sae.py"
+SAE_TESTS = ("decode", "products", "steer", "encode", "encode_gradients")
+# products of float32 are split on a card: 2^-16, and NaN for infinities
+SAE_CHOSEN = "cuda and not margin and not infinities and not (normal and fp32)"
+DEPTH = "test_gpu_depth_kv.py"
+DEPTH_TESTS = ("compact", "kv", "attention", "models", "propagate")
+HEADS = "test_gpu_depth_linear.py"
+HEADS_TESTS = ("linear", "norm", "head", "gate")
 SANITIZERS = ("memcheck", "initcheck", "synccheck", "racecheck")
 ENDS_EARLY = 25.0  # before the limit of a stage with a budget: room for the case that is at work
 DEVICE = os.environ.get("GEMMA_EXT_GPU_TESTS_ON", "cuda")
@@ -226,28 +236,27 @@ class Family:
 FAMILIES = {
     "souping": Family(
         "bench_souping_card.py",
-        "test_gpu_soup.py",
-        [f"soup_{name}" for name in ("merge", "select", "rows", "sums", "population", "values")],
+        SOUPING,
+        [f"soup_{name}" for name in SOUP_TESTS],
         ["--layers", 1, "--width", 64, "--seconds", 0, "--rounds", 1],
     ),
     "sae": Family(
         "bench_sae_card.py",
-        "test_gpu_sae.py",
-        [f"sae_{name}" for name in ("decode", "products", "steer", "encode", "encode_gradients")],
+        SAE,
+        [f"sae_{name}" for name in SAE_TESTS],
         ["--tokens", 64, "--features", 1500, "--width", 96, "--seconds", 0, "--rounds", 1],
-        # products of float32 are split on a card: 2^-16, and NaN for infinities
-        chosen="cuda and not margin and not infinities and not (normal and fp32)",
+        chosen=SAE_CHOSEN,
     ),
     "depth": Family(
         "bench_depth_kv.py",
-        "test_gpu_depth_kv.py",
-        [f"depth_{name}" for name in ("compact", "kv", "attention", "models", "propagate")],
+        DEPTH,
+        [f"depth_{name}" for name in DEPTH_TESTS],
         ["--rows", 2, "--context", 40, "--seconds", 0],
     ),
     "heads": Family(
         "bench_depth_linear.py",
-        "test_gpu_depth_linear.py",
-        [f"depth_{name}" for name in ("linear", "norm", "head", "gate")],
+        HEADS,
+        [f"depth_{name}" for name in HEADS_TESTS],
         ["--rows", 2, "--shape", 32, 300, "--rank", 8, "--seconds", 0],
         share=1 / 15,  # its --seconds are of a number of rows
         given=["--rows", 1, 32, 128, "--dtype", "bf16"],

@@ -183,15 +183,8 @@ def add_times(
     work: int,
     options: argparse.Namespace,
 ) -> None:
-    def step(run: Callable[[], Any]) -> Callable:
-        def timed(mark: Callable[[], None]) -> None:
-            mark()
-            run()
-
-        return timed
-
     timings = timing.interleave(
-        {label: step(run) for label, run in subjects.items()},
+        {label: timing.whole(run) for label, run in subjects.items()},
         seconds=options.seconds,
         warmup=0,
         measure=timing.measure_of(options.device),

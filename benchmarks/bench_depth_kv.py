@@ -26,7 +26,7 @@ from torch.nn import functional
 from gemma_ext.bench import report
 from gemma_ext.bench.options import parser_of
 from gemma_ext.bench.subject import DTYPES
-from gemma_ext.bench.timing import Timing, interleave, measure_of, paired_ratio
+from gemma_ext.bench.timing import Timing, interleave, measure_of, paired_ratio, whole
 from gemma_ext.ops.depth_batching import (
     PAGE,
     depth_compact,
@@ -146,15 +146,8 @@ def rows_of(o: argparse.Namespace) -> list[dict[str, object]]:
     if note:
         steps = {name: step for name, step in steps.items() if name not in (ATTENTION, CAPPED)}
 
-    def marked(step: Callable[..., object]) -> Callable[..., None]:
-        def run(mark: Callable[[], None]) -> None:
-            mark()
-            step()
-
-        return run
-
     timings = interleave(
-        {name: marked(step) for name, step in steps.items()},
+        {name: whole(step) for name, step in steps.items()},
         seconds=o.seconds,
         measure=measure_of(o.device),
     )

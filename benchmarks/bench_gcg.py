@@ -225,16 +225,9 @@ def add_times(
 ) -> None:
     """Seconds of a step; the bar is against the fastest of nanoGCG's ways."""
 
-    def step(run: Callable[[], Any]) -> Callable:
-        def timed(mark: Callable[[], None]) -> None:
-            mark()
-            run()
-
-        return timed
-
     measure = timing.measure_of(options.device)
     timings = timing.interleave(
-        {label: step(run) for label, run in subjects.items()},
+        {label: timing.whole(run) for label, run in subjects.items()},
         seconds=options.seconds,
         warmup=0,
         measure=measure,

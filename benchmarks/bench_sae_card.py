@@ -158,7 +158,7 @@ def measure(q: Problem, device: str, seconds: float, least: int) -> list[dict[st
     target = torch.empty_like(source)
     steps = encoders(q) | decoders(q) | {COPY: lambda: target.copy_(source)}
     timed = timing.interleave(
-        {name: marked(step) for name, step in steps.items() if name not in wrong},
+        {name: timing.whole(step) for name, step in steps.items() if name not in wrong},
         seconds=seconds,
         least=least,
         measure=timing.measure_of(device),
@@ -180,14 +180,6 @@ def measure(q: Problem, device: str, seconds: float, least: int) -> list[dict[st
         if device == "cuda":
             row["bars"] = "; ".join(bars(name, row, timed))
     return rows
-
-
-def marked(step: Step) -> Callable[[timing.Mark], None]:
-    def run(mark: timing.Mark) -> None:
-        mark()
-        step()
-
-    return run
 
 
 def bars(name: str, row: Mapping[str, Any], timed: Mapping[str, timing.Timing]) -> list[str]:

@@ -76,6 +76,16 @@ def measure(step: Callable[[Mark], None]) -> Measurement:
     return Measurement((middle or end) - start, end - start, time.process_time() - cpu)
 
 
+def whole(step: Callable[[], object]) -> Callable[[Mark], None]:
+    """A call without a forward of its own, as `measure` and `measure_on_card` take it."""
+
+    def run(mark: Mark) -> None:
+        mark()
+        step()
+
+    return run
+
+
 def interleave(
     steps: Mapping[str, Callable[[Mark], None]],
     *,
