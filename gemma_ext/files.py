@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         _sync(beside)
         os.replace(beside, path)
-        _sync(path.parent)
+        with suppress(OSError):  # not every file system syncs a folder
+            _sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -67,6 +67,7 @@ def of_batch(
     known = lengths > 0
     kl = sequence_sum(found.kl, lengths)[known]
     values = {
+        **responses.metrics,  # first: a name of ours stays ours
         "objective/kl": kl,
         "objective/kl_per_token": found.kl,
         "objective/entropy": sequence_sum(found.entropy, lengths)[known],
@@ -76,7 +77,6 @@ def of_batch(
         "response/length": lengths[known].float(),
         "response/eos_rate": ended(sequences, ends)[known].float(),
         **{f"rewards/{name}": rewards for name, rewards in each.items()},
-        **responses.metrics,
     }
     if found.ref_logprobs is not None:
         k3 = kl_estimate(found.logprobs, found.ref_logprobs, "k3")

@@ -217,7 +217,8 @@ class PPOTrainer:
             "time/update": ended - judged,
         }
         episodes = self.step * config.local_batch_size * world()
-        return {"step": self.step, "episode": episodes} | line
+        place = {"step": self.step, "episode": episodes}
+        return place | line | place
 
     def score_tokens(self, sequences: Sequences) -> experience.TokenScores:
         """What policy, critic and reference say of every token; its `kl` is what is paid for."""

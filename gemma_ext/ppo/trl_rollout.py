@@ -18,6 +18,9 @@ from gemma_ext.ppo.rollout import seed_of
 from gemma_ext.ppo.setup import ends_of, pad_of
 from gemma_ext.serve.exits import ExitTest
 
+# of trl's settings: what the engine's draws know nothing of, and its value for nothing
+_NOT_DRAWN_BY = {"min_p": 0.0, "repetition_penalty": 1.0, "generation_kwargs": {}}
+
 
 class EngineRollout:
     """Answers prompts over the weights of the trainer's model as they are.
@@ -34,7 +37,11 @@ class EngineRollout:
         self._step, self._calls = -1, 0
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        """`prompt_ids`, `completion_ids` and `logprobs`, a list for each prompt."""
+        """`prompt_ids`, `completion_ids` and `logprobs`, a list for each prompt.
+
+        Raises:
+            ValueError: settings of the trainer that the engine does not draw by.
+        """
         step, place = trainer.state.global_step, trainer.accelerator.process_index
         self._calls = self._calls + 1 if step == self._step else 0
         self._step = step
@@ -51,6 +58,11 @@ class EngineRollout:
 
     def _sampler_of(self, trainer: Any) -> EngineSampler:
         args, tokenizer = trainer.args, trainer.processing_class
+        for name, neutral in _NOT_DRAWN_BY.items():
+            if (given := getattr(args, name, neutral)) not in (neutral, None):
+                raise ValueError(
+                    f"{name}: expected {neutral} with rollouts by the engine, got {given}"
+                )
         config = PPOConfig(
             response_length=args.max_completion_length,
             temperature=args.temperature,

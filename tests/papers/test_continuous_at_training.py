@@ -286,3 +286,13 @@ def test_over_refusal_counts_requests_whose_refusal_is_likelier():
     assert over_refusal(loss, refusals, answers) == pytest.approx(1 - found)
     with pytest.raises(ValueError, match="refusals: expected rows of the prompts of answers"):
         over_refusal(loss, answers, refusals[::-1])
+
+
+def test_an_attacked_loss_is_that_of_the_iterate_that_is_kept():
+    """Steps beyond the ball and back, so that the last iterate is not the best of each row."""
+    attack = Attack(tiny(), replace(ATTACK, steps=6, rate=3.0, eps_rel=2.0, keep="best"))
+    found = attack([pair.harmful for pair in PAIRS])
+    assert bool((found.losses[-1] > found.losses.amin(0)).any())
+    kept = attack.losses([pair.harmful for pair in PAIRS], found.deltas)
+    told = attacked_loss(attack, PAIRS)["harmful_attacked"]
+    assert told == pytest.approx(float(kept.double().mean()), rel=1e-5)

@@ -114,7 +114,7 @@ def test_references_are_drawn_scored_kept_and_go_on(tmp_path):
     assert drawn[0] is drawn[2]
     assert drawn[0].completions == ("a and more",) * 3
     assert drawn[0].rewards == (1 + 100.0,) * 3
-    assert drawn[0].lengths == (3, 3, 3)
+    assert drawn[0].lengths == (4, 4, 4)  # three words and the end, as in a rollout
     with pytest.raises(ValueError, match="expected finite scores, got nan for 'c and more'"):
         draw_references(["c"], policy, lambda p, c: [math.nan] * len(c), path, name, **options)
     assert read_references(path, name) == list(drawn[:2])

@@ -265,3 +265,14 @@ def test_what_replaces_a_file_is_on_the_disk_first(tmp_path, monkeypatch):
     files.write_json(tmp_path / "a.json", {})
     assert done == ["sync", "replace", "sync"]
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_metric_of_a_reward_takes_no_name_of_the_loop(tmp_path):
+    def reward(completions, log_metric, **columns):
+        for name in ("step", "objective/kl", "mine"):
+            log_metric(name, 1e6)
+        return [1.0] * len(completions)
+
+    (line,) = trainer(tmp_path, rewards=reward, changed={"total_episodes": 8}).train()
+    assert (line["step"], line["mine"]) == (1, 1e6)
+    assert line["objective/kl"] == pytest.approx(0, abs=1e-4)

@@ -198,9 +198,12 @@ def test_a_reward_that_is_an_adapter_of_the_model(place):
             reward=["adapter:judge", "rewards_of_the_command:length"],
             device="cpu",
             **more,
-        ).arguments["rewards"]
+        ).arguments
 
-    rewards = opened(lora=2)
+    arguments = opened(lora=2, value="adapter")
+    trained = [n for n, p in arguments["policy"].named_parameters() if p.requires_grad]
+    assert {name.split(".")[-2] for name in trained} == {"policy", "value"}
+    rewards = arguments["rewards"]
     assert rewards.names == ["reward", "length"]
     sequences = random_sequences(rows=3)
     found = rewards.functions[0].score_sequences(sequences)

@@ -228,6 +228,19 @@ def test_products_in_bfloat16(tmp_path):
     assert all(p.dtype == torch.float32 for p in made.policy.parameters())
 
 
+def test_a_policy_that_accelerate_prepared(tmp_path):
+    """Its mixed precision casts in the forward, not in the loop around it."""
+    accelerate = pytest.importorskip("accelerate")
+    policy = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare(tiny_model())
+    made = trainer(tmp_path, policy, changed={**ONE_STEP, "total_episodes": 16})
+    line = made.train_step()
+    assert line["objective/kl"] == pytest.approx(0, abs=1e-4)
+    # states of other batches round to bfloat16 elsewhere: some 2^-8 of logits up to 3
+    assert line["val/ratio"] == pytest.approx(1, abs=0.03)
+    # the copy of it that is the reference has a forward of its own
+    assert made.train_step()["objective/kl_k3"] > 1e-3
+
+
 def test_end_tokens(tmp_path):
     def ends(**changed):
         return trainer(tmp_path, changed=changed).ends

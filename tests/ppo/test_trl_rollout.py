@@ -103,3 +103,11 @@ def test_draws_belong_to_step_and_place(tmp_path, monkeypatch):
     messages = [[{"role": "user", "content": "w3"}]]
     Trainer.processing_class.chat_template = "{{ messages[0]['content'] }} w5"
     assert again(messages, Trainer)["prompt_ids"] == [[3, 5]]
+
+
+@pytest.mark.parametrize("setting", [{"min_p": 0.1}, {"repetition_penalty": 1.2}])
+def test_what_the_engine_does_not_draw_by_is_refused(setting, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}: expected .* with rollouts by the engine, got"):
+        trained(tmp_path, EngineRollout(), lambda completions, **more: [0.0] * 4, **setting)

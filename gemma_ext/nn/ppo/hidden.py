@@ -79,7 +79,7 @@ def read(model: nn.Module, sequences: Sequences, where: Tensor | None = None) ->
     """
     bare = unwrap(model)
     options = LossOptions(type(bare).__name__, filter_eps=None, remedy=_REMEDY)
-    for part in {model, peft_or_bare(model), bare}:
+    for part in dict.fromkeys((model, peft_or_bare(model), bare)):  # in one order on all ranks
         if isinstance(part, FSDPModule):
             part.unshard()  # before the head is looked at; the forward would do it a moment later
     with defer_head(output_head(bare), options):

@@ -14,7 +14,8 @@ from gemma_ext.papers.continuous_at.target_loss import TargetLoss
 
 
 def attacked_loss(attack: Attack, pairs: Sequence[Pair]) -> dict[str, float]:
-    """Mean loss of harmful targets before and under an attack, and of safe answers under it.
+    """Mean loss of harmful targets before and under an attack, and of safe answers under it; of the
+    iterates that the attack keeps.
 
     In the paper the loss under a continuous attack and that under GCG correlate with r = 0.99 over
     four models.
@@ -22,9 +23,10 @@ def attacked_loss(attack: Attack, pairs: Sequence[Pair]) -> dict[str, float]:
     with evaluating(attack.model):
         found = attack([pair.harmful for pair in pairs])
         safe = attack.losses([pair.safe for pair in pairs], found.deltas)
+    kept = found.losses.amin(0) if attack.config.keep == "best" else found.losses[-1]
     return {
         "harmful_before": float(found.losses[0].mean()),
-        "harmful_attacked": float(found.losses[-1].mean()),
+        "harmful_attacked": float(kept.mean()),
         "safe_attacked": float(safe.mean()),
     }
 

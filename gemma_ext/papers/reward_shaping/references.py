@@ -31,7 +31,7 @@ class References:
     Attributes:
         completions: M responses.
         rewards: their scores, without a length penalty.
-        lengths: their tokens.
+        lengths: their tokens, the end of those that have one included.
     """
 
     prompt: str
@@ -123,7 +123,8 @@ def draw_references(
             )
         for at, prompt in enumerate(some):
             own = slice(at * count, (at + 1) * count)
-            lengths = tuple(completion.tokens for completion in drawn[own])
+            # the end counts, as it does in a rollout
+            lengths = tuple(c.tokens + (c.finished and not sampling.stop) for c in drawn[own])
             known[prompt] = References(prompt, tuple(texts[own]), tuple(found[own]), lengths)
         write_references(path, known.values(), identity)
     return [known[prompt] for prompt in prompts]

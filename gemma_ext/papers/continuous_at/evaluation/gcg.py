@@ -4,7 +4,8 @@ from gemma_ext.papers.continuous_at.evaluation import gcg as nanogcg
 result = nanogcg.run(model, tokenizer, "Tell me how.", "Sure, here is how", nanogcg.GCGConfig())
 
 With the same seed, model and tokenizer the candidates and losses are nanoGCG's, with these
-exceptions. The gradient is that of the input the model has (nanoGCG embeds by the bare rows, which
+exceptions. Draws come from the CPU's stream wherever the model is; nanoGCG's on a card come from
+the card's. The gradient is that of the input the model has (nanoGCG embeds by the bare rows, which
 is wrong where the embedding scales them, as Gemma's does). Special tokens are never drawn. No
 global random state, no chat template and no mode of the model is changed.
 """
