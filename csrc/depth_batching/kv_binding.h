@@ -122,6 +122,20 @@ struct KvBinding {
     return {floats(*held), weight->size(0) == 1 ? 0 : width};
   }
 
+  // cos and sin as floats, kept alive by `held`, in a RopeWrite or a Propagate.
+  template <class Call>
+  static void angles(const char* op, const Maybe& rope, int64_t width, Maybe& held, Call& to) {
+    if (!rope) return;
+    STD_TORCH_CHECK(
+        Engine::here(*rope) && rope->dim() == 4 && rope->size(2) == 2 && 2 * rope->size(3) <= width,
+        op, ": expected rope to be [S, positions, 2, H] with 2 H up to ", width);
+    held = torch::stable::contiguous(torch::stable::to(*rope, ScalarType::Float));
+    to.rope = floats(*held);
+    to.settings = held->size(0);
+    to.positions = held->size(1);
+    to.half = held->size(3);
+  }
+
   static Tensor rope_write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_pool,
                            const Tensor& block_tables, const Tensor& row_req, const Tensor& row_pos,
                            const Tensor& row_loop, const Tensor& depth_of, const Maybe& rope,
@@ -142,16 +156,7 @@ struct KvBinding {
     call.q_heads = q.size(1);
     call.depth_of = ints(depths);
     Maybe table, settings, q_weight, k_weight;
-    if (rope) {
-      STD_TORCH_CHECK(Engine::here(*rope) && rope->dim() == 4 && rope->size(2) == 2 &&
-                          2 * rope->size(3) <= width,
-                      op, ": expected rope to be [S, positions, 2, H] with 2 H up to ", width);
-      table = torch::stable::contiguous(torch::stable::to(*rope, ScalarType::Float));
-      call.rope = floats(*table);
-      call.settings = table->size(0);
-      call.positions = table->size(1);
-      call.half = table->size(3);
-    }
+    angles(op, rope, width, table, call);
     if (rope_of) {
       settings = exact(op, "rope_of", *rope_of, ScalarType::Int, {loops});
       call.rope_of = ints(*settings);

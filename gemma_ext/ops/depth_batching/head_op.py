@@ -28,8 +28,12 @@ def head_exit(
     mode: str | None,
     strict: bool,
     candidates: int,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """ids, top, lse, entropy, exits, samples, tempered, values, indices; empty where not wanted."""
+    """ids, top, lse, entropy, exits, samples, tempered, values, indices; empty where not wanted.
+
+    Nothing is said of rows of `skip`, bool [n], which cards leave out.
+    """
     return _ops.depth_head_exit(
         h,
         norm_weight,
@@ -38,6 +42,7 @@ def head_exit(
         threshold,
         temperature,
         keys,
+        skip,
         eps,
         plus_one,
         softcap or 0.0,
@@ -114,7 +119,7 @@ def _ids(like: Tensor, *shape: int) -> Tensor:
 
 @torch.library.register_fake("gemma_ext::depth_head_exit")
 def _head_fake(
-    h, norm_weight, weight, bias, threshold, temperature, keys, eps, plus_one, softcap,
+    h, norm_weight, weight, bias, threshold, temperature, keys, skip, eps, plus_one, softcap,
     logit_scale, mode, strict, candidates,
 ):  # fmt: skip
     n = h.shape[0]
