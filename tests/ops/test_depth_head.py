@@ -227,11 +227,11 @@ def test_the_op_takes_no_more_candidates_than_a_card_holds(device):
 def test_rows_that_nobody_reads_change_no_other(n, device):
     h, weight = randn(n, 24).to(device), randn(300, 24, seed=1).to(device)
     limit = torch.full((n,), 0.1, device=device)
-    given = (None, None, limit, None, None, 1e-6, False, None, 1.0, "margin", True, 5)
-    want = head_op.head_exit(h, weight, *given)
+    given = (head_op.Logits(weight), limit, None, None, "margin", True, 5)
+    want = head_op.head_exit(h, *given)
     for share in (0.0, 0.5, 1.0):
         skip = torch.rand(n, generator=torch.Generator().manual_seed(n)) < share
-        got = head_op.head_exit(h, weight, *given, skip.to(device))
+        got = head_op.head_exit(h, *given, skip.to(device))
         for a, b in zip(got, want, strict=True):
             if len(a):
                 assert torch.equal(a[~skip.to(device)], b[~skip.to(device)])

@@ -31,16 +31,12 @@ def test_bounds_hold(device, impl, options, dtype):
     h, weight, bias = head_of(dtype=dtype, device=device)
     given = {"softcap": None, "logit_scale": 1.0, **options}
     short = make_shortlist(weight)
-    norm = {"eps": 1e-6, "plus_one": False}
+    logits = head_op.Logits(weight, bias, **given)
     if impl == "reference":
-        ids, top, rest, low, high = formulas.shortlist(
-            h, *short, 8, bias=bias, norm_weight=None, **norm, **given
-        )
+        found = formulas.shortlist(h, *short[1:], 8, **logits._asdict())
     else:
-        ids, top, rest, low, high = head_op.shortlist(
-            h, weight, bias, None, *short[1:], 1e-6, False, given["softcap"],
-            given["logit_scale"], 8,
-        )  # fmt: skip
+        found = head_op.shortlist(h, logits, *short[1:], 8)
+    ids, top, rest, low, high = found
     s = given["logit_scale"] * (h.double() @ weight.double().T) + bias.double()
     if given["softcap"]:
         s = given["softcap"] * torch.tanh(s / given["softcap"])
@@ -153,9 +149,7 @@ def test_a_row_has_its_bits_alone(device, dtype):
     short = make_shortlist(weight)
 
     def run(rows):
-        return head_op.shortlist(
-            rows, weight, bias, None, *short[1:], 1e-6, False, 9.0, 1.0, 5
-        )  # fmt: skip
+        return head_op.shortlist(rows, head_op.Logits(weight, bias, softcap=9.0), *short[1:], 5)
 
     want = run(h)
     for n in (1, 16, 17, 69):
