@@ -206,6 +206,27 @@ def test_blocks_that_change_nothing_make_it_exact(impl):
     assert_close(pool.nan_to_num(0.0), want.nan_to_num(0.0), rel=12 * 2.0**-16 if split else 1e-6)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nobody_owes_anything(impl, device):
+    """No rows; rows that have run all loops or fill a launch up; a model of one loop."""
+    p, pool, h = rows_and_pool(torch.float32)
+    layer = layers_of(0, False)[0]
+    alone = replace(layer, depth_of=ints(0), rope_of=None)
+    done, nobody = torch.full_like(p.loop, LOOPS - 1), torch.full_like(p.req, -1)
+    calls = (
+        (h[:0], layer, p.req[:0], p.pos[:0], p.loop[:0]),
+        (h, layer, p.req, p.pos, done),
+        (h, layer, nobody, p.pos, p.loop),
+        (h, alone, p.req, p.pos, torch.zeros_like(p.loop)),
+    )
+    got, tables = pool.to(device), p.tables.to(device)
+    for h, own, *rows in calls:
+        rows = (x.to(device) for x in rows)
+        kv_propagate(h.to(device), [moved(own, device)], got, tables, *rows, impl=impl)
+    assert got.isnan().all()
+
+
 def test_calls_that_do_not_fit():
     p, pool, h = rows_and_pool(torch.float32)
     places = p.tables, p.req, p.pos, p.loop
