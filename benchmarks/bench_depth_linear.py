@@ -9,6 +9,8 @@ Half of the rows are at each of two loops. Weights are several copies in turn, m
 hold, as a model's layers are. Results are checked against the formulas before they are timed. GB/s
 counts the weight once for all rows. "F.linear, LoRA by loop" is a base product and two more for
 every loop; "logits" is F.linear in the dtype of the head, and log-softmax and top 2 in float32.
+Rows of "shortlist_head, certified" are near a token each; its GB/s are of codes, its peer is
+head_exit.
 """
 
 from __future__ import annotations
@@ -26,7 +28,13 @@ from torch.nn import functional
 
 from gemma_ext.bench import report
 from gemma_ext.bench.timing import Timing, interleave, measure, measure_on_card, paired_ratio
-from gemma_ext.ops.depth_batching import Projection, head_exit, seg_depth_lora
+from gemma_ext.ops.depth_batching import (
+    Projection,
+    head_exit,
+    make_shortlist,
+    seg_depth_lora,
+    shortlist_head,
+)
 
 HERE = Path(__file__).parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,14 +47,15 @@ OURS, BASE, LINEAR, BY_LOOP = (
     "F.linear",
     "F.linear, LoRA by loop",
 )
-EXIT, SAMPLED, LISTED, LOGITS = (
+EXIT, SAMPLED, LISTED, SHORT, LOGITS = (
     "head_exit",
     "head_exit, samples",
     "head_exit, 64 candidates",
+    "shortlist_head, certified",
     "logits",
 )
-NAMES = {"linear": (OURS, BASE, BY_LOOP, LINEAR), "head": (EXIT, SAMPLED, LISTED, LOGITS)}
-PEERS = {OURS: BY_LOOP, BASE: LINEAR, EXIT: LOGITS}
+NAMES = {"linear": (OURS, BASE, BY_LOOP, LINEAR), "head": (EXIT, SAMPLED, LISTED, SHORT, LOGITS)}
+PEERS = {OURS: BY_LOOP, BASE: LINEAR, EXIT: LOGITS, SHORT: EXIT}
 SHAPES = {
     "cpu": {"linear": (640, 2048), "head": (640, 262144)},
     "cuda": {"linear": (2304, 9216), "head": (2304, 256000)},
@@ -61,7 +70,7 @@ COLUMNS = {
     "rate": ("GB/s", ".1f"),
     "flops": ("GFLOP/s", ".0f"),
     "of_copy": ("of copy", ".0%"),
-    "x_peer": ("x torch", ".2f"),
+    "x_peer": ("x peer", ".2f"),
     "note": ("note", ""),
 }
 Steps = dict[str, Callable[[], object]]
@@ -131,10 +140,16 @@ def head_steps(o: argparse.Namespace, n: int) -> tuple[Steps, str]:
     got = head_exit(h, weight, **options)
     error = float((got.lse - want.lse).abs().max())
     note = "" if error <= 1e-2 else f"lse off by {error:.1e}"
+    short = make_shortlist(weight)
+    near = h + (16 * weight[torch.arange(n, device=o.device) * 7 % vocabulary])
+    found, whole = shortlist_head(near, short, **options), head_exit(near, weight, **options)
+    if not (found.certified.all() and torch.equal(found.ids, whole.ids)):
+        note = note or f"{int(found.certified.sum())} of {n} rows certified"
     return {
         EXIT: lambda: head_exit(h, weight, **options),
         SAMPLED: lambda: head_exit(h, weight, **options, temperature=0.8, keys=keys),
         LISTED: lambda: head_exit(h, weight, **options, candidates=64),
+        SHORT: lambda: shortlist_head(near, short, **options),
         LOGITS: logits,
     }, note
 
@@ -178,6 +193,8 @@ def _row(
         "flops": 2 * n * o.shape[0] * o.shape[1] / t.total / 1e9,
         "of_copy": paired_ratio(timings[COPY], t),
     }
+    if name == SHORT:  # reads a byte an element, and what it reads of W
+        row |= {"rate": o.shape[0] * o.shape[1] / t.total / 1e9, "of_copy": None}
     if name in PEERS:
         row["x_peer"] = paired_ratio(timings[PEERS[name]], t)
     if name == EXIT and o.device == "cuda" and n <= 128:

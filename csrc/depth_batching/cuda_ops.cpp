@@ -4,9 +4,12 @@
 #include "depth_batching/cuda/engine.h"
 #include "depth_batching/cuda/head_engine.h"
 #include "depth_batching/cuda/linear_engine.h"
+#include "depth_batching/cuda/propagate_engine.h"
 #include "depth_batching/head_binding.h"
 #include "depth_batching/kv_binding.h"
 #include "depth_batching/linear_binding.h"
+#include "depth_batching/propagate_binding.h"
+#include "depth_batching/shortlist_binding.h"
 
 namespace gemma_ext::depth_batching {
 namespace {
@@ -20,7 +23,9 @@ struct Card {
 
   // Rows of whole 16-byte words at multiples of 16 bytes.
   static Tensor matrix(const char* op, const char* name, const Tensor& t) {
-    const int64_t word = 16 / size_of(storage_type(op, name, t)), last = t.dim() - 1;
+    const int64_t size =
+        t.scalar_type() == ScalarType::Char ? 1 : size_of(storage_type(op, name, t));
+    const int64_t word = 16 / size, last = t.dim() - 1;
     bool fits = reinterpret_cast<uintptr_t>(t.data_ptr()) % 16 == 0 && t.size(last) % word == 0;
     for (int64_t d = 0; d < last; ++d) fits = fits && t.stride(d) % word == 0;
     if (fits) return t;
@@ -48,6 +53,8 @@ STABLE_TORCH_LIBRARY_IMPL(gemma_ext, GEMMA_EXT_DEVICE_KEY, m) {
   KvBinding<Card>::register_in(m);
   LinearBinding<Card>::register_in(m);
   HeadBinding<Card>::register_in(m);
+  ShortlistBinding<Card>::register_in(m);
+  PropagateBinding<Card>::register_in(m);
 }
 
 }  // namespace gemma_ext::depth_batching

@@ -25,6 +25,7 @@ struct Head {
 };
 
 constexpr int kMostCandidates = 1024;
+constexpr int kMostShortlist = kMostCandidates - 1;  // and the best of the others
 constexpr float kLeastHeat = 1e-6f;  // a row of less takes the best; also 1 / T stays finite
 
 enum ExitMode : int32_t { kNever, kMaxProb, kMargin, kEntropy };
@@ -38,6 +39,7 @@ struct HeadExit {
   const float* temperature;  // [n]; below kLeastHeat the best is the sample
   const int64_t* keys;       // [n, 3], with temperature (noise.h)
   int64_t candidates;        // C <= min(V, kMostCandidates)
+  const uint8_t* skip;       // [n] or null: rows whose results nobody reads may be left out
   int32_t* ids;              // [n] lowest id on ties
   float* top;                // [n, 2]
   float *lse, *entropy;      // [n]
@@ -76,10 +78,11 @@ struct Gate {
 // those of the head.
 struct Shortlist {
   Head head;
-  const int8_t* codes;      // [V, D]
+  const int8_t* codes;  // [V, D], rows code_stride apart
+  int64_t code_stride;
   const float* code_scale;  // [V]
   const float* slack;       // [V]
-  int64_t candidates;       // C
+  int64_t candidates;       // C <= min(V, kMostShortlist)
   int32_t* ids;             // [n] the best of the candidates
   float* top;               // [n, 2] the two best of them; -inf where there is one
   float* rest;              // [n] s of no other token is above; NaN: not known

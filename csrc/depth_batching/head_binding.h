@@ -20,6 +20,11 @@ struct HeadBinding {
     return Linears::vector(op, name, torch::stable::to(t, ScalarType::Float), n);
   }
 
+  static Tensor flags(const char* op, const char* name, const Tensor& t, int64_t n) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Bool, op, ": expected ", name, " to be bool");
+    return Linears::vector(op, name, t, n);
+  }
+
   static Tensor keys_of(const char* op, const Tensor& keys, int64_t n) {
     STD_TORCH_CHECK(keys.scalar_type() == ScalarType::Long, op, ": expected keys to be int64");
     Linears::check(op, "keys", keys, n, 3);
@@ -84,8 +89,9 @@ struct HeadBinding {
 
   static ExitTensors head_exit(const Tensor& h, const Maybe& norm_weight, const Tensor& weight,
                                const Maybe& bias, const Maybe& threshold, const Maybe& temperature,
-                               const Maybe& keys, double eps, bool plus_one, double softcap,
-                               double logit_scale, int64_t mode, bool strict, int64_t candidates) {
+                               const Maybe& keys, const Maybe& skip, double eps, bool plus_one,
+                               double softcap, double logit_scale, int64_t mode, bool strict,
+                               int64_t candidates) {
     const char* op = "depth_head_exit";
     Engine engine(op, h);
     const Prepared p(op, h, norm_weight, weight, bias, eps, plus_one, softcap, logit_scale);
@@ -102,7 +108,11 @@ struct HeadBinding {
     call.mode = ExitMode(mode);
     call.strict = strict;
     call.candidates = candidates;
-    Maybe limit, heat, seeds;
+    Maybe limit, heat, seeds, skipped;
+    if (skip) {
+      skipped = flags(op, "skip", *skip, n);
+      call.skip = static_cast<const uint8_t*>(skipped->data_ptr());
+    }
     if (threshold) {
       limit = numbers(op, "threshold", *threshold, n);
       call.threshold = floats(*limit);
@@ -183,8 +193,7 @@ struct HeadBinding {
     if (survival) call.survival = keep_numbers("survival", *survival, call.n);
     call.threshold = keep_numbers("threshold", threshold, call.n);
     if (last) {
-      STD_TORCH_CHECK(last->scalar_type() == ScalarType::Bool, op, ": expected last to be bool");
-      kept.push_back(Linears::vector(op, "last", *last, call.n));
+      kept.push_back(flags(op, "last", *last, call.n));
       call.last = static_cast<const uint8_t*>(kept.back().data_ptr());
     }
     std::vector<Tensor> out;
@@ -199,8 +208,9 @@ struct HeadBinding {
   static void define_in(Library& m) {
     m.def(
         "depth_head_exit(Tensor h, Tensor? norm_weight, Tensor weight, Tensor? bias, "
-        "Tensor? threshold, Tensor? temperature, Tensor? keys, float eps, bool plus_one, "
-        "float softcap, float logit_scale, int mode, bool strict, int candidates) -> "
+        "Tensor? threshold, Tensor? temperature, Tensor? keys, Tensor? skip, float eps, "
+        "bool plus_one, float softcap, float logit_scale, int mode, bool strict, int candidates) "
+        "-> "
         "(Tensor ids, Tensor top, Tensor lse, Tensor entropy, Tensor exits, Tensor samples, "
         "Tensor tempered, Tensor values, Tensor indices)");
     m.def("depth_gumbel(Tensor ids, Tensor keys) -> Tensor");

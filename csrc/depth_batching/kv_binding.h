@@ -67,6 +67,22 @@ struct KvBinding {
     }
   };
 
+  // A layer's depths and the rows' places in a pool, in an Attention or a RopeWrite, and what its pointers lead to.
+  struct Layer {
+    Tensor depths;
+    Placed placed;
+
+    template <class Call>
+    Layer(const char* op, const Tensor& kv_pool, const Tensor& block_tables, const Tensor& row_req,
+          const Tensor& row_pos, const Tensor& row_loop, const Tensor& depth_of, Call& to)
+        : depths(exact(op, "depth_of", depth_of, ScalarType::Int, {-1})),
+          placed(op, block_tables, row_req, row_pos, row_loop, depths.size(0)) {
+      to.pool = pool(op, kv_pool);
+      to.places = placed.places;
+      to.depth_of = ints(depths);
+    }
+  };
+
   static Tensor rows(const char* op, const char* name, const Tensor& t, const Pool& pool, int64_t n,
                      int64_t heads, Rows& to) {
     STD_TORCH_CHECK(Engine::here(t) && t.dim() == 3 && t.size(0) == n && t.size(2) == pool.width &&
@@ -122,6 +138,20 @@ struct KvBinding {
     return {floats(*held), weight->size(0) == 1 ? 0 : width};
   }
 
+  // cos and sin as floats, kept alive by `held`, in a RopeWrite or a Propagate.
+  template <class Call>
+  static void angles(const char* op, const Maybe& rope, int64_t width, Maybe& held, Call& to) {
+    if (!rope) return;
+    STD_TORCH_CHECK(
+        Engine::here(*rope) && rope->dim() == 4 && rope->size(2) == 2 && 2 * rope->size(3) <= width,
+        op, ": expected rope to be [S, positions, 2, H] with 2 H up to ", width);
+    held = torch::stable::contiguous(torch::stable::to(*rope, ScalarType::Float));
+    to.rope = floats(*held);
+    to.settings = held->size(0);
+    to.positions = held->size(1);
+    to.half = held->size(3);
+  }
+
   static Tensor rope_write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& kv_pool,
                            const Tensor& block_tables, const Tensor& row_req, const Tensor& row_pos,
                            const Tensor& row_loop, const Tensor& depth_of, const Maybe& rope,
@@ -130,28 +160,14 @@ struct KvBinding {
     constexpr const char* op = "rope_kv_write";
     Engine engine(op, kv_pool);
     RopeWrite call{};
-    call.pool = pool(op, kv_pool);
-    const Tensor depths = exact(op, "depth_of", depth_of, ScalarType::Int, {-1});
-    const int64_t loops = depths.size(0);
-    const Placed placed(op, block_tables, row_req, row_pos, row_loop, loops);
-    call.places = placed.places;
-    const int64_t n = call.places.n, width = call.pool.width;
+    const Layer layer(op, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, call);
+    const int64_t n = call.places.n, loops = call.places.loops, width = call.pool.width;
     const Tensor queries = rows(op, "q", q, call.pool, n, -1, call.q);
     const Tensor keys = rows(op, "k", k, call.pool, n, call.pool.heads, call.k);
     const Tensor values = rows(op, "v", v, call.pool, n, call.pool.heads, call.v);
     call.q_heads = q.size(1);
-    call.depth_of = ints(depths);
     Maybe table, settings, q_weight, k_weight;
-    if (rope) {
-      STD_TORCH_CHECK(Engine::here(*rope) && rope->dim() == 4 && rope->size(2) == 2 &&
-                          2 * rope->size(3) <= width,
-                      op, ": expected rope to be [S, positions, 2, H] with 2 H up to ", width);
-      table = torch::stable::contiguous(torch::stable::to(*rope, ScalarType::Float));
-      call.rope = floats(*table);
-      call.settings = table->size(0);
-      call.positions = table->size(1);
-      call.half = table->size(3);
-    }
+    angles(op, rope, width, table, call);
     if (rope_of) {
       settings = exact(op, "rope_of", *rope_of, ScalarType::Int, {loops});
       call.rope_of = ints(*settings);
@@ -173,20 +189,15 @@ struct KvBinding {
     constexpr const char* op = "paged_attn_mixed_depth";
     Engine engine(op, kv_pool);
     Attention call{};
-    call.pool = pool(op, kv_pool);
-    const Tensor depths = exact(op, "depth_of", depth_of, ScalarType::Int, {-1});
-    const int64_t loops = depths.size(0);
-    const Placed placed(op, block_tables, row_req, row_pos, row_loop, loops);
-    call.places = placed.places;
+    const Layer layer(op, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, call);
     const Tensor queries = rows(op, "q", q, call.pool, call.places.n, -1, call.q);
     call.q_heads = q.size(1);
     STD_TORCH_CHECK(call.pool.heads >= 1 && call.q_heads % call.pool.heads == 0, op,
                     ": expected heads of q in multiples of ", call.pool.heads, ", got ",
                     call.q_heads);
-    call.depth_of = ints(depths);
     Maybe windows;
     if (window) {
-      windows = exact(op, "window", *window, ScalarType::Int, {loops});
+      windows = exact(op, "window", *window, ScalarType::Int, {call.places.loops});
       call.window = ints(*windows);
     }
     call.scale = float(scale);

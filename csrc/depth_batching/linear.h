@@ -20,9 +20,10 @@ struct Gather {
   int64_t S, D, n;
   const int32_t* slots;  // [n]
   const void* weight;    // [D]
-  DType type;            // of weight and out
+  DType type;            // of weight
   NormRule norm;
   void* out;  // [n, D]
+  DType out_type;
 };
 
 // bank[slots[i]] += y[i], or norm(y[i]) weight; then next[i] as Gather gives it.
@@ -49,9 +50,10 @@ struct Projection {
   const void *a,
       *b;  // [loops, rank, D], [loops, features, rank], their rows a_stride and b_stride apart; or null
   int64_t features, rank, stride, a_stride, b_stride;
+  int64_t x_at;  // element of a row of x where its own x begins
 };
 
-constexpr int kMostProjections = 4;
+constexpr int kMostProjections = 16;
 
 enum Activation : int32_t { kNone, kGeluTanh, kSilu };  // of two projections: act(first) second
 
@@ -63,14 +65,14 @@ struct Linear {
   DType type;
   Projection projections[kMostProjections];
   int count;
-  const int32_t* seg_offsets;  // [loops + 1]; null where all ranks are 0
+  const int32_t* seg_offsets;  // [loops + 1]; null: all rows are of one loop, or all ranks are 0
   float scale;
   Activation activation;
-  void* y;  // [n, y_width] contiguous
-  int64_t y_width;
+  void* y;          // [n, y_width]
+  int64_t y_width;  // at least width_of
 };
 
-// y_width
+// Elements of a row of results.
 inline int64_t width_of(const Linear& call) {
   if (call.activation != kNone) return call.projections[0].features;
   int64_t width = 0;

@@ -65,7 +65,7 @@ struct LinearBinding {
     call.n = at_slots.numel();
     call.slots = ints(at_slots);
     call.weight = scale.data_ptr();
-    call.type = storage_type(op, "weight", weight);
+    call.type = call.out_type = storage_type(op, "weight", weight);
     call.norm = {float(eps), plus_one};
     Tensor out = torch::stable::new_empty(weight, {call.n, call.D});
     call.out = at(out);
@@ -110,6 +110,40 @@ struct LinearBinding {
     return out;
   }
 
+  // Of x [n, D]; what its pointers lead to stays in `kept`. loops 0: no adapter is expected.
+  static Projection projection(const char* op, const Tensor& weight, const Tensor& bias,
+                               const Tensor& a, const Tensor& b, int64_t D, int64_t loops,
+                               DType type, Tensors& kept) {
+    const auto keep = [&](Tensor t) -> const Tensor& {
+      STD_TORCH_CHECK(storage_type(op, "a projection", t) == type, op,
+                      ": expected projections in the dtype of x");
+      kept.push_back(t);
+      return kept.back();
+    };
+    Projection to{};
+    const Tensor& w = keep(rows(op, "a weight", weight, -1, D));
+    to.weight = w.data_ptr();
+    to.features = w.size(0);
+    to.stride = w.stride(0);
+    if (bias.numel() > 0) to.bias = keep(vector(op, "a bias", bias, to.features)).data_ptr();
+    if (a.numel() == 0) return to;
+    STD_TORCH_CHECK(loops > 0, op, ": expected seg_offsets with adapters");
+    STD_TORCH_CHECK(Engine::here(a) && Engine::here(b), op,
+                    ": expected a and b on the device of x");
+    to.rank = a.dim() == 3 ? a.size(1) : -1;
+    STD_TORCH_CHECK(to.rank >= 0 && a.size(0) == loops && a.size(2) == D && b.dim() == 3 &&
+                        b.size(0) == loops && b.size(1) == to.features && b.size(2) == to.rank,
+                    op, ": expected a [B, r, D] and b [B, F, r] of the B loops");
+    const auto adapter = [&](const char* name, const Tensor& t, int64_t& stride) {
+      const Tensor& whole = keep(Engine::matrix(op, name, torch::stable::contiguous(t)));
+      stride = whole.size(2);
+      return whole.data_ptr();
+    };
+    to.a = adapter("a", a, to.a_stride);
+    to.b = adapter("b", b, to.b_stride);
+    return to;
+  }
+
   static Tensor linear(const Tensor& x, const Tensors& weights, const Tensors& biases,
                        const Tensors& a, const Tensors& b, const Maybe& seg_offsets, double scale,
                        int64_t activation) {
@@ -132,14 +166,7 @@ struct LinearBinding {
     call.count = int(count);
     call.scale = float(scale);
     call.activation = Activation(activation);
-    std::vector<Tensor> kept;
-    const auto keep = [&](Tensor t) -> const Tensor& {
-      STD_TORCH_CHECK(storage_type(op, "a projection", t) == call.type, op,
-                      ": expected projections in the dtype of x");
-      kept.push_back(t);
-      return kept.back();
-    };
-    const Tensor& given = keep(rows(op, "x", x, -1, call.D));
+    const Tensor given = rows(op, "x", x, -1, call.D);
     call.x = given.data_ptr();
     call.x_stride = given.stride(0);
     Maybe offsets;
@@ -148,31 +175,10 @@ struct LinearBinding {
       call.loops = offsets->numel() - 1;
       call.seg_offsets = ints(*offsets);
     }
-    for (size_t p = 0; p < count; ++p) {
-      Projection& to = call.projections[p];
-      const Tensor& w = keep(rows(op, "a weight", weights[p], -1, call.D));
-      to.weight = w.data_ptr();
-      to.features = w.size(0);
-      to.stride = w.stride(0);
-      if (biases[p].numel() > 0)
-        to.bias = keep(vector(op, "a bias", biases[p], to.features)).data_ptr();
-      if (a[p].numel() == 0) continue;
-      STD_TORCH_CHECK(offsets, op, ": expected seg_offsets with adapters");
-      STD_TORCH_CHECK(Engine::here(a[p]) && Engine::here(b[p]), op,
-                      ": expected a and b on the device of x");
-      to.rank = a[p].dim() == 3 ? a[p].size(1) : -1;
-      STD_TORCH_CHECK(to.rank >= 0 && a[p].size(0) == call.loops && a[p].size(2) == call.D &&
-                          b[p].dim() == 3 && b[p].size(0) == call.loops &&
-                          b[p].size(1) == to.features && b[p].size(2) == to.rank,
-                      op, ": expected a [B, r, D] and b [B, F, r] of B + 1 seg_offsets");
-      const auto adapter = [&](const char* name, const Tensor& t, int64_t& stride) {
-        const Tensor& given = keep(Engine::matrix(op, name, torch::stable::contiguous(t)));
-        stride = given.size(2);
-        return given.data_ptr();
-      };
-      to.a = adapter("a", a[p], to.a_stride);
-      to.b = adapter("b", b[p], to.b_stride);
-    }
+    Tensors kept;
+    for (size_t p = 0; p < count; ++p)
+      call.projections[p] =
+          projection(op, weights[p], biases[p], a[p], b[p], call.D, call.loops, call.type, kept);
     call.y_width = width_of(call);
     Tensor y = torch::stable::new_empty(x, {call.n, call.y_width});
     call.y = at(y);

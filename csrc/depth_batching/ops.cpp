@@ -4,10 +4,12 @@
 #include "depth_batching/cpu/engine.h"
 #include "depth_batching/cpu/head_engine.h"
 #include "depth_batching/cpu/linear_engine.h"
+#include "depth_batching/cpu/propagate_engine.h"
 #include "depth_batching/head_binding.h"
 #include "depth_batching/kv_binding.h"
 #include "depth_batching/linear_binding.h"
-#include "depth_batching/shortlist_cpu.h"
+#include "depth_batching/propagate_binding.h"
+#include "depth_batching/shortlist_binding.h"
 
 #define GEMMA_EXT_PLACES "Tensor block_tables, Tensor row_req, Tensor row_pos, Tensor row_loop, "
 
@@ -53,6 +55,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
   LinearBinding<Cpu>::define_in(m);
   HeadBinding<Cpu>::define_in(m);
   ShortlistBinding<Cpu>::define_in(m);
+  PropagateBinding<Cpu>::define_in(m);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) {
@@ -60,6 +63,7 @@ STABLE_TORCH_LIBRARY_IMPL(gemma_ext, CPU, m) {
   LinearBinding<Cpu>::register_in(m);
   HeadBinding<Cpu>::register_in(m);
   ShortlistBinding<Cpu>::register_in(m);
+  PropagateBinding<Cpu>::register_in(m);
 }
 
 }  // namespace gemma_ext::depth_batching

@@ -11,10 +11,12 @@ sums are at least float32, of float64 they are float64.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from gemma_ext.reference.depth_batching_linear import rms_norm
+from gemma_ext.reference.depth_batching_linear import rms_norm, seg_depth_lora
 
 PAGE = 16
 """Tokens of a page."""
@@ -156,6 +158,39 @@ def kv_copy(
             for depth in set(own[loop + 1 :]) - set(own[: loop + 1]):
                 kv_pool[depth, page, :, :, offset] = kv_pool[own[loop], page, :, :, offset]
         raise_mark(fill_mark, page, offset, depths.shape[1])
+
+
+def kv_propagate(
+    h: Tensor,
+    layers: Sequence[tuple],
+    kv_pool: Tensor,
+    block_tables: Tensor,
+    row_req: Tensor,
+    row_pos: Tensor,
+    row_loop: Tensor,
+    rope: Tensor | None,
+    eps: float,
+    plus_one: bool,
+    fill_mark: Tensor | None,
+) -> None:
+    """K and V of the loops after a row's, in place, from the norm of its h. Of every layer: a norm
+    [1 or B, D], (weight, bias, a, b) of k and of v, depth_of, rope_of and a norm of k or None."""
+    n, shape = len(h), kv_pool.shape[3:6:2]
+    for at, (norm, k, v, depth_of, rope_of, k_norm) in enumerate(layers):
+        loops = len(depth_of)
+        for loop in range(1, loops):
+            own = norm[loop if len(norm) > 1 else 0]
+            x = rms_norm(h, own, eps, plus_one=plus_one).to(h.dtype)
+            segments = (torch.arange(loops + 1, device=h.device) > loop) * n
+            keys, values = (
+                y.unflatten(1, shape) for y in seg_depth_lora(x, [k, v], segments, 1.0, None)
+            )
+            rope_kv_write(
+                h.new_empty(n, 0, shape[1]), keys, values, kv_pool, block_tables,
+                torch.where(row_loop < loop, row_req, -1), row_pos,
+                torch.full_like(row_loop, loop), depth_of, rope, rope_of, None, k_norm, eps,
+                plus_one, fill_mark if at + 1 == len(layers) else None,
+            )  # fmt: skip
 
 
 def unfilled(

@@ -194,12 +194,12 @@ def codes_of(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def shortlist(
     h: Tensor,
-    weight: Tensor,
     codes: Tensor,
     scale: Tensor,
     slack: Tensor,
     candidates: int,
     *,
+    weight: Tensor,
     bias: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,

@@ -28,16 +28,11 @@ class Head:
         weights: of the model.
         impl: of the ops.
         shortlist: read 8-bit codes of the head where they prove which token is the best
-            (`shortlist_head`), V D bytes more; on CPUs.
-
-    Raises:
-        ValueError: a shortlist on a card.
+            (`shortlist_head`), V D bytes more.
     """
 
     def __init__(self, weights: Weights, impl: str = "auto", *, shortlist: bool = False) -> None:
         self.weights, self.impl = weights, impl
-        if shortlist and weights.device.type != "cpu":
-            raise ValueError(f"shortlist: expected a model on the CPU, got {weights.device}")
         self.shortlist = make_shortlist(weights.head) if shortlist else None
         self.vocabulary = weights.vocabulary
         self.dtype = torch.promote_types(weights.dtype, torch.float32)

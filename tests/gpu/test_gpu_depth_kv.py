@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from gpu_problem import DEVICE, DTYPES, need_memory
 
 # tests/ops, which gpu_problem has put on the path
 from depth_pages import Problem, ints, mixed, problem  # isort: skip
+from depth_rows import projection, randn  # isort: skip
 
 from gemma_ext.ops.depth_batching import (
+    DeeperLayer,
     depth_compact,
     kv_copy,
+    kv_propagate,
     paged_attn_mixed_depth,
     rope_kv_write,
     rope_table,
@@ -34,11 +38,21 @@ def attend(p: Problem, **options):
     return paged_attn_mixed_depth(p.q, p.pool, *p.places(), **options)
 
 
+@cache
+def deeper(dtype):
+    """Norm, k and v of a layer."""
+    k, v = (projection(128, 128, 3, 8, seed=s, dtype=dtype, device=DEVICE) for s in (1, 2))
+    return randn(128, seed=3, dtype=dtype).to(DEVICE), k, v
+
+
 def step(p: Problem, k, v, rope, leave):
-    """A layer of a block, and where its rows go."""
+    """A layer of a block, what its rows owe, and where they go."""
     q = rope_kv_write(p.q, k, v, p.pool, *p.places(), rope=rope)
     out = paged_attn_mixed_depth(q, p.pool, *p.places(), softcap=30.0)
     kv_copy(p.pool, p.tables, p.req, p.pos, p.loop, p.depth_of[None])
+    owed = DeeperLayer(*deeper(q.dtype), p.depth_of)
+    h = q.flatten(1)[:, :128]
+    kv_propagate(h, [owed], p.pool, p.tables, p.req, p.pos, p.loop, rope=rope)
     return out, *depth_compact(p.loop, leave, 3)
 
 

@@ -15,9 +15,11 @@ from gemma_ext.ops.depth_batching import (
     gate_exit,
     gather_rms_norm,
     head_exit,
+    make_shortlist,
     scatter_rms_norm,
     seg_depth_gated,
     seg_depth_lora,
+    shortlist_head,
 )
 
 WIDTH, HIDDEN, VOCABULARY = 64, 96, 3000
@@ -37,7 +39,7 @@ def layers(dtype):
         projection(HIDDEN, WIDTH, 2, 8, seed=2, **made),
         projection(WIDTH, HIDDEN, 2, 16, bias=True, seed=3, **made),
         randn(WIDTH, seed=4, dtype=dtype).to(DEVICE),
-        randn(VOCABULARY, WIDTH, seed=5, dtype=dtype).to(DEVICE),
+        make_shortlist(randn(VOCABULARY, WIDTH, seed=5, dtype=dtype).to(DEVICE)),
     )
 
 
@@ -54,13 +56,14 @@ def rows(dtype, n, seed=0):
 
 
 def step(layers, bank, slots, cut, keys, limit):
-    gate, up, down, weight, vocabulary = layers
+    gate, up, down, weight, short = layers
     x = gather_rms_norm(bank, slots, weight)
     (y,) = seg_depth_lora(seg_depth_gated(x, gate, up, cut), [down], cut)
     after = scatter_rms_norm(bank, slots, y, next_weight=weight)
     options = {"mode": "margin", "threshold": limit, "softcap": 30.0}
-    got = head_exit(after, vocabulary, **options, temperature=limit, keys=keys, candidates=20)
-    return after, *got, gate_exit(after, "cosine", limit, previous=x).exits
+    got = head_exit(after, short.weight, **options, temperature=limit, keys=keys, candidates=20)
+    certified = shortlist_head(after, short, **options, candidates=9)
+    return after, *got, *certified, gate_exit(after, "cosine", limit, previous=x).exits
 
 
 @pytest.mark.card
@@ -125,6 +128,22 @@ def test_runs_agree_bit_by_bit(dtype):
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shortlist_is_its_head(dtype):
+    """Rows near a token each, and rows that are near none: both kinds, and every tile of rows."""
+    weight = randn(VOCABULARY, 256, seed=9, dtype=dtype).to(DEVICE) * 256**-0.5
+    short = make_shortlist(weight)
+    near = torch.linspace(0, 9, 70, device=DEVICE).unsqueeze(-1) * weight[:70].float()
+    h = (randn(70, 256).to(DEVICE) + near).to(dtype)
+    options = {"softcap": 30.0, "mode": "margin", "threshold": 0.3}
+    for n in (1, 16, 70):
+        got, want = shortlist_head(h[-n:], short, **options), head_exit(h[-n:], weight, **options)
+        assert torch.equal(got.ids, want.ids)
+        assert torch.equal(got.top, want.top[:, 0])
+        assert torch.equal(got.exits, want.exits)
+    assert 0 < int(got.certified.sum()) < 70
+
+
 @pytest.mark.card
 def test_slots_that_lead_nowhere_are_left_out():
     bank = torch.ones(3, 8, device=DEVICE)
@@ -146,3 +165,6 @@ def test_a_real_head():
         s = 30 * torch.tanh(h[part].float() @ weight.float().T / 30)
         torch.testing.assert_close(got.lse[part], s.logsumexp(-1), rtol=0, atol=2e-3)
         torch.testing.assert_close(got.values[part], s.topk(64, -1).values, rtol=0, atol=5e-3)
+    short = shortlist_head(h, make_shortlist(weight), softcap=30.0)
+    assert torch.equal(short.ids, got.ids)
+    assert torch.equal(short.top, got.top[:, 0])

@@ -92,6 +92,13 @@ def test_schedules_give_the_same_tokens(name, dtype):
     assert [job.tokens for job in served(model, 2)[1]] == first
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shortlist_changes_no_token(dtype):
+    model = tiny("Gemma2", loops=2, rank=2, dtype=dtype)
+    whole, short = (served(model, 1, shortlist=given)[1] for given in (False, True))
+    assert [job.tokens for job in short] == [job.tokens for job in whole]
+
+
 def test_layers_in_front_of_and_behind_the_loops():
     model = tiny("Gemma2", loops=2, rank=3, layers=6, order="middle-cycle", dtype=torch.float32)
     exits = ExitTest("max_prob", threshold=0.3)

@@ -21,6 +21,9 @@ from test_depth_linear import (
     test_gates_far_out_are_zero_or_the_number,
 )
 from test_depth_norm import test_gather, test_scatter
+from test_depth_shortlist import (
+    test_a_row_has_its_bits_alone as shortlist_bits,
+)
 from test_depth_shortlist import test_every_row_is_the_head_s
 
 print(torch.ops.gemma_ext.cpu_isa())
@@ -33,7 +36,7 @@ for dtype in DTYPES:
     for n, width, vocabulary in ((1, 1, 1), (7, 33, 255), (9, 100, 257), (130, 24, 999)):
         test_against_softmax("auto", n, width, vocabulary, dtype, "cpu")
     test_behind_a_norm("auto", dtype, "cpu")
-    test_every_row_is_the_head_s("auto", "margin", dtype)
+    test_every_row_is_the_head_s("cpu", "auto", "margin", dtype)
     for width in (1, 15, 100):
         test_gather("auto", torch.float32, dtype, width, "cpu")
     test_scatter("auto", torch.float32, dtype, "cpu")
@@ -41,6 +44,7 @@ for dtype in DTYPES:
         test_scores_and_exits("auto", mode, dtype, "cpu")
     linear_bits(dtype)
     head_bits(dtype)
+    shortlist_bits("cpu", dtype)
 for width in (1, 31, 2050):
     test_every_rank_and_width(33, width, "cpu")
 test_gates_far_out_are_zero_or_the_number()

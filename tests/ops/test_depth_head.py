@@ -6,6 +6,7 @@ import pytest
 import torch
 from depth_rows import DEVICES, DTYPES, IDS, IMPLS, is_split, randn
 
+from gemma_ext.ops.depth_batching import head_op
 from gemma_ext.ops.depth_batching.head import gumbel, head_exit
 
 NORM = {"eps": 1e-6, "plus_one": True}
@@ -216,8 +217,24 @@ def test_the_op_takes_no_more_candidates_than_a_card_holds(device):
     for candidates in (1025, 2000, -1):
         with pytest.raises(RuntimeError, match=r"expected candidates in \[0, min\(V, 1024\)\]"):
             torch.ops.gemma_ext.depth_head_exit(
-                h, None, weight, None, None, None, None, 1e-6, False, 0.0, 1.0, 0, False, candidates
+                *(h, None, weight, None, None, None, None, None),
+                *(1e-6, False, 0.0, 1.0, 0, False, candidates),
             )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("n", [1, 20, 130])
+def test_rows_that_nobody_reads_change_no_other(n, device):
+    h, weight = randn(n, 24).to(device), randn(300, 24, seed=1).to(device)
+    limit = torch.full((n,), 0.1, device=device)
+    given = (head_op.Logits(weight), limit, None, None, "margin", True, 5)
+    want = head_op.head_exit(h, *given)
+    for share in (0.0, 0.5, 1.0):
+        skip = torch.rand(n, generator=torch.Generator().manual_seed(n)) < share
+        got = head_op.head_exit(h, *given, skip.to(device))
+        for a, b in zip(got, want, strict=True):
+            if len(a):
+                assert torch.equal(a[~skip.to(device)], b[~skip.to(device)])
 
 
 @pytest.mark.parametrize("device", DEVICES)

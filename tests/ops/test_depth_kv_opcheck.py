@@ -38,11 +38,36 @@ def sample_copy(dtype, full):
     return p.pool.nan_to_num(0.0), *p.places()[:4], depths, mark if full else None
 
 
+def sample_propagate(dtype, full):
+    p = problem([33], distinct(mixed([33], 3, 9)), dtype=dtype)
+    n, kv_heads, width = len(p.req), p.pool.shape[3], p.pool.shape[5]
+    g = torch.Generator().manual_seed(3)
+
+    def some(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+
+    empty, lists = some(0), [ints(0, 1, 2), ints(3, 4, 4)]
+    features, rank = kv_heads * width, 3
+    mark = torch.zeros(p.pool.shape[1], 16, dtype=torch.uint8)
+    return (
+        some(n, 12), torch.zeros_like(p.pool), *p.places()[:4],
+        [some(3 if full else 1, 12) for _ in lists], [some(features, 12) for _ in range(4)],
+        [some(features) if full else empty for _ in range(4)],
+        [some(3, rank, 12) if full else empty for _ in range(4)],
+        [some(3, features, rank) if full else empty for _ in range(4)], lists,
+        [ints(0, 1, 0) if full else ints() for _ in lists],
+        [torch.randn(1, width, generator=g) if full else empty for _ in lists],
+        torch.randn(2, 40, 2, width // 2, generator=g) if full else None, 1e-6, full,
+        mark if full else None,
+    )  # fmt: skip
+
+
 SAMPLES = {
     "depth_compact": sample_compact,
     "rope_kv_write": sample_write,
     "paged_attn_mixed_depth": sample_attention,
     "kv_copy": sample_copy,
+    "kv_propagate": sample_propagate,
 }
 
 

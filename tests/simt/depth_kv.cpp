@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "depth_batching/cuda/attention.cu"
+#include "depth_batching/cuda/propagate.cu"
 #include "depth_batching/cuda/rope.cu"
 #include "depth_batching/cuda/route.cu"
 
@@ -246,6 +247,97 @@ CASE(depth_copy) {
   int marked = 0;
   for (int64_t i = 0; i < 40 * kPage; ++i) marked += marks[i] == 2;
   EXPECT(marked == p.n - 2);
+}
+
+// A layer without and one with adapters and a norm of k; rows that have left at loop 0 skip loop 1.
+CASE(depth_propagate) {
+  Random random(7);
+  constexpr int64_t D = 20, heads = 2, width = 12, kv = heads * width, rank = 4;
+  const Problem<float> p(5, 2, heads, width, random);
+  for (int64_t i = 0; i < p.n; ++i) p.loop[i] = i == 2;
+  const Array<float> h = random.numbers<float>(p.n * D), norm = random.numbers<float>(2 * D);
+  const Array<float> k_norm = random.numbers<float>(width), bias = random.numbers<float>(kv);
+  const Array<int32_t> depths(4);
+  const int32_t given[] = {2, 0, 2, 1};
+  std::copy(given, given + 4, depths.data());
+  std::vector<Array<float>> weights, a, b;
+  Propagate call{};
+  call.h = h.data();
+  call.h_stride = call.D = D;
+  call.count = 2;
+  call.pool = p.pages();
+  call.places = p.places();
+  call.eps = 0.5f;
+  for (int at = 0; at < 2; ++at) {
+    DeeperLayer& layer = call.layers[at];
+    layer.norm = norm.data() + (at ? 0 : D);
+    layer.norm_stride = at ? D : 0;
+    layer.depth_of = depths.data() + 2 * at;
+    if (at) layer.k_norm = {k_norm.data(), 0};
+    for (Projection* to : {&layer.k, &layer.v}) {
+      weights.push_back(random.numbers<float>(kv * D));
+      a.push_back(random.numbers<float>(2 * rank * D, -1, 1));
+      b.push_back(random.numbers<float>(2 * kv * rank, -1, 1));
+      *to = {weights.back().data(),
+             at ? nullptr : bias.data(),
+             nullptr,
+             nullptr,
+             kv,
+             0,
+             D,
+             D,
+             rank,
+             0};
+      if (!at) continue;
+      to->a = a.back().data();
+      to->b = b.back().data();
+      to->rank = rank;
+    }
+  }
+  const Array<uint8_t> marks(40 * kPage);
+  memset(marks.data(), 0, 40 * kPage);
+  call.marks = marks.data();
+  const std::vector<float> before(p.pool.data(), p.pool.data() + p.pool.size());
+  run(call);
+  std::vector<bool> written(before.size());
+  for (int64_t i = 0; i < p.n; ++i) {
+    if (p.req[i] < 0 || p.req[i] > 1 || p.loop[i] == 1) continue;
+    const int32_t page = p.tables[p.req[i] * 20 + p.pos[i] / kPage], offset = p.pos[i] % kPage;
+    EXPECT(marks[page * kPage + offset] == 2);
+    double square = 0;
+    for (int64_t d = 0; d < D; ++d) square += h[i * D + d] * h[i * D + d];
+    std::vector<double> x(D), low(rank), y(width);
+    for (int64_t d = 0; d < D; ++d) x[d] = h[i * D + d] / std::sqrt(square / D + 0.5) * norm[D + d];
+    for (int at = 0; at < 2; ++at) {
+      for (int64_t head = 0; head < 2 * heads; ++head) {
+        const int64_t which = 2 * at + head / heads, row0 = head % heads * width;
+        const auto sum = [&](const float* row) {
+          double total = 0;
+          for (int64_t d = 0; d < D; ++d) total += row[d] * x[d];
+          return total;
+        };
+        for (int64_t r = 0; r < rank; ++r) low[r] = sum(&a[which][(rank + r) * D]);
+        square = 0;
+        for (int64_t d = 0; d < width; ++d) {
+          y[d] = sum(&weights[which][(row0 + d) * D]) + (at ? 0 : bias[row0 + d]);
+          for (int64_t r = 0; at && r < rank; ++r)
+            y[d] += b[which][(kv + row0 + d) * rank + r] * low[r];
+          square += y[d] * y[d];
+        }
+        const double size = std::sqrt(square / width + 0.5);
+        const int64_t to =
+            page_at(p.pages(), depths[2 * at + 1], page, head / heads, head % heads) +
+            offset * width;
+        for (int64_t d = 0; d < width; ++d) {
+          const double want = at && head < heads ? y[d] / size * k_norm[d] : y[d];
+          EXPECT(std::fabs(p.pool[to + d] - want) < 2e-3);
+          written[to + d] = true;
+        }
+      }
+    }
+  }
+  for (size_t e = 0; e < before.size(); ++e)
+    EXPECT(written[e] || std::memcmp(&before[e], &p.pool[e], sizeof(float)) == 0);
 }
 
 }  // namespace depth_test

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "depth_batching/cuda/best_lists.cu"
 #include "depth_batching/cuda/gate.cu"
 #include "depth_batching/cuda/head.cu"
+#include "depth_batching/cuda/head_rows.cu"
 #include "depth_batching/cuda/linear.cu"
 #include "depth_batching/cuda/norm.cu"
+#include "depth_batching/cuda/shortlist.cu"
 
 #include "sae_data.h"
 
@@ -59,7 +62,8 @@ void linear_matches(int64_t n, int64_t features, int64_t rank, Activation activa
                            own,
                            D,
                            D,
-                           own};
+                           own,
+                           0};
   }
   call.y_width = width_of(call);
   const Array<T> y(n * call.y_width);
@@ -155,7 +159,66 @@ void head_matches(int64_t n, int64_t vocabulary, int64_t candidates, Random& ran
   }
 }
 
+// Whole numbers, of which the codes are off by a quarter here and there.
+template <class T>
+void shortlist_holds(int64_t n, int64_t vocabulary, int64_t D, int64_t candidates, Random& random) {
+  const Array<T> h = random.numbers<T>(n * D, -3, 3), w = random.numbers<T>(vocabulary * D, -3, 3);
+  const Array<int8_t> codes(vocabulary * D);
+  const Array<float> scale(vocabulary), slack(vocabulary), top(2 * n), rest(n), low(n), high(n);
+  const Array<int32_t> ids(n);
+  for (int64_t v = 0; v < vocabulary; ++v) {
+    scale[v] = 0.25f;
+    double off = 0, norm = 0;
+    for (int64_t d = 0; d < D; ++d) {
+      const int x = static_cast<int>(value_of(w[v * D + d]));
+      codes[v * D + d] = static_cast<int8_t>(4 * x + (v + d) % 3 - 1);
+      off += std::pow(((v + d) % 3 - 1) * 0.25, 2);
+      norm += x * x;
+    }
+    slack[v] = static_cast<float>(std::sqrt(off) + (D + 16) * 0x1p-22 * std::sqrt(norm)) * 1.0001f;
+  }
+  Shortlist call{};
+  call.head.h = h.data();
+  call.head.h_stride = call.head.w_stride = call.head.D = call.code_stride = D;
+  call.head.h_type = call.head.norm_type = call.head.type = Storage<T>::kType;
+  call.head.weight = w.data();
+  call.head.n = n;
+  call.head.V = vocabulary;
+  call.head.scale = 0.5f;
+  call.codes = codes.data();
+  call.code_scale = scale.data();
+  call.slack = slack.data();
+  call.candidates = candidates;
+  call.ids = ids.data();
+  call.top = top.data();
+  call.rest = rest.data();
+  call.low = low.data();
+  call.high = high.data();
+  run(call);
+  for (int64_t row = 0; row < n; ++row) {
+    std::vector<double> s(vocabulary);
+    for (int64_t v = 0; v < vocabulary; ++v)
+      for (int64_t d = 0; d < D; ++d) s[v] += value_of(h[row * D + d]) * value_of(w[v * D + d]) / 2;
+    const int64_t best = std::max_element(s.begin(), s.end()) - s.begin();
+    double total = 0;
+    for (const double x : s) total += std::exp(x - top[2 * row]);
+    EXPECT(low[row] <= std::log(total) && std::log(total) <= high[row]);
+    EXPECT(top[2 * row] == s[ids[row]]);
+    if (candidates == vocabulary) EXPECT(ids[row] == best && std::isinf(rest[row]));
+    if (top[2 * row] > rest[row]) EXPECT(ids[row] == best);
+    EXPECT(std::max<double>(top[2 * row], rest[row]) >= s[best]);
+  }
+}
+
 }  // namespace
+
+CASE(depth_shortlist) {
+  Random random(6);
+  shortlist_holds<simt::bf16>(3, 300, 16, 9, random);
+  shortlist_holds<simt::bf16>(18, 130, 144, 70, random);
+  shortlist_holds<float>(2, 129, 80, 1, random);
+  shortlist_holds<float>(1, 5, 16, 5, random);
+}
 
 CASE(depth_linear_few_rows) {
   Random random(1);

@@ -59,8 +59,13 @@ PARTS = {
     ),
     "depth_head": (
         "test_depth_head.py test_depth_linear_opcheck.py",
-        "not fp16 and not samples_follow and not bits_alone and not compiled and not shortlist"
+        "not fp16 and not samples_follow and not bits_alone and not compiled"
         " and not (softmax and 130 and bf16)",
+    ),
+    "depth_shortlist": (
+        "test_depth_shortlist.py test_depth_propagate.py",
+        "not fp16 and not (large_logits or close_as) and not (head_s and not margin)"
+        " and not more_layers",
     ),
     "soup_cuts": ("test_soup_bits.py", "cutting or permuted"),
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Numbers of a call that would lead out of its tensors.
 #include "engine.h"
+#include "propagate_engine.h"
 
 namespace gemma_ext::depth_batching::cpu {
 namespace {
@@ -46,18 +47,35 @@ Wrong wrong_rows(const Places& p, const Pool& pool, const First& first) {
   return {};
 }
 
+Wrong wrong_layer(const RopeWrite& c, const int32_t* depth_of, const int32_t* rope_of) {
+  const Wrong wrong = wrong_list("depth_of", depth_of, c.places.loops, c.pool.depths);
+  if (wrong.what || !c.rope) return wrong;
+  return wrong_list("rope_of", rope_of, c.places.loops, c.settings);
+}
+
+Wrong wrong_write(const RopeWrite& c) {
+  Wrong wrong = wrong_rows(c.places, c.pool, [&](int64_t i) { return c.places.pos[i]; });
+  for (int64_t i = 0; !wrong.what && c.rope && i < c.places.n; ++i)
+    if (c.places.req[i] >= 0)
+      wrong = outside("row_pos of rope", i, c.places.pos[i], 0, c.positions);
+  return wrong;
+}
+
 }  // namespace
 
 Wrong find_wrong(const Compact&) { return {}; }
 
 Wrong find_wrong(const RopeWrite& c) {
-  Wrong wrong = wrong_list("depth_of", c.depth_of, c.places.loops, c.pool.depths);
-  if (!wrong.what && c.rope) wrong = wrong_list("rope_of", c.rope_of, c.places.loops, c.settings);
-  if (!wrong.what) wrong = wrong_rows(c.places, c.pool, [&](int64_t i) { return c.places.pos[i]; });
-  for (int64_t i = 0; !wrong.what && c.rope && i < c.places.n; ++i)
-    if (c.places.req[i] >= 0)
-      wrong = outside("row_pos of rope", i, c.places.pos[i], 0, c.positions);
-  return wrong;
+  const Wrong wrong = wrong_layer(c, c.depth_of, c.rope_of);
+  return wrong.what ? wrong : wrong_write(c);
+}
+
+Wrong find_wrong(const Propagate& c) {
+  const RopeWrite write = write_of(c);
+  Wrong wrong;
+  for (int at = 0; !wrong.what && at < c.count; ++at)
+    wrong = wrong_layer(write, c.layers[at].depth_of, c.layers[at].rope_of);
+  return wrong.what ? wrong : wrong_write(write);
 }
 
 Wrong find_wrong(const Attention& a) {

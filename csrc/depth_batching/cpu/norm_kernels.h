@@ -20,8 +20,8 @@ GEMMA_EXT_INLINE Vf normed(Vf x, float inverse, Vf weight, bool plus_one) {
   return x * inverse * (plus_one ? 1.0f + weight : weight);
 }
 
-template <class T, class W>
-void norm_row(const T* x, const W* weight, int64_t D, const NormRule& rule, W* out) {
+template <class T, class W, class O>
+void norm_row(const T* x, const W* weight, int64_t D, const NormRule& rule, O* out) {
   const float inverse = inverse_rms(x, D, rule.eps);
   each_vector(weight, D, [&](int64_t i, Vf w, int count) __attribute__((always_inline)) {
     const Vf v = count == kLanes ? load_row(x + i) : some_of(x + i, count);
@@ -30,18 +30,21 @@ void norm_row(const T* x, const W* weight, int64_t D, const NormRule& rule, W* o
 }
 
 void gather(const Gather& call, int64_t row) {
-  with_type(call.type, [&](auto like) {
-    using W = decltype(like);
-    W* out = static_cast<W*>(call.out) + row * call.D;
-    const int64_t slot = call.slots[row];
+  const int64_t slot = call.slots[row], D = call.D;
+  with_type(call.out_type, [&](auto like) {
+    using O = decltype(like);
+    O* out = static_cast<O*>(call.out) + row * D;
     if (slot < 0) {
-      memset(out, 0, call.D * sizeof(W));
+      memset(out, 0, D * sizeof(O));
       return;
     }
     with_type(call.bank_type, [&](auto of_bank) {
       using T = decltype(of_bank);
-      norm_row(static_cast<const T*>(call.bank) + slot * call.D, static_cast<const W*>(call.weight),
-               call.D, call.norm, out);
+      with_type(call.type, [&](auto of_weight) {
+        using W = decltype(of_weight);
+        norm_row(static_cast<const T*>(call.bank) + slot * D, static_cast<const W*>(call.weight), D,
+                 call.norm, out);
+      });
     });
   });
 }
@@ -73,8 +76,8 @@ void scatter(const Scatter& call, int64_t row, Scratch& s) {
     });
   }
   if (!call.next_weight) return;
-  Gather after{call.bank,  call.bank_type,   call.S,         D,         call.n,
-               call.slots, call.next_weight, call.next_type, call.norm, call.next};
+  Gather after{call.bank,        call.bank_type, call.S,    D,         call.n,        call.slots,
+               call.next_weight, call.next_type, call.norm, call.next, call.next_type};
   gather(after, row);
 }
 

@@ -19,7 +19,8 @@ void screen_tile(const ScreenTask& task, int64_t tile, Scratch& scratch) {
   float* strips = strip_of(scratch, kStrip, least(head.n, kHeadRows) * kTile);
   for (int64_t row0 = 0; row0 < head.n; row0 += kHeadRows) {
     const int64_t rows = least(head.n - row0, kHeadRows);
-    tile_products<int8_t>(task.x, row0, rows, call.codes, head.D, head.D, id0, valid, strips);
+    tile_products<int8_t>(task.x, row0, rows, call.codes, call.code_stride, head.D, id0, valid,
+                          strips);
     for (int64_t m = 0; m < rows; ++m) {
       float* s = strips + m * kTile;
       const int64_t row = row0 + m, at = tile * head.n + row;

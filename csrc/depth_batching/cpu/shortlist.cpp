@@ -3,6 +3,7 @@
 #include <cmath>
 #include <limits>
 
+#include "../verdict.h"
 #include "head_engine.h"
 #include "head_rows.h"
 
@@ -11,17 +12,13 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Of sums of exp(s) in float, and of s by tanh: 2e-7 of the cap either way.
-double rounding_of(const Head& head) { return 0x1p-18 + head.cap * 0x1p-20; }
-
 void finish_row(const Shortlist& call, const Packed& x, const TileSums& sums, const Lists& lists,
                 int64_t row) {
   const Head& head = call.head;
   const int64_t n = head.n, tiles = tiles_of(head.V);
   std::vector<Candidate> best = lists.best(row);
   const int64_t count = std::min<int64_t>(best.size(), call.candidates);
-  const double error = rounding_of(head);
-  const float rest =
+  const float others =
       int64_t(best.size()) > count ? kernels().head.capped(head, best[count].value) : -kInfinity;
   std::vector<float> a(count), s(count);
   kernels().head.exact(head, x, row, best.data(), count, a.data(), s.data());
@@ -40,29 +37,22 @@ void finish_row(const Shortlist& call, const Packed& x, const TileSums& sums, co
   call.ids[row] = std::max(id, 0);
   call.top[2 * row] = first;
   call.top[2 * row + 1] = second;
-  double base = -kInfinity, high = 0, low = 0, of_high = 0, known = 0;
+  BoundSums bounds{-kInfinity, 0, 0, 0, 0};
   for (int64_t tile = 0; tile < tiles; ++tile)
-    base = std::max<double>(base, sums.max[tile * n + row]);
-  if (base == -kInfinity) base = 0;
+    bounds.base = std::max<double>(bounds.base, sums.max[tile * n + row]);
+  if (bounds.base == -kInfinity) bounds.base = 0;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     const int64_t at = tile * n + row;
-    const double factor = std::exp(sums.max[at] - base);
+    const double factor = std::exp(sums.max[at] - bounds.base);
     if (sums.sum[at] == 0) continue;
-    high += factor * sums.sum[at];
-    low += factor * sums.below[at];
+    bounds.high += factor * sums.sum[at];
+    bounds.low += factor * sums.below[at];
   }
   for (int64_t i = 0; i < count; ++i) {
-    of_high += std::exp(kernels().head.capped(head, best[i].value) - base);
-    known += std::exp(s[i] - base);
+    bounds.of_high += std::exp(kernels().head.capped(head, best[i].value) - bounds.base);
+    bounds.known += std::exp(s[i] - bounds.base);
   }
-  // a bound that is NaN took no part in the comparisons
-  call.rest[row] = std::isnan(high) ? float(high) : rest == -kInfinity ? rest : float(rest + error);
-  // at most what the others' upper bounds leave; at least the candidates, and at least all lower bounds
-  const double others = std::max(high * (1 + error) - of_high * (1 - error), 0.0);
-  const double above = base - first + std::log(known + others);
-  const double below = base - first + std::log(std::max(known, low * (1 - error)));
-  call.high[row] = float(above + error + std::abs(above) * 0x1p-23);
-  call.low[row] = float(below - error - std::abs(below) * 0x1p-23);
+  judge(call, row, first, others, bounds);
 }
 
 }  // namespace

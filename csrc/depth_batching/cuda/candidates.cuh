@@ -4,7 +4,7 @@
 // the first, all in the order of their ids.
 #pragma once
 
-#include "head.cuh"
+#include "logits.cuh"
 
 namespace gemma_ext::depth_batching::cuda {
 

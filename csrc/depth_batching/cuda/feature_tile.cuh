@@ -11,10 +11,19 @@
 
 namespace gemma_ext::depth_batching::cuda {
 
+// Two neighbours as the high and the low bf16 halves of both.
+DEVICE void split(float x, float y, uint32_t& high, uint32_t& low) {
+  const simt::bf16 x_high = simt::from_float<simt::bf16>(x);
+  const simt::bf16 y_high = simt::from_float<simt::bf16>(y);
+  high = x_high.bits | static_cast<uint32_t>(y_high.bits) << 16;
+  low = simt::pack<simt::bf16>(x - simt::to_float(x_high), y - simt::to_float(y_high));
+}
+
 template <class T, int kF, int kR>
 class FeatureTile {
  public:
   using Type = T;
+  using Left = T;  // of the features
   static constexpr int kFeatures = kF, kRows = kR;
   static constexpr int kThreads = kFeatures / 16 * simt::kWarpSize;
   static constexpr int kChunk = 16 / sizeof(T), kLine = 8;  // chunks of a line
@@ -88,13 +97,9 @@ class FeatureTile {
     }
   }
 
-  DEVICE static void split(const T* s, int line, int k, uint32_t& high, uint32_t& low) {
+  DEVICE static void split_at(const T* s, int line, int k, uint32_t& high, uint32_t& low) {
     const float* pair = s + place(line, k / kChunk) + k % kChunk;
-    const float x = pair[0], y = pair[1];
-    const simt::bf16 x_high = simt::from_float<simt::bf16>(x);
-    const simt::bf16 y_high = simt::from_float<simt::bf16>(y);
-    high = x_high.bits | static_cast<uint32_t>(y_high.bits) << 16;
-    low = simt::pack<simt::bf16>(x - simt::to_float(x_high), y - simt::to_float(y_high));
+    split(pair[0], pair[1], high, low);
   }
 
   DEVICE void product(const T* s_a, const T* s_b, int k) {
@@ -116,12 +121,13 @@ class FeatureTile {
       uint32_t high[4], low[4];
       UNROLL
       for (int r = 0; r < 4; ++r)
-        split(s_a, f0 + r % 2 * 8 + line, k + r / 2 * 8 + pair, high[r], low[r]);
+        split_at(s_a, f0 + r % 2 * 8 + line, k + r / 2 * 8 + pair, high[r], low[r]);
       UNROLL
       for (int j = 0; j < kRows / 8; ++j) {
         uint32_t b_high[2], b_low[2];
         UNROLL
-        for (int r = 0; r < 2; ++r) split(s_b, j * 8 + line, k + r * 8 + pair, b_high[r], b_low[r]);
+        for (int r = 0; r < 2; ++r)
+          split_at(s_b, j * 8 + line, k + r * 8 + pair, b_high[r], b_low[r]);
         simt::mma_m16n8k16<simt::bf16>(acc_[j], low, b_high);
         simt::mma_m16n8k16<simt::bf16>(acc_[j], high, b_low);
         simt::mma_m16n8k16<simt::bf16>(acc_[j], high, b_high);
@@ -137,6 +143,7 @@ template <class T>
 class WideTile {
  public:
   using Type = T;
+  using Left = T;
   static constexpr int kFeatures = mma::kSide, kRows = mma::kSide, kThreads = mma::kThreads;
   static constexpr int kChunk = mma::Tile<T>::kChunk;
   static constexpr int kSharedBytes = mma::Tile<T>::kSharedBytes;
@@ -162,18 +169,23 @@ class WideTile {
 template <class Tile>
 struct Lines {
   using T = typename Tile::Type;
+  using Left = typename Tile::Left;
   static constexpr int kCount = Tile::kFeatures + Tile::kRows;
   static constexpr int kSharedBytes = Tile::kSharedBytes + kCount * 8;
 
   // All threads of the block; a(line) of a feature, b(line) of a row.
   template <class A, class B>
   DEVICE static void multiply(Tile& tile, int depth, const A& a, const B& b) {
-    const T** s_a = simt::shared<const T*>(Tile::kSharedBytes);
-    const T** s_b = s_a + Tile::kFeatures;
-    for (int i = simt::thread_idx(); i < kCount; i += Tile::kThreads)
-      s_a[i] = i < Tile::kFeatures ? a(i) : b(i - Tile::kFeatures);
+    const Left** s_a = simt::shared<const Left*>(Tile::kSharedBytes);
+    const T** s_b = simt::shared<const T*>(Tile::kSharedBytes + Tile::kFeatures * 8);
+    for (int i = simt::thread_idx(); i < kCount; i += Tile::kThreads) {
+      if (i < Tile::kFeatures)
+        s_a[i] = a(i);
+      else
+        s_b[i - Tile::kFeatures] = b(i - Tile::kFeatures);
+    }
     simt::sync_block();
-    const auto at = [depth](const T* line, int k) {
+    const auto at = [depth](const auto* line, int k) {
       return line && k < depth ? line + k : nullptr;
     };
     tile.multiply(

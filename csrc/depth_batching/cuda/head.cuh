@@ -3,15 +3,11 @@
 // row's; per row and tile 32 bytes reach memory. A row is then put together from its tiles by one warp, in one order.
 #pragma once
 
-#include "cce/cuda/epilogue.h"
 #include "depth_batching/noise.h"
 #include "feature_tile.cuh"
-#include "head_engine.h"
+#include "logits.cuh"
 
 namespace gemma_ext::depth_batching::cuda {
-
-constexpr float kLeast = -__builtin_huge_valf();
-constexpr int kHeadTile = 128;
 
 struct TilePart {
   float max, second, sum, below, tempered, score;
@@ -27,30 +23,7 @@ struct HeadParams {
   float* logits;  // [n, tiles * kHeadTile] of these tiles, or null
 };
 
-// The two largest and where the first is; the lowest id among equal ones.
-struct TopTwo {
-  float first, second;
-  int32_t id;
-};
-DEVICE TopTwo merge(const TopTwo& a, const TopTwo& b) {
-  const bool swap =
-      b.first > a.first || (b.first == a.first && b.id >= 0 && (a.id < 0 || b.id < a.id));
-  const TopTwo &best = swap ? b : a, &other = swap ? a : b;
-  return {best.first, other.first > best.second ? other.first : best.second, best.id};
-}
-DEVICE TopTwo warp_top(TopTwo x) {
-  UNROLL
-  for (int mask = 1; mask < simt::kWarpSize; mask *= 2)
-    x = merge(x, {simt::shfl_xor(x.first, mask), simt::shfl_xor(x.second, mask),
-                  simt::shfl_xor(x.id, mask)});
-  return x;
-}
-
-DEVICE float capped(const Head& head, float a) {
-  if (!(head.cap > 0.0f)) return a;
-  const float u = a / head.cap;
-  return head.cap * (fabsf(u) > 1.0f ? cce::cuda::tanh_any(u) : cce::cuda::SmallTanh(1.0f)(u));
-}
+DEVICE bool is_wanted(const HeadExit& call, int64_t row) { return !(call.skip && call.skip[row]); }
 
 // One warp and the logits s [kHeadTile] of one row, four neighbours a lane.
 DEVICE TilePart read_row(const HeadParams& p, int64_t row, int64_t id0, const float* s) {
@@ -105,6 +78,10 @@ void depth_head_kernel(HeadParams p) {
   const int64_t at = simt::block_idx() / row_tiles, tile_at = p.first_tile + at;
   const int64_t row0 = simt::block_idx() % row_tiles * Tile::kRows, id0 = tile_at * kHeadTile;
   const int64_t rows = head.n - row0 < Tile::kRows ? head.n - row0 : Tile::kRows;
+  bool wanted = false;
+  for (int m = simt::lane_idx(); m < rows; m += simt::kWarpSize)
+    wanted |= is_wanted(p.call, row0 + m);
+  if (!simt::any(wanted)) return;  // every warp has seen the same rows
   Tile tile;
   tile.clear();
   Lines<Tile>::multiply(
@@ -115,17 +92,18 @@ void depth_head_kernel(HeadParams p) {
                    : nullptr;
       },
       [&](int line) {
-        return line < rows ? static_cast<const T*>(p.x) + (row0 + line) * p.x_stride : nullptr;
+        return line < rows && is_wanted(p.call, row0 + line)
+                   ? static_cast<const T*>(p.x) + (row0 + line) * p.x_stride
+                   : nullptr;
       });
   float* s_logits = simt::shared<float>();
   tile.each([&](int line, int m, float& x) {
     const int64_t id = id0 + line;
-    const bool inside = id < head.V;
-    const float a = x * head.scale + (inside && head.bias ? head.bias[id] : 0.0f);
-    s_logits[m * kHeadTile + line] = inside ? capped(head, a) : kLeast;
+    s_logits[m * kHeadTile + line] = id < head.V ? logit_of(head, id, x) : kLeast;
   });
   simt::sync_block();
   for (int m = simt::warp_idx(); m < rows; m += Tile::kThreads / simt::kWarpSize) {
+    if (!is_wanted(p.call, row0 + m)) continue;
     const float* s = s_logits + m * kHeadTile;
     const TilePart part = read_row(p, row0 + m, id0, s);
     if (simt::lane_idx() == 0) p.parts[tile_at * head.n + row0 + m] = part;
@@ -158,7 +136,7 @@ KERNEL_BOUNDS(kRowThreads, 8) void depth_head_row_kernel(HeadParams p) {
   const HeadExit& call = p.call;
   const int64_t n = call.head.n, tiles = ceil_div(call.head.V, kHeadTile);
   const int64_t row = int64_t{simt::block_idx()} * kRowWarps + simt::warp_idx();
-  if (row >= n) return;
+  if (row >= n || !is_wanted(call, row)) return;
   const float heat = heat_of(call, row);
   TopTwo top{kLeast, kLeast, -1}, drawn{kLeast, kLeast, -1};
   RowSums sums{kLeast, 0.0f, 0.0f, 0.0f};

@@ -22,6 +22,7 @@ struct Segment {
   int64_t begin, end;
 };
 DEVICE Segment segment_of(const Linear& call, int64_t j, int64_t row0, int64_t rows) {
+  if (!call.seg_offsets) return {row0, row0 + rows};
   const int64_t from = call.seg_offsets[j], to = call.seg_offsets[j + 1];
   return {from > row0 ? from : row0, to < row0 + rows ? to : row0 + rows};
 }
@@ -58,7 +59,8 @@ void depth_shrink_kernel(LinearParams p) {
         },
         [&](int line) {
           const int64_t row = row0 + line;
-          return row >= s.begin && row < s.end ? row_at<T>(call.x, row, call.x_stride) : nullptr;
+          return row >= s.begin && row < s.end ? row_at<T>(call.x, row, call.x_stride) + own.x_at
+                                               : nullptr;
         });
     T* low = static_cast<T*>(p.low[at]);
     tile.each([&](int line, int m, float& x) {
@@ -105,7 +107,7 @@ void depth_expand_kernel(LinearParams p) {
         return f < features ? row_at<T>(own.weight, f, own.stride) : nullptr;
       },
       [&](int line) {
-        return line < rows ? row_at<T>(call.x, row0 + line, call.x_stride) : nullptr;
+        return line < rows ? row_at<T>(call.x, row0 + line, call.x_stride) + first.x_at : nullptr;
       });
   for (int half = 0; half <= static_cast<int>(gated); ++half) {
     const int which = at + half, begin = half * width;

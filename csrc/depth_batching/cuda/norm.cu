@@ -15,7 +15,7 @@ DEVICE void gather_row(const Gather& c, int64_t row, float* s_sums) {
     const float y = there ? normed(element(c.bank, c.bank_type, slot * c.D + i), inverse,
                                    element(c.weight, c.type, i), c.norm.plus_one)
                           : 0.0f;
-    set_element(c.out, c.type, row * c.D + i, y);
+    set_element(c.out, c.out_type, row * c.D + i, y);
   }
 }
 
@@ -39,9 +39,9 @@ KERNEL_BOUNDS(kRowNormThreads, 4) void depth_scatter_kernel(Scatter c) {
   }
   if (!c.next_weight) return;
   // a thread reads again what it has written itself
-  gather_row(
-      {c.bank, c.bank_type, c.S, D, c.n, c.slots, c.next_weight, c.next_type, c.norm, c.next}, row,
-      s_sums);
+  gather_row({c.bank, c.bank_type, c.S, D, c.n, c.slots, c.next_weight, c.next_type, c.norm, c.next,
+              c.next_type},
+             row, s_sums);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.ops.depth_batching import head_op
+from gemma_ext.ops.depth_batching.head_op import Logits
 from gemma_ext.ops.depth_batching.inputs import check_like, check_shape, is_reference
 from gemma_ext.ops.depth_batching.linear_inputs import check_storage, per_row
 from gemma_ext.reference import depth_batching_head as formulas
@@ -93,7 +94,8 @@ def head_exit(
         NotImplementedError: a derivative is asked for.
     """
     reference = is_reference(impl, h, "depth_head_exit")
-    check_head(h, weight, bias, norm_weight, softcap, reference=reference)
+    logits = Logits(weight, bias, norm_weight, eps, plus_one, softcap, logit_scale)
+    check_head(h, logits, reference=reference)
     n = h.shape[0]
     limit, strict = check_exit(mode, threshold, strict, n, h, modes=MODES, strict_by=STRICT)
     if (temperature is None) != (keys is None):
@@ -105,10 +107,7 @@ def head_exit(
         raise ValueError(f"expected candidates in [0, {MOST_CANDIDATES}], got {candidates}")
     count = min(candidates, weight.shape[0])
     if reference:
-        s = formulas.head_logits(
-            h, weight, bias, norm_weight, eps,
-            plus_one=plus_one, softcap=softcap, logit_scale=logit_scale,
-        )  # fmt: skip
+        s = formulas.head_logits(h, **logits._asdict())
         rows = formulas.head_rows(s, heat, keys, count)
         exits = None
         if mode is not None:
@@ -125,10 +124,7 @@ def head_exit(
             rows.indices,
         )
     else:
-        fields = head_op.head_exit(
-            h, weight, bias, norm_weight, limit, heat, keys, eps, plus_one, softcap, logit_scale,
-            mode, strict, count,
-        )  # fmt: skip
+        fields = head_op.head_exit(h, logits, limit, heat, keys, mode, strict, count)
     drawn, wide = heat is not None, count > 0
     keep = (True,) * 4 + (mode is not None, drawn, drawn, wide, wide)
     return HeadExit(*(x if kept else None for x, kept in zip(fields, keep, strict=True)))
@@ -185,15 +181,8 @@ def check_exit(
     return per_row("threshold", threshold, n, like), strict
 
 
-def check_head(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    softcap: float | None,
-    *,
-    reference: bool,
-) -> None:
+def check_head(h: Tensor, logits: Logits, *, reference: bool) -> None:
+    weight, bias, norm_weight, _, _, softcap, _ = logits
     check_shape("h", h, ("n", "D"))
     check_storage("h", h, reference=reference)
     check_shape("weight", weight, ("V", h.shape[1]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,38 +15,41 @@ _ops = torch.ops.gemma_ext
 _REMEDY = "it serves; the same function with impl='reference' has derivatives"
 
 
+class Logits(NamedTuple):
+    """softcap(logit_scale norm(h) W^T + bias) of rows h, as `head_exit` has it."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    norm_weight: Tensor | None = None
+    eps: float = 1e-6
+    plus_one: bool = False
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def numbers(self) -> tuple[float, bool, float, float]:
+        return self.eps, self.plus_one, self.softcap or 0.0, self.logit_scale
+
+
 def head_exit(
     h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
+    logits: Logits,
     threshold: Tensor | None,
     temperature: Tensor | None,
     keys: Tensor | None,
-    eps: float,
-    plus_one: bool,
-    softcap: float | None,
-    logit_scale: float,
     mode: str | None,
     strict: bool,
     candidates: int,
+    skip: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """ids, top, lse, entropy, exits, samples, tempered, values, indices; empty where not wanted."""
+    """ids, top, lse, entropy, exits, samples, tempered, values, indices; empty where not wanted.
+
+    Nothing is said of rows of `skip`, bool [n], which cards leave out.
+    """
     return _ops.depth_head_exit(
-        h,
-        norm_weight,
-        weight,
-        bias,
-        threshold,
-        temperature,
-        keys,
-        eps,
-        plus_one,
-        softcap or 0.0,
-        logit_scale,
-        HEAD_MODES.index(mode),
-        strict,
-        candidates,
+        *(h, logits.norm_weight, logits.weight, logits.bias),
+        *(threshold, temperature, keys, skip, *logits.numbers),
+        *(HEAD_MODES.index(mode), strict, candidates),
     )
 
 
@@ -70,33 +75,12 @@ def gate_exit(
 
 
 def shortlist(
-    h: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    codes: Tensor,
-    code_scale: Tensor,
-    slack: Tensor,
-    eps: float,
-    plus_one: bool,
-    softcap: float | None,
-    logit_scale: float,
-    candidates: int,
+    h: Tensor, logits: Logits, codes: Tensor, scale: Tensor, slack: Tensor, candidates: int
 ) -> tuple[Tensor, ...]:
     """ids, top, rest, low, high."""
     return _ops.depth_shortlist(
-        h,
-        norm_weight,
-        weight,
-        bias,
-        codes,
-        code_scale,
-        slack,
-        eps,
-        plus_one,
-        softcap or 0.0,
-        logit_scale,
-        candidates,
+        *(h, logits.norm_weight, logits.weight, logits.bias, codes, scale, slack),
+        *(*logits.numbers, candidates),
     )
 
 
@@ -114,7 +98,7 @@ def _ids(like: Tensor, *shape: int) -> Tensor:
 
 @torch.library.register_fake("gemma_ext::depth_head_exit")
 def _head_fake(
-    h, norm_weight, weight, bias, threshold, temperature, keys, eps, plus_one, softcap,
+    h, norm_weight, weight, bias, threshold, temperature, keys, skip, eps, plus_one, softcap,
     logit_scale, mode, strict, candidates,
 ):  # fmt: skip
     n = h.shape[0]

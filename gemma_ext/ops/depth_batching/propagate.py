@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from gemma_ext.ops.depth_batching.inputs import check_like, check_rows, check_shape
-from gemma_ext.ops.depth_batching.linear import Projection, seg_depth_lora
-from gemma_ext.ops.depth_batching.norm import gather_rms_norm
-from gemma_ext.ops.depth_batching.rope import rope_kv_write
+from gemma_ext.ops.depth_batching import kv_op
+from gemma_ext.ops.depth_batching.inputs import (
+    check_ints,
+    check_like,
+    check_marks,
+    check_rows,
+    check_shape,
+    is_reference,
+)
+from gemma_ext.ops.depth_batching.linear import Projection
+from gemma_ext.ops.depth_batching.rope import check_norm, check_rope
+from gemma_ext.reference import depth_batching as formulas
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,7 @@ class DeeperLayer:
 
     Attributes:
         norm: RMSNorm weight before the projections, [D], or [B, D] by loop.
-        k, v: projections to n_kv * hd.
+        k, v: projections to n_kv * hd, in the dtype of kv_pool.
         depth_of, rope_of, k_norm: as `rope_kv_write` takes them.
     """
 
@@ -49,7 +56,9 @@ def kv_propagate(
 ) -> None:
     """Write K and V of every loop after a row's last one, in every layer, as if h were its input.
 
-    What CALM calls state propagation: exact only where blocks change nothing.
+    What CALM calls state propagation: exact only where blocks change nothing. Norms, and what the
+    projections give, are rounded to the dtype of kv_pool. On a card all layers and loops share the
+    launches. Of loops that share a depth the last one's K and V stay.
 
     Args:
         h: [n, D], the hidden state after the last loop, in the dtype of kv_pool.
@@ -66,36 +75,42 @@ def kv_propagate(
     n = check_rows(kv_pool, block_tables, row_req, row_pos, row_loop)
     check_shape("h", h, (n, "D"))
     check_like("h", h, kv_pool)
-    no_queries = h.new_empty(n, 0, kv_pool.shape[5])
-    every = torch.arange(n, dtype=torch.int32, device=h.device)
-    for at, layer in enumerate(layers):
-        loops, adapted = layer.depth_of.shape[0], any(p.loops for p in (layer.k, layer.v))
-        k = v = None
-        for loop in range(1, loops):
-            if k is None or adapted or layer.norm.dim() == 2:
-                norm = layer.norm[loop] if layer.norm.dim() == 2 else layer.norm
-                x = gather_rms_norm(h, every, norm, eps=eps, plus_one=plus_one, impl=impl)
-                bounds = _all_at(loop, loops, n, h.device) if adapted else None
-                k, v = seg_depth_lora(x.to(h.dtype), (layer.k, layer.v), bounds, impl=impl)
-            rope_kv_write(
-                no_queries,
-                *(y.unflatten(1, kv_pool.shape[3:6:2]) for y in (k, v)),
-                kv_pool,
-                block_tables,
-                torch.where(row_loop < loop, row_req, -1),
-                row_pos,
-                torch.full_like(row_loop, loop),
-                layer.depth_of,
-                rope=rope,
-                rope_of=layer.rope_of,
-                k_norm=layer.k_norm,
-                eps=eps,
-                plus_one=plus_one,
-                fill_mark=fill_mark if at + 1 == len(layers) else None,
-                impl=impl,
-            )
+    if not layers:
+        raise ValueError("expected at least one layer, got none")
+    check_ints("depth_of", layers[0].depth_of, ("B",), kv_pool)
+    loops = layers[0].depth_of.shape[0]
+    for layer in layers:
+        _check_layer(layer, loops, h, kv_pool)
+    if rope is not None:
+        rope = check_rope(rope, kv_pool.shape[5])
+    check_marks(fill_mark, kv_pool)
+    places = block_tables, row_req, row_pos, row_loop
+    if not is_reference(impl, h, "kv_propagate"):
+        kv_op.kv_propagate(h, layers, kv_pool, places, rope, eps, plus_one, fill_mark)
+        return
+    given = [
+        (
+            layer.norm.reshape(-1, h.shape[1]),
+            *((p.weight, p.bias, p.lora_a, p.lora_b) for p in (layer.k, layer.v)),
+            layer.depth_of,
+            layer.rope_of,
+            check_norm("k_norm", layer.k_norm, loops, kv_pool.shape[5]),
+        )
+        for layer in layers
+    ]
+    formulas.kv_propagate(h, given, kv_pool, *places, rope, eps, plus_one, fill_mark)
 
 
-def _all_at(loop: int, loops: int, n: int, device: torch.device) -> Tensor:
-    """Bounds of segments, all rows in one."""
-    return (torch.arange(loops + 1, device=device) > loop).to(torch.int32) * n
+def _check_layer(layer: DeeperLayer, loops: int, h: Tensor, kv_pool: Tensor) -> None:
+    width, features = h.shape[1], kv_pool.shape[3] * kv_pool.shape[5]
+    check_norm("norm", layer.norm, loops, width)
+    check_like("norm", layer.norm, h, dtype=False)
+    for name, p in (("k", layer.k), ("v", layer.v)):
+        check_shape(f"the weight of {name}", p.weight, (features, width))
+        check_like(f"the weight of {name}", p.weight, h)
+        if p.loops not in (None, loops):
+            raise ValueError(f"expected adapters of {name} for {loops} loops, got {p.loops}")
+    check_ints("depth_of", layer.depth_of, (loops,), kv_pool)
+    if layer.rope_of is not None:
+        check_ints("rope_of", layer.rope_of, (loops,), kv_pool)
+    check_norm("k_norm", layer.k_norm, loops, kv_pool.shape[5])

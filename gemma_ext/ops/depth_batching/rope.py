@@ -88,11 +88,11 @@ def rope_kv_write(
     check_ints("depth_of", depth_of, ("B",), kv_pool)
     loops = depth_of.shape[0]
     if rope is not None:
-        rope = _settings(rope, width)
+        rope = check_rope(rope, width)
     if rope_of is not None:
         check_ints("rope_of", rope_of, (loops,), kv_pool)
-    q_norm = _weights("q_norm", q_norm, loops, width)
-    k_norm = _weights("k_norm", k_norm, loops, width)
+    q_norm = check_norm("q_norm", q_norm, loops, width)
+    k_norm = check_norm("k_norm", k_norm, loops, width)
     check_marks(fill_mark, kv_pool)
     reference = is_reference(impl, q, "rope_kv_write")
     write = formulas.rope_kv_write if reference else kv_op.rope_kv_write
@@ -102,7 +102,7 @@ def rope_kv_write(
     )  # fmt: skip
 
 
-def _settings(rope: Tensor, width: int) -> Tensor:
+def check_rope(rope: Tensor, width: int) -> Tensor:
     """[S, positions, 2, H]."""
     check_floats("rope", rope)
     rope = rope.unsqueeze(0) if rope.dim() == 3 else rope
@@ -114,8 +114,8 @@ def _settings(rope: Tensor, width: int) -> Tensor:
     return rope
 
 
-def _weights(name: str, weight: Tensor | None, loops: int, width: int) -> Tensor | None:
-    """[1 or loops, hd]."""
+def check_norm(name: str, weight: Tensor | None, loops: int, width: int) -> Tensor | None:
+    """[1 or loops, width]."""
     if weight is None:
         return None
     check_floats(name, weight)

@@ -7,12 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_ext.ops import _devices
 from gemma_ext.ops.depth_batching import head_op
 from gemma_ext.ops.depth_batching.head import STRICT, check_exit, check_head, head_exit
+from gemma_ext.ops.depth_batching.head_op import Logits
 from gemma_ext.ops.depth_batching.inputs import check_like, is_reference
 from gemma_ext.reference import depth_batching_head as formulas
 
 MODES = ("max_prob", "margin")
+MOST_CANDIDATES = 1023
 
 
 class Shortlist(NamedTuple):
@@ -87,53 +90,53 @@ def shortlist_head(
 
     The codes bound every logit; the C tokens with the highest bounds get their exact ones. A row
     is certified where its best is above all other bounds and, with a mode, where the bounds of lse
-    leave no doubt of the exit. All other rows take the whole head, for which the host waits for
-    the device; this op is not captured in graphs.
+    leave no doubt of the exit. All other rows take the whole head. Which they are a card knows by
+    itself: nothing waits for it, and a head that no row takes is not read.
 
     Args:
         h, bias, norm_weight, eps, plus_one, softcap, logit_scale, threshold, strict, impl: as
             `head_exit` takes them.
         head: of `make_shortlist`.
         mode: "max_prob" or "margin".
-        candidates: C.
+        candidates: C, at most 1023; rows have min(C, V).
 
     Raises:
         ValueError, TypeError: what does not fit.
-        NotImplementedError: a derivative is asked for; a device that has no kernel.
+        NotImplementedError: a derivative is asked for.
     """
     reference = is_reference(impl, h, "depth_shortlist")
-    check_head(h, head.weight, bias, norm_weight, softcap, reference=reference)
+    logits = Logits(head.weight, bias, norm_weight, eps, plus_one, softcap, logit_scale)
+    check_head(h, logits, reference=reference)
     check_like("the codes", head.codes, h, dtype=False)
     limit, strict = check_exit(mode, threshold, strict, len(h), h, modes=MODES, strict_by=STRICT)
-    if candidates < 1:
-        raise ValueError(f"expected candidates to be at least 1, got {candidates}")
+    if not 1 <= candidates <= MOST_CANDIDATES:
+        raise ValueError(f"expected candidates in [1, {MOST_CANDIDATES}], got {candidates}")
     count = min(candidates, head.weight.shape[0])
-    norm = {"norm_weight": norm_weight, "eps": eps, "plus_one": plus_one}
-    logits = {"bias": bias, "softcap": softcap, "logit_scale": logit_scale}
+    codes = head.codes, head.scale, head.slack
     if reference:
-        found = formulas.shortlist(
-            h, head.weight, head.codes, head.scale, head.slack, count, **norm, **logits
-        )
+        found = formulas.shortlist(h, *codes, count, **logits._asdict())
     else:
-        found = head_op.shortlist(
-            h, head.weight, bias, norm_weight, head.codes, head.scale, head.slack,
-            eps, plus_one, softcap, logit_scale, count,
-        )  # fmt: skip
+        found = head_op.shortlist(h, logits, *codes, count)
     ids, top, rest, low, high = found
-    certified = top[:, 0] > rest
+    best, certified = top[:, 0], top[:, 0] > rest
     exits = None
     if limit is not None:
         least, most = formulas.exit_bounds(mode, top, rest, low, high)
         exits = least > limit if strict else least >= limit
         certified &= exits | ((most <= limit) if strict else (most < limit))
-    best = top[:, 0].clone()
-    doubtful = (~certified).nonzero().squeeze(-1)
-    if doubtful.numel():
-        whole = head_exit(
-            h[doubtful], head.weight, **norm, **logits, mode=mode, strict=strict if mode else None,
-            threshold=None if limit is None else limit[doubtful], impl=impl,
-        )  # fmt: skip
-        ids[doubtful], best[doubtful] = whole.ids, whole.top[:, 0]
-        if exits is not None:
-            exits[doubtful] = whole.exits
+    if reference or _devices.is_readable(certified):
+        at = (~certified).nonzero().squeeze(-1)
+        if len(at):
+            whole = head_exit(
+                h[at], mode=mode, threshold=None if limit is None else limit[at],
+                strict=strict if mode else None, impl=impl, **logits._asdict(),
+            )  # fmt: skip
+            ids = ids.index_put((at,), whole.ids)
+            best = best.index_put((at,), whole.top[:, 0])
+            exits = exits if exits is None else exits.index_put((at,), whole.exits)
+        return ShortlistExit(ids, best, exits, certified)
+    whole = head_op.head_exit(h, logits, limit, None, None, mode, strict, 0, certified)
+    ids = torch.where(certified, ids, whole[0])
+    best = torch.where(certified, best, whole[1][:, 0])
+    exits = exits if exits is None else torch.where(certified, exits, whole[4])
     return ShortlistExit(ids, best, exits, certified)

@@ -22,15 +22,16 @@ struct ShortlistBinding {
     const int64_t n = p.head.n;
     STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char, op, ": expected codes to be int8");
     Heads::Linears::check(op, "codes", codes, p.head.V, p.head.D);
-    STD_TORCH_CHECK(candidates >= 1 && candidates <= p.head.V, op,
-                    ": expected candidates in [1, V]");
-    const Tensor whole = torch::stable::contiguous(codes);
+    STD_TORCH_CHECK(candidates >= 1 && candidates <= p.head.V && candidates <= kMostShortlist, op,
+                    ": expected candidates in [1, min(V, ", kMostShortlist, ")], got ", candidates);
+    const Tensor whole = Engine::matrix(op, "codes", torch::stable::contiguous(codes));
     const Tensor scales = Heads::numbers(op, "code_scale", code_scale, p.head.V);
     const Tensor slacks = Heads::numbers(op, "slack", slack, p.head.V);
     std::vector<Tensor> out;
     Shortlist call{};
     call.head = p.head;
     call.codes = static_cast<const int8_t*>(whole.data_ptr());
+    call.code_stride = whole.stride(0);
     call.code_scale = floats(scales);
     call.slack = floats(slacks);
     call.candidates = candidates;
