@@ -100,8 +100,10 @@ def test_matches_the_formula(impl, rank, by_loop, dtype, device):
                         want = torch.stack(
                             [by_hand(v, layer.k_norm, 1e-3, True, table) for v in want]
                         )
-                    # one rounding after the norm, one between the adapters, one of the result
-                    assert_close(got.cpu()[place][half], want, rel=12 * EPS[dtype])
+                    # one rounding after the norm, one between the adapters, one of the result; of
+                    # float32 also those of three sums, whose terms are several times their result
+                    limit = max(12 * EPS[dtype], 48 * EPS[torch.float32])
+                    assert_close(got.cpu()[place][half], want, rel=limit)
                 written[place] = True
         assert int(mark[page, t % PAGE]) == (LOOPS if left + 1 < LOOPS else 0)
     assert got.cpu()[~written].isnan().all()
