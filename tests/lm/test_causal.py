@@ -33,6 +33,10 @@ ARCHITECTURES = {
 }
 
 
+# its gates take 1 - a^2 of an a near 1, which multiplies the rounding of a
+TOLERANCES = {"RecurrentGemma": 2e-4}
+
+
 def lm_of(model, **options) -> HuggingFaceModel:
     return HuggingFaceModel(model, tokenizer(), show_progress=False, **options)
 
@@ -59,7 +63,8 @@ def test_options_behind_a_shared_prompt(name, batch_tokens):
     options = [words(seed, 4, 9) for seed in range(5)]
     found = lm.choices(prompts, options)
     pairs = [(p, o) for p, some in zip(prompts, options, strict=True) for o in some]
-    assert_scored(lm, lm.text.jobs(pairs), itertools.chain(*(c.scores for c in found)))
+    scores = itertools.chain(*(c.scores for c in found))
+    assert_scored(lm, lm.text.jobs(pairs), scores, TOLERANCES.get(name, 2e-5))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -67,7 +72,8 @@ def test_pairs_of_their_own_prompts(name):
     lm = lm_of(causal(name, **ARCHITECTURES[name]), batch_tokens=200)
     prompts, texts = words(2, 12, 40), words(3, 12, 20)
     scores = lm.logprobs(prompts, texts)
-    assert_scored(lm, lm.text.jobs(list(zip(prompts, texts, strict=True))), scores)
+    jobs = lm.text.jobs(list(zip(prompts, texts, strict=True)))
+    assert_scored(lm, jobs, scores, TOLERANCES.get(name, 2e-5))
 
 
 def test_prompts_are_shared_where_that_saves(monkeypatch):

@@ -84,8 +84,9 @@ def test_matches_the_formula(impl, rank, by_loop, dtype, device):
         *(x.to(device) for x in (p.tables, p.req, p.pos, p.loop)),
         rope=rope.to(device), eps=1e-3, plus_one=True, fill_mark=mark, impl=impl,
     )  # fmt: skip
-    # one rounding after the norm, one between the adapters, one of the result
-    rel = 12 * (2.0**-16 if impl == "auto" and is_split(got) else EPS[dtype])
+    # one rounding after the norm, one between the adapters, one of the result; of float32 also
+    # those of three sums, whose terms are several times their result
+    rel = 12 * (2.0**-16 if impl == "auto" and is_split(got) else max(EPS[dtype], 2.0**-22))
     written = torch.zeros(pool.shape, dtype=torch.bool)
     for n, (r, t, left) in enumerate(p.columns()):
         if r < 0:

@@ -273,7 +273,8 @@ def test_as_released_fisher_moves_a_copy(pool):
     twice = as_released.moving_fisher(model, pool.calibration["a"] * 2)
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.allclose(twice[name], 2 * still[name], rtol=1e-6, atol=0)
-    torch.testing.assert_close(twice[name], 2 * still[name], rtol=0.2, atol=1e-6)
+    # what a step of AdamW moves may flip with the sign of a gradient that is next to nothing
+    assert (twice[name] - 2 * still[name]).norm() < 0.1 * twice[name].norm()
 
 
 def test_as_released_regmean_rounds():

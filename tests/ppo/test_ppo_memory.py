@@ -6,7 +6,7 @@ import pytest
 import torch
 from ppo_tiny import tiny_model, trainer
 
-V, ROWS = 256_000, 4
+V, ROWS, LONG = 256_000, 4, 96
 STATUS, REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -26,8 +26,8 @@ def forget():
 def test_peak_is_flat_in_response_length(tmp_path, estimator):
     policy = tiny_model(vocabulary=V).requires_grad_(False)
     policy.model.layers.requires_grad_(True)
-    held = {}
-    for length in (48, 4, 48):  # the first one warms the allocator up
+    held = {LONG: [], 4: []}
+    for length in (LONG, 4, LONG, 4, LONG):
         made = trainer(
             tmp_path / str(length),
             policy,
@@ -44,7 +44,9 @@ def test_peak_is_flat_in_response_length(tmp_path, estimator):
         forget()
         start = peak()
         made.train_step()
-        held[length] = peak() - start
-    whole = ROWS * 48 * V * 4 / 2**20  # 188 MiB, of which eager PPO holds several; draws take 40
-    assert held[48] - held[4] < whole / 2
+        held[length].append(peak() - start)
+    # 375 MiB, of which eager PPO holds several; draws take 40, and what the heap keeps of earlier
+    # steps moves a peak by as much, but a tensor of this size is mapped anew in every one
+    whole = ROWS * LONG * V * 4 / 2**20
+    assert min(held[LONG]) - min(held[4]) < whole / 2
     assert torch.isfinite(policy.model.layers[0].mlp.down_proj.weight).all()

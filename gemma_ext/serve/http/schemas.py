@@ -6,6 +6,7 @@ for something the server does not do is refused, as is one that the API does not
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ MOST_STOPS = 64
 MOST_STOP_LETTERS = 1024  # of one stop string; so many may be held back
 MOST_STOP_IDS = MOST_IDS - 64  # the model's own join them
 MOST_MESSAGES = 4096
+_TOKEN = re.compile("0|[1-9][0-9]{0,18}")
 
 _COPIED = (
     "min_tokens",
@@ -71,12 +73,14 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _bias(value: Any) -> dict[int, float]:
-    if isinstance(value, dict) and len(value) > MOST_IDS:
-        raise ValueError(f"logit_bias: expected at most {MOST_IDS} tokens, got {len(value)}")
-    try:
-        return {int(token): float(bias) for token, bias in (value or {}).items()}
-    except (TypeError, ValueError, AttributeError):
-        raise ValueError("logit_bias: expected an object of token ids and numbers") from None
+    pairs = {} if value is None else value
+    if isinstance(pairs, dict) and len(pairs) > MOST_IDS:
+        raise ValueError(f"logit_bias: expected at most {MOST_IDS} tokens, got {len(pairs)}")
+    if not isinstance(pairs, dict) or not all(
+        _TOKEN.fullmatch(token) and type(bias) in (int, float) for token, bias in pairs.items()
+    ):
+        raise ValueError("logit_bias: expected an object of token ids and numbers")
+    return {int(token): bias for token, bias in pairs.items()}
 
 
 def _only(name: str, *allowed: Any) -> Any:
