@@ -197,8 +197,12 @@ def cut(text: str, words: int) -> str:
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     """The first two columns of a TSV file with a head: toxic, neutral."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-    return [line[0] for line in lines], [line[1] for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [(n, line.split("\t")) for n, line in enumerate(lines[1:], 2) if line]
+    for number, row in rows:
+        if len(row) < 2:
+            raise typer.BadParameter(f"{path}, line {number}: expected two columns, got one")
+    return [row[0] for _, row in rows], [row[1] for _, row in rows]
 
 
 def planted(
