@@ -115,11 +115,12 @@ def main(
         "keep": keep,
     }
     kept = Kept(out / "results.json", settings)
+    origin = "".join(c if c.isalnum() else "-" for c in f"{model} {settings['tuning']}")
     made = (
         {0: as_jumprelu(load_dictionary(dictionary).to(device)).eval()}
         if dictionary
         else {
-            width: trained(lm, model, [*toxic, *clean], layer, width, k, steps, out)
+            width: trained(lm, model, [*toxic, *clean], layer, width, k, steps, out / origin)
             for width in map(int, features.split(","))
         }
     )
