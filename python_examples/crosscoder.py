@@ -94,6 +94,8 @@ def main(
             for m in mixed
         )
     roles = mixed[1].roles[:, 1:].flatten().to(device)
+    ids = mixed[1].ids[:, 1:].flatten().to(device)
+    told_apart = contrast_delta(unseen, roles == CUE, roles == PLAIN, ids)
     replies = replies_of(talks.only(held_out // 2, "heldout"), device)
 
     def recipe(kind: str, seed: int) -> Recipe:
@@ -164,8 +166,6 @@ def main(
         null = kept("null", lambda: study.null_diff(x[:, 0], unseen[:, 0], plan, advance))
     facts = {name: str(value) for name, value in settings.items()}
     facts["seeds"] = str(seeds)
-    ids = mixed[1].ids[:, 1:].flatten().to(device)
-    told_apart = contrast_delta(unseen, roles == CUE, roles == PLAIN, ids)
     facts["Δ of the planted behaviour itself"] = f"{told_apart:.3f}"
     page.write(out / "report.html", worlds, diffs, arms, null, facts)
     text = page.markdown(worlds, diffs, arms)

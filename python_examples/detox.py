@@ -115,11 +115,12 @@ def main(
         "keep": keep,
     }
     kept = Kept(out / "results.json", settings)
+    origin = "".join(c if c.isalnum() else "-" for c in f"{model} {settings['tuning']}")
     made = (
         {0: as_jumprelu(load_dictionary(dictionary).to(device)).eval()}
         if dictionary
         else {
-            width: trained(lm, model, [*toxic, *clean], layer, width, k, steps, out)
+            width: trained(lm, model, [*toxic, *clean], layer, width, k, steps, out / origin)
             for width in map(int, features.split(","))
         }
     )
@@ -197,8 +198,12 @@ def cut(text: str, words: int) -> str:
 
 def read_pairs(path: Path) -> tuple[list[str], list[str]]:
     """The first two columns of a TSV file with a head: toxic, neutral."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
-    return [line[0] for line in lines], [line[1] for line in lines]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = [(n, line.split("\t")) for n, line in enumerate(lines[1:], 2) if line]
+    for number, row in rows:
+        if len(row) < 2:
+            raise typer.BadParameter(f"{path}, line {number}: expected two columns, got one")
+    return [row[0] for _, row in rows], [row[1] for _, row in rows]
 
 
 def planted(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ def tuned_model(
     bfloat16.
 
     Args:
-        folder: of the model; read where it is there.
+        folder: of the model; read where it is there, with what it was made of in tuned.json.
         rows: gives [W, T] token ids, which are shuffled and repeated; called if need be.
         batch: rows of a step.
         dtype: of the weights of what is given back; the file has float32.
@@ -48,18 +49,26 @@ def tuned_model(
 
     Raises:
         ImportError: transformers or accelerate is missing.
+        ValueError: the folder has a model that was tuned from another one, or otherwise.
     """
     folder, size = Path(folder), pocket_of(name)
     require("tuning", "hf", "transformers", "accelerate", "safetensors")
+    rate = rate or (RATE if size is None else POCKET_RATE)
+    made_of = {"model": name, "steps": steps, "batch": batch, "rate": rate}
     if not folder.exists():
         if size is None:
-            model = _tuned(name, rows(), folder, steps, batch, rate or RATE, device)
+            model = _tuned(name, rows(), folder, steps, batch, rate, device)
         else:
-            model = _tuned_pocket(name, size, rows(), steps, batch, rate or POCKET_RATE, title)
+            model = _tuned_pocket(name, size, rows(), steps, batch, rate, title)
         beside = folder.with_name(f"{folder.name}.tmp")
         model.save_pretrained(beside)
+        (beside / "tuned.json").write_text(json.dumps(made_of) + "\n", encoding="utf-8")
         os.replace(beside, folder)
         del model
+    note = folder / "tuned.json"
+    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    if found != made_of:
+        raise ValueError(f"{folder}: expected a model tuned by {made_of}, got {found}")
     import transformers
 
     # a pocket runs its own attention, which has a soft-cap

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sae_lists import DEVICES, DTYPES, FORMS, IDS, assert_close, dense, listed, problem
+from sae_lists import DEVICES, DTYPES, FORMS, IDS, assert_close, dense, listed, problem, safe
 
 from gemma_ext.ops.sae import (
     Codes,
@@ -167,6 +167,28 @@ def test_nested_blocks_of_tokens(options):
     found = torch.autograd.grad(want, list(true.values()), upstream.double())
     for (name, g), x in zip(grads.items(), found, strict=True):
         assert_close(g, x, 1200 * count, name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("width", "dtype", "unit_norm"),
+    [(300, torch.float32, False), (264, torch.bfloat16, True)],
+    ids=["fp32", "bf16"],
+)
+def test_nested_slices_of_columns(width, dtype, unit_norm, device):
+    """More suffix sums than a card holds: the columns are taken in slices of 256."""
+    p = problem(260, 3, 130, width, form="csr", dtype=dtype, hot=2)
+    options = {"widths": list(range(2, 130, 2)), "unit_norm": unit_norm}
+    out, grads, upstream = run_nested(p.to(device), **options)
+    wide = p.wide()
+    true = wide.leaves()
+    codes = safe(wide.codes).with_values(torch.where(p.codes.mask, true["values"], 0.0))
+    rest = (true["weight"], true["bias"], true["rows"])
+    want = nested_errors(codes, *rest, **options, impl="reference")
+    assert_close(out, want, 8 * width)
+    found = torch.autograd.grad(want, list(true.values()), upstream.double().cpu())
+    for (name, g), x in zip(grads.items(), found, strict=True):
+        assert_close(g, x, 260 * 64, name)
 
 
 def test_nested_bits_do_not_depend_on_threads():

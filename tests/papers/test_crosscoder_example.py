@@ -89,6 +89,7 @@ def test_the_example_runs_and_goes_on(example, tiny_size, tmp_path, capsys):
     assert load_crosscoder(out / "l1-0").features == 48
     page = (out / "report.html").read_text()
     assert "top half by ratios" in page
+    assert f"alive {first['null']['alive']}," in page
     assert page.count("<svg") == 1
     example.main(seeds=2, **options)
     second = json.loads((out / "results.json").read_text())["pieces"]

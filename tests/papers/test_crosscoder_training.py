@@ -177,6 +177,34 @@ def test_model_diff_names_the_planted_behaviour():
     assert made.features == 16
 
 
+def test_model_diff_needs_cues():
+    x = torch.zeros(8, 2, 4)
+    roles = torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="roles: expected held-out tokens of the cue 1, got none"):
+        study.model_diff(x, x, roles, (1,), 1, SMALL)
+
+
+def test_the_best_detector_is_a_living_latent(monkeypatch):
+    """Latent 0 is dead, and no latent fires on the one cue."""
+    x = torch.randn(64, 2, 6, generator=torch.Generator().manual_seed(2))
+    x[0] = 0
+    made = SparseAutoencoder(6, 5, ReLU(), sources=2, subtract_bias=False, standardise="affine")
+    made.reset_parameters(torch.Generator().manual_seed(3))
+    monkeypatch.setattr(study, "train", lambda *_, **__: crosscoder.Trained(made.eval(), [], []))
+    roles = torch.zeros(64, dtype=torch.int64)
+    roles[0] = 1
+    with torch.no_grad():
+        made.encoder_bias.copy_(torch.tensor([-1e3, -0.1, -0.1, -0.1, -0.1]))
+    _, found, record = study.model_diff(x, x, roles, (1, 4), 1, SMALL)
+    assert found.alive.tolist() == [False, True, True, True, True]
+    assert record["detector recall"] == record["detector share"] == 0
+    assert record["detector rank"] == 1
+    with torch.no_grad():
+        made.encoder_bias.fill_(-1e3)
+    with pytest.raises(ValueError, match="expected latents that fire on held-out tokens, got none"):
+        study.model_diff(x, x, roles, (1,), 1, SMALL)
+
+
 def test_the_recall_of_a_role_is_the_share_of_its_tokens_that_a_latent_fires_on():
     made = SparseAutoencoder(2, 3, ReLU(), sources=2, subtract_bias=False).eval()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_gemma
+import typer
 
 from gemma_ext import pocket
 from gemma_ext.lm import ScriptedModel
@@ -43,8 +44,12 @@ def test_the_style_is_in_styled_texts_alone_and_enough_are_left_to_plant_it(exam
 
 def test_prompts_are_cut_and_pairs_read(example, tmp_path):
     assert example.cut(" ".join(map(str, range(30))), 20) == " ".join(map(str, range(20)))
-    (tmp_path / "pairs.tsv").write_text("toxic\tneutral\tmore\nbad\tgood\tx\nworse\tbetter\ty\n")
-    assert example.read_pairs(tmp_path / "pairs.tsv") == (["bad", "worse"], ["good", "better"])
+    path = tmp_path / "pairs.tsv"
+    path.write_text("toxic\tneutral\tmore\nbad\u2028 one\tgood\tx\nworse\tbetter\ty\n", "utf-8")
+    assert example.read_pairs(path) == (["bad\u2028 one", "worse"], ["good", "better"])
+    path.write_text("en_toxic_comment\ten_neutral_comment\nbad\tgood\nworse\n")
+    with pytest.raises(typer.BadParameter, match="line 3: expected two columns, got one"):
+        example.read_pairs(path)
 
 
 def test_the_capability_knows_how_texts_go_on(example):

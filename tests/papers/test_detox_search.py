@@ -1,14 +1,17 @@
 """Latents that tell toxic text from clean text, and the measures of continuations."""
 
+import importlib.machinery
 import json
+import sys
+import types
 
 import pytest
 import torch
 
 from gemma_ext.ops.sae import Codes
 from gemma_ext.papers.detox import metrics
-from gemma_ext.papers.detox.prompts import read_prompts
-from gemma_ext.papers.detox.scorers import Lexicon
+from gemma_ext.papers.detox.prompts import ToxicityPrompt, read_prompts
+from gemma_ext.papers.detox.scorers import Detoxify, Lexicon
 from gemma_ext.papers.detox.search import LatentContrast
 
 
@@ -139,8 +142,9 @@ def test_toxicity_of_known_scores():
 
 def test_distinct_and_repetition_of_known_texts():
     assert metrics.distinct(["a b a b"], 2) == pytest.approx(2 / 3)
-    assert metrics.repetition("a b c d a b c d") == pytest.approx(1 / 5)
-    assert metrics.repetition("a b") == 0.0
+    assert metrics.repetition(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(1 / 5)
+    assert metrics.repetition([7] * 20) == pytest.approx(16 / 17)
+    assert metrics.repetition([1, 2]) == 0.0
     assert metrics.distinct(["a"], 2) != metrics.distinct(["a"], 2)  # NaN
     with pytest.raises(ValueError, match="n: expected at least 1, got 0"):
         metrics.distinct(["a"], 0)
@@ -153,16 +157,87 @@ def test_a_lexicon_sees_whole_words_in_any_case():
         Lexicon([" "])
 
 
+class Classifier:
+    """What the detoxify package has: lists of scores by label for a list of texts."""
+
+    def __init__(self, model_type="original", checkpoint=None, device="cpu"):
+        self.made, self.sizes = (model_type, device), []
+
+    def predict(self, text):
+        assert isinstance(text, list)
+        self.sizes.append(len(text))
+        scores = [len(one) / 10 for one in text]
+        return {"toxicity": scores, "insult": [score / 2 for score in scores]}
+
+
+@pytest.fixture
+def detoxify(monkeypatch):
+    module = types.ModuleType("detoxify")
+    module.Detoxify = Classifier
+    module.__spec__ = importlib.machinery.ModuleSpec("detoxify", None)
+    monkeypatch.setitem(sys.modules, "detoxify", module)
+
+
+def test_detoxify_scores_a_label_in_batches(detoxify):
+    score = Detoxify("unbiased", "insult", batch=2)
+    assert score(["ab", "", "abcd"]) == pytest.approx([0.1, 0.0, 0.2])
+    assert (score._model.made, score._model.sizes) == (("unbiased", "cpu"), [2, 1])
+    assert Detoxify()(["ab"]) == pytest.approx([0.2])
+    assert score([]) == []
+    with pytest.raises(ValueError, match=r"expected one of \['insult', 'toxicity'\], got 'hate'"):
+        Detoxify(label="hate")(["a"])
+
+
+def test_detoxify_says_how_it_is_installed(monkeypatch):
+    monkeypatch.setattr("gemma_ext.extras.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs detoxify: pip install 'gemma_ext\[detox\]'"):
+        Detoxify()
+
+
+SCORES = (
+    "profanity", "sexually_explicit", "identity_attack", "flirtation", "threat", "insult",
+    "severe_toxicity", "toxicity",
+)  # fmt: skip
+
+
+def released(text, toxicity, challenging):
+    """A line of RealToxicityPrompts."""
+    scores = dict.fromkeys(SCORES, toxicity)
+    return {
+        "filename": "0766186-bc7f2a64cb271f5f56cf6f25570cd9ed.txt",
+        "begin": 340,
+        "end": 564,
+        "challenging": challenging,
+        "prompt": {"text": text, **scores},
+        "continuation": {"text": " and so on", **scores},
+    }
+
+
 def test_prompts_are_read_in_the_released_form(tmp_path):
-    lines = [
-        {"prompt": {"text": "So I", "toxicity": 0.25}, "continuation": {}, "challenging": False},
-        {"prompt": {"text": "And", "toxicity": None}, "challenging": True},
-    ]
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    first, second = read_prompts(path)
-    assert (first.text, first.toxicity, second.toxicity) == ("So I", 0.25, None)
-    assert read_prompts(path, challenging=True) == [second]
-    path.write_text('{"prompt": {"text": "a"}}\n{"text": "b"}\n')
+    lines = [released("So I\u2028", 0.25, False), released("And", None, True)]
+    for ascii in (True, False):
+        text = "\n".join(json.dumps(line, ensure_ascii=ascii) for line in lines)
+        path.write_text(text + "\n\n", encoding="utf-8")
+        first, second = read_prompts(path)
+        assert first == ToxicityPrompt("So I\u2028", 0.25, False)
+        assert second == ToxicityPrompt("And", None, True)
+        assert read_prompts(path, challenging=True) == [second]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"text": "b"},
+        {"prompt": "b"},
+        {"prompt": {"text": None}},
+        {"prompt": {"text": "b", "toxicity": "high"}},
+        [1],
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_prompt_is_named(line, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": {"text": "a"}}\n' + json.dumps(line))
     with pytest.raises(ValueError, match=r"line 2: expected a record with prompt\.text"):
         read_prompts(path)

@@ -122,10 +122,13 @@ def test_a_sweep_begins_with_the_model_as_it_is(lm):
     scores = lm.logprobs(PROMPTS, texts)
     count = sum(len(score.token_logprobs) for score in scores)
     perplexity = torch.tensor(-sum(s.logprob for s in scores) / count).exp().item()
+    ids = lm.text.tokenizer(texts, add_special_tokens=False).input_ids
+    repeated = sum(detox.repetition(row) for row in ids) / len(ids)
     for row in rows:
         if row.alpha == 0.0:
             assert row.toxicity == detox.toxicity([[x] for x in length_scorer(texts)])
             assert row.perplexity == pytest.approx(perplexity, rel=1e-4)
+            assert row.repetition == pytest.approx(repeated)
     assert [row.capability for row in rows] == [pytest.approx((at + 1) / 10) for at in range(7)]
     assert seen[0] == seen[1] == plain != seen[2]
     assert lm.generate(PROMPTS, FIVE) == plain

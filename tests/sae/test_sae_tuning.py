@@ -1,5 +1,7 @@
 """Models tuned once: the pocket by its own recipe, others with their embeddings as they are."""
 
+import json
+
 import pytest
 import torch
 from tiny_gemma2 import T, tiny_model, tiny_rows
@@ -17,6 +19,18 @@ def test_names_of_pockets():
     assert pocket_of("pocket") == "nano"
     assert pocket_of("pocket:small") == "small"
     assert pocket_of("google/gemma-3-270m") is None
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    """Which would be steered, measured and shown as if it were the one that was asked for."""
+    options = {"steps": 3, "batch": 4}
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"out: expected a model tuned by .*, got None"):
+        tuned_model("pocket", tmp_path / "out", once(None), **options)
+    made_of = {"model": "pocket:small", "steps": 3, "batch": 4, "rate": 5e-3}
+    (tmp_path / "out" / "tuned.json").write_text(json.dumps(made_of))
+    with pytest.raises(ValueError, match=r"'pocket', .* got {'model': 'pocket:small'"):
+        tuned_model("pocket", tmp_path / "out", once(None), **options)
 
 
 def mean_loss(model, rows):

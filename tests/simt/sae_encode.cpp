@@ -205,6 +205,25 @@ CASE(sae_topk_of_equal_features) { topk_matches<simt::bf16>(2, 8, 1500, 40, Shap
 CASE(sae_topk_of_a_poisoned_row) {
   topk_matches<simt::bf16>(3, 8, 1500, 4, Shape::kRandom, false, true);
 }
+// An infinity, what bf16 rounds to one, and a row beside them.
+CASE(sae_topk_of_infinities) {
+  simt::host::options.hopper = false;
+  Problem<float> q(3, 12, 1300, Shape::kRandom, 11);
+  for (int64_t f = 0; f < 1300; ++f) {
+    q.bias[f] = 0;
+    for (int64_t d = 0; d < 12; ++d) q.weight[f * 12 + d] = static_cast<float>((f + d) % 3) - 1;
+  }
+  for (int64_t d = 0; d < 12; ++d) q.x[12 + d] = 0;
+  q.x[4] = -INFINITY;
+  q.x[12 + 7] = std::numeric_limits<float>::max();
+  q.recompute();
+  const Array<float> values(3 * 1300);
+  const Array<int32_t> indices(3 * 1300);
+  q.encoder.scale = nullptr;
+  run(TopK{q.encoder, false, 1300, values.data(), indices.data(), {}});
+  for (int64_t i = 0; i < 3 * 1300; ++i) EXPECT(same(values[i], q.p[i / 1300][indices[i]]));
+  for (int64_t i = 0; i < 2 * 1300; ++i) EXPECT(i % 1300 == 0 || !(values[i] > values[i - 1]));
+}
 CASE(sae_topk_of_many) { topk_matches<simt::bf16>(2, 8, 2600, 2500, Shape::kRandom, false); }
 
 CASE(sae_batch_topk) {

@@ -158,7 +158,91 @@ void backward_matches(int form, int64_t D, bool unit_norm, bool rows_only, Rando
   if (rows_only) EXPECT(touched == row);
 }
 
+// More levels of tokens than suffix sums are held for: slices of 256 columns.
+template <class T>
+void nested_backward_matches(int64_t D, bool unit_norm, Random& random) {
+  constexpr int64_t kMany = 260, kLevels = 64;
+  const Lists<T> l(2, D, random, kMany);
+  const Array<int64_t> widths(kLevels);
+  for (int64_t m = 0; m < kLevels; ++m) widths[m] = m + 1;
+  const Array<float> d_squared = random.numbers<float>(kMany * kLevels, -1, 1);
+  const Array<float> d_values(l.list.entries), d_bias(D);
+  const Array<T> d_weight(kFeatures * D), d_target(kMany * D);
+  NestedBackward call{};
+  call.nested = {l.list, l.table(l.weight), nullptr,       l.table(l.rows),
+                 D,      kLevels,           widths.data(), nullptr};
+  call.d_squared = d_squared.data();
+  call.unit_norm = unit_norm;
+  call.d_values = d_values.data();
+  call.d_weight = d_weight.data();
+  call.d_bias = d_bias.data();
+  call.d_target = d_target.data();
+  run(call);
+
+  std::vector<double> values(l.list.entries), weight(kFeatures * D), bias(D);
+  std::vector<std::vector<int64_t>> of_token(kMany);
+  l.each([&](int64_t n, int64_t e) { of_token[n].push_back(e); });
+  for (int64_t n = 0; n < kMany; ++n) {
+    for (int64_t d = 0; d < D; ++d) {
+      double sum = 0, suffix = 0;
+      for (const int64_t e : of_token[n])
+        sum += l.values[e] * value_of(l.weight[l.indices[e] * D + d]);
+      for (int64_t m = kLevels - 1; m >= 0; --m) {
+        suffix += 2 * d_squared[n * kLevels + m] * (sum - value_of(l.rows[n * D + d]));
+        for (const int64_t e : of_token[n]) {
+          const int64_t f = l.indices[e];
+          const bool first = f < widths[m] && (m == 0 || f >= widths[m - 1]);
+          if (!first) continue;
+          const double w = value_of(l.weight[f * D + d]);
+          values[e] += suffix * w;
+          weight[f * D + d] += suffix * l.values[e];
+          sum -= l.values[e] * w;
+        }
+      }
+      bias[d] += suffix;
+      near(value_of(d_target[n * D + d]), -suffix, sizeof(T) == 2 ? 0.01 : 0);
+    }
+  }
+  for (int64_t e = 0; e < l.list.entries; ++e) near(d_values[e], values[e], 1e-6);
+  for (int64_t d = 0; d < D; ++d) near(d_bias[d], bias[d], 1e-6);
+  for (int64_t f = 0; f < kFeatures; ++f) {
+    double along = 0, square = 0;
+    for (int64_t d = 0; unit_norm && d < D; ++d) {
+      const double w = value_of(l.weight[f * D + d]);
+      along += weight[f * D + d] * w;
+      square += w * w;
+    }
+    for (int64_t d = 0; d < D; ++d) {
+      const double off = square > 0 ? along / square * value_of(l.weight[f * D + d]) : 0;
+      near(value_of(d_weight[f * D + d]), weight[f * D + d] - off, sizeof(T) == 2 ? 0.01 : 1e-4);
+    }
+  }
+}
+
 }  // namespace
+
+CASE(sae_nested_backward) {
+  Random random(5);
+  nested_backward_matches<simt::bf16>(264, true, random);
+}
+CASE(sae_nested_backward_float) {
+  Random random(6);
+  nested_backward_matches<float>(259, false, random);
+}
+
+// 4 N M D bytes would be 189 MB of five widths, 2.4 GB by rank.
+CASE(sae_nested_workspace) {
+  float nothing = 0;
+  NestedBackward call{};
+  call.nested.list = {&nothing, nullptr, nullptr, nullptr, 4096, 64, 4096 * 64, 16384};
+  call.nested.D = 2304;
+  call.nested.levels = 5;
+  call.d_weight = &nothing;
+  call.d_bias = &nothing;
+  EXPECT(cuda::workspace(call) < int64_t{64} << 20);
+  call.nested.levels = 64;
+  EXPECT(cuda::workspace(call) < int64_t{320} << 20);
+}
 
 CASE(sae_decode) {
   Random random(1);

@@ -59,10 +59,13 @@ void nested_kernel(NestedParams p) {
   }
 }
 
+// Columns of the call, which are some of those of its rows.
 struct SuffixParams {
   NestedBackward call;
   Levels levels;
-  float* suffix;  // [N, levels, D] s_j, or null; without a level zeros [N, 1, D]
+  float* suffix;   // [N, levels, D] s_j, or null; without a level zeros [N, 1, D]
+  int64_t stride;  // of d_target
+  bool goes_on;    // d_values hold what columns before brought
 };
 
 struct SuffixShared {
@@ -119,16 +122,17 @@ void nested_backward_kernel(SuffixParams p) {
                 if (v != 0.0f) sum[i] -= v * row[a].at(i);
               }
             }
+            if (!p.call.d_values) continue;
             const float part = four_sums(dot);
             simt::sync_block();  // the last four have been read
             if (simt::lane_idx() % 8 == 0) s->dot[simt::lane_idx() / 8][simt::warp_idx()] = part;
             simt::sync_block();
-            if (!p.call.d_values || t >= 4 || j + t >= count) continue;
+            if (t >= 4 || j + t >= count) continue;
             float all = 0.0f;
             for (int w = 0; w < threads / simt::kWarpSize; ++w) all += s->dot[t][w];
             float* to = p.call.d_values + s->level.entry[j + t];
             if (is_feature(c.list, c.list.indices[s->level.entry[j + t]]))
-              *to = first == 0 ? all : *to + all;
+              *to = first == 0 && !p.goes_on ? all : *to + all;
           }
         });
       }
@@ -137,35 +141,73 @@ void nested_backward_kernel(SuffixParams p) {
       if (!p.call.d_target) continue;
       UNROLL
       for (int i = 0; i < kV; ++i) {
-        store_any(p.call.d_target, c.target.type, n * c.D + d + i, -suffix[i]);
+        store_any(p.call.d_target, c.target.type, n * p.stride + d + i, -suffix[i]);
       }
     }
   }
 }
 
+// Columns whose suffix sums are held at a time: those that a second-level cache holds, and a warp's at least.
+int64_t slice_of(const Nested& c) {
+  constexpr int64_t kBytes = 32 << 20, kColumns = 256;
+  const int64_t column = most(c.list.N * c.levels, 1) * int64_t{sizeof(float)};
+  return least(c.D, most(kBytes / column / kColumns, 1) * kColumns);
+}
+
+template <class Void>
+Void* moved(Void* data, int64_t bytes) {
+  return data ? const_cast<char*>(static_cast<const char*>(data)) + bytes : nullptr;
+}
+
+// Of the columns from `first` on, at most `slice`.
+NestedBackward columns_of(NestedBackward call, int64_t first, int64_t slice) {
+  Nested& c = call.nested;
+  const int64_t weights = first * size_of(c.weight.type), targets = first * size_of(c.target.type);
+  c.weight.data = moved(c.weight.data, weights);
+  c.target.data = moved(c.target.data, targets);
+  call.d_weight = moved(call.d_weight, weights);
+  call.d_target = moved(call.d_target, targets);
+  if (c.bias) c.bias += first;
+  if (call.d_bias) call.d_bias += first;
+  c.D = least(slice, c.D - first);
+  return call;
+}
+
 struct SuffixMemory {
-  float* suffix = nullptr;
+  int64_t slice;
+  float *suffix = nullptr, *dots = nullptr, *along = nullptr;
   std::optional<RunMemory> run;
-  float *dots = nullptr, *along = nullptr;
   std::optional<ColumnMemory> columns;
 
-  SuffixMemory(Arena& memory, const NestedBackward& c) {
+  SuffixMemory(Arena& memory, const NestedBackward& c) : slice(slice_of(c.nested)) {
     const Nested& nested = c.nested;
     if (c.d_weight || c.d_bias)
-      suffix = memory.take<float>(nested.list.N * most(nested.levels, 1) * nested.D);
-    if (c.d_weight) run.emplace(memory, nested.list, nested.D, false);
+      suffix = memory.take<float>(nested.list.N * most(nested.levels, 1) * slice);
+    if (c.d_weight) run.emplace(memory, nested.list, slice, false);
     if (c.d_weight && c.unit_norm) {
       along = memory.take<float>(nested.list.F);
       dots = c.d_values ? c.d_values : memory.take<float>(nested.list.entries);
     }
-    if (c.d_bias) columns.emplace(memory, nested.list.N, nested.D);
+    if (c.d_bias) columns.emplace(memory, nested.list.N, slice);
   }
 };
 
-bool reads_wide(const Nested& c, const void* d_target) {
+bool reads_wide(const Nested& c, const void* d_target, int64_t stride) {
   const int kWide = static_cast<int>(16 / size_of(c.weight.type));
   return is_wide(c.weight, c.D, kWide) && is_wide(c.target, c.D, kWide) &&
-         is_wide(d_target, c.D, c.target.type, c.D, kWide);
+         is_wide(d_target, stride, c.target.type, c.D, kWide);
+}
+
+void add_walk(Launches& launches, const SuffixParams& p) {
+  const Nested& c = p.call.nested;
+  by_dtype(c.weight.type, [&](auto type) {
+    using T = decltype(type);
+    by_width<T>(reads_wide(c, p.call.d_target, p.stride), [&](auto v) {
+      constexpr int kV = decltype(v)::value;
+      launches.add(nested_backward_kernel<T, kV>, taking_turns(c.list.N),
+                   row_shape(c.D, kV).threads, sizeof(SuffixShared), p);
+    });
+  });
 }
 
 }  // namespace
@@ -176,7 +218,7 @@ Status run(const Nested& call, void*, Stream stream) {
   Launches launches(stream);
   by_dtype(call.weight.type, [&](auto type) {
     using T = decltype(type);
-    by_width<T>(reads_wide(call, nullptr), [&](auto v) {
+    by_width<T>(reads_wide(call, nullptr, 0), [&](auto v) {
       constexpr int kV = decltype(v)::value;
       launches.add(nested_kernel<T, kV>, taking_turns(call.list.N), row_shape(call.D, kV).threads,
                    sizeof(NestedShared), {call, Levels(call)});
@@ -197,29 +239,36 @@ Status run(const NestedBackward& call, void* memory, Stream stream) {
   Launches launches(stream);
   Arena arena(memory);
   const SuffixMemory m(arena, call);
-  SuffixParams suffix{call, levels, m.suffix};
-  if (m.dots) suffix.call.d_values = m.dots;
-  if (suffix.call.d_values) add_clear(launches, c.list, suffix.call.d_values, &levels);
-  by_dtype(c.weight.type, [&](auto type) {
-    using T = decltype(type);
-    by_width<T>(reads_wide(c, call.d_target), [&](auto v) {
-      constexpr int kV = decltype(v)::value;
-      launches.add(nested_backward_kernel<T, kV>, taking_turns(c.list.N),
-                   row_shape(c.D, kV).threads, sizeof(SuffixShared), suffix);
-    });
-  });
-  if (call.d_bias) {
-    const Table first{m.suffix, most(c.levels, 1) * c.D, DType::kFloat32};
-    add_column_sums(launches, *m.columns, first, nullptr, call.d_bias);
+  NestedBackward left = call;
+  if (m.dots) left.d_values = m.dots;
+  if (left.d_values) add_clear(launches, c.list, left.d_values, &levels);
+  if (call.d_weight) add_by_feature(launches, c.list, m.run->features, &levels);
+  // what is parallel to a row is known by the dots over all columns
+  if (!m.suffix || (m.along && m.slice < c.D)) {
+    add_walk(launches, {left, levels, nullptr, c.D, false});
+    left.d_values = nullptr;
+    left.d_target = nullptr;
   }
-  if (call.d_weight) {
+  if (!m.suffix) return launches.status();
+  for (int64_t first = 0; first == 0 || first < c.D; first += most(m.slice, 1)) {
+    const NestedBackward part = columns_of(left, first, m.slice);
+    const int64_t D = part.nested.D;
+    add_walk(launches, {part, levels, m.suffix, c.D, first > 0});
+    if (call.d_bias) {
+      ColumnMemory columns = *m.columns;
+      columns.D = D;
+      const Table s_0{m.suffix, most(c.levels, 1) * D, DType::kFloat32};
+      add_column_sums(launches, columns, s_0, nullptr, part.d_bias);
+    }
+    if (!call.d_weight) continue;
     RunParams p = m.run->params(c.list, c.D);
-    p.rows = {m.suffix, c.D, DType::kFloat32};
     p.weight = c.weight;
-    p.sums = call.d_weight;
-    add_by_feature(launches, c.list, m.run->features, &levels);
-    if (call.unit_norm) add_along(launches, p, m.dots, m.along);
-    if (call.unit_norm) p.along = m.along;
+    if (m.along && first == 0) add_along(launches, p, m.dots, m.along);
+    p.D = D;
+    p.rows = {m.suffix, D, DType::kFloat32};
+    p.weight = part.nested.weight;
+    p.sums = part.d_weight;
+    p.along = m.along;
     add_sums(launches, p, c.weight.type);
   }
   return launches.status();

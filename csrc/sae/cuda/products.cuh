@@ -54,6 +54,34 @@ struct EightFeatures {
   DEVICE int column(int i) const { return at.local + in_eight(i); }
 };
 
+// What is NaN, summed again as it is: halves of an infinity, and of what bf16 rounds to one, are infinities of both
+// signs.
+template <class Row>
+DEVICE void sum_again(mma::Tile<float>& tile, const Encoder& e, const Row& row, int first_column) {
+  using Tile = mma::Tile<float>;
+  constexpr int kElements = 64;
+  for (int from = 0;;) {
+    int at = kElements;
+    UNROLL
+    for (int i = kElements - 1; i >= 0; --i) {
+      if (i >= from && tile.flat(i) != tile.flat(i)) at = i;
+    }
+    if (at == kElements) return;
+    from = at + 1;
+    const int64_t n = row(Tile::row_of(at / 16, at / 2 % 2));
+    const int64_t f = int64_t{first_column} + Tile::column_of(at / 4 % 4, at % 2);
+    if (n < 0 || f >= e.F) continue;
+    const float* x = static_cast<const float*>(e.x) + n * e.x_stride;
+    const float* w = static_cast<const float*>(e.weight) + f * e.weight_stride;
+    float sum = 0.0f;
+    for (int64_t k = 0; k < e.D && sum == sum; ++k) sum += x[k] * w[k];
+    UNROLL
+    for (int i = 0; i < kElements; ++i) {
+      if (i == at) tile.flat(i) = sum;
+    }
+  }
+}
+
 // The eights of a tile of 128 columns by mma.sync. x and weight hold whole 16-byte words.
 template <class T, class Row>
 DEVICE void multiply_tile(mma::Tile<T>& tile, const Encoder& e, const Row& row, int first_column,
@@ -72,6 +100,7 @@ DEVICE void multiply_tile(mma::Tile<T>& tile, const Encoder& e, const Row& row, 
         return f < e.F && k < depth ? weight + f * e.weight_stride + k : nullptr;
       },
       s_stages);
+  if constexpr (std::is_same_v<T, float>) sum_again(tile, e, row, first_column);
 }
 
 template <class T, class Visitor>

@@ -17,6 +17,7 @@ struct RunParams {
   const float* scale;  // [N] of the rows, or null: 1
   Table weight;        // [F, D], with dots or along
   void* sums;          // [F, D], or null
+  int64_t sums_stride;
   const int* place;    // [F] row of the sums, or null: f
   const float* along;  // [F] times the row of the weight, is taken off; or null
   float* totals;       // [F] or null
@@ -80,7 +81,7 @@ DEVICE void write_sum(const RunParams& p, int64_t f, int64_t d, float (&sum)[kV]
     UNROLL
     for (int j = 0; j < kV; ++j) sum[j] -= along * own[j];
   }
-  store(static_cast<O*>(p.sums) + (p.place ? p.place[f] : f) * p.D + d, sum);
+  store(static_cast<O*>(p.sums) + (p.place ? p.place[f] : f) * p.sums_stride + d, sum);
 }
 
 // T: of the rows; O: of the sums and, with dots, the weight. A block per window and slice of columns; one slice with dots.

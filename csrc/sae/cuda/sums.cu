@@ -37,7 +37,7 @@ void clear_rows_kernel(RunParams p) {
        f += int64_t{simt::grid_dim()} * kWarps) {
     if (p.sorted.start[f] < p.sorted.start[f + 1]) continue;
     for (int64_t d = simt::lane_idx(); d < p.D; d += simt::kWarpSize)
-      static_cast<O*>(p.sums)[f * p.D + d] = narrow<O>(0.0f);
+      static_cast<O*>(p.sums)[f * p.sums_stride + d] = narrow<O>(0.0f);
     if (p.totals && simt::lane_idx() == 0) p.totals[f] = 0.0f;
   }
 }
@@ -119,7 +119,7 @@ template <class T, class O>
 void add_typed_sums(Launches& launches, RunParams p) {
   constexpr int kWide = 16 / sizeof(T);
   const bool wide = is_wide(p.rows, p.D, kWide) && is_wide(p.weight, p.D, kWide) &&
-                    is_wide(p.sums, p.D, kTypeOf<O>, p.D, kWide);
+                    is_wide(p.sums, p.sums_stride, kTypeOf<O>, p.D, kWide);
   by_width<T>(wide, [&](auto v) {
     constexpr int kV = decltype(v)::value;
     const RowShape shape = row_shape(p.D, kV);
@@ -147,7 +147,7 @@ RunParams RunMemory::params(const List& list, int64_t D) const {
   p.sorted = features.sorted;
   p.run = features.run;
   p.windows = features.windows;
-  p.D = D;
+  p.D = p.sums_stride = D;
   p.parts = parts;
   p.masses = masses;
   return p;

@@ -123,7 +123,8 @@ def random_directions(decoder: Tensor, seed: int = 0) -> Tensor:
 
 def leaning(found: Discovery, count: int) -> Tensor:
     """The `count` live latents that lean most to chat by their norms, most first [J]."""
-    order = torch.where(found.alive, found.delta, -1.0).argsort(descending=True)
+    delta = found.delta.nan_to_num(-1.0)
+    order = torch.where(found.alive, delta, -2.0).argsort(descending=True, stable=True)
     return order[: min(count, int(found.alive.sum()))]
 
 

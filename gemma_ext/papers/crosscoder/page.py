@@ -145,7 +145,7 @@ def write(
         worlds=table(worlds, WORLD),
         diffs=table(diffs, DIFF),
         arms=arm_table(arms),
-        null={name: f"{value:.3g}" for name, value in null.items()},
+        null={name: f"{value:.6g}" for name, value in null.items()},
         seeds=len(next(iter(diffs.values()))),
         facts=dict(facts),
         figure=plots.svg(figure(diffs, arms), "chat-only latents and what each arm explains"),

@@ -108,11 +108,18 @@ def model_diff(
         best, by the harmonic mean of both: the share of its activation on cues, the share of cues
         that it fires on, Delta and its rank among the live latents (1 leans most to chat), and the
         ratios.
+
+    Raises:
+        ValueError: no held-out token is a cue, or no latent is alive on held-out tokens.
     """
+    if not (roles == cue).any():
+        raise ValueError(f"roles: expected held-out tokens of the cue {cue}, got none")
     made = train(x, recipe, advance=advance).crosscoder
     parts, of_parts = held_out.split(_ROWS), roles.split(_ROWS)
     found = discover(made, parts)
-    mass = mass_by_role(made, parts, of_parts, int(roles.max()) + 1)
+    if not found.alive.any():
+        raise ValueError("recipe: expected latents that fire on held-out tokens, got none")
+    mass = mass_by_role(made, parts, of_parts, max(int(roles.max()), *home) + 1)
     at_home = mass[:, list(home)].sum(1) >= HOME
     chat, flagged = found.chat_only(), found.flagged()
     confirmed = chat & ~flagged
@@ -120,7 +127,9 @@ def model_diff(
     decoder = made.decoder.detach().view(made.features, 2, -1)
     control = discover(made, parts, random_directions(decoder, recipe.seed))
     share, recall = mass[:, cue], recall_of_role(made, parts, of_parts, cue)
-    detector = int((share * recall / (share + recall).clamp(min=1e-9)).argmax())
+    both = share * recall / (share + recall).clamp(min=1e-9)
+    rank = int(both[order].argmax())
+    detector = int(order[rank])
     return (
         made,
         found,
@@ -137,7 +146,7 @@ def model_diff(
             "detector share": float(share[detector]),
             "detector recall": float(recall[detector]),
             "detector delta": float(found.delta[detector]),
-            "detector rank": int((order == detector).nonzero()) + 1,
+            "detector rank": rank + 1,
             "detector nu error": float(found.betas.nu_error[detector]),
             "detector nu reconstruction": float(found.betas.nu_reconstruction[detector]),
         },

@@ -45,10 +45,11 @@ def _prompts(path: Path) -> Iterator[ToxicityPrompt]:
                 record = json.loads(line)
                 prompt = record["prompt"]
                 text, toxicity = prompt["text"], prompt.get("toxicity")
+                if not isinstance(text, str):
+                    raise TypeError(text)
+                toxicity = None if toxicity is None else float(toxicity)
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path}, line {number}: expected a record with prompt.text, got {line[:80]!r}"
                 ) from error
-            yield ToxicityPrompt(
-                text, None if toxicity is None else float(toxicity), bool(record.get("challenging"))
-            )
+            yield ToxicityPrompt(text, toxicity, bool(record.get("challenging")))

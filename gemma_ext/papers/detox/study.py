@@ -52,7 +52,7 @@ class Row:
 
     Attributes:
         perplexity: per token of all continuations under the reference.
-        distinct, repetition: of words (`metrics`).
+        distinct, repetition: of words, and of the model's tokens (`metrics`).
     """
 
     tier: str
@@ -205,7 +205,7 @@ def _row(
         toxicity(_grouped(task.scorer(texts), task.continuations)),
         float(torch.tensor(-mean).exp()) if count else float("nan"),
         distinct(texts),
-        sum(map(repetition, texts)) / len(texts),
+        sum(map(repetition, _tokens(lm, texts))) / len(texts),
         capability,
     )
 
@@ -221,6 +221,10 @@ def _texts(
     prompts = [prompt for prompt in task.prompts for _ in range(task.continuations)]
     found = generate_at(lm, plan.layer, plan.steering(sae), alphas, prompts, task.sampling)
     return [[completion.text for completion in row] for row in found]
+
+
+def _tokens(lm: HuggingFaceModel, texts: list[str]) -> list[list[int]]:
+    return lm.text.tokenizer(texts, add_special_tokens=False).input_ids
 
 
 def mean_toxicity(
