@@ -73,14 +73,14 @@ class Watched:
 
         engine.runner.open, engine.runner.close = opened, closed
         if engine.router is not None:
-            step = engine.router.step
+            run = engine.router.work.run
 
             def watched(rows, wide):
                 self.ticks += 1
                 with no_word_to_the_host():
-                    step(rows, wide)
+                    run(rows, wide)
 
-            engine.router.step = watched
+            engine.router.work.run = watched
 
     def _present(self, row, request):
         engine, found = self.engine, {}
@@ -90,7 +90,7 @@ class Watched:
             page = int(tables[pos // PAGE])
             for loop in range(engine.runner.loops):
                 if engine.router is not None:
-                    there = pos < int(engine.router.route.done[row, loop])
+                    there = pos < int(engine.router.work.route.done[row, loop])
                 else:
                     there = int(marks[page, pos % PAGE]) > loop
                 if there:
