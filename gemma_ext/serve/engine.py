@@ -121,7 +121,7 @@ class Engine:
         from gemma_ext.serve.weights import read_weights
 
         weights = read_weights(model, dtype=dtype)
-        config = config.routed(weights.device.type == "cuda" and not shortlist)
+        config = config.routed(weights.device.type == "cuda")
         runner = ModelRunner(
             weights,
             config.sizes,

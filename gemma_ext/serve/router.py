@@ -38,19 +38,15 @@ class Router:
     Args:
         runner: of the model; its last row of requests and last slot of the bank are scratch.
         shape: of rows and states.
-
-    Raises:
-        ValueError: a head whose reading cannot be run from fixed shapes.
     """
 
     def __init__(self, runner: ModelRunner, shape: Shape) -> None:
-        if runner.readout.head.shortlist is not None:  # what it leaves open is read by value
-            raise ValueError("routing: expected no shortlist with 'device', got one")
         self.runner, self.shape = runner, shape
         self.work = Tick(runner, shape, DEVICE_STOPS)
         self.ticks = 0
         self.wide: set[int] = set()  # rows whose draws need candidates or are told with log-probs
-        self._graphs: dict[tuple[int, bool], Any] = {}
+        self.hot: set[int] = set()  # rows whose draws are samples
+        self._graphs: dict[tuple[int, str], Any] = {}
         self._pool: Any = None
 
     def start(
@@ -99,9 +95,11 @@ class Router:
         if depths:
             begin = len(request.prompt) - 1
             self._put(work.forced[row, begin : begin + len(depths)], list(depths))
-        self.wide.discard(row)
-        if sampler.cuts[row] or sampler.asked[row] >= 0:
-            self.wide.add(row)
+        for rows, own in (
+            (self.wide, sampler.cuts[row] or sampler.asked[row] >= 0),
+            (self.hot, sampler.hot[row]),
+        ):
+            (rows.add if own else rows.discard)(row)
         if slot >= 0:
             with torch.inference_mode():
                 mine = self.shape.first_slot + row * self.shape.ring + pos % self.shape.ring
@@ -111,6 +109,7 @@ class Router:
         """Nothing of the row runs any more behind what is under way."""
         self.work.route.kind[row] = FREE
         self.wide.discard(row)
+        self.hot.discard(row)
 
     def _put(self, where: Tensor, values: list[int]) -> None:
         where.copy_(torch.tensor(values), non_blocking=True)
@@ -131,15 +130,17 @@ class Router:
         limits = limits - self.shape.prefix
         work.route.limit[: self.shape.requests].copy_(limits, non_blocking=True)
         rows = max(_LEAST_ROWS, 1 << (2 * requests - 1).bit_length())
-        key = min(rows, self.shape.rows), bool(self.wide)
+        best = work.shortlists and not self.hot
+        reading = "candidates" if self.wide else "best" if best else "samples"
+        key = min(rows, self.shape.rows), reading
         self.ticks += 1
         if device.type == "cuda":
             self._replay(key)
         else:
             work.run(*key)
-        return Flight(work.told, work.likely if key[1] else None)
+        return Flight(work.told, work.likely if self.wide else None)
 
-    def _replay(self, key: tuple[int, bool]) -> None:
+    def _replay(self, key: tuple[int, str]) -> None:
         work = self.work
         if key not in self._graphs:
             if not self._graphs:  # once as it is: libraries begin with what no graph can hold

@@ -44,6 +44,7 @@ class Tick:
         forced: uint8 [R + 1, T + 1] loops after which a token is read, in the place of the test.
         stops: int32 [R + 1, S] stop ids, -1 for none.
         cuts: bool [R + 1], draws that keep only some tokens; asked: int64, logprobs, -1 for none.
+        shortlists: whether codes of the head may give the best ids.
         told: int64 [1 + n, F], first what ran, then of each request that was read `TOLD`.
         likely: log-probabilities of those that were read.
     """
@@ -65,6 +66,9 @@ class Tick:
         self.cuts = zeros(count, dtype=torch.bool)
         self.asked = zeros(count) - 1
         self.test = self.exits.test.name if shape.mode in EARLY else "none"
+        self.shortlists = (
+            head.shortlist is not None and not head.has_early and self.test not in ON_HEAD
+        )
         compares = self.test in ON_CHANGE
         self.before = runner.bank.new_zeros(count, runner.bank.shape[1]) if compares else None
         self.read = min(shape.width, shape.requests)  # by the head at a time
@@ -76,17 +80,18 @@ class Tick:
             zeros(self.read, top, dtype=head.dtype),
         )
 
-    def run(self, rows: int, wide: bool) -> None:
+    def run(self, rows: int, reading: str) -> None:
         """A tick of at most `rows` rows.
 
         Args:
-            wide: whether a draw needs candidates of the head, or is told with log-probabilities.
+            reading: what is asked of the head: "candidates" where a draw needs them or is told with
+                log-probabilities, "best" ids alone, which codes of the head give, or "samples".
         """
         self.now += 1
         self.route.fields[:, self.shape.requests] = 0
         self.told.zero_()
         self._block(rows)
-        self._head(wide)
+        self._head(reading)
 
     def _block(self, most: int) -> None:
         route, runner = self.route, self.runner
@@ -142,12 +147,14 @@ class Tick:
         passes = self.exits.signals(to, row, pos, loop, before, read)
         return asks & passes & (run >= self.route.least[row])
 
-    def _head(self, wide: bool) -> None:
+    def _head(self, reading: str) -> None:
         route, n = self.route, self.shape.requests
         row = route.first_come(route.kind[:n] == HEAD, self.read)
         on, pos, run = row < n, route.pos[row], route.loop[row]
         slot, early = route.slots(row, pos), run < self.shape.loops
-        read = self._read(slot, row, pos, early, CANDIDATES if wide else 0)
+        wide, read = reading == "candidates", None
+        if reading != "best":
+            read = self._read(slot, row, pos, early, CANDIDATES if wide else 0)
         leaves = on & (route.leaves[row] > 0)
         if self.test in ON_HEAD:
             asks, before = on & ~leaves, None
@@ -158,7 +165,10 @@ class Tick:
             skips = torch.where(leaves & early, row, -1)
             last = (run - 1).clamp(min=0)
             self.runner.skip(*(x.int() for x in (slot, skips, pos, last)), self.tables)
-        ids, covered = self._draw(read, row, pos, wide)
+        if read is None:
+            ids, covered = self.runner.readout.head.best(self.runner.bank, slot), on
+        else:
+            ids, covered = self._draw(read, row, pos, wide)
         changed = (route.weighs[row] > 0) | (pos + 1 - route.first[row] < route.held[row])
         parks = leaves & (changed | ~covered)
         drawn = leaves & ~parks

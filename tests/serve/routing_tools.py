@@ -75,10 +75,10 @@ class Watched:
         if engine.router is not None:
             run = engine.router.work.run
 
-            def watched(rows, wide):
+            def watched(rows, reading):
                 self.ticks += 1
                 with no_word_to_the_host():
-                    run(rows, wide)
+                    run(rows, reading)
 
             engine.router.work.run = watched
 
@@ -100,12 +100,12 @@ class Watched:
         return found
 
 
-def engines(model, exits, **options) -> tuple[Engine, Engine]:
+def engines(model, exits, shortlist=False, **options) -> tuple[Engine, Engine]:
     """(host, device) engines of the same settings."""
     given = {"width": 4, "max_model_len": 64, "prefill_tokens": 16, "verify": True, **options}
     made = []
     for routing in ("host", "device"):
         config = EngineConfig(**given, routing=routing)
-        made.append(Engine.of_model(model, config, exits=exits))
+        made.append(Engine.of_model(model, config, exits=exits, shortlist=shortlist))
     assert isinstance(made[1].router, Router)
     return tuple(made)

@@ -521,10 +521,30 @@ def test_what_a_device_does_not_route(options, sentence):
     assert EngineConfig(**options).routed(True).routing == "host"
 
 
-def test_models_that_a_device_does_not_route():
-    config = EngineConfig(max_model_len=64, routing="device")
-    with pytest.raises(ValueError, match=r"^routing: expected no shortlist with 'device', got one"):
-        Engine.of_model(MODEL, config, shortlist=True)
+@pytest.mark.parametrize("name", ["none", "latent_diff", "max_prob"])
+def test_codes_of_the_head(name):
+    """They are read where all draws are greedy and no test asks the head."""
+    test = ExitTest() if name == "none" else exit_test(name)
+    host, device = engines(MODEL, test, shortlist=True)
+    asked_of, run = [], device.router.work.run
+
+    def watched(rows, reading):
+        asked_of.append(reading)
+        run(rows, reading)
+
+    device.router.work.run = watched
+    for greedy in (True, False):
+        asked = requests(
+            5, logprobs=None, top_k=0, top_p=1.0, min_p=0.0, temperature=float(not greedy)
+        )
+        assert serve(device, asked) == serve(host, asked)
+        assert set(asked_of) == {"best" if greedy and name != "max_prob" else "samples"}
+        asked_of.clear()
+    assert serve(device, requests()) == serve(host, requests())
+    assert "candidates" in asked_of
+
+
+def test_no_other_routing():
     with pytest.raises(ValueError, match=r"^routing: expected one of auto, host, device, got 'x'"):
         EngineConfig(routing="x")
 
