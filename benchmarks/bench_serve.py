@@ -3,11 +3,14 @@
     python benchmarks/bench_serve.py                      # the pocket, two loops, ranks 0 and 64
     python benchmarks/bench_serve.py --model gemma2-300m  # 12 layers of a Gemma 2, random weights
     python benchmarks/bench_serve.py --width 4 16 --policies exact_lazy propagate --save
+    python benchmarks/bench_serve.py --routing host device  # every subject by both
 
 Every subject serves the same requests from a queue that is never empty, and is measured once it is
 in its stride; exit depths are replayed, so that no model has to be good. `csb` is the same engine
-refilled at full passes, where every token runs all loops: continuous sequence batching. A subject
-whose tokens differ from those of requests served alone has no time.
+refilled at full passes, where every token runs all loops: continuous sequence batching. Where
+both routings are measured, all are set against the faster `csb`, and those of the device against
+themselves on the host too. A subject whose tokens differ from those of requests served alone has no
+time.
 
 `bound` is (B t + h) / (E t + h), t and h the seconds of a row in a block and in the head of the csb
 run: what exits can give where a row costs the same beside any others and fills cost nothing.
@@ -42,6 +45,7 @@ COLUMNS = {
     "spread": ("spread", ".0%"),
     "x_csb": ("x csb", ".2f"),
     "x_csb_cpu": ("x csb, cpu time", ".2f"),
+    "x_host": ("x host", ".2f"),
     "x_generate": ("x generate", ".2f"),
     "bound": ("bound", ".2f"),
     "tpot_p50": ("ms between tokens, p50", ".1f"),
@@ -52,13 +56,19 @@ COLUMNS = {
     "mean_coda": ("rows a head", ".1f"),
     "block_ms": ("block ms", ".2f"),
     "head_ms": ("head ms", ".2f"),
+    "tick_ms": ("tick ms", ".2f"),
     "own": ("outside the model", ".1%"),
     "note": ("note", ""),
 }
-ORDER = (
-    "csb", "cdb exact_lazy", "cdb exact_eager", "cdb propagate", "cdb copy", "cdb single",
-    "lockstep exact_lazy", "engine", "generate",
-)  # fmt: skip
+DEVICE = ", device"
+ORDER = [
+    name + routed
+    for name in (
+        "csb", "cdb exact_lazy", "cdb exact_eager", "cdb propagate", "cdb copy", "cdb single",
+        "lockstep exact_lazy", "engine", "generate",
+    )
+    for routed in ("", DEVICE)
+]  # fmt: skip
 LAYOUT = report.Layout(
     title="Serving",
     about="`python benchmarks/bench_serve.py --save`; columns are explained in `../../README.md`.",
@@ -131,20 +141,20 @@ class Workload:
 
 
 class Timed:
-    """A runner whose blocks and heads are timed."""
+    """A runner whose blocks and heads are timed, and the ticks of its router."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: Any, router: Any) -> None:
         self._runner = runner
-        self.seconds = {"block": 0.0, "coda": 0.0, "embed": 0.0}
-        for name in self.seconds:
-            setattr(self, name, self._timed(name))
+        self.seconds = {"block": 0.0, "coda": 0.0, "embed": 0.0, "tick": 0.0}
+        for name in ("block", "coda", "embed"):
+            setattr(self, name, self._timed(name, getattr(runner, name)))
+        if router is not None:
+            router.tick = self._landing(self._timed("tick", router.tick))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def _timed(self, name: str) -> Any:
-        call = getattr(self._runner, name)
-
+    def _timed(self, name: str, call: Any) -> Any:
         def timed(*arguments: Any) -> Any:
             begin = time.perf_counter()
             try:
@@ -153,6 +163,16 @@ class Timed:
                 self.seconds[name] += time.perf_counter() - begin
 
         return timed
+
+    def _landing(self, tick: Any) -> Any:
+        """A tick takes until somebody has waited for it."""
+
+        def launched(*arguments: Any) -> Any:
+            flight = tick(*arguments)
+            flight.land = self._timed("tick", flight.land)
+            return flight
+
+        return launched
 
 
 @dataclass
@@ -174,7 +194,7 @@ class Served:
 
     def __post_init__(self) -> None:
         self.engine.clock = lambda: self.elapsed + time.perf_counter() - self.began
-        self.engine.runner = Timed(self.engine.runner)
+        self.engine.runner = Timed(self.engine.runner, self.engine.router)
 
     def run(self, seconds: float = float("inf"), requests: float = float("inf")) -> Window:
         engine, tokens, ended = self.engine, 0, 0
@@ -195,6 +215,7 @@ class Served:
         self.run(requests=2 * engine.config.width)
         engine.latencies.forget()
         self.counted, self.spent = engine.scheduler.counters(), dict(engine.runner.seconds)
+        self.ticks = 0 if engine.router is None else engine.router.ticks
 
     def row(self) -> dict[str, Any]:
         now, spent = self.engine.scheduler.counters(), self.engine.runner.seconds
@@ -202,15 +223,21 @@ class Served:
         seconds = {name: spent[name] - self.spent[name] for name in spent}
         latency = self.engine.latencies.summary()
         total = sum(window.seconds for window in self.windows)
+        if self.engine.router is None:
+            times = {
+                "block_ms": 1e3 * seconds["block"] / delta["blocks"],
+                "head_ms": 1e3 * seconds["coda"] / delta["codas"],
+            }
+        else:
+            times = {"tick_ms": 1e3 * seconds["tick"] / (self.engine.router.ticks - self.ticks)}
         return {
+            **times,
             "tpot_p50": 1e3 * latency["tpot_p50"],
             "tpot_p99": 1e3 * latency["tpot_p99"],
             "mean_rows": delta["rows"] / delta["blocks"],
             "mean_loops": delta["distinct_loops"] / delta["blocks"],
             "fills": delta["fill_rows"] / delta["rows"],
             "mean_coda": delta["coda_rows"] / delta["codas"],
-            "block_ms": 1e3 * seconds["block"] / delta["blocks"],
-            "head_ms": 1e3 * seconds["coda"] / delta["codas"],
             "own": 1 - sum(seconds.values()) / total,
         }
 
@@ -261,7 +288,12 @@ class Generated:
 
 
 def engine_of(
-    model: Any, workload: Workload, width: int, mode: str = "cdb", policy: str = "exact_lazy"
+    model: Any,
+    workload: Workload,
+    width: int,
+    mode: str = "cdb",
+    policy: str = "exact_lazy",
+    routing: str = "host",
 ) -> Engine:
     config = EngineConfig(
         width=width,
@@ -269,8 +301,9 @@ def engine_of(
         max_model_len=workload.longest,
         mode=mode,
         kv_policy=policy,
-        min_coda_batch=width if mode == "cdb" else 1,
+        min_coda_batch=width if mode == "cdb" and routing == "host" else 1,
         prefill_tokens=256,
+        routing=routing,
     )
     return Engine.of_model(model, config)
 
@@ -305,10 +338,10 @@ def few(workload: Workload, count: int) -> list[tuple[Request, list[int]]]:
     return cut
 
 
-def red(model: Any, workload: Workload, width: int, mode: str, policy: str) -> str:
+def red(model: Any, workload: Workload, width: int, mode: str, policy: str, routing: str) -> str:
     """A sentence where a full engine draws other tokens than one request after the other."""
     requests = few(workload, width + 2)
-    engine = engine_of(model, workload, width, mode, policy)
+    engine = engine_of(model, workload, width, mode, policy, routing)
     ids = [engine.submit(*one) for one in requests]
     together, some = _drain(engine), (0, width + 1)
     if mode == "csb":
@@ -328,22 +361,35 @@ def measure(subjects: dict[str, Any], seconds: float, rounds: int) -> None:
             subject.windows.append(subject.run(seconds))
 
 
+def rate(subject: Any) -> float:
+    """Median tokens per second of its windows."""
+    return statistics.median(window.tokens / window.seconds for window in subject.windows)
+
+
+def gain(subject: Any, base: Any, cost: str = "seconds") -> float:
+    """Tokens for a cost, as a multiple of the base's in the same round."""
+    pairs = zip(subject.windows, base.windows, strict=True)
+    return statistics.median(
+        a.tokens / getattr(a, cost) * getattr(b, cost) / b.tokens for a, b in pairs
+    )
+
+
 def rows_of(subjects: dict[str, Any], base: str, column: str) -> dict[str, dict[str, Any]]:
-    """Rates, and ratios to `base` inside a round."""
+    """Rates, and ratios to `base`, by whichever routing is faster."""
     found = {}
+    bases = [name for name in (base, base + DEVICE) if name in subjects]
+    base = max(bases, key=lambda name: rate(subjects[name]), default=base)
     for name, subject in subjects.items():
         rates = [window.tokens / window.seconds for window in subject.windows]
         row = {"name": name, "rate": statistics.median(rates), **subject.row()}
         row["spread"] = (max(rates) - min(rates)) / row["rate"]
-        if name != base:
-            pairs = list(zip(subject.windows, subjects[base].windows, strict=True))
-            row[column] = statistics.median(
-                a.tokens / a.seconds * b.seconds / b.tokens for a, b in pairs
-            )
+        host = name.removesuffix(DEVICE)
+        if name != base and base in subjects:
+            row[column] = gain(subject, subjects[base])
             if column == "x_csb":
-                row["x_csb_cpu"] = statistics.median(
-                    a.tokens / a.cpu * b.cpu / b.tokens for a, b in pairs
-                )
+                row["x_csb_cpu"] = gain(subject, subjects[base], "cpu")
+        if name != host and host in subjects:
+            row["x_host"] = gain(subject, subjects[host])
         found[name] = row
     return found
 
@@ -353,11 +399,16 @@ def recursive_case(
 ) -> list[dict[str, Any]]:
     workload = Workload(model.config.vocab_size, exits, OUTPUT.get(options.model, MANY))
     full = exits[-1] == 1
-    kinds = {"csb": ("csb", "exact_lazy")}
+    modes = {"csb": ("csb", "exact_lazy")}
     policies = options.policies[:1] if full else options.policies
-    kinds |= {f"cdb {policy}": ("cdb", policy) for policy in policies}
+    modes |= {f"cdb {policy}": ("cdb", policy) for policy in policies}
     if not full:
-        kinds["lockstep exact_lazy"] = ("lockstep", "exact_lazy")
+        modes["lockstep exact_lazy"] = ("lockstep", "exact_lazy")
+    kinds = {
+        name + (DEVICE if routing == "device" else ""): (*kind, routing)
+        for name, kind in modes.items()
+        for routing in options.routing
+    }
     notes = {name: red(model, workload, width, *kind) for name, kind in kinds.items()}
     subjects = {
         name: Served(engine_of(model, workload, width, *kind), workload.requests())
@@ -367,13 +418,13 @@ def recursive_case(
     measure(subjects, options.seconds, options.rounds)
     rows = rows_of(subjects, "csb", "x_csb")
     mean = sum((j + 1) * p for j, p in enumerate(exits))
-    base = rows["csb"]
-    block, head = base["block_ms"] / base["mean_rows"], base["head_ms"] / base["mean_coda"]
+    if base := rows.get("csb"):
+        block, head = base["block_ms"] / base["mean_rows"], base["head_ms"] / base["mean_coda"]
     for name, row in rows.items():
-        if name != "csb":
+        if base and not name.startswith("csb"):
             row["bound"] = (LOOPS * block + head) / (mean * block + head)
         bar = FULL if full else BARS.get(rank)
-        if bar and name.startswith("cdb"):
+        if bar and name.startswith("cdb") and "x_csb" in row:
             row["bars"] = verdict(f"{row['x_csb']:.2f} x csb, {bar} asked,", row["x_csb"] >= bar)
     return [rows.get(name, {"name": name}) | {"note": note} for name, note in notes.items()]
 
@@ -384,15 +435,22 @@ def vanilla_case(model: Any, width: int, options: argparse.Namespace) -> list[di
     ours = alone(model, workload, "exact_lazy", asked)
     theirs = [Generated(model, 1, iter(())).batch([request])[0] for request, _ in asked]
     same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-    subjects = {
-        "engine": Served(engine_of(model, workload, width), workload.requests()),
-        "generate": Generated(model, width, workload.requests()),
+    subjects: dict[str, Any] = {
+        "engine" + (DEVICE if routing == "device" else ""): Served(
+            engine_of(model, workload, width, routing=routing), workload.requests()
+        )
+        for routing in options.routing
     }
+    names = list(subjects)
+    subjects["generate"] = Generated(model, width, workload.requests())
     measure(subjects, options.seconds, options.rounds)
     rows = rows_of(subjects, "generate", "x_generate")
-    rows["engine"]["note"] = f"{same} of {len(asked)} outputs as generate's"
-    gain = rows["engine"]["x_generate"]
-    rows["engine"]["bars"] = verdict(f"{gain:.2f} x generate, {GENERATE} asked,", gain >= GENERATE)
+    for name in names:
+        found = rows[name]["x_generate"]
+        rows[name]["note"] = f"{same} of {len(asked)} outputs as generate's"
+        rows[name]["bars"] = verdict(
+            f"{found:.2f} x generate, {GENERATE} asked,", found >= GENERATE
+        )
     return list(rows.values())
 
 
@@ -434,6 +492,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--exits", nargs=LOOPS, type=float, default=[0.8, 0.2])
     parser.add_argument("--width", nargs="+", type=int, default=[4, 16], help="tokens in a step")
     parser.add_argument("--policies", nargs="+", default=["exact_lazy", "propagate"])
+    parser.add_argument("--routing", nargs="+", choices=("host", "device"), default=["host"])
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a window")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each subject")

@@ -105,7 +105,7 @@ struct RopeWrite {
 // depend neither on who computes a part nor on where the row's pages lie.
 constexpr int kSplit = 256;
 
-// softmax(softcap(scale q k)) v over first .. pos
+// softmax(softcap(scale q k)) v over the sinks and first .. pos
 struct Attention {
   Rows q;
   int64_t q_heads;
@@ -114,9 +114,11 @@ struct Attention {
   const int32_t* depth_of;  // [loops]
   const int32_t* window;    // [loops], or null; 0: all tokens
   float scale, softcap;     // 0: none
+  int32_t sinks;            // first tokens, which rows see in front of any window
   void* out;                // [n, q_heads, width]
 };
 
+// Of a row's window.
 GEMMA_EXT_DEPTH_BOTH static inline int32_t first_token(const Attention& a, int64_t i) {
   const int32_t reach = a.window ? a.window[a.places.loop[i]] : 0;
   return reach > 0 && reach <= a.places.pos[i] ? a.places.pos[i] + 1 - reach : 0;

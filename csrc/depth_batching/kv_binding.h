@@ -6,6 +6,7 @@
 //   run(op, like, call)    a call of contract.h
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <tuple>
 
@@ -185,7 +186,8 @@ struct KvBinding {
 
   static Tensor attend(const Tensor& q, const Tensor& kv_pool, const Tensor& block_tables,
                        const Tensor& row_req, const Tensor& row_pos, const Tensor& row_loop,
-                       const Tensor& depth_of, const Maybe& window, double scale, double softcap) {
+                       const Tensor& depth_of, const Maybe& window, double scale, double softcap,
+                       int64_t sinks) {
     constexpr const char* op = "paged_attn_mixed_depth";
     Engine engine(op, kv_pool);
     Attention call{};
@@ -202,6 +204,7 @@ struct KvBinding {
     }
     call.scale = float(scale);
     call.softcap = float(softcap);
+    call.sinks = int32_t(std::clamp<int64_t>(sinks, 0, INT32_MAX));
     Tensor out = torch::stable::new_empty(kv_pool, {call.places.n, call.q_heads, call.pool.width});
     call.out = out.mutable_data_ptr();
     engine.run(op, kv_pool, call);

@@ -49,7 +49,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(gemma_ext, m) {
         "Tensor depth_of, Tensor? rope, Tensor? rope_of, Tensor? q_norm, Tensor? k_norm, "
         "float eps, bool plus_one, Tensor(b!)? fill_mark) -> Tensor");
   m.def("paged_attn_mixed_depth(Tensor q, Tensor kv_pool, " GEMMA_EXT_PLACES
-        "Tensor depth_of, Tensor? window, float scale, float softcap) -> Tensor");
+        "Tensor depth_of, Tensor? window, float scale, float softcap, int sinks=0) -> Tensor");
   m.def("kv_copy(Tensor(a!) kv_pool, " GEMMA_EXT_PLACES
         "Tensor depths, Tensor(b!)? fill_mark) -> ()");
   LinearBinding<Cpu>::define_in(m);

@@ -175,7 +175,9 @@ int Scheduler::take_page() {
   int page;
   while ((page = pages_.take()) < 0 && !filling_.empty()) {
     Request& r = *filling_.back();  // nobody waits for what it fills
-    counters_.dropped_fills += static_cast<int64_t>(r.deferred.size());
+    for (size_t pos = 0; pos + 1 < r.tokens.size(); ++pos)
+      counters_.dropped_fills +=
+          pages_.marks(r.pages[pos / kPage])[pos % kPage] < r.asked.max_loops;
     publish(r);
     release(r);
   }

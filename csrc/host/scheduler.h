@@ -79,6 +79,9 @@ struct Start {
   int row, pos, slot;  // slot: of the bank, -1 for a token that runs from its first loop
 };
 
+// Stop ids of a request at whose draw the device ends it itself.
+constexpr int kDeviceStops = 16;
+
 // What a tick of the device drew, and what it ran.
 struct Drawn {
   int64_t id;
@@ -155,6 +158,8 @@ class Scheduler {
   void report_launched();  // of a tick; its tokens come with `report_drawn`
   // sets `output` and `end` of as many rows as there are tokens; an end of -1 for a request that is gone
   void report_drawn(const std::vector<Drawn>& drawn, const Ran& ran);
+  // complete outputs whose owed loops have run
+  void report_filled(const std::vector<int64_t>& ids);
   // Requests that the device takes over and rows that it lets go, rows first; each is told once.
   std::pair<std::vector<int>, std::vector<Start>> handed();
   const std::vector<int32_t>& limits() const { return limits_; }
@@ -209,6 +214,8 @@ class Scheduler {
   void cover_ahead(Request& r);
   void retry_routed();
   void stop_row(const Request& r);
+  bool owes_at_end(const Request& r, int filled) const;
+  void mark_filled(Request& r, int positions);
   void begin_plan(Stage stage);
   void end_plan(Stage stage);
 

@@ -101,6 +101,7 @@ const char* stage_name(Stage stage) {
 }  // namespace
 
 void bind_scheduler(py::module_& m) {
+  m.attr("DEVICE_STOPS") = kDeviceStops;
   py::class_<Scheduler>(
       m, "Scheduler",
       "Which rows of which requests run next, at which loops: `plan`, run it, report it. No call "
@@ -233,8 +234,13 @@ void bind_scheduler(py::module_& m) {
           },
           py::arg("drawn"), py::arg("ran"),
           "drawn: int64 [n, 4] of request, token, depth and the positions with all loops; ran: "
-          "rows, "
-          "tokens, fills and loops of the block.")
+          "rows, tokens, fills and loops of the block.")
+      .def(
+          "report_filled",
+          [](Scheduler& self, const Input<int64_t>& ids) {
+            self.report_filled({ids.data(), ids.data() + ids.size()});
+          },
+          py::arg("ids"), "Complete outputs whose owed loops have run on the device.")
       .def(
           "handed",
           [](Scheduler& self) {
@@ -245,8 +251,7 @@ void bind_scheduler(py::module_& m) {
             return py::make_tuple(stopped, starts);
           },
           "Rows that the device lets go, and requests that it takes over as (request, row, "
-          "position, "
-          "slot); each is told once.")
+          "position, slot); each is told once.")
       .def("check", &Scheduler::check, "Raises RuntimeError where anything is lost or held twice.")
       .def("forget_prefixes", &Scheduler::forget_prefixes)
       .def("buffers", &buffers, "Arrays over the memory that every plan is written to.")

@@ -23,7 +23,7 @@ bool Scheduler::plan_routed() {
     rows_.clear();
     add_prompts(true);
     lay_out();
-  } else if (!ready_.empty()) {
+  } else if (!ready_.empty() || !filling_.empty()) {
     for (Request* r : ready_) cover_ahead(*r);
     begin_plan(Stage::kTick);
     step_.clear();
@@ -117,16 +117,50 @@ void Scheduler::report_drawn(const std::vector<Drawn>& drawn, const Ran& ran) {
     const End end = take_token(r, drawn[i].token);
     plan_.end[i] = static_cast<int32_t>(end);
     if (end != End::kNo) {
-      for (int pos = 0; exact() && pos < drawn[i].filled; ++pos) {
-        uint8_t& mark = pages_.marks(r.pages[pos / kPage])[pos % kPage];
-        mark = std::max<uint8_t>(mark, r.asked.max_loops);  // others may share the page
+      if (exact()) mark_filled(r, drawn[i].filled);
+      if (owes_at_end(r, drawn[i].filled)) {
+        leave_queues(r);
+        r.state = State::kFilling;
+        filling_.push_back(&r);
+        ++counters_.finished;
+      } else {
+        this->end(r);
       }
-      this->end(r);
       continue;
     }
     auto& queue = r.state == State::kReady ? ready_ : stalled_;
     queue.erase(std::find(queue.begin(), queue.end(), &r));
     route(r);
+  }
+  bury();
+}
+
+// The first positions of the request have all its loops.
+void Scheduler::mark_filled(Request& r, int positions) {
+  for (int pos = 0; pos < positions; ++pos) {
+    uint8_t& mark = pages_.marks(r.pages[pos / kPage])[pos % kPage];
+    mark = std::max<uint8_t>(mark, r.asked.max_loops);  // others may share the page
+  }
+}
+
+// Whether the device fills what a complete output owes: where it knows itself that the output is complete.
+bool Scheduler::owes_at_end(const Request& r, int filled) const {
+  if (!options_.fill_on_finish || r.asked.max_loops < options_.loops) return false;
+  const auto& stops = r.asked.stops;
+  const auto known = stops.begin() + std::min<size_t>(stops.size(), kDeviceStops);
+  const bool ends =
+      r.outputs == r.asked.max_tokens || std::find(stops.begin(), known, r.tokens.back()) != known;
+  return ends && filled + 1 < static_cast<int>(r.tokens.size());
+}
+
+void Scheduler::report_filled(const std::vector<int64_t>& ids) {
+  for (const int64_t id : ids) {
+    const auto found = requests_.find(id);
+    if (found == requests_.end() || found->second->state != State::kFilling) continue;
+    Request& r = *found->second;
+    mark_filled(r, static_cast<int>(r.tokens.size()) - 1);
+    publish(r);
+    release(r);
   }
   bury();
 }

@@ -116,8 +116,10 @@ def paged_attn_mixed_depth(
     window: Tensor | None,
     scale: float,
     softcap: float | None,
+    sinks: int = 0,
 ) -> Tensor:
-    """softmax(softcap(scale q k)) v over a row's token and those before it in its window."""
+    """softmax(softcap(scale q k)) v over a row's token, those before it in its window, and the
+    first `sinks` tokens."""
     wide = torch.promote_types(q.dtype, torch.float32)
     heads, width = q.shape[1:]
     kv_heads = kv_pool.shape[3]
@@ -127,8 +129,11 @@ def paged_attn_mixed_depth(
             continue
         reach = int(window[loop]) if window is not None else 0
         first = max(position + 1 - reach, 0) if reach > 0 else 0
-        pages = block_tables[request, first // PAGE : position // PAGE + 1].long()
-        tokens = slice(first % PAGE, position + 1 - first // PAGE * PAGE)
+        every = torch.arange(position + 1, device=q.device)
+        seen = every[(every >= first) | (every < sinks)]
+        pages, tokens = torch.unique_consecutive(seen // PAGE, return_inverse=True)
+        tokens = tokens * PAGE + seen % PAGE
+        pages = block_tables[request, pages].long()
         own = kv_pool[int(depth_of[loop]), pages].to(wide)  # [pages, 2, n_kv, 16, hd]
         k, v = own.permute(1, 2, 0, 3, 4).reshape(2, kv_heads, 1, -1, width)[:, :, :, tokens]
         x = q[n].contiguous().to(wide).reshape(kv_heads, heads // kv_heads, 1, width)

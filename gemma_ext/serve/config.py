@@ -152,12 +152,12 @@ class EngineConfig:
     def _host_only(self) -> str | None:
         """What would have to be otherwise for a device to route."""
         for name, wanted in (
-            ("mode", "cdb"), ("order", "fifo"), ("min_coda_batch", 1), ("fill_on_finish", False),
+            ("min_coda_batch", 1),  # a head of fixed shape costs the same for fewer rows
             ("drafts", 0),
-        ):  # fmt: skip
+        ):
             if getattr(self, name) != wanted:
                 return f"{name} {wanted}"
-        return "another kv_policy than exact_eager" if self.kv_policy == "exact_eager" else None
+        return None
 
     def routed(self, device: bool) -> EngineConfig:
         """The same with "auto" decided: by the device if it may and these settings let it."""
@@ -189,7 +189,15 @@ class EngineConfig:
         """Of a device that routes tokens."""
         rows = self.width + self.fill_rows
         sizes = (self.requests, self.width, rows, loops, self.backlog, self.ring)
-        return Shape(*sizes, self.prefill_tokens, prefix)
+        return Shape(
+            *sizes,
+            self.prefill_tokens,
+            prefix,
+            mode=self.mode,
+            order=self.order,
+            eager=self.kv_policy == "exact_eager",
+            finishes=self.fill_on_finish,
+        )
 
     def scheduler(self, loops: int, revision: str = "", prefix: int = 0) -> Scheduler:
         """The scheduler for a model of so many loops.

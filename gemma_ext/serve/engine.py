@@ -22,7 +22,8 @@ import torch
 from gemma_ext.serve.config import PAGE, EngineConfig
 from gemma_ext.serve.flight import Flight
 from gemma_ext.serve.kv import HostStore
-from gemma_ext.serve.protocol import Event, Limits, Request, Stats, Token
+from gemma_ext.serve.outputs import REASONS, Outputs
+from gemma_ext.serve.protocol import Event, Limits, Request, Stats
 from gemma_ext.serve.router import Router
 from gemma_ext.serve.runner import PROMPT, ModelRunner, Rows
 from gemma_ext.serve.stats import Latencies
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from gemma_ext.serve.exits import ExitTest
     from gemma_ext.serve.sampling import Sampled
 
-_REASONS = (None, "stop", "length", "error")
 _NO_PAGE = "the KV pool has no page left for this request"
 
 
@@ -74,13 +74,9 @@ class Engine:
         if config.routing == "device":
             self.router = Router(runner, config.shape(runner.loops, self.prefix))
         self._flight: Flight | None = None
-        self._depths: dict[int, Sequence[int]] = {}
         self.scheduler = config.scheduler(runner.loops, revision, self.prefix)
-        self.latencies = Latencies()
+        self.open = Outputs(lambda: self.clock())
         self.store = HostStore(runner)
-        self._requests: dict[int, Request] = {}
-        self._drawn: dict[int, list[int]] = {}
-        self._scored: dict[int, list[Token]] = {}
         self._refused: list[int] = []
         memory = self.scheduler.buffers()
         self._seen = {name: memory[name] for name in ("id", "depth", "output", "end", "exits")}
@@ -125,8 +121,7 @@ class Engine:
         from gemma_ext.serve.weights import read_weights
 
         weights = read_weights(model, dtype=dtype)
-        plain = not (weights.prelude or weights.coda or shortlist)
-        config = config.routed(weights.device.type == "cuda" and plain)
+        config = config.routed(weights.device.type == "cuda")
         runner = ModelRunner(
             weights,
             config.sizes,
@@ -160,18 +155,18 @@ class Engine:
             stops=list(params.stop_ids),
             depths=list(exit_depths or ()),
         )
-        self._requests[id], self._drawn[id] = request, []
-        if exit_depths:
-            self._depths[id] = exit_depths
-        if request.prompt_logprobs is not None:
-            self._scored[id] = [Token(request.prompt[0])]
-        self.latencies.submitted(id, self.clock())
+        self.open.add(id, request, exit_depths or ())
         return id
 
     def cancel(self, request: int) -> None:
         self.scheduler.cancel(request)
-        self._forget(request)
-        self.latencies.dropped(request)
+        self.open.drop(request)
+        self.store.forget(request)
+
+    @property
+    def latencies(self) -> Latencies:
+        """Of requests and tokens, by the engine's clock."""
+        return self.open.latencies
 
     def has_work(self) -> bool:
         return self.scheduler.has_work()
@@ -195,7 +190,7 @@ class Engine:
         counted, queues = self.scheduler.counters(), self.scheduler.queues()
         return Stats(
             waiting=queues["waiting"],
-            running=len(self._requests) - queues["waiting"],
+            running=len(self.open) - queues["waiting"],
             pages=self.config.pages,
             free_pages=self.scheduler.free_pages,
             steps=counted["blocks"],
@@ -215,30 +210,31 @@ class Engine:
         events = []
         for id, row in opened:
             try:
-                self.runner.open(row, self._requests[id], self._drawn[id])
+                self.runner.open(row, self.open[id].request, self.open[id].drawn)
             except Exception as error:
                 logging.getLogger(__name__).exception("a request could not begin")
                 self._refused.append(id)
                 sentence = f"the request could not begin: {type(error).__name__}: {error}"
                 events.append(self._end(id, "error", sentence))
         for id, how in ended:
-            if id in self._requests:
-                reason = _REASONS[how]
+            if id in self.open:
+                reason = REASONS[how]
                 events.append(self._end(id, reason, _NO_PAGE if reason == "error" else None))
         return events
 
     def _end(self, id: int, reason: str, error: str | None) -> Event:
-        prompt = self._scored.get(id)
-        self._forget(id)
-        self.latencies.finished(id, self.clock())
-        return Event(id, None, reason, error, tuple(prompt) if prompt else None)
-
-    def _forget(self, id: int) -> None:
-        self._requests.pop(id, None)
-        self._drawn.pop(id, None)
-        self._scored.pop(id, None)
-        self._depths.pop(id, None)
         self.store.forget(id)
+        return self.open.end(id, reason, error)
+
+    def _told(self, ids: list[int], depths: list[int], sampled: Sampled) -> list[Event]:
+        """The events of tokens that have been reported."""
+        n = len(ids)
+        ends, outputs = (self._seen[name][:n].tolist() for name in ("end", "output"))
+        events = self.open.tell(ids, depths, outputs, ends, sampled)
+        for event in events:
+            if event.finish_reason:
+                self.store.forget(event.request)
+        return events
 
     def _first(self, n: int, *names: str) -> list[torch.Tensor]:
         """Columns of the plan; the scheduler's positions count the prefix."""
@@ -269,29 +265,6 @@ class Engine:
         self.scheduler.report_coda(sampled.ids.numpy())
         return self._told(ids, self._seen["depth"][:n].tolist(), sampled)
 
-    def _told(self, ids: list[int], depths: list[int], sampled: Sampled) -> list[Event]:
-        """The events of tokens that have been reported."""
-        now, n = self.clock(), len(ids)
-        drawn, ends = sampled.ids.tolist(), self._seen["end"][:n].tolist()
-        outputs = self._seen["output"][:n].tolist()
-        events = []
-        for i, id in enumerate(ids):
-            request = self._requests.get(id)
-            if request is None or ends[i] < 0:
-                continue
-            self._drawn[id].append(drawn[i])
-            asked = request.params.logprobs
-            logprob, top = (None, ()) if asked is None else _likeliest(sampled, i, asked)
-            prompt = self._scored.pop(id, None) if outputs[i] == 0 else None
-            token = Token(drawn[i], logprob, top, depths[i])
-            reason = _REASONS[ends[i]]
-            events.append(Event(id, token, reason, None, tuple(prompt) if prompt else None))
-            self.latencies.token(id, now)
-            if reason:
-                self._forget(id)
-                self.latencies.finished(id, now)
-        return events
-
     def _hand_over(self) -> None:
         """Requests that the scheduler gives to the device, and rows that it takes back."""
         if self.router is None:
@@ -300,11 +273,10 @@ class Engine:
         for row in stopped:
             self.router.stop(row)
         for id, row, pos, slot in started:
-            if id in self._requests:  # else refused
-                drawn = len(self._drawn[id])
-                depths = self._depths.get(id, ())
-                pos -= self.prefix
-                self.router.start(row, id, self._requests[id], pos, slot, drawn, depths)
+            if id in self.open:  # else refused
+                output, pos = self.open[id], pos - self.prefix
+                drawn = len(output.drawn)
+                self.router.start(row, id, output.request, pos, slot, drawn, output.depths)
 
     def _tick(self, n: int) -> list[Event]:
         before = self._flight
@@ -321,12 +293,13 @@ class Engine:
         if flight is None:
             return []
         news = flight.land()
-        parked = news.parked[[id in self._requests for id in news.parked[:, 0].tolist()]]
+        parked = news.parked[[id in self.open for id in news.parked[:, 0].tolist()]]
         events = self._report(news.drawn, news.sampled, news.ran)
         if len(parked):
             sampled = self.router.draw(parked)
             parked[:, 3] = sampled.ids.numpy()
             events += self._report(parked, sampled, (0, 0, 0, 0))
+        self.scheduler.report_filled(news.filled)
         return events
 
     def _report(self, drawn: np.ndarray, sampled: Sampled, ran: tuple[int, ...]) -> list[Event]:
@@ -339,11 +312,10 @@ class Engine:
     def _score(self, n: int) -> list[Event]:
         if n:
             id = int(self._seen["id"][0])
-            asked = self._requests[id].prompt_logprobs
+            asked = self.open[id].request.prompt_logprobs
             slot, row, pos, token = self._first(n, "slot", "row", "pos", "token")
             scored = self.runner.score(slot, row, pos, token, asked)
-            for i, given in enumerate(token.tolist()):
-                self._scored[id].append(Token(given, *_likeliest(scored, i, asked)))
+            self.open.score(id, token.tolist(), scored, asked)
         self.scheduler.report_score()
         return []
 
@@ -356,10 +328,3 @@ class Engine:
         self.store.load(*self.scheduler.moved())
         self.scheduler.report_moved()
         return []
-
-
-def _likeliest(sampled: Any, i: int, asked: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    if asked == 0:
-        return float(sampled.logprobs[i]), ()
-    ids, values = sampled.top_ids[i, :asked].tolist(), sampled.top_logprobs[i, :asked].tolist()
-    return float(sampled.logprobs[i]), tuple(zip(ids, values, strict=True))

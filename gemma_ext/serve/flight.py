@@ -12,8 +12,8 @@ from gemma_ext.serve.sampling import Sampled
 
 TOLD = ("id", "row", "pos", "token", "depth", "filled", "how")
 """Columns of what is told of a request that the head has read."""
-DRAWN, LEFT = 1, 2
-"""How: a token was drawn, or its draw is left to the host."""
+DRAWN, LEFT, FILLED = 1, 2, 3
+"""How: a token was drawn, or its draw is left to the host, or a complete output owes nothing."""
 
 
 class News(NamedTuple):
@@ -22,12 +22,14 @@ class News(NamedTuple):
     Attributes:
         drawn, parked: int64 [n, 6] request, row, position, token (of parked ones none), depth, and
             the positions that have all loops.
+        filled: int64 [n] requests of complete outputs whose every position has all loops now.
         ran: rows, current ones, owed ones and loops of the block.
         sampled: of `drawn`.
     """
 
     drawn: np.ndarray
     parked: np.ndarray
+    filled: np.ndarray
     ran: tuple[int, ...]
     sampled: Sampled
 
@@ -54,7 +56,8 @@ class Flight:
         at = torch.from_numpy(np.flatnonzero(how == DRAWN))
         ids = torch.from_numpy(drawn[:, 3].astype(np.int32))
         likely = (None,) * 3 if self._likely is None else (x[at] for x in self._likely)
-        return News(drawn, parked, tuple(told[0, :4].tolist()), Sampled(ids, *likely))
+        filled = told[1:, 0][how == FILLED]
+        return News(drawn, parked, filled, tuple(told[0, :4].tolist()), Sampled(ids, *likely))
 
 
 def _fetch(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class Graphs:
     """Runs of the block by number of rows; captured on a card, run as they are on a CPU.
 
     Args:
-        runner: of a model whose layers are all in its loops.
+        runner: of the model.
     """
 
     def __init__(self, runner: ModelRunner) -> None:

@@ -55,8 +55,6 @@ def shard_weights(weights: Weights, rank: int, ranks: int) -> Weights:
     start, stop = vocab_shard_range(weights.vocabulary, rank, ranks)
     if start == stop:
         raise ValueError(f"ranks: expected at most one a token of the vocabulary, got {ranks}")
-    if weights.prefix:
-        raise ValueError(f"ranks: expected one for a model with prefixes, got {ranks}")
     split = _Split(weights, rank, ranks)
     early = weights.exit_head
     return dataclasses.replace(
@@ -261,6 +259,9 @@ class Leader:
 
     def close(self, row: int) -> None:
         self._ask("close", row)
+
+    def write_prefix(self, requests: Tensor, tables: Tensor) -> None:
+        self._ask("write_prefix", requests, tables)
 
     def embed(self, slots: Tensor, ids: Tensor, positions: Tensor) -> None:
         self._ask("embed", slots, ids, positions)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.nn.recursive import Plan
+from gemma_ext.ops.depth_batching import DeeperLayer
 from gemma_ext.ops.depth_batching.kv import kv_depths
 from gemma_ext.serve.weights import Layer, Weights
 
@@ -79,6 +80,16 @@ class Depths:
         return torch.stack(self.block)
 
 
+def deeper_layers(weights: Weights, depths: Depths) -> list[DeeperLayer]:
+    """The layers that a token which leaves early has not run, for `kv_propagate`."""
+    pairs = ((weights.block, depths.block), (weights.coda, depths.coda))
+    return [
+        DeeperLayer(layer.attention_norm, *layer.qkv[1:], places, layer.rope_of, layer.k_norm)
+        for layers, own in pairs
+        for layer, places in zip(layers, own, strict=True)
+    ]
+
+
 def pool_depths(weights: Weights, policy: str, keep: int = 1) -> Depths:
     """Depths of the pool under a policy.
 
@@ -89,7 +100,7 @@ def pool_depths(weights: Weights, policy: str, keep: int = 1) -> Depths:
         ValueError: an unknown policy; "active_only" or prefixes on a model with attention windows,
             which count positions and not the tokens that are left or in front; one that leaves
             layers behind the loops without keys of tokens that left early; one whose loops share
-            the places of a model's prefixes, or give its positions other angles.
+            the places of a model's prefixes, which differ.
     """
     if policy not in POLICIES:
         raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {policy!r}")
@@ -97,9 +108,7 @@ def pool_depths(weights: Weights, policy: str, keep: int = 1) -> Depths:
     windows = any(bool(layer.window.any()) for layer in layers)
     if policy == "active_only" and windows:
         raise ValueError("policy: expected a model without attention windows with active_only")
-    if weights.prefix and windows:
-        raise ValueError("model: expected one without attention windows with prefixes")
-    if weights.prefix and policy in (*_SHARED, "propagate"):
+    if weights.prefix and policy in _SHARED:
         raise ValueError(f"policy: expected a model without prefixes with {policy}")
     if weights.coda and policy not in (*EXACT, "propagate"):
         raise ValueError(f"policy: expected a model without layers behind its loops with {policy}")

@@ -18,19 +18,22 @@ from torch import Tensor
 from gemma_ext.ops.depth_batching import depth_compact
 from gemma_ext.serve.step import Part
 
-FREE, READY, HEAD, PARKED, ENDED = range(5)
+FREE, READY, HEAD, PARKED, ENDED, FILLING = range(6)
 """Nobody's row; a token that runs its next loop; one that waits for the head, and for a draw that
-the host launches; an output that is complete."""
+the host launches; an output that is complete, and one whose owed loops run before it is."""
 FIELDS = (
     "kind", "id", "pos", "loop", "since", "last", "least", "most", "drawn", "leaves", "first",
     "held", "weighs",
 )  # fmt: skip
 _NEVER = 2**62
+_FAR = 2**40  # ticks
 
 
 class Shape(NamedTuple):
     """What is fixed: R requests, W width, C rows of a block at most, B loops, tokens that a request
-    may owe, states of a request, the first of them in the bank, and places in front of a prompt."""
+    may owe, states of a request, the first of them in the bank, and places in front of a prompt;
+    and of `EngineConfig` the mode, the order, and whether owed loops run early and behind an
+    output's end."""
 
     requests: int
     width: int
@@ -40,12 +43,21 @@ class Shape(NamedTuple):
     ring: int
     first_slot: int
     prefix: int
+    mode: str = "cdb"
+    order: str = "fifo"
+    eager: bool = False
+    finishes: bool = False
 
 
 class Units(NamedTuple):
-    """[R] each: the loop that a request runs next, its positions [begin, end), whether they are
-    only owed ones, and the rows of it that run now, from `begin` on."""
+    """[U] each: a request, the loop that it runs next, its positions [begin, end), whether they are
+    only owed ones, and the rows of it that run now, from `begin` on.
 
+    The first R are those of all requests in turn; R more, where owed loops run early, are what each
+    may run beside its first.
+    """
+
+    request: Tensor
     loop: Tensor
     begin: Tensor
     end: Tensor
@@ -121,8 +133,10 @@ class Route:
             setattr(self, name, field)
         self.done, self.limit = zeros(count, shape.loops), zeros(count)
         self.scratch = shape.first_slot + shape.requests * shape.ring
-        self._count = torch.arange(max(shape.rows, count), device=device)
-        self._stays = torch.zeros(shape.requests, dtype=torch.bool, device=device)
+        self.spares = self.exact and shape.loops > 1 and (shape.eager or shape.finishes)
+        most = max(shape.rows, count, shape.loops)
+        self._count = torch.arange(most, device=device)
+        self._stays = torch.zeros(2 * shape.requests, dtype=torch.bool, device=device)
         self._loops = self._count[: shape.loops]
 
     def slots(self, request: Tensor, pos: Tensor) -> Tensor:
@@ -131,52 +145,113 @@ class Route:
         at = self.shape.first_slot + request * ring + pos % ring
         return torch.where(request < n, at, self.scratch)
 
-    def first_come(self, kind: int, most: int) -> Tensor:
-        """int64 [most] requests of a kind, those that wait longest first; R for none."""
+    def filled(self, request: Tensor) -> Tensor:
+        """Positions of requests that have all the loops that their tokens may run."""
+        last = (self.last[request] - 1).clamp(min=0)
+        return self.done[request].gather(1, last.unsqueeze(1)).squeeze(1)
+
+    def first_come(self, waits: Tensor, most: int) -> Tensor:
+        """int64 [most] requests of `waits` bool [R], those that wait longest first; R for none."""
         n = self.shape.requests
-        waits = self.kind[:n] == kind
         order = torch.where(waits, self.since[:n], _NEVER).argsort(stable=True)[:most]
         return torch.where(waits[order], order, n)
 
     def units(self, rows: int) -> Units:
         """The work of every request, and how much of it fits into `rows`."""
-        n, width = self.shape.requests, self.shape.width
+        n = self.shape.requests
         pos, done = self.pos[:n], self.done[:n]
-        ready = (self.kind[:n] == READY) & (pos < self.limit[:n])
+        ready = self._may_run()
         loop = torch.where(ready, self.loop[:n], 0)
-        owed = self._stays
+        key = self._key(loop, ready)
+        owed = self._stays[:n]
         begin, end = pos, pos + 1
         if self.exact and self.shape.loops > 1:
-            reached = self._loops[1:] < self.last[:n, None]
-            behind = torch.where(reached, done[:, :-1] - done[:, 1:], 0)  # of loop 1, 2, ..
+            behind = self._behind(done[:, :-1])
             owed = (loop == 0) & (behind.sum(1) >= self.shape.backlog)
-            next_owed = (behind > 0).int().argmax(1) + 1
-            before = done.gather(1, (next_owed - 1).unsqueeze(1)).squeeze(1)
-            loop = torch.where(owed, next_owed, loop)
-            end = torch.where(owed, before, end)
-            begin = done.gather(1, loop.unsqueeze(1)).squeeze(1)
+            loop = torch.where(owed, _first(behind > 0) + 1, loop)
+            end = torch.where(owed, _at(done, loop - 1), end)
+            begin = _at(done, loop)
         wanted = torch.where(ready, end - begin, 0)
-        order = torch.where(ready, self.since[:n], _NEVER).argsort(stable=True)
-        own = torch.where(self._count[:n] < width, wanted[order], 0)
-        room = (rows - (own.cumsum(0) - own)).clamp(min=0)
-        take = torch.zeros_like(wanted).index_copy(0, order, torch.minimum(own, room))
-        return Units(loop, begin, end, owed, take)
+        take = self._shared_out(key, wanted, rows)
+        units = Units(self._count[:n], loop, begin, end, owed, take)
+        return self._with_spares(units, rows) if self.spares else units
+
+    def _may_run(self) -> Tensor:
+        """bool [R] requests whose token may run its next loop."""
+        n = self.shape.requests
+        kind, inside = self.kind[:n], self.loop[:n] > 0
+        ready = (kind == READY) & (self.pos[:n] < self.limit[:n])
+        if self.shape.mode == "cdb":
+            return ready
+        asks = inside & (kind == HEAD) & (self.leaves[:n] == 0)
+        passing = (inside & ready) | asks  # it moves on as one, and ends before the next begins
+        return ready & (inside | ~passing.any()) & ~asks.any()
+
+    def _key(self, loop: Tensor, ready: Tensor) -> Tensor:
+        """int64 [R]: the smaller runs first."""
+        since = torch.where(ready, self.since[: len(loop)], _NEVER)
+        if self.shape.order == "deepest":
+            return since - torch.where(ready, loop, 0) * _FAR
+        if self.shape.order == "uniform":
+            own = loop.gather(0, since.argmin(0, keepdim=True))
+            same = ready & (loop == own)
+            enough = (same.sum() >= self.shape.width) & ((ready & ~same).sum() >= self.shape.width)
+            return torch.where(enough & ~same, _NEVER, since)
+        return since
+
+    def _behind(self, reached: Tensor) -> Tensor:
+        """int64 [R, B - 1]: positions that have run each loop, of `reached`, and owe the next."""
+        done, last = self.done[: len(reached)], self.last[: len(reached), None]
+        behind = (reached - done[:, 1:]).clamp(min=0)
+        return torch.where(self._loops[1:] < last, behind, 0)
+
+    def _shared_out(self, key: Tensor, wanted: Tensor, room: int | Tensor) -> Tensor:
+        """Rows that requests get of those they want: W of them, in the order of their keys."""
+        order = key.argsort(stable=True)
+        own = torch.where(
+            (self._count[: len(key)] < self.shape.width) & (key[order] < _NEVER), wanted[order], 0
+        )
+        left = (room - (own.cumsum(0) - own)).clamp(min=0)
+        return torch.zeros_like(wanted).index_copy(0, order, torch.minimum(own, left))
+
+    def _with_spares(self, first: Units, rows: int) -> Units:
+        """Also owed loops, in rows of the width that no token takes: of requests that go on, then
+        of those that have ended."""
+        n = self.shape.requests
+        kind, pos, done = self.kind[:n], self.pos[:n], self.done[:n]
+        ended = kind == FILLING
+        goes_on = (kind == READY) | (kind == HEAD) | (kind == PARKED)
+        may = ended
+        if self.shape.eager:
+            may = may | (goes_on & (pos < self.limit[:n]))
+        behind = self._behind(torch.minimum(done[:, :-1], pos.unsqueeze(1)))
+        runs = (first.take > 0).unsqueeze(1) & (self._loops[1:] == first.loop.unsqueeze(1))
+        owes = (behind > 0) & ~runs
+        loop = _first(owes) + 1
+        begin, end = _at(done, loop), torch.minimum(_at(done, loop - 1), pos)
+        wanted = torch.where(may & owes.any(1), end - begin, 0)
+        key = self.since[:n] + torch.where(ended, _FAR, 0)
+        key = torch.where(wanted > 0, key, _NEVER)
+        room = min(self.shape.width, rows) - first.take.sum()
+        take = self._shared_out(key, wanted, room)
+        spare = Units(first.request, loop, begin, end, ~self._stays[:n], take)
+        return Units(*(torch.cat(pair) for pair in zip(first, spare, strict=True)))
 
     def rows(self, units: Units, most: int) -> Chosen:
-        """Rows of the units by loop, those of a request side by side in the order of positions."""
-        n, loops = self.shape.requests, self.shape.loops
+        """Rows of the units by loop, those of a unit side by side in the order of positions."""
+        n, loops, count = self.shape.requests, self.shape.loops, len(units.loop)
         sorted_ = depth_compact(
-            (units.loop - 1).int(), self._stays, loops, drop=units.take == 0, impl=self.impl
+            (units.loop - 1).int(), self._stays[:count], loops, drop=units.take == 0, impl=self.impl
         )
         order = sorted_.order.long()
         own = units.take[order]
         ends = own.cumsum(0)
         at = self._count[:most]
-        which = torch.searchsorted(ends, at, right=True).clamp(max=n - 1)
-        ids = order[which]
+        which = torch.searchsorted(ends, at, right=True).clamp(max=count - 1)
+        unit = order[which]
         there = at < ends[-1]
-        pos = torch.where(there, units.begin[ids] + at - (ends - own)[which], 0)
-        ids, loop = torch.where(there, ids, 0), units.loop[ids]
+        pos = torch.where(there, units.begin[unit] + at - (ends - own)[which], 0)
+        ids, loop = torch.where(there, units.request[unit], 0), units.loop[unit]
         place = self.shape.prefix + (self.done[ids, loop] if self.counts_loops else pos)
         bounds = torch.cat([ends.new_zeros(1), ends])[sorted_.seg_offsets.long()]
         columns = (
@@ -187,11 +262,12 @@ class Route:
             torch.where(there, place, 0),
             bounds,
         )
-        units_ = order[: min(n, self.shape.width, most)]
+        width = self.shape.width
+        units_ = order[: min(count, width * (1 + self.spares), most)]
         took = units.take[units_]
         whole = took == (units.end - units.begin)[units_]
         ran = (took > 0) & whole & ~units.owed[units_]
-        row = torch.where(ran, units_, n)
+        row = torch.where(ran, units.request[units_], n)
         current = ran.sum()
         counts = torch.stack([ends[-1], current, ends[-1] - current, (bounds.diff() > 0).sum()])
         return Chosen(
@@ -207,5 +283,16 @@ class Route:
 
     def ran(self, units: Units) -> None:
         """The rows that were taken have their loop's keys and values."""
-        done = self.done[: self.shape.requests]
-        done.scatter_add_(1, units.loop.unsqueeze(1), units.take.unsqueeze(1))
+        n, loops = self.shape.requests, self.shape.loops
+        place = units.request * loops + units.loop
+        self.done[:n].view(-1).scatter_add_(0, place, units.take)
+
+
+def _first(which: Tensor) -> Tensor:
+    """int64 [R] the first column of bool [R, C] that is set; 0 for none."""
+    return which.int().argmax(1)
+
+
+def _at(marks: Tensor, loop: Tensor) -> Tensor:
+    """marks [R, B] at a loop of each; that of loop 0 before it."""
+    return marks.gather(1, loop.clamp(min=0).unsqueeze(1)).squeeze(1)

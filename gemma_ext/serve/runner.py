@@ -16,19 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from gemma_ext.ops.depth_batching import (
-    DeeperLayer,
-    kv_copy,
-    kv_propagate,
-    rope_table,
-)
+from gemma_ext.ops.depth_batching import kv_copy, kv_propagate, rope_table
 from gemma_ext.ops.depth_batching.kv import PAGE
-from gemma_ext.ops.depth_batching.linear import seg_depth_lora
-from gemma_ext.reference.depth_batching import rms_norm
-from gemma_ext.serve.exits import Exits, ExitTest
+from gemma_ext.serve.exit_state import Exits
+from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.graphs import Graphs
-from gemma_ext.serve.policies import WRITTEN, pool_depths
+from gemma_ext.serve.policies import WRITTEN, deeper_layers, pool_depths
+from gemma_ext.serve.prefix import prefix_kv
 from gemma_ext.serve.protocol import Request
 from gemma_ext.serve.readout import Head, Readout
 from gemma_ext.serve.sampling import CANDIDATES, Sampled, Sampler
@@ -67,7 +63,7 @@ class ModelRunner:
         head: in the place of the model's own.
         shortlist: of the head, for greedy requests (`gemma_ext.serve.readout.Head`).
         graphs: whether a block is run from fixed buffers, captured on a card
-            (`gemma_ext.serve.graphs`); by default on a card where the model allows it.
+            (`gemma_ext.serve.graphs`); by default on a card.
         drafts: whether the head reads states behind owed loops too.
 
     Raises:
@@ -107,25 +103,23 @@ class ModelRunner:
         wide = torch.promote_types(weights.dtype, torch.float32)
         width = weights.embedding.shape[1]
         self.bank = torch.zeros(sizes.slots, width, dtype=wide, device=weights.device)
-        self.rope = torch.stack(
-            [
-                rope_table(frequencies, sizes.max_length, scaling=scale, dtype=wide)
-                for frequencies, scale in weights.ropes
-            ]
-        ).to(weights.device)
+        angles = [
+            rope_table(frequencies, sizes.max_length, scaling=scale, dtype=wide)
+            for frequencies, scale in weights.ropes
+        ]
+        # by place: a prefix stands in front of position 0 and is not turned
+        self.rope = pad(torch.stack(angles), (0, 0, 0, 0, self.prefix, 0)).to(weights.device)
         head = head or Head(weights, self.impl, shortlist=shortlist)
         self.readout = Readout(head, self.bank, sizes.requests, CANDIDATES)
         self.sampler = Sampler(self.readout, sizes.requests, sizes.max_length, self.impl)
         if exits is not None and exits.adapt and not drafts:
             raise ValueError("adapt: expected drafts of at least 1 with it, got 0")
         self.exits = Exits(exits or ExitTest(), self.readout, self.loops, sizes.requests, self.impl)
-        alone = not (weights.prelude or weights.coda)
-        if graphs and not alone:
-            raise ValueError("graphs: expected a model whose layers are all in its loops, got more")
         on_card = weights.device.type == "cuda"
-        self.graphs = Graphs(self) if alone and (on_card if graphs is None else graphs) else None
-        with torch.inference_mode():
-            self._prefix_kv = self._made_prefix() if self.prefix else None
+        self.graphs = Graphs(self) if (on_card if graphs is None else graphs) else None
+        self._deeper = deeper_layers(weights, self.depths)
+        if self.prefix:
+            self._prefix_kv = prefix_kv(weights, self.depths, self.kv_pool, self.impl)
         self.last_loop = np.zeros(sizes.requests, np.int64)
         self.read_from = np.zeros(sizes.requests, np.int64)  # the first position that is read
         self.reached = np.zeros((sizes.requests, self.loops), np.int32)  # of active_only
@@ -169,25 +163,6 @@ class ModelRunner:
         pages = tables[requests][:, at // PAGE].long().to(self.kv_pool.device)  # [n, P]
         offsets = (at % PAGE).expand(pages.shape).to(self.kv_pool.device)
         self.kv_pool[:, pages, :, :, offsets] = self._prefix_kv  # [n, P] in front
-
-    def _made_prefix(self) -> Tensor:
-        """[P, L, 2, n_kv, hd] of the pool."""
-        model, depths, count = self.weights, self.depths, self.prefix
-        shape = (count, self.depths.count, 2, model.kv_heads, model.head_dim)
-        found = self.kv_pool.new_zeros(shape)
-        seg = count * torch.arange(self.loops + 1, dtype=torch.int32, device=found.device)
-        layers = (*model.prelude, *model.block, *model.coda)
-        places = (*depths.prelude, *depths.block, *depths.coda)
-        for layer, place in zip(layers, places, strict=True):
-            made = seg_depth_lora(layer.prefix.flatten(0, 1), layer.qkv[1:], seg, impl=self.impl)
-            k, v = (y.unflatten(1, (-1, model.head_dim)) for y in made)
-            if layer.k_norm is not None:
-                wide = self.rope.dtype
-                k = rms_norm(k.to(wide), layer.k_norm.to(wide), model.eps, model.plus_one)
-            for loop, depth in enumerate(place.tolist()):
-                own = slice(loop * count, (loop + 1) * count)
-                found[:, depth, 0], found[:, depth, 1] = k[own].to(found.dtype), v[own]
-        return found
 
     def _quiet(self, rows: Rows) -> np.ndarray:
         """bool [n] rows at their last loop whose state behind it nobody reads."""
@@ -290,28 +265,16 @@ class ModelRunner:
     ) -> None:
         """Keys and values of the loops after `last` [n], from 0, of tokens that leave; all int32
         [n], a request of -1 is none."""
+        device, model = self.kv_pool.device, self.weights
         places = positions + self.prefix
-        where = (self.kv_pool, *(x.to(self.kv_pool.device) for x in (tables, requests, places)))
-        last = last.to(self.kv_pool.device)
+        where = (self.kv_pool, *(x.to(device) for x in (tables, requests, places, last)))
         if self.policy != "propagate":
-            kv_copy(*where, last, self.depths.rows, impl=self.impl)
+            kv_copy(*where, self.depths.rows, impl=self.impl)
             return
-        h = self.bank[slots.long()].to(self.kv_pool.dtype)
-        model = self.weights
         kv_propagate(
-            h,
-            [
-                DeeperLayer(
-                    layer.attention_norm, *layer.qkv[1:], places, layer.rope_of, layer.k_norm
-                )
-                for layers, depths in (
-                    (model.block, self.depths.block),
-                    (model.coda, self.depths.coda),
-                )
-                for layer, places in zip(layers, depths, strict=True)
-            ],
+            self.bank[slots.long()].to(self.kv_pool.dtype),
+            self._deeper,
             *where,
-            last,
             rope=self.rope,
             eps=model.eps,
             plus_one=model.plus_one,

@@ -49,7 +49,7 @@ class Part(NamedTuple):
     Attributes:
         slot, pos, req, loop: int32 [n], as in `Rows`.
         place: int32 [n], where keys and values of the row lie among those of its request.
-        seg: int32 [B + 1], or None for layers without depth LoRAs.
+        seg: int32 [B + 1], where each loop begins.
     """
 
     slot: Tensor
@@ -57,7 +57,7 @@ class Part(NamedTuple):
     req: Tensor
     loop: Tensor
     place: Tensor
-    seg: Tensor | None
+    seg: Tensor
 
 
 class Step:
@@ -82,41 +82,47 @@ class Step:
         """Runs every row's loop.
 
         Args:
-            segments: bounds of the loops, of a model with layers in front of or behind its loops.
+            segments: bounds of the loops, so that layers in front of and behind the loops run the
+                rows of one loop alone; without them they run all rows, of which the others are
+                none, from fixed shapes.
             quiet: bool [n], rows whose last layer this is and whose state behind it nobody reads,
                 so that only its keys and values are computed.
         """
         model, depths = self.runner.weights, self.runner.depths
         self._watch(by_layer=False)
         if model.prelude:
-            self._layers(model.prelude, depths.prelude, self._span(0, segments[1]))
+            self._layers(model.prelude, depths.prelude, self._of_loop(0, segments))
         self._layers(model.block[:-1], depths.block[:-1], self.all)
         self._watch(by_layer=True)
         if not model.coda:
             self._last(model.block[-1], depths.block[-1], self.all, quiet)
             return
-        begin, end = segments[-2:]
         self._layers(model.block[-1:], depths.block[-1:], self.all)
-        behind = self._span(begin, end)
+        behind = self._of_loop(self.runner.loops - 1, segments)
         self._layers(model.coda[:-1], depths.coda[:-1], behind)
-        quiet = None if quiet is None else quiet[begin:end]
+        quiet = None if quiet is None else quiet[segments[-2] :]
         self._last(model.coda[-1], depths.coda[-1], behind, quiet)
 
     def _watch(self, *, by_layer: bool) -> None:
         if self.watched is not None and self.runner.exits.by_layer == by_layer:
             self.before = self.runner.bank[self.watched]
 
-    def _span(self, begin: int, end: int) -> Part:
+    def _of_loop(self, loop: int, segments: Sequence[int]) -> Part:
         """Rows of one loop, for layers that only this loop runs."""
-        return Part(*(column[begin:end] for column in self.all[:-1]), None)
+        slot, pos, req, own, place, _ = self.all
+        if segments:
+            some = slice(*segments[loop : loop + 2])
+            slot, pos, req, own, place = (x[some] for x in (slot, pos, req, own, place))
+        else:
+            slot, req = (torch.where(own == loop, x, -1) for x in (slot, req))
+        bounds = torch.arange(self.runner.loops + 1, device=slot.device)
+        return Part(slot, pos, req, own, place, (bounds > loop).int() * len(slot))
 
     def _some(self, part: Part, chosen: np.ndarray) -> Part:
         """The rows of `part` at `chosen` bool [n]."""
         at = torch.from_numpy(np.flatnonzero(chosen)).to(part.slot.device)
-        seg = part.seg
-        if seg is not None:
-            ends = np.append(0, np.cumsum(chosen))[seg.cpu().numpy()]
-            seg = torch.from_numpy(ends.astype(np.int32)).to(seg.device)
+        ends = np.append(0, np.cumsum(chosen))[part.seg.cpu().numpy()]
+        seg = torch.from_numpy(ends.astype(np.int32)).to(part.seg.device)
         return Part(*(column[at] for column in part[:-1]), seg)
 
     def _last(self, layer: Layer, places: Tensor, part: Part, quiet: np.ndarray | None) -> None:
@@ -156,7 +162,7 @@ class Step:
         q = self._write(layer, places, x, part)
         out = paged_attn_mixed_depth(
             q, *self._where(places, part), window=layer.window, scale=model.scale,
-            softcap=model.attention_softcap, impl=runner.impl,
+            softcap=model.attention_softcap, sinks=model.prefix, impl=runner.impl,
         )  # fmt: skip
         y = seg_depth_lora(out.flatten(1), (layer.out,), part.seg, impl=runner.impl)[0]
         return runner.summed(y)
@@ -174,8 +180,7 @@ class Step:
         k, v = made[-2:]
         q = made[0] if queries else k[:, :0]
         turn = {"rope": runner.rope, "q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        # pages count the tokens of a loop, or a prefix too; angles count all tokens and no more
-        if runner.policy == "active_only" or model.prefix:
+        if runner.policy == "active_only":  # pages count the tokens of a loop, angles all tokens
             q = self._turned(q, layer.q_norm, layer, part)
             k, turn = self._turned(k, layer.k_norm, layer, part), {}
         return rope_kv_write(
@@ -193,5 +198,5 @@ class Step:
         if norm is not None:
             z = rms_norm(z, norm.to(wide), model.eps, model.plus_one)
         setting = layer.rope_of[part.loop.long()].long()
-        table = self.runner.rope[setting, part.pos.long()]  # [n, 2, H]
+        table = self.runner.rope[setting, part.pos.long() + model.prefix]  # [n, 2, H]
         return rotate(z, table.transpose(0, 1).unsqueeze(2)).to(x.dtype)

@@ -18,7 +18,7 @@ def attend(p: Problem, **options):
     return paged_attn_mixed_depth(p.q, p.pool, *p.places(), **options)
 
 
-def by_hand(p: Problem, window=None, scale=None, softcap=None):
+def by_hand(p: Problem, window=None, scale=None, softcap=None, sinks=0):
     """Float64, key by key, from the formula."""
     out = torch.zeros(p.q.shape, dtype=torch.float64)
     group = p.q.shape[1] // p.pool.shape[3]
@@ -27,7 +27,7 @@ def by_hand(p: Problem, window=None, scale=None, softcap=None):
         if r < 0:
             continue
         reach = 0 if window is None else int(window[j])
-        tokens = [t for t in range(last + 1) if reach == 0 or last - t < reach]
+        tokens = [t for t in range(last + 1) if reach == 0 or last - t < reach or t < sinks]
         for h in range(p.q.shape[1]):
             keys, values = (
                 torch.stack(
@@ -48,6 +48,8 @@ OPTIONS = {
     "capped": {"softcap": 2.0, "scale": 0.7},
     "window": {"window": ints(0, 5, 260)},
     "both": {"window": ints(17, 0, 1), "softcap": 50.0, "scale": 0.25},
+    "sinks": {"window": ints(3, 0, 20), "sinks": 4, "softcap": 3.0},
+    "sinks of two splits": {"window": ints(1, 17, 270), "sinks": 261},
 }
 
 
@@ -97,7 +99,7 @@ def test_float64_takes_the_formulas():
 
 
 def same_rows(dtype, impl, device, lengths=LENGTHS, count=40, **shape):
-    options = moved({"window": ints(0, 40, 0), "softcap": 20.0}, device)
+    options = moved({"window": ints(0, 40, 2), "softcap": 20.0, "sinks": 5}, device)
     p = problem(lengths, mixed(lengths, 3, count, 5), dtype=dtype, seed=3, **shape).to(device)
     return p, lambda other: attend(other, impl=impl, **options)
 
@@ -164,6 +166,21 @@ def test_later_tokens_are_not_read(impl):
     after = attend(replace(p, pool=poisoned), impl=impl)
     assert torch.equal(after[:21], before[:21])
     assert after[21:].isnan().all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_tokens_between_sinks_and_window_are_not_read(impl, dtype, device):
+    """Windows of one chunk that move over the border of a split, and NaN between."""
+    rows = [(0, t, 0) for t in range(290, 330)]
+    p = problem([330], rows, dtype=dtype, width=64).to(device)
+    options = {"window": ints(30, 0, 0).to(device), "sinks": 5, "impl": impl}
+    before = attend(p, **options)
+    poisoned = p.pool.clone()
+    for t in range(5, 261):
+        poisoned[:, p.tables[0, t // PAGE], :, :, t % PAGE] = float("nan")
+    assert torch.equal(attend(replace(p, pool=poisoned), **options), before)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -249,6 +266,8 @@ def test_options_that_do_not_fit():
         attend(P, window=ints(0, 0))
     with pytest.raises(ValueError, match=r"expected softcap to be positive, got 0\.0"):
         attend(P, softcap=0.0)
+    with pytest.raises(ValueError, match="expected sinks to be at least 0, got -1"):
+        attend(P, sinks=-1)
     with pytest.raises(ValueError, match="expected impl to be 'auto' or 'reference', got 'x'"):
         attend(P, impl="x")
     with pytest.raises(TypeError, match=r"expected q in torch\.float32, got it in torch\.float16"):

@@ -36,6 +36,7 @@ def test_any_rows(call, softcap, windowed, threads, data):
     if windowed:
         reaches = data.draw(st.lists(st.integers(0, 800), min_size=loops, max_size=loops))
         options["window"] = torch.tensor(reaches, dtype=torch.int32)
+        options["sinks"] = data.draw(st.sampled_from([0, 1, 17, 300]))
     torch.set_num_threads(threads)
     got = paged_attn_mixed_depth(p.q, p.pool, *p.places(), **options)
     wide = p.wide()

@@ -28,7 +28,7 @@ def sample_write(dtype, full):
 def sample_attention(dtype, full):
     p = problem([5, 40], mixed([5, 40], 3, 9), dtype=dtype)
     window, softcap = (ints(0, 7, 0), 5.0) if full else (None, 0.0)
-    return p.q, p.pool.nan_to_num(0.0), *p.places(), window, 0.3, softcap
+    return p.q, p.pool.nan_to_num(0.0), *p.places(), window, 0.3, softcap, 2 * full
 
 
 def sample_copy(dtype, full):

@@ -117,5 +117,40 @@ def check_a_request_that_cannot_begin(rank, world):
     assert [ends[id] for id in ids] == ["error", *["length"] * len(SETTINGS)]
 
 
-check_a_request_that_cannot_begin.worlds = (2,)
+def check_prefixes(rank, world):
+    from gemma_ext.nn.recursive import add_prefixes
+
+    model = add_prefixes(tiny("Gemma2", loops=2, rank=2), 3)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.prefix.normal_(generator=torch.Generator().manual_seed(3))
+    config = EngineConfig(
+        width=4, requests=4, max_model_len=64, pages=24, backlog=4, prefill_tokens=16
+    )
+    exits = ExitTest("max_prob", threshold=0.12)
+
+    def told(runner):
+        engine = Engine(runner, config)
+        ids, tokens = list(map(engine.submit, requests())), {}
+        while engine.has_work():
+            for event in engine.step():
+                tokens.setdefault(event.request, []).append(event.token)
+        return [[(token.id, token.exit_depth) for token in tokens[id]] for id in ids]
+
+    weights = read_weights(model)
+    runner = ShardedRunner(
+        shard_weights(weights, rank, world), config.sizes, dist.group.WORLD, exits=exits
+    )
+    if rank:
+        follow(runner, dist.group.WORLD)
+        return
+    leader = Leader(runner, dist.group.WORLD)
+    try:
+        found = told(leader)
+    finally:
+        leader.stop()
+    assert found == told(ModelRunner(weights, config.sizes, exits=exits))
+
+
+check_a_request_that_cannot_begin.worlds = check_prefixes.worlds = (2,)
 check_bias_and_norms_of_heads.worlds = check_middle_cycle_with_an_exit_head.worlds = (2,)

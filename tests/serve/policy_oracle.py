@@ -61,6 +61,10 @@ class Oracle:
             least = pos - attention.sliding_window + 1
         seen = sorted(p for p in held if least <= p <= pos)
         k, v = (torch.stack([held[p][i] for p in seen], 1) for i in (0, 1))
+        if hasattr(attention, "prefix"):
+            made = (attention.k_proj(attention.prefix), attention.v_proj(attention.prefix))
+            front = (x.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for x in made)
+            k, v = (torch.cat(pair, 1) for pair in zip(front, (k, v), strict=True))
         groups = attention.num_key_value_groups
         k, v = (t.repeat_interleave(groups, 0) for t in (k, v))  # [heads, seen, hd]
         q = self.turn(attention.q_proj(x).view(-1, attention.head_dim), pos)

@@ -73,14 +73,14 @@ class Watched:
 
         engine.runner.open, engine.runner.close = opened, closed
         if engine.router is not None:
-            step = engine.router.step
+            run = engine.router.work.run
 
-            def watched(rows, wide):
+            def watched(rows, reading):
                 self.ticks += 1
                 with no_word_to_the_host():
-                    step(rows, wide)
+                    run(rows, reading)
 
-            engine.router.step = watched
+            engine.router.work.run = watched
 
     def _present(self, row, request):
         engine, found = self.engine, {}
@@ -90,7 +90,7 @@ class Watched:
             page = int(tables[pos // PAGE])
             for loop in range(engine.runner.loops):
                 if engine.router is not None:
-                    there = pos < int(engine.router.route.done[row, loop])
+                    there = pos < int(engine.router.work.route.done[row, loop])
                 else:
                     there = int(marks[page, pos % PAGE]) > loop
                 if there:
@@ -100,12 +100,12 @@ class Watched:
         return found
 
 
-def engines(model, exits, **options) -> tuple[Engine, Engine]:
+def engines(model, exits, shortlist=False, **options) -> tuple[Engine, Engine]:
     """(host, device) engines of the same settings."""
     given = {"width": 4, "max_model_len": 64, "prefill_tokens": 16, "verify": True, **options}
     made = []
     for routing in ("host", "device"):
         config = EngineConfig(**given, routing=routing)
-        made.append(Engine.of_model(model, config, exits=exits))
+        made.append(Engine.of_model(model, config, exits=exits, shortlist=shortlist))
     assert isinstance(made[1].router, Router)
     return tuple(made)

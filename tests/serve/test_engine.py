@@ -24,7 +24,7 @@ def empty(engine):
     assert scheduler.free_slots == config.slots
     assert not any(scheduler.queues().values())
     assert engine.runner.open_rows == {}
-    assert engine._requests == {}
+    assert len(engine.open) == 0
     assert engine.store.bytes == 0
 
 

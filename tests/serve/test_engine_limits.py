@@ -132,7 +132,7 @@ def test_a_request_that_cannot_begin_ends_alone(monkeypatch):
     assert tokens(others) == ALONE
     assert engine.scheduler.free_slots == engine.config.slots
     assert engine.scheduler.free_pages == engine.config.pages
-    assert engine._requests == {}
+    assert len(engine.open) == 0
 
 
 def test_the_pool_bounds_the_length():

@@ -96,3 +96,27 @@ def test_without_exits_all_modes_decode_as_one_loop_of_all_layers():
         for (tokens, _), request in zip(csb, asked, strict=True):
             plain = Sequential(model).decode(request, depths=[2] * request.params.max_tokens)
             assert tokens == [token.id for token in plain]
+
+
+@pytest.mark.parametrize("routing", ["host", "device"])
+def test_adapters_of_layers_that_only_one_loop_runs(routing):
+    peft = pytest.importorskip("peft")
+    model = tiny("Gemma2", loops=2, rank=2, layers=6, order="middle-cycle")
+    for depth in (0, 5):
+        names = [f"layers.{depth}.self_attn.v_proj", f"layers.{depth}.mlp.down_proj"]
+        adapter = peft.LoraConfig(r=2, target_modules=names)
+        peft.inject_adapter_in_model(adapter, model, adapter_name=f"of{depth}")
+    for layer in (model.model.layers[0], model.model.layers[5]):
+        for linear in (layer.self_attn.v_proj, layer.mlp.down_proj):
+            linear.set_adapter(list(linear.lora_A))
+            with torch.no_grad():
+                for part in (*linear.lora_A.values(), *linear.lora_B.values()):
+                    part.weight.normal_(generator=torch.Generator().manual_seed(3))
+    model = model.double().eval()
+    asked = requests(3)
+    found, engine = serve(model, asked, routing=routing)
+    assert engine.runner.weights.prelude[0].down.loops == 2
+    with Double():
+        for request, own in zip(asked, found, strict=True):
+            alone = Sequential(model, EXITS).decode(request)
+            assert own == ([token.id for token in alone], [token.exit_depth for token in alone])

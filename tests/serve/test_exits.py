@@ -9,7 +9,8 @@ import torch
 from serve_driver import Driver
 from serve_tiny import VOCABULARY, Double, tiny
 
-from gemma_ext.serve.exits import TESTS, Exits, ExitTest
+from gemma_ext.serve.exit_state import Exits
+from gemma_ext.serve.exits import TESTS, ExitTest
 from gemma_ext.serve.protocol import Request, SamplingParams
 from gemma_ext.serve.readout import Head, Readout
 from gemma_ext.serve.runner import ModelRunner, Sizes

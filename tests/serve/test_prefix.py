@@ -1,17 +1,18 @@
 """Models with trained keys and values in front of every prompt."""
 
+import copy
+
 import pytest
 import torch
+from policy_oracle import Oracle
 from serve_tiny import VOCABULARY, Double, tiny
 
 from gemma_ext.nn.recursive import add_prefixes
 from gemma_ext.serve.config import PAGE, EngineConfig
 from gemma_ext.serve.engine import Engine
 from gemma_ext.serve.exits import ExitTest
-from gemma_ext.serve.parallel import shard_weights
 from gemma_ext.serve.protocol import Request, SamplingParams
 from gemma_ext.serve.sequential import Sequential
-from gemma_ext.serve.weights import read_weights
 
 EXITS = ExitTest("max_prob", threshold=0.1)
 
@@ -52,7 +53,8 @@ def serve(model, asked, **options):
 
 @pytest.mark.parametrize("routing", ["host", "device"])
 @pytest.mark.parametrize(
-    ("name", "count", "loops"), [("Llama", 3, 2), ("Qwen3", 16, 2), ("Gemma", 20, 1)]
+    ("name", "count", "loops"),
+    [("Llama", 3, 2), ("Qwen3", 16, 2), ("Gemma", 20, 1), ("Gemma2", 3, 2), ("Gemma3Text", 20, 2)],
 )
 def test_tokens_are_those_of_the_model_alone(name, count, loops, routing):
     model, asked = prefixed(name, count, loops), requests()
@@ -73,13 +75,44 @@ def test_tokens_are_those_of_the_model_alone(name, count, loops, routing):
 
 
 @pytest.mark.parametrize("routing", ["host", "device"])
-@pytest.mark.parametrize("policy", ["exact_lazy", "copy", "active_only"])
-def test_no_schedule_changes_a_bit(policy, routing):
-    model, asked = prefixed(count=5, loops=2, dtype=torch.float32), requests()
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        *(("Llama", policy) for policy in ("exact_lazy", "copy", "propagate", "active_only")),
+        ("Gemma2", "exact_eager"),
+        ("Gemma2", "propagate"),
+    ],
+)
+def test_no_schedule_changes_a_bit(name, policy, routing):
+    model, asked = prefixed(name, count=5, loops=2, dtype=torch.float32), requests()
     first, _ = serve(model, asked, kv_policy=policy, routing="host", width=1, requests=1)
     assert {token.exit_depth for tokens in first for token in tokens} == {1, 2}
     again, _ = serve(model, asked, kv_policy=policy, routing=routing)
     assert again == first
+
+
+@pytest.mark.parametrize("routing", ["host", "device"])
+@pytest.mark.parametrize("policy", ["propagate", "copy"])
+def test_what_tokens_leave_behind_has_the_angles_of_their_positions(policy, routing):
+    bare = tiny("Gemma2", loops=3, rank=3, layers=6, seed=8, tie_word_embeddings=False)
+    model = add_prefixes(copy.deepcopy(bare), 5)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.prefix.normal_(generator=torch.Generator().manual_seed(2))
+    random = torch.Generator().manual_seed(4)
+    prompt = tuple(torch.randint(VOCABULARY, (7,), generator=random).tolist())
+    depths = [3, *torch.randint(1, 4, (14,), generator=random).tolist()]
+    config = EngineConfig(
+        width=2, max_model_len=64, prefill_tokens=16, kv_policy=policy, routing=routing
+    )
+    engine = Engine.of_model(model, config)
+    engine.submit(Request(prompt, SamplingParams(max_tokens=15, temperature=0.0)), depths)
+    tokens = []
+    while engine.has_work():
+        tokens += [event.token.id for event in engine.step()]
+    with Double():
+        assert tokens == Oracle(model, policy).decode(list(prompt), depths)
+        assert tokens != Oracle(bare, policy).decode(list(prompt), depths)
 
 
 def test_pages_of_the_prefix_are_shared_with_those_of_the_prompt():
@@ -126,16 +159,10 @@ def test_scored_prompts_see_the_prefix():
 
 
 def test_what_prefixes_do_not_go_with():
-    config = EngineConfig(max_model_len=64)
-    windows = prefixed("Gemma2")
-    with pytest.raises(ValueError, match=r"^model: expected one without attention windows with p"):
-        Engine.of_model(windows, config)
     model = prefixed()
-    for policy in ("single", "first_then_shared", "modulo", "propagate"):
+    for policy in ("single", "first_then_shared", "modulo"):
         given = EngineConfig(max_model_len=64, kv_policy=policy)
         with pytest.raises(ValueError, match=f"^policy: expected a model without pr.* {policy}$"):
             Engine.of_model(model, given)
-    with pytest.raises(ValueError, match=r"^ranks: expected one for a model with prefixes, got 2"):
-        shard_weights(read_weights(model), 0, 2)
     with pytest.raises(ValueError, match=r"^pages: expected room for a token behind a prefix of 3"):
         Engine.of_model(prefixed(count=35), EngineConfig(max_model_len=64, pages=2))

@@ -11,18 +11,25 @@ from serve_tiny import VOCABULARY, Double, tiny
 from toy_models import collect, drain
 
 from gemma_ext.nn.recursive import ExitHead
-from gemma_ext.serve.config import EngineConfig
+from gemma_ext.serve.config import MODES, ORDERS, EngineConfig
 from gemma_ext.serve.engine import Engine
 from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.policies import EXACT, POLICIES
 from gemma_ext.serve.protocol import Request, SamplingParams
-from gemma_ext.serve.router import MOST_STOPS
+from gemma_ext.serve.route import FREE, READY, Route, Shape
+from gemma_ext.serve.router import DEVICE_STOPS
 from gemma_ext.serve.sequential import Sequential
 
 LOOPS = 3
 MODEL = tiny("Llama", loops=LOOPS, layers=3, rank=4, dtype=torch.float32)
 EXITS = ExitTest("max_prob", threshold=0.3)
-ROUTED = [policy for policy in POLICIES if policy != "exact_eager"]
+LAYERED = tiny(
+    "Gemma2", loops=2, layers=6, rank=4, order="middle-cycle", dtype=torch.float32
+)  # a layer in front of its loops and one behind them
+MODELS = {
+    "Llama": (MODEL, EXITS, POLICIES),
+    "layered": (LAYERED, ExitTest("max_prob", threshold=0.12), (*EXACT, "propagate")),
+}
 WAYS = (
     {"temperature": 0.0},
     {"temperature": 1.0, "logprobs": 3},
@@ -30,6 +37,7 @@ WAYS = (
     {"temperature": 0.0, "logprobs": 0},
     {"temperature": 1.0, "frequency_penalty": 1.0, "min_p": 0.01},
     {"temperature": 1.5, "top_k": 5, "min_tokens": 4, "stop_ids": tuple(range(0, 97, 5))},
+    {"temperature": 1.3, "logprobs": 2, "tempered": True},
 )
 THRESHOLDS = {
     "max_prob": 0.3, "margin": 0.2, "entropy": 2.0, "kl": 0.3, "argmax": 1, "cosine": 0.8,
@@ -66,7 +74,7 @@ def serve(engine, asked, depths=None):
 def assert_nothing_is_held(engine):
     assert engine.scheduler.free_pages == engine.config.pages
     assert engine.scheduler.free_slots == engine.config.prefill_tokens
-    assert engine._requests == engine._depths == {}
+    assert len(engine.open) == 0
     assert not any(engine.scheduler.queues().values())
 
 
@@ -79,14 +87,17 @@ def exit_test(name):
     return ExitTest(name, THRESHOLDS[name], weight=weight)
 
 
-@pytest.mark.parametrize("policy", ROUTED)
-def test_tokens_depths_likelihoods_and_keys_are_those_of_the_host(policy):
-    host, device = engines(MODEL, EXITS, kv_policy=policy, keep=2, backlog=4)
+@pytest.mark.parametrize(
+    ("name", "policy"), [(name, policy) for name in MODELS for policy in MODELS[name][2]]
+)
+def test_tokens_depths_likelihoods_and_keys_are_those_of_the_host(name, policy):
+    model, exits, _ = MODELS[name]
+    host, device = engines(model, exits, kv_policy=policy, keep=2, backlog=4)
     seen = [Watched(engine) for engine in (host, device)]
-    wanted, found = (serve(engine, requests()) for engine in (host, device))
+    wanted, found = (serve(engine, requests(7)) for engine in (host, device))
     assert found == wanted  # floats too: the same bits
     depths = {token.exit_depth for events in wanted for token, _ in events[1:]}
-    assert depths > {LOOPS}
+    assert depths > {device.runner.loops}
     assert seen[1].ticks > 0
     if policy in EXACT:
         shared = 0
@@ -119,9 +130,18 @@ def test_every_exit_test_decides_as_on_the_host(name, loops):
     assert watched.ticks > 0
 
 
-@pytest.mark.parametrize(("name", "loops"), [("Gemma2", 2), ("Qwen3", 3), ("Llama", 1)])
-def test_in_float64_they_are_those_of_the_model_alone(name, loops):
-    model = tiny(name, loops=loops, rank=3 * (loops > 1), layers=6 if loops == 3 else 4)
+@pytest.mark.parametrize(
+    ("name", "loops", "order"),
+    [
+        ("Gemma2", 2, "cycle"),
+        ("Qwen3", 3, "cycle"),
+        ("Llama", 1, "cycle"),
+        ("Gemma2", 2, "middle-cycle"),
+    ],
+)
+def test_in_float64_they_are_those_of_the_model_alone(name, loops, order):
+    layers = 6 if loops == 3 or order != "cycle" else 4
+    model = tiny(name, loops=loops, rank=3 * (loops > 1), layers=layers, order=order)
     test = ExitTest("max_prob", threshold=0.12)
     asked = requests(4)
     _, device = engines(model, test, pages=9, kv_pressure="recompute", margin=0.0)
@@ -212,10 +232,111 @@ def test_prefixes_are_shared_and_published():
     assert serve(device, [longer]) == serve(host, [longer])
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(mode):
+    """Tokens of a pass stand at one loop; the width is less than what waits."""
+    options = {"mode": mode, "kv_policy": "copy", "width": 3, "requests": 7}
+    host, device = engines(MODEL, EXITS, **options)
+    device.scheduler = heard = _Heard(device.scheduler)
+    found = serve(device, requests(9))
+    assert found == serve(host, requests(9))
+    depths = {token.exit_depth for events in found for token, _ in events}
+    assert (depths == {LOOPS}) == (mode in ("csb", "static"))
+    assert max(current for _, current, *_ in heard.ran) == 3
+    assert (max(loops for *_, loops in heard.ran) == 1) == (mode != "cdb")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders(order):
+    host, device = engines(MODEL, EXITS, order=order, width=2, requests=7)
+    assert serve(device, requests(7)) == serve(host, requests(7))
+
+
+def test_which_tokens_run_first():
+    """Of requests that became ready in turn, at loops 0 1 1 0 1 2."""
+    for order, taken in (("fifo", {0, 1}), ("deepest", {5, 1}), ("uniform", {0, 3})):
+        shape = Shape(6, 2, 16, 3, 8, 9, 0, 0, order=order)
+        route = Route(shape, "single", "auto", torch.device("cpu"))
+        route.kind[:6], route.last[:6], route.limit[:6] = READY, 3, 9
+        route.loop[:6] = torch.tensor([0, 1, 1, 0, 1, 2])
+        route.since[:6] = torch.arange(6)
+        assert set(route.units(16).take.nonzero().squeeze(1).tolist()) == taken
+    route.kind[3] = FREE  # fewer than the width at loop 0: the oldest, whatever they are
+    assert set(route.units(16).take.nonzero().squeeze(1).tolist()) == {0, 1}
+
+
+def test_more_loops_than_rows():
+    model = tiny("Llama", loops=6, layers=6, rank=2, dtype=torch.float32)
+    exits = ExitTest("max_prob", threshold=0.2)
+    options = {"width": 1, "requests": 1, "fill_rows": 0, "backlog": 2}
+    host, device = engines(model, exits, **options)
+    asked = [*requests(3), *requests(3, max_loops=3)]
+    assert serve(device, asked) == serve(host, asked)
+
+
+def test_eager_fills_run_earlier_and_no_more_often():
+    options = {"backlog": 8, "width": 6, "requests": 6, "fill_rows": 2}
+    asked = requests(4, max_tokens=30, stop_ids=(), min_tokens=0)
+    depths = [3, *[1] * 12, 3, *[1] * 17]
+    owed = {}
+    for policy in EXACT:
+        _, device = engines(MODEL, ExitTest(), kv_policy=policy, **options)
+        device.scheduler = heard = _Heard(device.scheduler)
+        owed[policy] = serve(device, asked, depths), heard.ran
+    assert owed["exact_eager"][0] == owed["exact_lazy"][0]
+    fills = {policy: [fills for *_, fills, _ in ran] for policy, (_, ran) in owed.items()}
+    assert sum(fills["exact_eager"]) > sum(fills["exact_lazy"])  # of the ends too
+    first = {policy: next(i for i, n in enumerate(fills[policy]) if n) for policy in EXACT}
+    assert first["exact_eager"] < first["exact_lazy"]
+
+
+@pytest.mark.parametrize("policy", EXACT)
+def test_outputs_are_filled_and_shared(policy):
+    options = {
+        "kv_policy": policy, "prefix_cache": True, "fill_on_finish": True, "requests": 3,
+        "max_model_len": 128, "pages": 40, "backlog": 5,
+    }  # fmt: skip
+    engines_ = engines(MODEL, EXITS, **options)
+    asked = [
+        Request(tokens(20, i), SamplingParams(max_tokens=30, temperature=float(i > 0), seed=i))
+        for i in range(4)
+    ]
+    told = [serve(engine, asked) for engine in engines_]
+    assert told[0] == told[1]
+    assert {token.exit_depth for events in told[0] for token, _ in events} > {LOOPS}
+    again = []
+    for request, events in zip(asked, told[0], strict=True):
+        said = tuple(token.id for token, _ in events)
+        params = SamplingParams(max_tokens=4, temperature=0.0)
+        again.append(Request((*request.prompt, *said, 1), params))
+    answers = [serve(engine, again) for engine in engines_]
+    assert answers[0] == answers[1] == serve(engines(MODEL, EXITS, max_model_len=128)[0], again)
+    cached = [engine.scheduler.counters()["cached_tokens"] for engine in engines_]
+    assert cached[0] == cached[1] == 4 * 48  # whole pages of 49 positions
+    assert_nothing_is_held(engines_[1])
+
+
+def test_fills_at_the_end_give_way():
+    """Requests that need their pages, and outputs whose end the device does not know."""
+    options = {
+        "prefix_cache": True, "fill_on_finish": True, "requests": 4, "width": 2, "pages": 7,
+        "fill_rows": 0, "kv_pressure": "recompute", "margin": 0.0, "backlog": 12,
+    }  # fmt: skip
+    host, device = engines(MODEL, ExitTest("max_prob", threshold=0.0), **options)
+    many = tuple(range(0, VOCABULARY, 3))
+    asked = [
+        *requests(4, max_tokens=40, stop_ids=(), min_tokens=0),
+        *requests(4, temperature=1.0, stop_ids=many, min_tokens=0),
+    ]
+    assert serve(device, asked) == serve(host, asked)
+    assert device.scheduler.counters()["dropped_fills"] > 0
+    assert_nothing_is_held(device)
+
+
 def test_stop_ids_that_only_the_host_knows():
     """The device draws on until the host says so; nobody hears of it."""
     many = tuple(range(1, VOCABULARY, 2))
-    assert len(many) > MOST_STOPS
+    assert len(many) > DEVICE_STOPS
     asked = [
         Request((i,), SamplingParams(max_tokens=30, temperature=1.0, seed=i, stop_ids=many))
         for i in range(6)
@@ -246,8 +367,10 @@ def test_scored_prompts_and_prompts_without_output():
 
 @st.composite
 def workloads(draw):
+    name = draw(st.sampled_from(sorted(MODELS)))
     exact = draw(st.booleans())
-    policy = draw(st.sampled_from([p for p in ROUTED if (p in EXACT) == exact]))
+    policy = draw(st.sampled_from([p for p in MODELS[name][2] if (p in EXACT) == exact]))
+    prefix_cache = draw(st.booleans())
     pressure = draw(st.sampled_from(["reserve", "offload", "none", "recompute"]))
     if pressure == "recompute" and not exact:
         pressure = "offload"
@@ -262,7 +385,10 @@ def workloads(draw):
         "prefill_tokens": draw(st.sampled_from([16, 32] if not exact else [3, 16, 32])),
         "kv_pressure": pressure,
         "margin": draw(st.sampled_from([0.0, 0.3])),
-        "prefix_cache": draw(st.booleans()),
+        "prefix_cache": prefix_cache,
+        "fill_on_finish": prefix_cache and exact and draw(st.booleans()),
+        "mode": draw(st.sampled_from(["cdb", *MODES])),
+        "order": draw(st.sampled_from(["fifo", *ORDERS])),
     }
     every = [
         {
@@ -274,7 +400,7 @@ def workloads(draw):
                     max_tokens=draw(st.integers(0, 20)),
                     seed=draw(st.integers(0, 3)),
                     min_loops=1,
-                    max_loops=draw(st.sampled_from([None, 2, 3])),
+                    max_loops=draw(st.sampled_from([None, 1, 2])),
                     exit_threshold=draw(st.sampled_from([None, 0.0, 0.2])),
                     **draw(st.sampled_from(WAYS)),
                 ),
@@ -282,22 +408,24 @@ def workloads(draw):
         }
         for _ in range(draw(st.integers(1, 6)))
     ]
-    return config, every
+    return name, config, every
 
 
 ALONE = {}
 
 
-def alone(request, config):
+def alone(name, request, config):
     """What the host decodes with nothing beside it."""
-    kept = ("kv_policy", "keep", "prefill_tokens")
-    key = (request, *(config[name] for name in kept))
+    given = {"keep": config["keep"], "prefill_tokens": config["prefill_tokens"]}
+    given["kv_policy"] = config["kv_policy"].replace("eager", "lazy")
+    given["mode"] = "csb" if config["mode"] in ("csb", "static") else "cdb"
+    key = (name, request, *given.values())
     if key not in ALONE:
-        given = {name: config[name] for name in kept}
+        model, exits, _ = MODELS[name]
         host = Engine.of_model(
-            MODEL,
+            model,
             EngineConfig(width=1, requests=1, max_model_len=64, routing="host", **given),
-            exits=EXITS,
+            exits=exits,
         )
         ALONE[key] = serve(host, [request])[0]
     return ALONE[key]
@@ -306,9 +434,10 @@ def alone(request, config):
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(workloads())
 def test_any_workload(workload):
-    given_, every = workload
+    name, given_, every = workload
+    model, exits, _ = MODELS[name]
     config = EngineConfig(max_model_len=64, routing="device", verify=True, **given_)
-    engine = Engine.of_model(MODEL, config, exits=EXITS)
+    engine = Engine.of_model(model, config, exits=exits)
     watched = Watched(engine)
     waiting = sorted(range(len(every)), key=lambda i: every[i]["tick"])
     ids, told, cancelled, tick = {}, {}, set(), 0
@@ -330,7 +459,7 @@ def test_any_workload(workload):
     for id, arrival in ids.items():
         if id in cancelled:
             continue
-        wanted = alone(arrival["request"], given_)
+        wanted = alone(name, arrival["request"], given_)
         if told[id][-1][1] == "error":
             assert config.kv_pressure == "none"
             drawn = [event for event in told[id] if event[0] is not None]
@@ -382,11 +511,8 @@ def test_the_guard_of_these_tests_refuses_a_wait():
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"mode": "csb"}, "routing: expected mode cdb with 'device', got another"),
-        ({"order": "deepest"}, "routing: expected order fifo with"),
-        ({"min_coda_batch": 2}, "routing: expected min_coda_batch 1 with"),
-        ({"kv_policy": "exact_eager"}, "routing: expected another kv_policy than exact_eager"),
-        ({"prefix_cache": True, "fill_on_finish": True}, "routing: expected fill_on_finish False"),
+        ({"min_coda_batch": 2}, "routing: expected min_coda_batch 1 with 'device', got another"),
+        ({"drafts": 1}, "routing: expected drafts 0 with 'device', got another"),
     ],
 )
 def test_what_a_device_does_not_route(options, sentence):
@@ -395,13 +521,30 @@ def test_what_a_device_does_not_route(options, sentence):
     assert EngineConfig(**options).routed(True).routing == "host"
 
 
-def test_models_that_a_device_does_not_route():
-    model = tiny("Gemma2", loops=2, layers=6, order="middle-cycle", dtype=torch.float32)
-    config = EngineConfig(max_model_len=64, routing="device")
-    with pytest.raises(ValueError, match=r"^routing: expected a model whose layers are all in its"):
-        Engine.of_model(model, config)
-    with pytest.raises(ValueError, match=r"^routing: expected no shortlist with it"):
-        Engine.of_model(MODEL, config, shortlist=True)
+@pytest.mark.parametrize("name", ["none", "latent_diff", "max_prob"])
+def test_codes_of_the_head(name):
+    """They are read where all draws are greedy and no test asks the head."""
+    test = ExitTest() if name == "none" else exit_test(name)
+    host, device = engines(MODEL, test, shortlist=True)
+    asked_of, run = [], device.router.work.run
+
+    def watched(rows, reading):
+        asked_of.append(reading)
+        run(rows, reading)
+
+    device.router.work.run = watched
+    for greedy in (True, False):
+        asked = requests(
+            5, logprobs=None, top_k=0, top_p=1.0, min_p=0.0, temperature=float(not greedy)
+        )
+        assert serve(device, asked) == serve(host, asked)
+        assert set(asked_of) == {"best" if greedy and name != "max_prob" else "samples"}
+        asked_of.clear()
+    assert serve(device, requests()) == serve(host, requests())
+    assert "candidates" in asked_of
+
+
+def test_no_other_routing():
     with pytest.raises(ValueError, match=r"^routing: expected one of auto, host, device, got 'x'"):
         EngineConfig(routing="x")
 

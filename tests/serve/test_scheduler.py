@@ -124,7 +124,7 @@ def test_any_workload(workload):
     assert scheduler.free_pages == config.pages
     assert not any(scheduler.queues().values())
     assert engine.runner.open_rows == {}
-    assert engine._requests == {}
+    assert len(engine.open) == 0
     conserve(engine, found, cancelled)
 
 

@@ -72,6 +72,7 @@ void attention_matches(int64_t chunk, int64_t q_heads, int64_t heads, int64_t wi
   window[0] = 0;
   window[1] = 30;
   const float scale = 0.5f, softcap = 3.0f;
+  const int32_t sinks = 3;
   run(Attention{{p.q.data(), q_heads * width},
                 q_heads,
                 p.pages(),
@@ -80,6 +81,7 @@ void attention_matches(int64_t chunk, int64_t q_heads, int64_t heads, int64_t wi
                 window.data(),
                 scale,
                 softcap,
+                sinks,
                 p.out.data()});
   const int64_t group = q_heads / heads;
   for (int64_t i = 0; i < p.n; ++i) {
@@ -93,7 +95,8 @@ void attention_matches(int64_t chunk, int64_t q_heads, int64_t heads, int64_t wi
       const int last = p.pos[i], first = p.loop[i] == 1 ? last - 29 : 0;
       std::vector<double> sums(width);
       double total = 0;
-      for (int t = first; t <= last; ++t) {
+      for (int t = 0; t <= last; ++t) {
+        if (t >= sinks && t < first) continue;
         double score = 0;
         for (int64_t d = 0; d < width; ++d)
           score += value_of(p.q[(i * q_heads + h) * width + d]) * p.key(i, t, 0, h / group, d);

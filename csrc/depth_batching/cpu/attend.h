@@ -12,11 +12,14 @@ namespace {
 constexpr float kNothing = -__builtin_inff();
 
 // Scores of a split, [count, kSplit], become weights exp(score - maximum); the part's head is filled in.
-inline void weigh(const Attention& a, float* scores, Seen seen, float* part) {
+inline void weigh(const Attention& a, float* scores, Seen seen, Seen sunk, float* part) {
   Vf most = set1(kNothing);
-  const auto in = [&](int32_t t) { return (iota() + t >= seen.begin) & (iota() + t < seen.end); };
-  const int32_t begin = seen.begin / kLanes * kLanes;
-  for (int32_t t = begin; t < seen.end; t += kLanes) {
+  const auto in = [&](int32_t t) {
+    return ((iota() + t >= seen.begin) & (iota() + t < seen.end)) | (iota() + t < sunk.end);
+  };
+  const int32_t begin = sunk.end > 0 ? 0 : seen.begin / kLanes * kLanes;
+  const int32_t end = seen.begin < seen.end ? seen.end : sunk.end;
+  for (int32_t t = begin; t < end; t += kLanes) {
     Vf score = load(scores + t) * a.scale;
     if (a.softcap > 0) score = tanh(score / a.softcap) * a.softcap;
     score = in(t) ? score : set1(kNothing);
@@ -26,7 +29,7 @@ inline void weigh(const Attention& a, float* scores, Seen seen, float* part) {
   const float maximum = gemma_ext::cpu::GEMMA_EXT_ISA::max(most);
   Vf total{};
   // of scores that are all -inf nothing is left, as of no token
-  for (int32_t t = begin; t < seen.end; t += kLanes) {
+  for (int32_t t = begin; t < end; t += kLanes) {
     const Vf weight = maximum == kNothing ? Vf{} : exp(load(scores + t) - maximum);
     const Vf kept = in(t) ? weight : Vf{};
     store(scores + t, kept);
@@ -42,7 +45,11 @@ void attend_split(const Queries& q, int64_t split, float* parts, Scratch& s) {
   float* scores = floats_of(s, kScores, q.count * kSplit);
   int32_t first = kSplit, last = 0;
   for (int64_t i = 0; i < q.count; ++i) {
-    const Seen seen = q.seen(i, begin, kSplit);
+    const Seen seen = q.seen(i, begin, kSplit), sunk = q.sunk(i, begin, kSplit);
+    if (sunk.end > 0) {
+      first = 0;
+      last = sunk.end > last ? sunk.end : last;
+    }
     if (seen.begin < seen.end) {
       first = seen.begin < first ? seen.begin : first;
       last = seen.end > last ? seen.end : last;
@@ -68,14 +75,15 @@ void attend_split(const Queries& q, int64_t split, float* parts, Scratch& s) {
   });
   for (int64_t i = 0; i < q.count; ++i) {
     memset(parts + i * part, 0, part * sizeof(float));
-    weigh(*q.call, scores + i * kSplit, q.seen(i, begin, kSplit), parts + i * part);
+    weigh(*q.call, scores + i * kSplit, q.seen(i, begin, kSplit), q.sunk(i, begin, kSplit),
+          parts + i * part);
   }
-  each_page(1, [&](int32_t t, const float* v) {
+  const auto add = [&](int32_t t, const float* v, auto of) {
     for (int64_t i = 0; i < q.count;) {
-      const Seen seen = q.seen(i, begin + t, kPage);
+      const Seen seen = of(i);
       int64_t alike = 1;
       for (; i + alike < q.count && alike < kMost; ++alike) {
-        const Seen other = q.seen(i + alike, begin + t, kPage);
+        const Seen other = of(i + alike);
         if (other.begin != seen.begin || other.end != seen.end) break;
       }
       with_count(alike, [&](auto block) {
@@ -84,6 +92,10 @@ void attend_split(const Queries& q, int64_t split, float* parts, Scratch& s) {
         i += block.value;
       });
     }
+  };
+  each_page(1, [&](int32_t t, const float* v) {
+    if (q.call->sinks > 0) add(t, v, [&](int64_t i) { return q.sunk(i, begin + t, kPage); });
+    add(t, v, [&](int64_t i) { return q.seen(i, begin + t, kPage); });
   });
 }
 

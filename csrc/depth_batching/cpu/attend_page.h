@@ -30,6 +30,12 @@ struct Queries {
                     : end > length ? length
                                    : end)};
   }
+  // Those of the sinks that lie in front of the query's window.
+  Seen sunk(int64_t i, int64_t begin, int32_t length) const {
+    const int64_t first = first_token(*call, row(i));
+    const int64_t end = (first < call->sinks ? first : call->sinks) - begin;
+    return {0, int32_t(end < 0 ? 0 : end > length ? length : end)};
+  }
 };
 
 inline const char* memory_of(const Queries& q, int64_t page, int64_t half) {

@@ -40,7 +40,7 @@ void run(const Attention& a, Workers& workers) {
     }
     while (i + rows < p.n && rows < most && follows(p, i + rows)) ++rows;
     for (int64_t head = 0; a.q_heads && head < a.pool.heads; ++head)
-      tasks.push_back({&a, i, rows, head, first_token(a, i) / kSplit,
+      tasks.push_back({&a, i, rows, head, a.sinks > 0 ? 0 : first_token(a, i) / kSplit,
                        p.pos[i + rows - 1] / kSplit + 1, nullptr});
   }
   // Few tasks are cut at the splits, so that all threads have some.

@@ -25,20 +25,20 @@ struct MmaShared {
   float most[kMmaWarps][kColumns], total[kMmaWarps][kColumns];
 };
 
-// Tokens begin .. end of the request; those of the tile outside them are 0.
+// Tokens begin .. end of the request, without those between the sinks and `first`; what else a tile holds is 0.
 template <class T, int kRow>
 DEVICE void load_tile(T (&to)[kTokens][kRow], const Attention& a, int64_t row, int head,
-                      int64_t half, int tile, int begin, int end) {
+                      int64_t half, int tile, int begin, int end, int first) {
   constexpr int kWords = (kRow - 8) / 8;  // of a token; those of a page lie one behind the other
   const T* anywhere = static_cast<const T*>(a.pool.data);
   UNROLL
   for (int page = 0; page < kTokens / kPage; ++page) {
-    const int first = tile + page * kPage;
-    const bool any = first < end && first + kPage > begin;
-    const T* from = any ? page_of<T>(a, row, first / kPage, half, head) : nullptr;
+    const int at = tile + page * kPage;
+    const bool any = at < end && at + kPage > begin;
+    const T* from = any ? page_of<T>(a, row, at / kPage, half, head) : nullptr;
     for (int i = simt::thread_idx(); i < kPage * kWords; i += kMmaThreads) {
-      const int token = i / kWords, t = first + token;
-      const bool seen = from && t >= begin && t < end;
+      const int token = i / kWords, t = at + token;
+      const bool seen = from && t >= begin && t < end && (t >= first || t < a.sinks);
       simt::cp_async(&to[page * kPage + token][i % kWords * 8], seen ? from + i * 8 : anywhere,
                      seen ? 16 : 0);
     }
@@ -63,7 +63,7 @@ void attend_mma_kernel(AttendParams p) {
     ++rows;
   const int reach = a.window ? a.window[places.loop[u.row]] : 0;
   const int base = u.split * kSplit, first = first_token(a, u.row);
-  const int begin = first > base ? first : base;
+  const int begin = first > base && base >= a.sinks ? first : base;
   const int end = pos + rows < base + kSplit ? pos + rows : base + kSplit;
   if (begin >= end) return;
 
@@ -77,9 +77,9 @@ void attend_mma_kernel(AttendParams p) {
     s.q[column][e % kWidth] = x;
   }
   const int tile0 = begin / kTokens * kTokens;
-  load_tile(s.k, a, u.row, u.head, 0, tile0, begin, end);
+  load_tile(s.k, a, u.row, u.head, 0, tile0, begin, end, first);
   simt::cp_async_commit();
-  load_tile(s.v, a, u.row, u.head, 1, tile0, begin, end);
+  load_tile(s.v, a, u.row, u.head, 1, tile0, begin, end, first);
   simt::cp_async_commit();
 
   // Of the columns 8 i + lane % 4 * 2 + j.
@@ -122,7 +122,8 @@ void attend_mma_kernel(AttendParams p) {
         for (int r = 0; r < 2; ++r) {
           const int t = token + 8 * r;
           float& score = scores[i][2 * r + j];
-          score = t >= seen_from[i][j] && t < seen_to[i][j] ? score_of(a, score) : kNothing;
+          const bool seen = (t >= seen_from[i][j] || t < a.sinks) && t < seen_to[i][j];
+          score = seen ? score_of(a, score) : kNothing;
           top = score > top ? score : top;
         }
         UNROLL
@@ -134,7 +135,8 @@ void attend_mma_kernel(AttendParams p) {
       }
     }
     simt::sync_block();  // K is read, the maxima are there
-    if (tile + kTokens < end) load_tile(s.k, a, u.row, u.head, 0, tile + kTokens, begin, end);
+    if (tile + kTokens < end)
+      load_tile(s.k, a, u.row, u.head, 0, tile + kTokens, begin, end, first);
     simt::cp_async_commit();
     float shrink[kTiles][2];
     UNROLL
@@ -185,7 +187,8 @@ void attend_mma_kernel(AttendParams p) {
       }
     }
     simt::sync_block();  // V and the weights are read
-    if (tile + kTokens < end) load_tile(s.v, a, u.row, u.head, 1, tile + kTokens, begin, end);
+    if (tile + kTokens < end)
+      load_tile(s.v, a, u.row, u.head, 1, tile + kTokens, begin, end, first);
     simt::cp_async_commit();
   }
 

@@ -20,9 +20,10 @@ void attend_plain_kernel(AttendParams p) {
   if (!is_row(a, u.row)) return;
   const int width = static_cast<int>(a.pool.width), base = u.split * kSplit;
   const int first = first_token(a, u.row), last = a.places.pos[u.row];
-  const int begin = first > base ? first : base;
+  const int begin = first > base && base >= a.sinks ? first : base;
   const int end = last + 1 < base + kSplit ? last + 1 : base + kSplit;
   if (begin >= end) return;
+  const auto sees = [&](int t) { return t >= first || t < a.sinks; };
   float* s_q = simt::shared<float>();       // [kHeads, width]
   float* s_weights = s_q + kHeads * width;  // [kHeads, kSplit]
   const int warp = simt::warp_idx(), lane = simt::lane_idx(), thread = simt::thread_idx();
@@ -31,6 +32,7 @@ void attend_plain_kernel(AttendParams p) {
     s_q[e] = e < u.heads * width ? widen(q[e]) : 0.0f;
   simt::sync_block();
   for (int t = begin + warp; t < end; t += kPlainWarps) {
+    if (!sees(t)) continue;
     const T* page = page_of<T>(a, u.row, t / kPage, 0, u.head);
     const T* k = page ? page + t % kPage * width : nullptr;
     float sums[kHeads] = {};
@@ -50,7 +52,7 @@ void attend_plain_kernel(AttendParams p) {
     float* weights = s_weights + h * kSplit - base;
     float most = kNothing, total = 0;
     for (int t = begin + lane; t < end; t += simt::kWarpSize)
-      most = weights[t] > most ? weights[t] : most;
+      if (sees(t)) most = weights[t] > most ? weights[t] : most;
     UNROLL
     for (int mask = 16; mask; mask /= 2) {
       const float other = simt::shfl_xor(most, mask);
@@ -58,7 +60,7 @@ void attend_plain_kernel(AttendParams p) {
     }
     // lanes have the tokens of one residue, wherever the row begins
     for (int t = base + lane; t < end; t += simt::kWarpSize) {
-      if (t < begin) continue;
+      if (!sees(t)) continue;
       weights[t] = most == kNothing ? 0.0f : simt::exp2_approx(weights[t] - most);
       total += weights[t];
     }
@@ -73,6 +75,7 @@ void attend_plain_kernel(AttendParams p) {
   for (int d = thread; d < width; d += kPlainThreads) {
     float sums[kHeads] = {};
     for (int t = begin; t < end; ++t) {
+      if (!sees(t)) continue;
       const T* page = page_of<T>(a, u.row, t / kPage, 1, u.head);
       const float value = page ? widen(page[t % kPage * width + d]) : 0.0f;
       UNROLL

@@ -21,8 +21,9 @@ void attend_join_kernel(AttendParams p) {
   T* out = static_cast<T*>(a.out) + (row * a.q_heads + head) * width;
   bool valid = is_row(a, row);
   const int first = valid ? first_token(a, row) : 0, last = valid ? places.pos[row] : -1;
+  const int begin = a.sinks > 0 ? 0 : first;
   bool outside = false;
-  for (int page = first / kPage + lane; page * kPage <= last; page += simt::kWarpSize) {
+  for (int page = begin / kPage + lane; page * kPage <= last; page += simt::kWarpSize) {
     const int32_t id = places.block_tables[places.req[row] * places.max_pages + page];
     outside |= id < 0 || id >= a.pool.pages;
   }
@@ -30,7 +31,8 @@ void attend_join_kernel(AttendParams p) {
   const float* parts = part_of(p, row, head, 0);
   for (int d = lane; d < width; d += simt::kWarpSize) {
     float most = kNothing, total = 0, sum = 0;
-    for (int split = first / kSplit; valid && split * kSplit <= last; ++split) {
+    for (int split = begin / kSplit; valid && split * kSplit <= last; ++split) {
+      if (split * kSplit >= a.sinks && (split + 1) * kSplit <= first) continue;
       const float* part = parts + split * (kPartHead + a.pool.width);
       const float part_most = part[0], part_total = part[1];
       if (part_total == 0.0f) continue;

@@ -27,6 +27,7 @@ def paged_attn_mixed_depth(
     window: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    sinks: int = 0,
     impl: str = "auto",
 ) -> Tensor:
     """softmax(softcap(scale q k)) v over a row's request up to the row, at the depth of its loop.
@@ -47,6 +48,7 @@ def paged_attn_mixed_depth(
             all.
         scale: of q k; 1 / sqrt(hd) by default.
         softcap: caps scores at c tanh(score / c).
+        sinks: first tokens of every request, which its rows see in front of any window.
         impl: "auto" or "reference".
 
     Returns:
@@ -66,11 +68,15 @@ def paged_attn_mixed_depth(
         check_ints("window", window, (depth_of.shape[0],), kv_pool)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"expected softcap to be positive, got {softcap}")
+    if sinks < 0:
+        raise ValueError(f"expected sinks to be at least 0, got {sinks}")
     scale = width**-0.5 if scale is None else scale
     if is_reference(impl, q, "paged_attn_mixed_depth"):
         return formulas.paged_attn_mixed_depth(
-            q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale, softcap
-        )
+            q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale, softcap,
+            sinks,
+        )  # fmt: skip
     return kv_op.paged_attn_mixed_depth(
-        q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale, softcap or 0
-    )
+        q, kv_pool, block_tables, row_req, row_pos, row_loop, depth_of, window, scale,
+        softcap or 0, sinks,
+    )  # fmt: skip
