@@ -105,10 +105,10 @@ def verdict_of(runs: Sequence[Run]) -> list[str]:
 def curves(runs: Sequence[Run]) -> Figure:
     """Gold and proxy of every rule, a panel each; thin lines are seeds."""
     rules = grouped(runs)
-    columns = min(4, len(rules))
+    columns = min(5, len(rules))
     lines = ceil(len(rules) / columns)
     drawn, panels = plots.axes(
-        lines, columns, (2.6 * columns, 2.1 * lines), squeeze=False, sharex=True
+        lines, columns, (2.2 * columns, 2.1 * lines), squeeze=False, sharex=True, sharey=True
     )
     flat = [panel for row in panels for panel in row]
     top = max(max(run["curves"]["gold"]) for run in runs)
@@ -125,8 +125,9 @@ def curves(runs: Sequence[Run]) -> Figure:
         panel.set_visible(False)
     for row in panels:
         row[0].set_ylabel("reward")
-    for panel in panels[-1]:
+    for panel in flat[max(0, len(rules) - columns) : len(rules)]:
         panel.set_xlabel("step")
+        panel.tick_params(labelbottom=True)
     flat[0].legend(fontsize=8)
     return drawn
 
@@ -220,7 +221,9 @@ def write(
         model_head=MODEL_HEAD,
         models=model_table(models),
         alarms=[
-            (f"{run['rule']}, seed {run['seed']}", text) for run in runs for text in run["alarms"]
+            (rule, f"{sum(bool(run['alarms']) for run in some)} of {len(some)}", first[0])
+            for rule, some in grouped(runs).items()
+            if (first := [text for run in some for text in run["alarms"]])
         ],
         samples=[
             (run["rule"], sample["prompt"], sample["completion"])
