@@ -11,6 +11,7 @@ import sys
 import pytest
 from toolchain import HERE, ROOT
 
+pytestmark = pytest.mark.timeout(1500)  # the first test to come compiles for all
 OPS = HERE.parent / "ops"
 # files: which of their tests, some of each kind; test_all_ops runs the rest
 PARTS = {
@@ -96,7 +97,6 @@ def test_ops(op_library, part):
 
 
 @pytest.mark.exhaustive
-@pytest.mark.timeout(1500)
 def test_all_ops(op_library):
     # without filter and fuzz, whose bounds in fp32 are below what split products keep (2^-16)
     names = "options outputs gradients nonfinite labels layouts opcheck compile"

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 from toolchain import CSRC, HERE, find_cuobjdump
 
+pytestmark = pytest.mark.timeout(1500)  # the first test to come compiles for all
 SEED = int(os.environ["GEMMA_EXT_SCHEDULE_SEED"])
 # each way to choose the next thread (seed modulo 3) with each time for asynchronous operations
 KINDS = [pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(9) if seed != SEED]
