@@ -83,7 +83,11 @@ def test_op_refuses_forward_mode(name):
     floating = [
         i for i, a in enumerate(args) if isinstance(a, torch.Tensor) and a.is_floating_point()
     ]
-    lists = [i for i, a in enumerate(args) if isinstance(a, list) and is_tensors(a)]
+    lists = [
+        i
+        for i, a in enumerate(args)
+        if isinstance(a, list) and is_tensors(a) and a[0].is_floating_point()
+    ]
     for i in (*floating, *lists):
         with forward_ad.dual_level():
             x = args[i]
