@@ -56,6 +56,8 @@ def url():
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find this file
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    # on a busy machine a proxy takes longer than Serve's 5 s to start, and is killed for it
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "100")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         deploy(Scripted(), 2, port=port, cpus=0.5)
