@@ -5,13 +5,13 @@ Figures over seeds are means with a 95 % interval (Student's t).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gemma_ext import report
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder
 from gemma_ext.papers.crosscoder.causal import Replies, causal_test
 from gemma_ext.papers.crosscoder.discovery import (
@@ -191,22 +191,9 @@ def causes(
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean over seeds with the half width of its 95 % interval.
-
-    Raises:
-        ImportError: several values, and scipy is missing.
-    """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return f"{mean:.3g}"
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError("intervals need scipy: pip install 'gemma_ext[genome]'") from None
-    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
-    half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
-    return f"{mean:.3g} ± {half if half > 1e-9 * abs(mean) else 0:.2g}"
+    """Mean over seeds with the half width of its 95 % interval; see `report.interval`."""
+    mean, half = report.interval(values)
+    return f"{mean:.3g}" if half is None else f"{mean:.3g} ± {half:.2g}"
 
 
 def _raw_decoder(made: SparseAutoencoder) -> Tensor:

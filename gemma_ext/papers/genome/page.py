@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_ext import report
 from gemma_ext.papers.genome.compare import Row
 from gemma_ext.report import BLUE, GREY, INK, axes, svg, this_machine, write_page
 
@@ -74,13 +75,8 @@ def summaries(runs: Sequence[Sequence[Row]]) -> list[Summary]:
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean and half width of its 95 % interval by Student's t; NaN for one value."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, math.nan
-    from scipy.stats import t
-
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-    return mean, float(t.ppf(0.975, len(values) - 1)) * spread / math.sqrt(len(values))
+    mean, half = report.interval(values)
+    return mean, math.nan if half is None else half
 
 
 def number(value: tuple[float, float]) -> str:

@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from gemma_ext import report
+
 
 def turned(rate: float) -> float:
     """1 - rate, of a rate in [0, 1] that should fall (harmful answers, attack success)."""
@@ -52,16 +54,8 @@ class Interval:
 
 def interval(values: Sequence[float]) -> Interval:
     """The interval of the mean of independent values, one per seed."""
-    n = len(values)
-    if n == 0:
-        raise ValueError("values: expected at least one, got none")
-    centre = math.fsum(values) / n
-    if n == 1:
-        return Interval(centre, math.inf)
-    from scipy.stats import t
-
-    variance = math.fsum((v - centre) ** 2 for v in values) / (n - 1)
-    return Interval(centre, float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n))
+    mean, half = report.interval(values)
+    return Interval(mean, math.inf if half is None else half)
 
 
 def ranks(scores: Mapping[str, float]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,16 +34,9 @@ ORDERINGS = (
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean over seeds with the half width of its 95 % interval (Student's t).
-
-    Raises:
-        ImportError: several values, and scipy is missing.
-    """
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return f"{mean:.4g}"
-    return f"{mean:.4g} ± {_half(values):.2g}"
+    """Mean over seeds with the half width of its 95 % interval; see `report.interval`."""
+    mean, half = report.interval(values)
+    return f"{mean:.4g}" if half is None else f"{mean:.4g} ± {half:.2g}"
 
 
 def rows_of(table: Mapping[str, Sequence[Record]], loops: int) -> list[list[str]]:
@@ -196,18 +188,18 @@ def _points(inits: Mapping[str, Sequence[Record]], init: str) -> list[tuple[floa
         words = name.split()
         if len(words) == 2 and words[0] == init:
             values = [perplexity(r["nats"][-1]) for r in records]
-            half = _half(values) if len(values) > 1 else 0.0
-            found.append((records[0]["parameters"], sum(values) / len(values), half))
+            mean, half = report.interval(values)
+            found.append((records[0]["parameters"], mean, half or 0.0))
     return sorted(found)
 
 
 def _point(axis: Any, records: Sequence[Record], colour: str, marker: str, label: str) -> None:
     values = [perplexity(r["nats"][-1]) for r in records]
-    half = _half(values) if len(values) > 1 else 0.0
+    mean, half = report.interval(values)
     axis.errorbar(
         [records[0]["parameters"]],
-        [sum(values) / len(values)],
-        [half],
+        [mean],
+        [half or 0.0],
         color=colour,
         marker=marker,
         linestyle="",
@@ -243,15 +235,3 @@ def _cell(records: Sequence[Record], when: str, loop: int) -> str:
 
 def _mean(records: Sequence[Record]) -> float:
     return sum(r["nats"][-1] for r in records) / len(records)
-
-
-def _half(values: Sequence[float]) -> float:
-    try:
-        from scipy.stats import t
-    except ImportError:
-        raise ImportError("intervals need scipy: pip install 'gemma_ext[genome]'") from None
-    n = len(values)
-    mean = math.fsum(values) / n
-    variance = math.fsum((v - mean) ** 2 for v in values) / (n - 1)
-    half = float(t.ppf(0.975, n - 1)) * math.sqrt(variance / n)
-    return half if half > 1e-9 * abs(mean) else 0.0

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import bisect
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from gemma_ext import report
 
 Point = tuple[float, float]
 """(divergence in nats per response, reward), both measured on held-out prompts."""
@@ -97,21 +98,10 @@ class Difference:
         return abs(self.mean) > self.half
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """(mean, half of its interval by Student's t); infinite for one value.
-
-    Raises:
-        ValueError: no value.
-    """
-    if not values:
-        raise ValueError("expected at least one value, got none")
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return mean, math.inf
-    from scipy.stats import t
-
-    error = statistics.stdev(values) / math.sqrt(len(values))
-    return mean, float(t.ppf(0.5 + level / 2, len(values) - 1)) * error
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half of its 95 % interval by Student's t); infinite for one value."""
+    mean, half = report.interval(values)
+    return mean, math.inf if half is None else half
 
 
 def common_range(frontiers: Sequence[Frontier]) -> tuple[float, float] | None:
