@@ -13,7 +13,7 @@
 namespace gemma_ext::depth_batching::cuda {
 
 template <class T, int kR>
-class CodeTile {
+class CodeTile : public Fragments<kR> {
  public:
   using Type = T;
   using Left = int8_t;
@@ -26,50 +26,22 @@ class CodeTile {
   static constexpr int kBlocks = kRows == 16 ? 4 : sizeof(T) == 2 ? 2 : 1;  // of a multiprocessor
   static_assert(kRows % 8 == 0 && kSharedBytes >= kFeatures * kRows * 4);
 
-  DEVICE void clear() {
-    UNROLL
-    for (int j = 0; j < kRows / 8; ++j) {
-      UNROLL
-      for (int e = 0; e < 4; ++e) acc_[j][e] = 0.0f;
-    }
-  }
-
-  // f(feature, row, value&) for every element of the thread.
-  template <class F>
-  DEVICE void each(F f) {
-    const int lane = simt::lane_idx(), first = simt::warp_idx() * 16 + lane / 4;
-    UNROLL
-    for (int j = 0; j < kRows / 8; ++j) {
-      UNROLL
-      for (int e = 0; e < 4; ++e) f(first + e / 2 * 8, j * 8 + lane % 4 * 2 + e % 2, acc_[j][e]);
-    }
-  }
-
   // As FeatureTile; a(line, k) of codes is for multiples of 16.
   template <class A, class B>
   DEVICE void multiply(int depth, const A& a, const B& b, T* s_stages) {
     auto* s_bytes = reinterpret_cast<unsigned char*>(s_stages);
-    const int steps = (depth + kDepth - 1) / kDepth;
-    const auto fill = [&](int step) {
-      if (step < steps) {
-        unsigned char* s_codes = s_bytes + step % kStages * kStage;
-        load<kFeatures, int8_t>(s_codes, step * kDepth, a);
-        load<kRows, T>(s_codes + kCodes, step * kDepth, b);
-      }
-      simt::cp_async_commit();
-    };
-    UNROLL
-    for (int step = 0; step < kStages - 1; ++step) fill(step);
-    for (int step = 0; step < steps; ++step) {
-      simt::cp_async_wait<kStages - 2>();
-      simt::sync_block();  // step has landed for all, and step - 1 has been read by all
-      fill(step + kStages - 1);
-      const unsigned char* s_codes = s_bytes + step % kStages * kStage;
-      NO_UNROLL
-      for (int k = 0; k < kDepth; k += mma::kInstruction) product(s_codes, s_codes + kCodes, k);
-    }
-    simt::cp_async_wait<0>();
-    simt::sync_block();
+    staged<kStages>((depth + kDepth - 1) / kDepth,
+                    [&](int step, int stage) {
+                      unsigned char* s_codes = s_bytes + stage * kStage;
+                      load<kFeatures, int8_t>(s_codes, step * kDepth, a);
+                      load<kRows, T>(s_codes + kCodes, step * kDepth, b);
+                    },
+                    [&](int stage) {
+                      const unsigned char* s_codes = s_bytes + stage * kStage;
+                      NO_UNROLL
+                      for (int k = 0; k < kDepth; k += mma::kInstruction)
+                        product(s_codes, s_codes + kCodes, k);
+                    });
   }
 
  private:
@@ -145,7 +117,7 @@ class CodeTile {
     }
   }
 
-  float acc_[kRows / 8][4];
+  using Fragments<kR>::acc_;
 };
 
 }  // namespace gemma_ext::depth_batching::cuda

@@ -19,20 +19,10 @@ DEVICE void split(float x, float y, uint32_t& high, uint32_t& low) {
   low = simt::pack<simt::bf16>(x - simt::to_float(x_high), y - simt::to_float(y_high));
 }
 
-template <class T, int kF, int kR>
-class FeatureTile {
+// The sums of a warp's 16 features with all rows.
+template <int kRows>
+class Fragments {
  public:
-  using Type = T;
-  using Left = T;  // of the features
-  static constexpr int kFeatures = kF, kRows = kR;
-  static constexpr int kThreads = kFeatures / 16 * simt::kWarpSize;
-  static constexpr int kChunk = 16 / sizeof(T), kLine = 8;  // chunks of a line
-  static constexpr int kDepth = kLine * kChunk;
-  static constexpr int kStages = 4, kStage = (kFeatures + kRows) * kDepth;  // elements
-  static constexpr int kSharedBytes = kStages * kStage * static_cast<int>(sizeof(T));
-  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // of a multiprocessor
-  static_assert(kRows % 16 == 0 && kSharedBytes >= kFeatures * kRows * 4);
-
   DEVICE void clear() {
     UNROLL
     for (int j = 0; j < kRows / 8; ++j) {
@@ -52,30 +42,59 @@ class FeatureTile {
     }
   }
 
-  // Loaders as those of mma::Tile; all threads of the block. On return the shared memory is free again.
+ protected:
+  float acc_[kRows / 8][4];
+};
+
+// load(step, stage) of every step, kStages - 1 ahead of use(stage); all threads of the block. On return the shared
+// memory is free again.
+template <int kStages, class Load, class Use>
+DEVICE void staged(int steps, const Load& load, const Use& use) {
+  const auto fill = [&](int step) {
+    if (step < steps) load(step, step % kStages);
+    simt::cp_async_commit();
+  };
+  UNROLL
+  for (int step = 0; step < kStages - 1; ++step) fill(step);
+  for (int step = 0; step < steps; ++step) {
+    simt::cp_async_wait<kStages - 2>();
+    simt::sync_block();  // step has landed for all, and step - 1 has been read by all
+    fill(step + kStages - 1);
+    use(step % kStages);
+  }
+  simt::cp_async_wait<0>();
+  simt::sync_block();
+}
+
+template <class T, int kF, int kR>
+class FeatureTile : public Fragments<kR> {
+ public:
+  using Type = T;
+  using Left = T;  // of the features
+  static constexpr int kFeatures = kF, kRows = kR;
+  static constexpr int kThreads = kFeatures / 16 * simt::kWarpSize;
+  static constexpr int kChunk = 16 / sizeof(T), kLine = 8;  // chunks of a line
+  static constexpr int kDepth = kLine * kChunk;
+  static constexpr int kStages = 4, kStage = (kFeatures + kRows) * kDepth;  // elements
+  static constexpr int kSharedBytes = kStages * kStage * static_cast<int>(sizeof(T));
+  static constexpr int kBlocks = sizeof(T) == 2 ? 2 : 1;  // of a multiprocessor
+  static_assert(kRows % 16 == 0 && kSharedBytes >= kFeatures * kRows * 4);
+
+  // Loaders as those of mma::Tile; all threads of the block, see `staged`.
   template <class A, class B>
   DEVICE void multiply(int depth, const A& a, const B& b, T* s_stages) {
-    const int steps = (depth + kDepth - 1) / kDepth;
-    const auto fill = [&](int step) {
-      if (step < steps) {
-        T* s_a = s_stages + step % kStages * kStage;
-        load<kFeatures>(s_a, step * kDepth, a);
-        load<kRows>(s_a + kFeatures * kDepth, step * kDepth, b);
-      }
-      simt::cp_async_commit();
-    };
-    UNROLL
-    for (int step = 0; step < kStages - 1; ++step) fill(step);
-    for (int step = 0; step < steps; ++step) {
-      simt::cp_async_wait<kStages - 2>();
-      simt::sync_block();  // step has landed for all, and step - 1 has been read by all
-      fill(step + kStages - 1);
-      const T* s_a = s_stages + step % kStages * kStage;
-      NO_UNROLL
-      for (int k = 0; k < kDepth; k += mma::kInstruction) product(s_a, s_a + kFeatures * kDepth, k);
-    }
-    simt::cp_async_wait<0>();
-    simt::sync_block();
+    staged<kStages>((depth + kDepth - 1) / kDepth,
+                    [&](int step, int stage) {
+                      T* s_a = s_stages + stage * kStage;
+                      load<kFeatures>(s_a, step * kDepth, a);
+                      load<kRows>(s_a + kFeatures * kDepth, step * kDepth, b);
+                    },
+                    [&](int stage) {
+                      const T* s_a = s_stages + stage * kStage;
+                      NO_UNROLL
+                      for (int k = 0; k < kDepth; k += mma::kInstruction)
+                        product(s_a, s_a + kFeatures * kDepth, k);
+                    });
   }
 
  private:
@@ -135,7 +154,7 @@ class FeatureTile {
     }
   }
 
-  float acc_[kRows / 8][4];
+  using Fragments<kR>::acc_;
 };
 
 // The same of many rows.

@@ -19,9 +19,9 @@ struct ScreenParams {
   const void* x;  // [n, x_stride] in the type of weight
   int64_t x_stride;
   const float* lengths;  // [n] |x|, from above
-  float longest,
-      slip;          // |W_v| <= longest scale_v + slack_v, of which tensor cores may lose a share
-  BoundPart* parts;  // [tiles, n]
+  float longest;         // |W_v| <= longest scale_v + slack_v
+  float slip;            // share of |x| |W_v| that tensor cores may lose
+  BoundPart* parts;      // [tiles, n]
   int64_t first_tile, tiles;
   float* upper;  // [n, tiles * kHeadTile] of these tiles, before soft-capping
 };
