@@ -188,7 +188,8 @@ class EngineConfig:
 
     def shape(self, loops: int, prefix: int = 0) -> Shape:
         """Of a device that routes tokens."""
-        rows = self.width + self.fill_rows
+        owes = loops > 1 and self.kv_policy in EXACT
+        rows = self.width + (self.fill_rows if owes else 0)
         sizes = (self.requests, self.width, rows, loops, self.backlog, self.ring)
         return Shape(
             *sizes,
