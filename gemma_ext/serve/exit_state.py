@@ -58,10 +58,11 @@ class Exits:
 
     def open(self, row: int, params: SamplingParams, prompt: int) -> None:
         """A request of `prompt` tokens takes a row of the block tables."""
-        self.threshold[row] = self.test.own_threshold(params)
-        self.named[row] = params.exit_threshold is not None
-        self.start[row] = prompt - 1
-        self.horizon[row] = max(params.max_tokens, 1)
+        # by fill_, since `x[row] = number` waits for a device
+        self.threshold[row].fill_(self.test.own_threshold(params))
+        self.named[row].fill_(params.exit_threshold is not None)
+        self.start[row].fill_(prompt - 1)
+        self.horizon[row].fill_(max(params.max_tokens, 1))
         self.min_loops[row] = params.min_loops
         self.max_loops[row] = min(params.max_loops or self.loops, self.loops)
 
@@ -82,13 +83,14 @@ class Exits:
 
     def enter(self, slots: Tensor) -> None:
         """Tokens begin whose embeddings have just been written to `slots` [n]."""
+        slots = slots.to(self.survival.device)
         if self.adaptive is not None:
-            self.confidence[slots] = torch.nan
+            self.confidence.index_fill_(0, slots, torch.nan)
         if self.test.name == "hazard":
-            self.survival[slots] = 1.0
+            self.survival.index_fill_(0, slots, 1.0)
         elif self.test.name == "argmax":
-            self.previous[slots] = -1
-            self.streak[slots] = 0
+            self.previous.index_fill_(0, slots, -1)
+            self.streak.index_fill_(0, slots, 0)
         elif self.test.name == "preloop":
             h = self.head.bank[slots].to(self.weight.dtype)
             z = (h.unsqueeze(1) * self.weight).sum(-1) + self.bias

@@ -4,6 +4,8 @@
     head    for those that leave: final norm, head, the draw; the token is ready at loop 1
 
 Every shape is fixed and no number is read by the host, so that a card replays a tick from a graph.
+Nor may one come from the host: `x[index] = 0` copies its 0 there, which a capture refuses, and
+`index_fill_` does not.
 """
 
 from __future__ import annotations
@@ -191,13 +193,13 @@ class Tick:
         every = torch.arange(n, device=self.now.device)
         whole = (route.kind[:n] == FILLING) & (route.filled(every) >= route.pos[:n])
         row = route.first_come(whole, self.read)
-        route.kind[row] = ENDED
+        route.kind.index_fill_(0, row, ENDED)
         none = torch.zeros_like(row)
         self._tell(1 + self.read, row, none, none, FILLED * (row < n).long())
 
     def _put_back(self, which: Tensor, row: Tensor, kind: int) -> None:
         to = torch.where(which, row, self.shape.requests)
-        self.route.kind[to] = kind
+        self.route.kind.index_fill_(0, to, kind)
         self.route.since[to] = self.now
 
     def settle(self, row: Tensor, ids: Tensor) -> None:
@@ -213,7 +215,7 @@ class Tick:
             over = torch.where(owes, FILLING, ENDED)
         route.kind[row] = torch.where(ended, over, READY)
         route.pos[row], route.drawn[row] = pos, drawn
-        route.loop[row] = 0
+        route.loop.index_fill_(0, row, 0)
         route.since[row] = self.now
 
     def _read(

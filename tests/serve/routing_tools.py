@@ -19,11 +19,12 @@ _ASKS = {
         "__contains__", "nonzero",
     )
 }  # fmt: skip
+_FROM_HOST = {torch.tensor, torch.as_tensor, torch.from_numpy}
 _SIZED_BY_VALUES = ("nonzero", "masked_select", "_local_scalar_dense", "unique")
 
 
 class HostAsked(AssertionError):
-    """A tick asked the host for a number, or made a shape of one."""
+    """A tick asked the host for a number, made a shape of one, or was given one by a copy."""
 
 
 class _Values(TorchDispatchMode):
@@ -38,8 +39,12 @@ class _Values(TorchDispatchMode):
 
 class _Methods(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in _ASKS:
+        if function in _ASKS or function in _FROM_HOST:
             raise HostAsked(function.__name__)
+        if function is torch.Tensor.__setitem__ and not isinstance(args[2], torch.Tensor):
+            at = args[1] if isinstance(args[1], tuple) else (args[1],)
+            if any(isinstance(x, torch.Tensor) for x in at):
+                raise HostAsked(f"{args[2]} would be copied to where an index points")
         return function(*args, **(kwargs or {}))
 
 
