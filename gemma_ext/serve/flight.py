@@ -44,7 +44,7 @@ class Flight:
             return
         self._told, self._likely = _fetch(told), likely and tuple(map(_fetch, likely))
         self._event = torch.cuda.Event()
-        self._event.record()
+        self._event.record(torch.cuda.current_stream(told.device))
 
     def land(self) -> News:
         """Waits for the tick."""

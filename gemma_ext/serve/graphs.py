@@ -6,6 +6,7 @@ bounds of segments are read on the device. So one graph serves every mix of loop
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,32 @@ if TYPE_CHECKING:
 _LEAST = 8  # rows; smaller runs cost as much
 
 
+class Recorder:
+    """Captures runs on a card. Its graphs are replayed one after the other and share memory.
+
+    Streams are the device's own: those of torch's defaults are of the thread's current card.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+        self._pool: Any = None
+
+    def warm(self, run: Callable[[], object]) -> None:
+        """Runs it as it is: a first launch brings what no graph can hold."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            run()
+        current.wait_stream(self.stream)
+
+    def capture(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self.stream):
+            run()
+        self._pool = graph.pool()
+        return graph
+
+
 class Graphs:
     """Runs of the block by number of rows; captured on a card, run as they are on a CPU.
 
@@ -30,7 +57,8 @@ class Graphs:
         self.runner = runner
         self.sizes: dict[int, _Sized] = {}
         self.tables: Tensor | None = None
-        self.pool: Any = None
+        device = runner.bank.device
+        self.recorder = Recorder(device) if device.type == "cuda" else None
 
     def run(self, rows: Rows) -> Tensor | None:
         """Runs the rows; the states [n, D] that the exit test compares with, if it does."""
@@ -56,8 +84,10 @@ class _Sized:
         self.part = Part(*self.device[: 5 * size].view(5, size), self.device[5 * size :])
         self.graph: torch.cuda.CUDAGraph | None = None
         self.before: Tensor | None = None
-        if device.type == "cuda":
-            self._capture(graphs)
+        if graphs.recorder is not None:  # of rows that are none, so that it changes nothing
+            self._load(None)
+            graphs.recorder.warm(self._run)
+            self.graph = graphs.recorder.capture(self._run)
 
     def run(self, rows: Rows) -> Tensor | None:
         self._load(rows)
@@ -89,16 +119,3 @@ class _Sized:
         step = Step(self.runner, self.part, self.tables, slots)
         step.run()
         self.before = step.before
-
-    def _capture(self, graphs: Graphs) -> None:
-        """Of rows that are none, so that the run in front of it changes nothing."""
-        self._load(None)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=graphs.pool):
-            self._run()
-        graphs.pool = self.graph.pool()

@@ -13,7 +13,7 @@ hears of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gemma_ext._host import DEVICE_STOPS
 from gemma_ext.serve.flight import Flight
+from gemma_ext.serve.graphs import Recorder
 from gemma_ext.serve.protocol import Request
 from gemma_ext.serve.route import FIELDS, FREE, HEAD, READY, Shape
 from gemma_ext.serve.sampling import Sampled
@@ -46,8 +47,9 @@ class Router:
         self.ticks = 0
         self.wide: set[int] = set()  # rows whose draws need candidates or are told with log-probs
         self.hot: set[int] = set()  # rows whose draws are samples
-        self._graphs: dict[tuple[int, str], Any] = {}
-        self._pool: Any = None
+        self._graphs: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
+        device = runner.bank.device
+        self._recorder = Recorder(device) if device.type == "cuda" else None
 
     def start(
         self,
@@ -90,7 +92,8 @@ class Router:
         stops = list(params.stop_ids)[:DEVICE_STOPS]
         self._put(work.stops[row], stops + [-1] * (DEVICE_STOPS - len(stops)))
         sampler = runner.sampler
-        work.cuts[row], work.asked[row] = bool(sampler.cuts[row]), int(sampler.asked[row])
+        work.cuts[row].fill_(bool(sampler.cuts[row]))
+        work.asked[row].fill_(int(sampler.asked[row]))
         work.forced[row] = 0
         if depths:
             begin = len(request.prompt) - 1
@@ -107,7 +110,7 @@ class Router:
 
     def stop(self, row: int) -> None:
         """Nothing of the row runs any more behind what is under way."""
-        self.work.route.kind[row] = FREE
+        self.work.route.kind[row].fill_(FREE)
         self.wide.discard(row)
         self.hot.discard(row)
 
@@ -123,9 +126,9 @@ class Router:
             limits: int32 [R] on the host, places of each request that have pages.
             requests: that are on the device.
         """
-        work, device = self.work, self.work.now.device
+        work = self.work
         if work.tables is None:
-            work.tables = torch.zeros_like(tables, device=device)
+            work.tables = torch.zeros_like(tables, device=work.now.device)
         work.tables.copy_(tables, non_blocking=True)
         limits = limits - self.shape.prefix
         work.route.limit[: self.shape.requests].copy_(limits, non_blocking=True)
@@ -134,29 +137,21 @@ class Router:
         reading = "candidates" if self.wide else "best" if best else "samples"
         key = min(rows, self.shape.rows), reading
         self.ticks += 1
-        if device.type == "cuda":
-            self._replay(key)
-        else:
+        if self._recorder is None:
             work.run(*key)
+        else:
+            self._replay(key, self._recorder)
         return Flight(work.told, work.likely if self.wide else None)
 
-    def _replay(self, key: tuple[int, str]) -> None:
-        work = self.work
+    def _replay(self, key: tuple[int, str], recorder: Recorder) -> None:
         if key not in self._graphs:
-            if not self._graphs:  # once as it is: libraries begin with what no graph can hold
-                kept = work.route.fields.clone()
-                work.route.fields.zero_()
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    work.run(*key)
-                torch.cuda.current_stream().wait_stream(side)
-                work.route.fields.copy_(kept)
-                work.now -= 1
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                work.run(*key)
-            self._pool, self._graphs[key] = graph.pool(), graph
+            work = self.work
+            kept = work.route.fields.clone()
+            work.route.fields.zero_()  # nobody's rows, so that the first run changes nothing
+            recorder.warm(lambda: work.run(*key))
+            work.route.fields.copy_(kept)
+            work.now -= 1
+            self._graphs[key] = recorder.capture(lambda: work.run(*key))
         self._graphs[key].replay()
 
     @torch.inference_mode()
