@@ -37,7 +37,7 @@ class History:
     ) -> None:
         """A request takes a row, with the tokens that an earlier stay has drawn."""
         tokens = torch.tensor([*prompt, *drawn])
-        self.tokens[row, : len(tokens)] = tokens.to(self.device)
+        self.tokens[row, : len(tokens)].copy_(tokens, non_blocking=True)
         self.start[row] = len(prompt)
         self.params[row] = params
         self.min_tokens[row] = params.min_tokens if params.stop_ids else 0

@@ -181,8 +181,9 @@ class Readout:
 
     def open(self, row: int, temperature: float, seed: int, choice: int, candidates: int) -> None:
         """A request takes a row of the block tables; it reads that many candidates."""
-        self.temperature[row] = temperature
-        self.keys[row, 0], self.keys[row, 1] = seed, choice
+        self.temperature[row].fill_(temperature)  # waits for no device, as `[row] =` does
+        self.keys[row, 0].fill_(seed)
+        self.keys[row, 1].fill_(choice)
         self.needs[row] = candidates
 
     def changed(self, slots: np.ndarray) -> None:

@@ -104,11 +104,16 @@ class Sampler:
         """A request takes a row; `drawn` are the tokens that an earlier stay has drawn."""
         params = request.params
         self.history.open(row, request.prompt, drawn, params)
-        self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
+        for number, own in (
+            (self.top_k, params.top_k),
+            (self.top_p, params.top_p),
+            (self.min_p, params.min_p),
+            (self.divisor, params.divisor),
+        ):
+            number[row].fill_(own)  # waits for no device, as `number[row] = own` does
         self.hot[row] = hot = params.temperature > 0
         self.cuts[row] = hot and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0)
         self.asked[row] = -1 if params.logprobs is None else params.logprobs
-        self.divisor[row] = params.divisor
         need = CANDIDATES if self.cuts[row] else max(self.asked[row], 0)
         self.readout.open(row, params.temperature, params.seed, request.choice, need)
 
