@@ -148,9 +148,7 @@ def build(stage: Stage) -> int:
     target = {"GEMMA_EXT_CUDA": "OFF"}
     if DEVICE == "cuda":
         target = {"GEMMA_EXT_CUDA": "ON", "GEMMA_EXT_CUDA_ARCHS": card_arch()}
-    status = stage.run(
-        sys.executable, "setup.py", "-q", "build_ext", "--inplace", GEMMA_EXT_HOST="OFF", **target
-    )
+    status = stage.run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", **target)
     return status or stage.run(sys.executable, "-m", "gemma_ext.info", PYTHONPATH=import_path())
 
 

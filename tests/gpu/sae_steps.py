@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,17 +22,21 @@ from gemma_ext.ops.sae import (
 )
 
 
-def inputs(n: int, width: int, features: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def inputs(n: int, width: int, features: int, dtype: torch.dtype, device: str) -> dict[str, Any]:
     """Whole numbers, whose products are exact, so that engines and cards agree to the bit."""
     g = torch.Generator().manual_seed(n + features)
     shapes = {"x": (n, width), "encoder": (features, width), "decoder": (features, width)}
     found = {name: torch.randint(-2, 3, s, generator=g).to(dtype) for name, s in shapes.items()}
     found["bias"] = torch.randint(-3, 4, (features,), generator=g).float()
     found["mask"] = torch.rand(features, generator=g) < 0.2
-    return {name: t.to(device) for name, t in found.items()}
+    here: dict[str, Any] = {name: t.to(device) for name, t in found.items()}
+    rows = here["decoder"][:3], here["encoder"][:3]
+    here["steering"] = Steering(rows[0], encoder=rows[1], mode="ablate", gate="per_token")
+    here["steering"].requests  # noqa: B018  packed from Python's numbers, which waits
+    return here
 
 
-def encoders(q: dict[str, Tensor], k: int, capacity: int | None = 64) -> dict[str, Codes]:
+def encoders(q: dict[str, Any], k: int, capacity: int | None = 64) -> dict[str, Codes]:
     """What waits for the device is left out with a capacity."""
     x, w, b, n = q["x"], q["encoder"], q["bias"], len(q["x"])
     top = encode_topk(x, w, b, k=k, aux=(q["mask"], k))
@@ -43,7 +49,7 @@ def encoders(q: dict[str, Tensor], k: int, capacity: int | None = 64) -> dict[st
     }
 
 
-def results(q: dict[str, Tensor], k: int = 8, capacity: int | None = 64) -> dict[str, Tensor]:
+def results(q: dict[str, Any], k: int = 8, capacity: int | None = 64) -> dict[str, Tensor]:
     """Forward and backward of everything."""
     x, found = q["x"], {}
     decoder = q["decoder"].detach().clone().requires_grad_()
@@ -60,6 +66,5 @@ def results(q: dict[str, Tensor], k: int = 8, capacity: int | None = 64) -> dict
     errors = nested_errors(top, decoder, None, x, by="rank")
     found["nested"] = errors.detach()
     found["d nested"] = torch.autograd.grad(errors.sum(), decoder)[0]
-    spec = Steering(q["decoder"][:3], encoder=q["encoder"][:3], mode="ablate", gate="per_token")
-    found["steered"] = steer(x, spec)
+    found["steered"] = steer(x, q["steering"])
     return found

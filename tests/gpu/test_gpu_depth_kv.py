@@ -4,27 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
+from depth_steps import parts
+from depth_steps import step_of_pages as step
 from gpu_problem import DEVICE, DTYPES, need_memory
 
 # tests/ops, which gpu_problem has put on the path
-from depth_pages import Problem, ints, mixed, problem  # isort: skip
-from depth_rows import projection, randn  # isort: skip
+from depth_pages import Problem, ints, problem  # isort: skip
 
-from gemma_ext.ops.depth_batching import (
-    DeeperLayer,
-    depth_compact,
-    kv_copy,
-    kv_propagate,
-    paged_attn_mixed_depth,
-    rope_kv_write,
-    rope_table,
-)
-
-LENGTHS = [1, 37, 300, 530]
+from gemma_ext.ops.depth_batching import kv_copy, paged_attn_mixed_depth, rope_kv_write
 
 
 @pytest.fixture(autouse=True)
@@ -36,34 +26,6 @@ def allow_waiting_again() -> Iterator[None]:
 
 def attend(p: Problem, **options):
     return paged_attn_mixed_depth(p.q, p.pool, *p.places(), **options)
-
-
-@cache
-def deeper(dtype):
-    """Norm, k and v of a layer."""
-    k, v = (projection(128, 128, 3, 8, seed=s, dtype=dtype, device=DEVICE) for s in (1, 2))
-    return randn(128, seed=3, dtype=dtype).to(DEVICE), k, v
-
-
-def step(p: Problem, k, v, rope, leave):
-    """A layer of a block, what its rows owe, and where they go."""
-    q = rope_kv_write(p.q, k, v, p.pool, *p.places(), rope=rope)
-    out = paged_attn_mixed_depth(q, p.pool, *p.places(), softcap=30.0)
-    kv_copy(p.pool, p.tables, p.req, p.pos, p.loop, p.depth_of[None])
-    owed = DeeperLayer(*deeper(q.dtype), p.depth_of)
-    h = q.flatten(1)[:, :128]
-    kv_propagate(h, [owed], p.pool, p.tables, p.req, p.pos, p.loop, rope=rope)
-    return out, *depth_compact(p.loop, leave, 3)
-
-
-def parts(dtype, seed=0):
-    rows = list({(r, t): (r, t, j) for r, t, j in mixed(LENGTHS, 3, 40, seed)}.values())
-    p = problem(LENGTHS, rows, width=64, dtype=dtype, seed=seed).to(DEVICE)
-    p.pool.nan_to_num_(0.5)
-    g = torch.Generator().manual_seed(seed)
-    k, v = torch.randn(2, len(rows), 2, 64, generator=g).to(DEVICE, dtype)
-    leave = (torch.rand(len(rows), generator=g) < 0.5).to(DEVICE)
-    return p, k, v, rope_table(torch.rand(32, generator=g), 640).to(DEVICE), leave
 
 
 @pytest.mark.card

@@ -6,23 +6,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from depth_steps import VOCABULARY, layers, rows
+from depth_steps import step_of_rows as step
 from gpu_problem import DEVICE, DTYPES, need_memory
 
 # tests/ops, which gpu_problem has put on the path
 from depth_rows import offsets, projection, randn  # isort: skip
 
 from gemma_ext.ops.depth_batching import (
-    gate_exit,
-    gather_rms_norm,
     head_exit,
     make_shortlist,
     scatter_rms_norm,
-    seg_depth_gated,
     seg_depth_lora,
     shortlist_head,
 )
-
-WIDTH, HIDDEN, VOCABULARY = 64, 96, 3000
 
 
 @pytest.fixture(autouse=True)
@@ -30,40 +27,6 @@ def allow_waiting_again() -> Iterator[None]:
     yield
     if DEVICE == "cuda":
         torch.cuda.set_sync_debug_mode("default")
-
-
-def layers(dtype):
-    made = {"dtype": dtype, "device": DEVICE}
-    return (
-        projection(HIDDEN, WIDTH, 2, 16, seed=1, **made),
-        projection(HIDDEN, WIDTH, 2, 8, seed=2, **made),
-        projection(WIDTH, HIDDEN, 2, 16, bias=True, seed=3, **made),
-        randn(WIDTH, seed=4, dtype=dtype).to(DEVICE),
-        make_shortlist(randn(VOCABULARY, WIDTH, seed=5, dtype=dtype).to(DEVICE)),
-    )
-
-
-def rows(dtype, n, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    slots = torch.randperm(64, generator=g)[:n].int()
-    slots[torch.rand(n, generator=g) < 0.1] = -1
-    cut = offsets(int(torch.randint(n, (1,), generator=g)), 0)
-    cut[2] = n
-    keys = torch.randint(1 << 40, (n, 3), generator=g)
-    bank = torch.randn(64, WIDTH, generator=g).to(dtype)
-    limit = torch.rand(n, generator=g) * 0.2
-    return [x.to(DEVICE) for x in (bank, slots, cut, keys, limit)]
-
-
-def step(layers, bank, slots, cut, keys, limit):
-    gate, up, down, weight, short = layers
-    x = gather_rms_norm(bank, slots, weight)
-    (y,) = seg_depth_lora(seg_depth_gated(x, gate, up, cut), [down], cut)
-    after = scatter_rms_norm(bank, slots, y, next_weight=weight)
-    options = {"mode": "margin", "threshold": limit, "softcap": 30.0}
-    got = head_exit(after, short.weight, **options, temperature=limit, keys=keys, candidates=20)
-    certified = shortlist_head(after, short, **options, candidates=9)
-    return after, *got, *certified, gate_exit(after, "cosine", limit, previous=x).exits
 
 
 @pytest.mark.card

@@ -66,7 +66,8 @@ def test_tokens_and_exits_are_those_of_the_cpu(exits):
     for job, other in zip(jobs, own, strict=True):
         for (mine, i), (its, j) in zip(job.sampled, other.sampled, strict=True):
             if job.request.params.logprobs is not None:
-                torch.testing.assert_close(mine.logprobs[i], its.logprobs[j], rtol=1e-4, atol=1e-4)
+                # products of float32 are split on a card: 2^-16 each, 18 layers of 7 and the head
+                torch.testing.assert_close(mine.logprobs[i], its.logprobs[j], rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("policy", ["exact_lazy", "propagate", "copy", "modulo", "single"])
