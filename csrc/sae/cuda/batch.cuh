@@ -106,10 +106,11 @@ class BatchVisitor {
  private:
   DEVICE void drain() {
     int begin = 0;
-    if (simt::lane_idx() == 0 && *p_.fresh_count <= p_.room)
+    if (simt::lane_idx() == 0) {
       begin = simt::atomic_add(p_.fresh_count, queue_.count());
-    else if (simt::lane_idx() == 0)
-      begin = p_.room;  // lost, and counted no further
+      // lost, and counted no further: 2^31 may pass
+      if (begin > p_.room) simt::atomic_exchange(p_.fresh_count, p_.room + 1);
+    }
     begin = simt::shfl(begin, 0);
     queue_.drain([&](int i, int, int row, int column, float x) {
       if (begin + i < p_.room)
