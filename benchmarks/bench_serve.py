@@ -5,6 +5,8 @@
     python benchmarks/bench_serve.py --width 4 16 --policies exact_lazy propagate --save
     python benchmarks/bench_serve.py --routing host device  # every subject by both
     python benchmarks/bench_serve.py --shortlist          # 8-bit codes of the head, in every mode
+    python benchmarks/bench_serve.py --device cuda --dtype bf16 --model gemma2-300m --rank 0 \\
+        --width 16 64 --routing host device --save
 
 Every subject serves the same requests from a queue that is never empty, and is measured once it is
 in its stride; exit depths are replayed, so that no model has to be good. `csb` is the same engine
@@ -14,12 +16,15 @@ themselves on the host too. A subject whose tokens differ from those of requests
 time.
 
 `bound` is (B t + h) / (E t + h), t and h the seconds of a row in a block and in the head of the csb
-run: what exits can give where a row costs the same beside any others and fills cost nothing.
+run: what exits can give where a row costs the same beside any others and fills cost nothing. On a
+card times of blocks, heads and ticks are those that the host waits, which launches them; rates are
+of whole windows.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import random
 import statistics
@@ -91,7 +96,9 @@ MANY = (96, 160)
 CHECKED = 24  # tokens of an output that is compared
 
 
-def models(name: str, ranks: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[int, Any]]:
+def models(
+    name: str, ranks: Sequence[int], dtype: torch.dtype, device: str
+) -> Iterator[tuple[int, Any]]:
     """(rank, recursive model), and (None, the model that they are made of) first."""
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
@@ -112,9 +119,10 @@ def models(name: str, ranks: Sequence[int], dtype: torch.dtype) -> Iterator[tupl
     else:
         base = AutoModelForCausalLM.from_pretrained(name)
     base = base.to(dtype).eval()
-    yield -1, base
+    yield -1, base if device == "cpu" else copy.deepcopy(base).to(device)
     for rank in ranks:
-        yield rank, convert(base, Recipe(loops=LOOPS, init="average", rank=rank)).to(dtype).eval()
+        made = convert(base, Recipe(loops=LOOPS, init="average", rank=rank))
+        yield rank, made.to(device, dtype).eval()
 
 
 @dataclass
@@ -278,6 +286,7 @@ class Generated:
             ids[i, longest - len(request.prompt) :] = torch.tensor(request.prompt)
             mask[i, longest - len(request.prompt) :] = 1
         most = max(request.params.max_tokens for request in requests)
+        ids, mask = (x.to(self.model.device) for x in (ids, mask))
         out = self.model.generate(
             ids, attention_mask=mask, do_sample=False, max_new_tokens=most, min_new_tokens=most,
             pad_token_id=0,
@@ -465,10 +474,11 @@ def main() -> None:
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    facts = report.machine()
+    facts = report.machine(options.device)
     print(report.header(facts), flush=True)
     failed = False
-    for rank, model in models(options.model, options.rank, DTYPES[options.dtype]):
+    made = models(options.model, options.rank, DTYPES[options.dtype], options.device)
+    for rank, model in made:
         for width in options.width:
             mixes = [()] if rank < 0 else [(*[0.0] * (LOOPS - 1), 1.0), tuple(options.exits)]
             for exits in mixes:
@@ -502,6 +512,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=["exact_lazy", "propagate"])
     parser.add_argument("--routing", nargs="+", choices=("host", "device"), default=["host"])
     parser.add_argument("--shortlist", action="store_true", help="heads by 8-bit codes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a window")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each subject")
