@@ -248,7 +248,7 @@ def layout(device: str) -> report.Layout:
 
 
 def default_subjects(known: Mapping[str, Subject]) -> list[str]:
-    return [name for name in known if name not in ("auto", "reference")]
+    return [name for name in known if name not in ("lean", "lean-exact", "auto", "reference")]
 
 
 def parse_options() -> argparse.Namespace:
