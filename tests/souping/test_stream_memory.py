@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stream_models import Deltas, Linear, Shrunk, bytes_of, rising, same_bits, save, tensors
+from stream_models import Deltas, Linear, Shrunk, bytes_of, load, rising, same_bits, save, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemma_ext.souping.engine.lane import Lane
 from gemma_ext.souping.engine.memory import merge_tensors
+from gemma_ext.souping.engine.stream import merge_files
 from gemma_ext.souping.methods import get
 from gemma_ext.souping.parameters import constant
 
@@ -65,6 +67,46 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     rises = [float(line) for line in done.stdout.split()]
     assert len(rises) == 3
     assert max(rises) < 20, rises
+
+
+class _Reading:
+    """A copy to a card that is not over until somebody waits for it."""
+
+    over = 0
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self.memory, self.before = memory, memory.clone()
+
+    def done(self) -> bool:
+        return False
+
+    def wait(self) -> int:
+        assert torch.equal(self.memory, self.before), "read into while it was being copied"
+        _Reading.over += 1
+        return 0
+
+
+@pytest.mark.parametrize("model_wide", [False, True])
+def test_memory_is_not_read_into_while_a_card_copies_from_it(tmp_path, monkeypatch, model_wide):
+    weights = {name: torch.randn(300, 256) for name in "abcdefgh"}
+    models = [save(tmp_path / str(m), weights) for m in range(2)]
+    options = {"chunk_bytes": 1 << 15, "memory_bytes": 1 << 18}
+    wanted = merge_files(
+        Shrunk(model_wide=model_wide), models, None, rising(2), tmp_path / "usual", **options
+    )
+    given: list[_Reading] = []
+
+    def copies(lane, load):
+        given.append(_Reading(load.memory))
+        return [(given[-1], load.target.info.name)]
+
+    monkeypatch.setattr(_Reading, "over", 0)
+    monkeypatch.setattr(Lane, "_copies", copies)
+    found = merge_files(
+        Shrunk(model_wide=model_wide), models, None, rising(2), tmp_path / "slow", **options
+    )
+    assert same_bits(load(found), load(wanted))
+    assert len(given) == _Reading.over > 50
 
 
 def test_results_go_where_they_are_wanted():

@@ -21,6 +21,22 @@ if TYPE_CHECKING:
 AHEAD = 3  # pieces that are read or written while another is merged
 
 
+class Copies:
+    """Copies to a card, which still read the memory of what they copy; a transfer as `wait` takes
+    them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(torch.cuda.current_stream(device))
+
+    def done(self) -> bool:
+        return self._event.query()
+
+    def wait(self) -> int:
+        self._event.synchronize()
+        return 0
+
+
 class Lane:
     """Works on one group of tasks after another: reads ahead, merges, writes behind."""
 
@@ -97,10 +113,17 @@ class Lane:
     def _survey(self, step: int, load: Load) -> None:
         target, state = load.target, self.run.state(load.target)
         sources, base = self._deliver(load)
+        load.asked = self._copies(load)
         part = Part(sources, base, None, target.info.name, load.start)
         self.method.survey(step, part, state)
         if load.is_last:
             self.method.settle(step, state)
+
+    def _copies(self, load: Load) -> list:
+        """What still reads the memory of a survey; a merge waits for its result, and so for it."""
+        if self.run.device.type == "cpu":
+            return []
+        return [(Copies(self.run.device), load.target.info.name)]
 
     def _merge(self, load: Load) -> None:
         target = load.target
