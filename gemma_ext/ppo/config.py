@@ -34,7 +34,7 @@ class PPOConfig:
             "grpo".
         learning_rate: peak of the policy's; value_learning_rate: of the critic's, the same if None.
         lr_scheduler_type: "linear" or "cosine" to 0, or "constant"; warmup_ratio: rising share.
-        adam_epsilon, adam_beta1, adam_beta2, weight_decay: of AdamW, for all weights.
+        adam_epsilon, adam_beta1, adam_beta2, weight_decay: of AdamW; norms and biases do not decay.
         max_grad_norm: of the policy's gradients and of the critic's, each; None for no clipping.
         response_length: T, most tokens of a response.
         temperature: of sampling and of every log-probability.

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from gemma_ext.nn._models import unwrap
 from gemma_ext.nn.ppo import (
     AdapterOffReference,
+    AdaptiveKL,
     Critic,
+    FixedKL,
     FrozenReference,
     Reference,
     SeparateCritic,
@@ -21,6 +24,8 @@ from gemma_ext.nn.ppo import (
 from gemma_ext.nn.ppo.adapters import peft_or_bare
 from gemma_ext.nn.ppo.critic import width_of
 from gemma_ext.ppo.config import PPOConfig
+from gemma_ext.ppo.prompts import Prompts
+from gemma_ext.ppo.rewards import Rewards
 from gemma_ext.ppo.rollout import Generate, Sampler
 
 if TYPE_CHECKING:
@@ -100,6 +105,28 @@ def sampler_of(config: PPOConfig, ends: Sequence[int], pad: int) -> Sampler:
     from gemma_ext.ppo.engine_rollout import EngineSampler
 
     return EngineSampler(config, ends, pad)
+
+
+def prompts_of(config: PPOConfig, prompts: Any, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+    """As they are, or of what `Prompts` takes."""
+    if isinstance(prompts, Prompts):
+        return prompts
+    return Prompts(prompts, tokenizer, config.max_prompt_length)
+
+
+def rewards_of(config: PPOConfig, rewards: Any, tokenizers: Any, device: torch.device) -> Rewards:
+    """As they are, or of what `Rewards` takes."""
+    if isinstance(rewards, Rewards):
+        return rewards
+    batch = config.local_rollout_forward_batch_size
+    return Rewards(rewards, tokenizers=tokenizers, device=device, batch=batch)
+
+
+def control_of(config: PPOConfig) -> FixedKL | AdaptiveKL:
+    """Of beta."""
+    if config.kl_target is None:
+        return FixedKL(config.kl_coef)
+    return AdaptiveKL(config.kl_coef, config.kl_target, horizon=config.kl_horizon)
 
 
 def reference_of(policy: nn.Module) -> Reference:
