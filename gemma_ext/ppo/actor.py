@@ -92,3 +92,8 @@ class Actor:
         start = (step * world() + rank()) * mine
         rows = self.prompts.order(start, mine, self.config.seed)
         return [row for row in rows for _ in range(times)]
+
+    def _visited(self) -> list[int]:
+        """Prompts that a run of all ranks answers, in the order of their first turn."""
+        turns = self.steps * world() * self.config.local_batch_size // self.config.num_generations
+        return self.prompts.order(0, min(turns, len(self.prompts)), self.config.seed)

@@ -141,7 +141,9 @@ class PPOConfig:
         for name in ("gamma", "lam", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name in ("top_k", "cliprange_high", "weight_decay", "sample_prompts"):
+        for name in (
+            "top_k", "cliprange_high", "weight_decay", "sample_prompts", "kl_coef", "vf_coef",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")

@@ -18,6 +18,7 @@ from gemma_ext.ppo.memory import Plan, plan
 from gemma_ext.ppo.ranks import rank, same_start, world
 from gemma_ext.ppo.rollout import Sampler, seed_of
 from gemma_ext.ppo.setup import (
+    check_lengths,
     control_of,
     critic_of,
     ends_of,
@@ -105,6 +106,7 @@ class PPOTrainer(Actor):
         self.callbacks, self.show_progress = list(callbacks), show_progress
         self.folder = Path(config.output_dir)
         self.steps, self.step = config.steps(world()), 0
+        check_lengths(config, policy, self.prompts, self._visited())
         self.history = History(self.folder)
         self.updates: list[dict[str, float]] = []
         self.before: list[dict[str, Any]] = []
