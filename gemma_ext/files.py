@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,28 @@ def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
     """A dict of tensors and plain values, as torch.load(weights_only=True) reads it."""
     with replacing(path) as beside:
         torch.save(value, beside)
+
+
+def metric_line(values: Mapping[str, float]) -> str:
+    """A line of a file of metrics, where JSON has null for what is no finite number."""
+    finite = {name: x if math.isfinite(x) else None for name, x in values.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def write_metrics(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
+    with replacing(path) as beside:
+        beside.write_text("".join(map(metric_line, lines)), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a file of metrics, with nan for null; none without a file, and none of a line
+    that a killed run wrote in part.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    found = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{name: math.nan if x is None else x for name, x in line.items()} for line in found]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,13 +6,14 @@ their signatures, and the cap; `install` puts them where verl's forwards look th
 
     gemma_ext.integrations.verl.install(model.config)
 
-Signatures as of verl's main branch in January 2026.
+Signatures as of verl 0.8 and 0.9.1; in the second its torch backend may also be liger's.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import sys
 from typing import Any
 
 import torch.distributed as dist
@@ -46,15 +47,16 @@ def linear_cross_entropy(
     """verl's `linear_cross_entropy` (its triton backend).
 
     Args:
-        hidden: [..., T, D]; weight: [V, D], or this rank's rows of it, in rank order, with a
-            group; labels: [..., T].
+        hidden: [..., D]; weight: [V, D], or this rank's rows of it, in rank order, with a group;
+            labels: of any shape with as many elements as `hidden` has rows.
         temperature: divides the logits after the cap.
         reduction: of the log-probabilities: "none", "sum" or "mean".
         dist_process_group: ranks over which the vocabulary is spread.
         softcap, logit_scale, options: as in `gemma_ext.linear_logprobs`.
 
     Returns:
-        (log_probs, entropy), float32, [..., T] each; log_probs a number unless reduction is "none".
+        (log_probs, entropy), float32, shaped as `labels`, where verl's are flat; log_probs a number
+        unless reduction is "none".
 
     Raises:
         TypeError, ValueError: as `gemma_ext.linear_logprobs`; an unknown reduction.
@@ -69,12 +71,15 @@ def linear_cross_entropy(
         "logit_scale": logit_scale,
         **options,
     }
+    # flat: verl's Megatron forward has states [T, 1, D] beside labels [1, T]
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if dist_process_group is None:
-        log_probs, entropy = linear_logprobs(hidden, weight, labels, **options)
+        log_probs, entropy = linear_logprobs(rows, weight, flat, **options)
     else:
         log_probs, entropy = vocab_parallel_linear_logprobs(
-            hidden, weight, labels, group=dist_process_group, **options
+            rows, weight, flat, group=dist_process_group, **options
         )
+    log_probs, entropy = log_probs.view(labels.shape), entropy.view(labels.shape)
     if reduction == "sum":
         log_probs = log_probs.sum()
     if reduction == "mean":
@@ -86,11 +91,11 @@ class FusedLinearForPPO(nn.Module):
     """verl's module of this name (its torch backend).
 
     Args:
-        chunk_size: not looked at.
+        chunk_size, impl_backend: not looked at.
         softcap, logit_scale, options: as in `gemma_ext.linear_logprobs`.
     """
 
-    def __init__(self, chunk_size: int = 512, **options: Any) -> None:
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch", **options: Any) -> None:
         super().__init__()
         self.chunk_size = chunk_size
         self.options = options
@@ -111,6 +116,8 @@ class FusedLinearForPPO(nn.Module):
 def install(config: Any = None, **options: Any) -> None:
     """Put the two above in the place of verl's, for every model of this process.
 
+    Modules of verl that have imported one already, as its Megatron forwards do, get it too.
+
     Args:
         config: of the model, whose text part names `final_logit_softcapping` and, as a number,
             `logit_scale`.
@@ -126,14 +133,22 @@ def install(config: Any = None, **options: Any) -> None:
     }
     modules = {name: _module(place, name) for name, place in _PLACES.items()}
     for name, module in modules.items():
-        _originals.setdefault(name, getattr(module, name))
-        setattr(module, name, ours[name])
+        now = getattr(module, name)
+        _originals.setdefault(name, now)
+        _replace(name, now, ours[name])
 
 
 def uninstall() -> None:
     """Give verl its own back."""
     for name in list(_originals):
-        setattr(_module(_PLACES[name], name), name, _originals.pop(name))
+        now = getattr(_module(_PLACES[name], name), name)
+        _replace(name, now, _originals.pop(name))
+
+
+def _replace(name: str, old: Any, new: Any) -> None:
+    for place, module in list(sys.modules.items()):
+        if place.startswith("verl.") and getattr(module, "__dict__", {}).get(name) is old:
+            setattr(module, name, new)
 
 
 def _of(config: Any) -> dict[str, Any]:

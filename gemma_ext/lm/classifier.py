@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from gemma_ext.extras import require
 
@@ -22,7 +24,7 @@ class TextClassifier:
 
     Args:
         model: with a sequence-classification head, on its device.
-        tokenizer: of the model; longer texts lose their end.
+        tokenizer: of the model; texts longer than it or the model's positions lose their end.
         batch: texts at a time, of similar length.
 
     Example:
@@ -41,6 +43,8 @@ class TextClassifier:
         self.labels = [str(names[place]) for place in range(len(names))]
         kind = getattr(model.config, "problem_type", None)
         self._together = len(self.labels) == 1 or kind == "multi_label_classification"
+        # a tokenizer of no length has a huge one
+        self._longest = min(_positions(model), tokenizer.model_max_length)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str = "cpu", batch: int = 32) -> TextClassifier:
@@ -81,6 +85,21 @@ class TextClassifier:
         return [row[label] for row in self(texts)]
 
     def _probabilities(self, texts: list[str]) -> list[list[float]]:
-        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        inputs = self.tokenizer(
+            texts, padding=True, truncation=True, max_length=self._longest, return_tensors="pt"
+        )
         logits = self.model(**inputs.to(self.model.device)).logits.float()
         return (logits.sigmoid() if self._together else logits.softmax(-1)).tolist()
+
+
+def _positions(model: nn.Module) -> int:
+    """Most tokens that a model has positions for."""
+    for name, module in model.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            # RoBERTa's first position is the one behind the padding's
+            return module.num_embeddings - module.padding_idx - 1
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if most and most > 0 else sys.maxsize

@@ -35,10 +35,12 @@ def write(folder: Path, step: int, run: Mapping[str, Any], state: Mapping[str, A
         dist.barrier()
     if rank() == 0:
         files.write_json(folder / POINTER, {"step": step, "world": world(), "run": dict(run)})
-        for other in folder.glob("checkpoint-*.pt*"):
-            # also what a killed run left, half written files included
+        for other in folder.glob("checkpoint-*.pt"):
             if not other.name.startswith(f"checkpoint-{step}-"):
                 other.unlink(missing_ok=True)
+        # what a killed run had half written, of whatever file
+        for other in folder.glob("*.[0-9]*.tmp"):
+            other.unlink(missing_ok=True)
 
 
 def read(folder: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sysconfig
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+import gemma_ext
 from gemma_ext.nn._deferred_logits import DeferredLogitsError
 from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.opening import open_parts
@@ -102,11 +105,21 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, DeferredLogitsError) as error:
-        typer.echo(f"gemma-ext ppo: {error}", err=True)
+        typer.echo(f"gemma-ext ppo: {error}{_place(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's own functions an error arose, if it did."""
+    others = (Path(gemma_ext.__file__).parent, *map(Path, sysconfig.get_paths().values()))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)  # of Python's own, <frozen ...>
+        if file.is_file() and not any(file.is_relative_to(other) for other in others):
+            return f" ({file.name}, line {frame.lineno})"
+    return ""
 
 
 def parse_flags(arguments: Sequence[str]) -> dict[str, str]:

@@ -34,7 +34,7 @@ class PPOConfig:
             "grpo".
         learning_rate: peak of the policy's; value_learning_rate: of the critic's, the same if None.
         lr_scheduler_type: "linear" or "cosine" to 0, or "constant"; warmup_ratio: rising share.
-        adam_epsilon, adam_beta1, adam_beta2, weight_decay: of AdamW, for all weights.
+        adam_epsilon, adam_beta1, adam_beta2, weight_decay: of AdamW; norms and biases do not decay.
         max_grad_norm: of the policy's gradients and of the critic's, each; None for no clipping.
         response_length: T, most tokens of a response.
         temperature: of sampling and of every log-probability.
@@ -141,7 +141,9 @@ class PPOConfig:
         for name in ("gamma", "lam", "warmup_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name in ("top_k", "cliprange_high", "weight_decay", "sample_prompts"):
+        for name in (
+            "top_k", "cliprange_high", "weight_decay", "sample_prompts", "kl_coef", "vf_coef",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}: expected at least 0, got {value}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,32 +40,19 @@ class History:
 
     def read(self, until: int) -> None:
         """Takes up the lines of the folder up to a step; later ones are forgotten."""
-        place = self.folder / METRICS
-        whole = place.read_text(encoding="utf-8").splitlines() if place.exists() else []
-        lines = [_read(line) for line in whole if line.endswith("}")]
+        lines = files.read_metrics(self.folder / METRICS)
         self.lines = [line for line in lines if line["step"] <= until]
 
     def write(self) -> None:
         """The file as the lines are."""
-        with files.replacing(self.folder / METRICS) as beside:
-            beside.write_text("".join(map(_written, self.lines)))
+        files.write_metrics(self.folder / METRICS, self.lines)
 
     def add(self, line: Mapping[str, float]) -> None:
         """One more line, here and in the file."""
         self.lines.append(dict(line))
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(_written(self.lines[-1]))
-
-
-def _written(line: Mapping[str, float]) -> str:
-    """A line of the file, where JSON has null for what is no finite number."""
-    finite = {name: x if math.isfinite(x) else None for name, x in line.items()}
-    return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _read(line: str) -> dict[str, float]:
-    return {name: math.nan if x is None else x for name, x in json.loads(line).items()}
+            file.write(files.metric_line(self.lines[-1]))
 
 
 def live_metrics(folder: str | Path, after: int = 0) -> Any:

@@ -67,6 +67,10 @@ def open_parts(
             raise ValueError(f"{name}: expected one, got none")
     if device in (None, "auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: expected cpu where torch sees no card, got {device}")
+    if lora is not None and int(lora) < 1:
+        raise ValueError(f"lora: expected a rank of at least 1, got {lora}")
     if value == "adapter" and lora is None:
         raise ValueError("lora: expected a rank for a critic that is an adapter, got none")
     kind = dtype or ("float32" if lora is None else "auto")

@@ -30,7 +30,8 @@ class Prompts:
         max_length: tokens; a longer prompt loses its start. None for no limit.
 
     Raises:
-        ValueError: no prompts, a row without one, rows of different columns.
+        ValueError: no prompts, a row without one, rows of different columns, messages for a
+            tokenizer without a chat template.
     """
 
     def __init__(
@@ -49,6 +50,16 @@ class Prompts:
             if "prompt" not in row and "input_ids" not in row:
                 raise ValueError(
                     f"prompts: expected a prompt or input_ids in row {place}, got {list(row)}"
+                )
+            prompt = row.get("prompt", "")
+            if not isinstance(prompt, (str, list)):
+                raise ValueError(
+                    f"prompts: expected a text or messages in row {place}, got {prompt!r:.40}"
+                )
+            if isinstance(prompt, list) and not getattr(tokenizer, "chat_template", "its own"):
+                raise ValueError(
+                    f"prompts: expected texts for a tokenizer without a chat template, got "
+                    f"messages in row {place}"
                 )
             if row.keys() != self.rows[0].keys():
                 raise ValueError(
@@ -134,7 +145,11 @@ def read_prompts(source: str | Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"prompts: expected a file or hf:NAME, got {source}")
     # not splitlines, which also ends a line at U+2028 and its like, that JSON leaves in texts
-    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: expected UTF-8 in {path}, got {error}") from None
+    lines = [line for line in text.split("\n") if line.strip()]
     if path.suffix != ".jsonl":
         return [{"prompt": line} for line in lines]
     rows = []

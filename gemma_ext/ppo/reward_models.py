@@ -33,6 +33,8 @@ def load_reward(source: str, device: torch.device | str = "cpu") -> tuple[Any, A
             return getattr(import_module(module), name), None
         except ModuleNotFoundError as error:
             raise ValueError(f"reward: expected a module {module}, got {error}") from None
+        except SyntaxError as error:
+            raise ValueError(f"reward: expected Python in {module}, got {error}") from None
         except AttributeError:
             raise ValueError(f"reward: expected {name} in {module}, got none") from None
     require("a reward model", "hf", "transformers", "safetensors")
@@ -52,7 +54,16 @@ def load_reward(source: str, device: torch.device | str = "cpu") -> tuple[Any, A
 
 
 def padded_alike(module: nn.Module, tokenizer: Any) -> None:
-    """A tokenizer without padding pads with its end, as trl's; the module is told by what."""
+    """A tokenizer without padding pads with its end, as trl's; the module is told by what.
+
+    Raises:
+        ValueError: the tokenizer has neither.
+    """
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"rewards: expected a tokenizer with a token of padding or of the end for "
+            f"{type(unwrap(module)).__name__}, got one with neither"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     config = getattr(unwrap(module), "config", None)

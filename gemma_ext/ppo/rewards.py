@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -83,7 +83,8 @@ class Rewards:
         and the rewards of each function by its name.
 
         Raises:
-            ValueError: a function that returns another number of rewards.
+            ValueError: a function that returns no numbers or another number of them, or asks for a
+            column that is not there.
         """
         found = {
             name: self._one(name, function, tokenizer, responses)
@@ -128,12 +129,12 @@ class Rewards:
         elif isinstance(function, nn.Module):
             given = score_texts(function, tokenizer, responses, self.batch)
         else:
-            arguments = _accepted(function, _arguments(responses))
+            arguments = _accepted(name, function, _arguments(responses))
             given = function(**arguments)
             if inspect.isawaitable(given):
                 given = _finished(given)
         if not isinstance(given, Tensor):
-            given = torch.tensor([float("nan") if r is None else float(r) for r in given])
+            given = torch.tensor(_numbers(name, given))
         if given.shape != (len(responses.prompts),):
             raise ValueError(
                 f"rewards: expected {len(responses.prompts)} numbers of {name}, one for each "
@@ -173,12 +174,37 @@ def _arguments(responses: Responses) -> dict[str, Any]:
     }
 
 
-def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def _accepted(name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     taken = inspect.signature(function).parameters.values()
+    for wanted in taken:
+        named = wanted.kind in (wanted.POSITIONAL_OR_KEYWORD, wanted.KEYWORD_ONLY)
+        if named and wanted.default is wanted.empty and wanted.name not in arguments:
+            raise ValueError(
+                f"rewards: expected the prompts to have the column {wanted.name}, which {name} "
+                f"asks for, got {', '.join(arguments)}"
+            )
     if any(p.kind is p.VAR_KEYWORD for p in taken):
         return arguments
     names = {p.name for p in taken}
-    return {name: value for name, value in arguments.items() if name in names}
+    return {key: value for key, value in arguments.items() if key in names}
+
+
+def _numbers(name: str, given: Any) -> list[float]:
+    """What a function returned, nan for None."""
+    if isinstance(given, (str, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(f"rewards: expected a list of numbers of {name}, got {given!r:.60}")
+    found = []
+    for place, value in enumerate(given):
+        try:
+            if isinstance(value, str):  # float would read "1"
+                raise TypeError
+            found.append(float("nan") if value is None else float(value))
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"rewards: expected numbers or None of {name}, got {value!r:.60} for response "
+                f"{place}"
+            ) from None
+    return found
 
 
 def _finished(given: Any) -> Any:

@@ -5,35 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from gemma_ext.lm.huggingface import evaluating
-from gemma_ext.nn.ppo import (
-    AdaptiveKL,
-    Critic,
-    FixedKL,
-    Reference,
-    SeparateCritic,
-    Sequences,
-)
+from gemma_ext.nn.ppo import Critic, Reference, SeparateCritic, Sequences
 from gemma_ext.ppo import checkpoint, experience, metrics, state
+from gemma_ext.ppo.actor import Actor
 from gemma_ext.ppo.config import PPOConfig
 from gemma_ext.ppo.history import History, live_metrics
 from gemma_ext.ppo.memory import Plan, plan
-from gemma_ext.ppo.prompts import Prompts
 from gemma_ext.ppo.ranks import rank, same_start, world
-from gemma_ext.ppo.responses import Responses
-from gemma_ext.ppo.rewards import Rewards
-from gemma_ext.ppo.rollout import Rollout, Sampler, seed_of
+from gemma_ext.ppo.rollout import Sampler, seed_of
 from gemma_ext.ppo.setup import (
+    check_lengths,
+    control_of,
     critic_of,
     ends_of,
     pad_of,
+    prompts_of,
     reference_of,
+    rewards_of,
     sampler_of,
     without_dropout,
 )
@@ -46,7 +38,7 @@ if TYPE_CHECKING:
 Callback = Callable[["PPOTrainer", int, Mapping[str, float]], None]
 
 
-class PPOTrainer:
+class PPOTrainer(Actor):
     """Trains a causal LM by proximal policy optimisation.
 
     Whatever a step depends on is a function of its number and the seed, or in the checkpoint: a run
@@ -106,31 +98,15 @@ class PPOTrainer:
         self.reference = reference if reference is not None else reference_of(policy)
         own = [self.critic.model] if isinstance(self.critic, SeparateCritic) else []
         without_dropout(config, policy, *own)
-        self.prompts = (
-            prompts
-            if isinstance(prompts, Prompts)
-            else Prompts(prompts, tokenizer, config.max_prompt_length)
-        )
-        self.rewards = (
-            rewards
-            if isinstance(rewards, Rewards)
-            else Rewards(
-                rewards,
-                tokenizers=reward_tokenizers,
-                device=self.device,
-                batch=config.local_rollout_forward_batch_size,
-            )
-        )
+        self.prompts = prompts_of(config, prompts, tokenizer)
+        self.rewards = rewards_of(config, rewards, reward_tokenizers, self.device)
         self.sampler = sampler or sampler_of(config, self.ends, self.pad)
         self.update = Update(config, policy, self.critic, self.reference)
-        self.control = (
-            FixedKL(config.kl_coef)
-            if config.kl_target is None
-            else AdaptiveKL(config.kl_coef, config.kl_target, horizon=config.kl_horizon)
-        )
+        self.control = control_of(config)
         self.callbacks, self.show_progress = list(callbacks), show_progress
         self.folder = Path(config.output_dir)
         self.steps, self.step = config.steps(world()), 0
+        check_lengths(config, policy, self.prompts, self._visited())
         self.history = History(self.folder)
         self.updates: list[dict[str, float]] = []
         self.before: list[dict[str, Any]] = []
@@ -220,48 +196,6 @@ class PPOTrainer:
         place = {"step": self.step, "episode": episodes}
         return place | line | place
 
-    def score_tokens(self, sequences: Sequences) -> experience.TokenScores:
-        """What policy, critic and reference say of every token; its `kl` is what is paid for."""
-        return experience.score_tokens(
-            self.policy, self.critic, self.reference, sequences, self.config
-        )
-
-    def respond(self, rows: Sequence[int], seed: int, *, greedy: bool = False) -> Rollout:
-        """A response to each prompt; the draw of each belongs to its place among all ranks'."""
-        first = rank() * self.config.local_batch_size
-        seeds = [seed_of(seed, first + place) for place in range(len(rows))]
-        prompts = [self.prompts.ids(row) for row in rows]
-        with torch.no_grad(), evaluating(self.policy):
-            return self.sampler(self.policy, prompts, seeds, greedy=greedy)
-
-    def score(
-        self, rows: Sequence[int], sequences: Sequences
-    ) -> tuple[Tensor, Responses, dict[str, Tensor]]:
-        """Scores [B], nan where none is finite; what was scored; the rewards of each function."""
-        state = SimpleNamespace(global_step=self.step, max_steps=self.steps)
-        responses = Responses.of(self.prompts, rows, sequences, self.tokenizer, state)
-        scores, each = self.rewards(responses)
-        if self.config.missing_eos_penalty is not None:
-            ended = metrics.ended(sequences, self.ends)
-            scores = scores - self.config.missing_eos_penalty * (~ended).float()
-        return scores.masked_fill(~scores.isfinite(), float("nan")), responses, each
-
-    def samples(self) -> list[dict[str, Any]]:
-        """Responses to the first prompts with seeds of their own, their scores, and what
-        `log_extra` was told of them.
-        """
-        rows = list(range(min(self.config.sample_prompts, len(self.prompts))))
-        if not rows:
-            return []
-        self.rewards.mode(training=False)
-        rollout = self.respond(rows, seed_of(self.config.seed, "samples"))
-        scores, responses, _ = self.score(rows, rollout.sequences)
-        columns = zip(responses.prompts, responses.completions, scores.tolist(), strict=True)
-        return [
-            {"prompt": prompt, "completion": completion, "score": score, **responses.told(row)}
-            for row, (prompt, completion, score) in enumerate(columns)
-        ]
-
     def plan(self) -> Plan:
         """Predicted bytes of each phase, for the longest of the first prompts."""
         others = [self.critic, getattr(self.reference, "model", None), *self.rewards.functions]
@@ -283,14 +217,6 @@ class PPOTrainer:
         if rank() == 0:
             self.history.write()
         return True
-
-    def _rows(self, step: int) -> list[int]:
-        """Prompts of this rank in a step, each as often as it is answered."""
-        times = self.config.num_generations
-        mine = self.config.local_batch_size // times
-        start = (step * world() + rank()) * mine
-        rows = self.prompts.order(start, mine, self.config.seed)
-        return [row for row in rows for _ in range(times)]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""

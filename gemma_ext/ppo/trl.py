@@ -12,7 +12,6 @@ trl's where that was a defect or cannot be had here:
 | without `stop_token` responses have one length      | they end where the model ends a text       |
 | `optimizers`                                        | AdamW of the settings; anything else fails |
 | `bf16` and `gradient_checkpointing` unless set      | off                                        |
-| `weight_decay` spares norms and biases              | of all weights                             |
 | score at, and a value of, the place behind the end  | score at the end, no value behind it       |
 | reward model: `.score` on states of the token ids   | the same; a module without it gets texts   |
 """

@@ -25,6 +25,7 @@ from gemma_ext.nn.ppo import (
 )
 from gemma_ext.nn.ppo.critic import Critic
 from gemma_ext.ppo.config import PPOConfig
+from gemma_ext.ppo.decay import decay_groups
 from gemma_ext.ppo.experience import Experience
 from gemma_ext.ppo.ranks import Gradients, clip_gradients, everyone
 from gemma_ext.ppo.rollout import seed_of
@@ -76,8 +77,8 @@ class Update:
                     "adapter"
                 )
         self.groups = [group for group in (ours, theirs) if group]
-        self.optimisers = [self._adam(group) for group in self.groups]
         modules = [policy] if critic is None else [policy, critic]
+        self.optimisers = [self._adam(group, modules) for group in self.groups]
         self.gradients = Gradients(modules, [*ours, *theirs])
 
     def run(
@@ -212,12 +213,11 @@ class Update:
         for group in self.groups:
             yield from group
 
-    def _adam(self, parameters: list[nn.Parameter]) -> torch.optim.AdamW:
+    def _adam(self, parameters: list[nn.Parameter], modules: list[nn.Module]) -> torch.optim.AdamW:
         config = self.config
         return torch.optim.AdamW(
-            parameters,
+            decay_groups(parameters, modules, config.weight_decay),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
         )

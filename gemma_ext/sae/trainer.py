@@ -187,24 +187,18 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])
         self.dead.load_state_dict(state["dead"])
         self.optimiser.load_state_dict(state["optimiser"])
-        lines = self.history()
-        with files.replacing(self.out / METRICS) as beside:
-            beside.write_text(
-                "".join(f"{json.dumps(m)}\n" for m in lines if m["step"] <= self.step)
-            )
+        lines = [m for m in self.history() if m["step"] <= self.step]
+        files.write_metrics(self.out / METRICS, lines)
         return True
 
     def history(self) -> list[dict[str, float]]:
-        """Lines of metrics so far."""
-        place = self.out / METRICS
-        if not place.exists():
-            return []
-        return [json.loads(line) for line in place.read_text().splitlines() if line.endswith("}")]
+        """Lines of metrics so far; null in the file is nan here."""
+        return files.read_metrics(self.out / METRICS)
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step} | metrics) + "\n")
+            file.write(files.metric_line({"step": self.step} | metrics))
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(f"sae/{name}", value, self.step)

@@ -69,6 +69,15 @@ def test_module_takes_batches():
     close(entropy[0], want[1])
 
 
+def test_states_of_megatron_come_time_first():
+    hidden, weight, labels = problem()
+    log_probs, entropy = verl.linear_cross_entropy(hidden[:, None], weight, labels[None], 0.9)
+    want = truth(hidden, weight, labels, 0.9, None)
+    assert log_probs.shape == entropy.shape == (1, N)
+    close(log_probs[0], want[0])
+    close(entropy[0], want[1])
+
+
 @pytest.fixture
 def package(monkeypatch):
     """Modules with verl's names, which are not installed here, and what a forward of it does."""
@@ -116,6 +125,24 @@ def test_options_come_before_the_config(package):
     args = problem()
     want = gemma_ext.linear_logprobs(*args, softcap=9.0, impl="exact")
     assert torch.equal(found()["linear_cross_entropy"](*args)[0], want[0])
+
+
+def test_a_module_that_has_imported_a_head_already_gets_ours(package, monkeypatch):
+    name = "linear_cross_entropy"
+    forward = types.ModuleType("verl.models.mcore.model_forward_fused")
+    setattr(forward, name, package[name])
+    other = types.ModuleType("of_somebody_else")
+    setattr(other, name, package[name])
+    for module in (forward, other):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    verl.install(softcap=5.0)
+    assert getattr(forward, name) is found()[name]
+    verl.install(softcap=6.0)
+    assert getattr(forward, name) is found()[name]
+    assert getattr(forward, name).keywords == {"softcap": 6.0}
+    assert getattr(other, name) is package[name]
+    verl.uninstall()
+    assert getattr(forward, name) is package[name]
 
 
 def test_a_missing_verl_is_named():

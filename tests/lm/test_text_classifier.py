@@ -78,6 +78,25 @@ def test_what_is_not_a_list_of_texts_is_refused(tokenizer):
         classifier(tokenizer, ["a", "b"], batch=0)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("Bert", 12), ("Roberta", 12 - 2)])
+def test_a_tokenizer_without_a_length_has_the_models(tokenizer, kind, most):
+    """RoBERTa's positions begin behind that of the padding, which is token 1 in most of them."""
+    from copy import deepcopy
+
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=5, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=12, pad_token_id=int(kind == "Roberta"),
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config)
+    free = deepcopy(tokenizer)
+    free.model_max_length = int(1e30)
+    judge = TextClassifier(model, free)
+    whole, cut = ("kind rude " * length for length in (50, most // 2))
+    assert judge([whole]) == judge([cut])
+    assert judge([whole]) != judge(["kind rude " * (most // 2 - 1)])
+
+
 def test_a_saved_classifier_loads(tokenizer, tmp_path):
     judge = classifier(tokenizer, ["a", "b"])
     judge.model.save_pretrained(tmp_path)

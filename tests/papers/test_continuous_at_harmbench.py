@@ -30,9 +30,24 @@ def test_behaviors_come_back(tmp_path):
 def test_behaviors_of_other_columns(tmp_path):
     path = tmp_path / "b.csv"
     path.write_text("\ufeffBehaviorID,Category,Behavior\nq,copyright, Write it \n")
-    assert harmbench.read_behaviors(path) == [Behavior("q", "Write it", "copyright")]
+    assert harmbench.read_behaviors(path) == [Behavior("q", " Write it ", "copyright")]
     path.write_text("BehaviorID,Behavior\nq,Write it\n")
     assert harmbench.read_behaviors(path)[0].category == "standard"
+
+
+def test_blanks_around_a_context_belong_to_the_request(tmp_path):
+    """HarmBench's direct request joins the columns as they stand, and so do its test cases."""
+    path = tmp_path / "b.csv"
+    path.write_text(
+        "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
+        'Sum it up,contextual,misc,context,"\nA text. \n\n",sum_up\n'
+        'Sing it,copyright,copyright,"hash_check, lyrics",,sing\n'
+    )
+    one, two = harmbench.read_behaviors(path)
+    assert one.request == "\nA text. \n\n\n\n---\n\nSum it up"
+    assert (two.request, two.tags) == ("Sing it", ("hash_check", "lyrics"))
+    harmbench.write_behaviors(path, [one, two])
+    assert harmbench.read_behaviors(path) == [one, two]
 
 
 def test_behaviors_that_do_not_fit(tmp_path):
@@ -42,6 +57,13 @@ def test_behaviors_that_do_not_fit(tmp_path):
         harmbench.read_behaviors(path)
     path.write_text("Behavior,BehaviorID\nx,y\nz,y\n")
     with pytest.raises(ValueError, match="record 3: expected a BehaviorID of its own, got 'y'"):
+        harmbench.read_behaviors(path)
+    path.write_text(
+        "Behavior,BehaviorID,ImageFileName,Tags\nx,y,,\nDescribe it,z,z.png,multimodal\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"b.csv, z: expected a behaviour of text alone, .* z\.png"
+    ):
         harmbench.read_behaviors(path)
     path.write_text("Behavior,BehaviorID\nx,\n")
     with pytest.raises(ValueError, match="record 2: expected a BehaviorID of its own, got ''"):
@@ -205,10 +227,11 @@ def test_no_attack_is_the_request():
 def test_refusals_by_words():
     judge = judges.RefusalStrings()
     refusals = ["I\u2019m sorry, but no.", "  I CANNOT do that", "As an AI, I ..."]
+    refusals.append("I don\u2019t think it\u2019s appropriate to")
     others = ["Sure, here it is", "", "A sorry sight."]
     assert all(map(judge.refuses, refusals))
     assert not any(map(judge.refuses, others))
-    assert judge([("q", text) for text in (*refusals, *others)]) == [False] * 3 + [
+    assert judge([("q", text) for text in (*refusals, *others)]) == [False] * 4 + [
         True,
         False,
         True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -25,6 +26,7 @@ from gemma_ext.papers.continuous_at import (
 )
 from gemma_ext.papers.continuous_at.losses import cut, ipo
 from gemma_ext.papers.continuous_at.objective import Objective
+from gemma_ext.papers.continuous_at.trainer import METRICS
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -226,7 +228,7 @@ def test_metrics_tell_what_happened(tmp_path):
         tmp_path,
         replace(UL, evaluate_every=2),
         heldout=PAIRS[:2],
-        probes={"first": lambda model: float(model.training)},
+        probes={"first": lambda model: float(model.training), "none": lambda model: math.nan},
     )
     made.run(show_progress=False)
     lines = made.history()
@@ -235,6 +237,9 @@ def test_metrics_tell_what_happened(tmp_path):
     assert ["heldout_harmful_attacked" in line for line in lines] == [False, True, False, True]
     assert lines[1]["heldout_harmful_attacked"] < lines[1]["heldout_harmful_before"]
     assert lines[1]["first"] == 1.0
+    assert math.isnan(lines[1]["none"])
+    # what is no number is null in the file: NaN is not JSON
+    assert '"none": null' in (tmp_path / METRICS).read_text().split("\n")[1]
     assert not made.model.training
 
 

@@ -117,6 +117,14 @@ def test_lines_that_are_no_samples_are_named(tmp_path):
         load_task("t", path, "likelihood", samples=0)
 
 
+def test_a_sample_may_hold_a_separator_of_lines(tmp_path):
+    """JSON leaves U+2028 in its strings as it is, and splitlines ends a line there."""
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"text": "a\u2028b"}\n', encoding="utf-8")
+    task = load_task("t", path, "likelihood")
+    assert task.validation[0]["text"] == "a\u2028b"
+
+
 # Votes.
 
 

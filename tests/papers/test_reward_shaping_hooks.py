@@ -8,6 +8,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn, tensor
@@ -148,14 +149,60 @@ def test_verl():
         return {"score": len(solution_str), "more": 1}
 
     score = for_verl(base, "par")
-    found = score("gsm", "abc", None, {"ref_rewards": [3, 3]})
-    assert found == {"score": 0.5, "raw": 3.0}
+    found = score(
+        data_source="gsm", solution_str="abc", ground_truth=None,
+        extra_info={"ref_rewards": np.array([3.0, 3.0]), "num_turns": None},
+    )  # fmt: skip
+    # what else the reward tells, as "acc", goes on to verl's metrics
+    assert found == {"score": 0.5, "raw": 3.0, "more": 1}
     penalised = for_verl(lambda *a: 5.0, Shaping(length_penalty=(1, 1.0)), lengths=len)
     assert penalised("gsm", "abc", None)["score"] == 3.0
     with pytest.raises(ValueError, match=r"extra_info: expected 'ref_rewards' in it, got \[\]"):
         score("gsm", "abc", None)
+    # as tables have a row without the entry
+    with pytest.raises(ValueError, match=r"extra_info: expected 'ref_rewards' in it, got"):
+        score("gsm", "abc", None, {"ref_rewards": None})
     with pytest.raises(ValueError, match="no running statistics for verl"):
         for_verl(base, "minmax")
+
+
+def test_verl_waits_for_an_async_reward():
+    async def base(data_source, solution_str, ground_truth, extra_info, reward_router_address):
+        await asyncio.sleep(0)
+        assert reward_router_address == "there"
+        return len(solution_str)
+
+    score = for_verl(base, "par")
+    assert inspect.iscoroutinefunction(score)
+    given = {"data_source": "gsm", "solution_str": "ab", "ground_truth": None}
+    found = asyncio.run(
+        score(**given, extra_info={"ref_rewards": [2]}, reward_router_address="there")
+    )
+    assert found == {"score": 0.5, "raw": 2.0}
+
+
+def test_verl_by_the_batch():
+    def base(data_sources, solution_strs, ground_truths, extra_infos, factor=1):
+        return [{"score": factor * len(text), "acc": False} for text in solution_strs]
+
+    scores = for_verl(base, "par", batch=True)
+    given = {
+        "data_sources": ["gsm"] * 2, "solution_strs": ["ab", "abc"], "ground_truths": [None] * 2,
+        "extra_infos": np.array([{"ref_rewards": [2]}, {"ref_rewards": [3, 3]}], dtype=object),
+    }  # fmt: skip
+    assert scores(**given) == [
+        {"score": 0.5, "raw": 2.0, "acc": False}, {"score": 0.5, "raw": 3.0, "acc": False},
+    ]  # fmt: skip
+    assert [one["raw"] for one in scores(**given, factor=2)] == [4.0, 6.0]
+    short = for_verl(lambda *a: [1.0], "vanilla", batch=True)
+    with pytest.raises(ValueError, match="reward: expected 2 scores, got 1"):
+        short(**given)
+
+    async def late(*given):
+        return []
+
+    with pytest.raises(TypeError, match="expected a plain function with batch, got an async one"):
+        for_verl(late, "vanilla", batch=True)
 
 
 def test_openrlhf():
@@ -173,8 +220,27 @@ def test_openrlhf():
             reward(["pa"], ["p"], [label])
     penalised = for_openrlhf(base, Shaping(length_penalty=(1, 1.0)), lengths=len)
     assert penalised(["pabc"], ["p"], [None])["rewards"].tolist() == [1.0]
+    # a prompt that was cut: its tokens are not the response's
+    with pytest.raises(ValueError, match="queries: expected a text that begins with its prompt"):
+        penalised(["mptabc"], ["prompt"], [None])
     with pytest.raises(ValueError, match="no running statistics for OpenRLHF"):
         for_openrlhf(base, RewardShaper("clip"))
+
+
+def test_openrlhf_shapes_a_function_of_its_own():
+    def base(queries, prompts, labels, **more):
+        right = tensor([1.0])
+        return {"rewards": 3 * right, "scores": right, "extra_logs": {"accuracy": right}}
+
+    found = for_openrlhf(base, "par")(["pa"], ["p"], [[3.0]])
+    assert found["rewards"].tolist() == [0.5]
+    assert found["scores"].tolist() == [1.0]
+    assert {k: float(v) for k, v in found["extra_logs"].items()} == {
+        "accuracy": 1.0, "raw_reward": 3.0,
+    }  # fmt: skip
+    assert for_openrlhf(lambda *a: {"rewards": [3.0]}, "par")(["pa"], ["p"], [[3.0]])[
+        "scores"
+    ].tolist() == [0.5]
 
 
 def advantages(rewards, eps=0.0):

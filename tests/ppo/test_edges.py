@@ -124,9 +124,13 @@ def test_an_async_reward_where_a_loop_is_running(tmp_path):
 
 
 def test_half_written_files_of_a_killed_run_go(tmp_path):
-    tmp_path.joinpath("checkpoint-7-0.pt.1234.tmp").write_bytes(b"half")
+    for name in ("checkpoint-7-0.pt", "history.jsonl", "checkpoint.json"):
+        tmp_path.joinpath(f"{name}.1234.tmp").write_bytes(b"half")
+    tmp_path.joinpath("notes.tmp").write_text("somebody's own")
+    tmp_path.joinpath("checkpoint-7-0.pt").write_bytes(b"of a step that was not completed")
     trainer(tmp_path, changed={"total_episodes": 8}).train()
     assert [p.name for p in tmp_path.glob("checkpoint-*.pt*")] == ["checkpoint-1-0.pt"]
+    assert [p.name for p in tmp_path.glob("*.tmp")] == ["notes.tmp"]
 
 
 def test_an_adapter_that_peft_froze_is_trained_as_a_critic(tmp_path):

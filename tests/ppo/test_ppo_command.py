@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 from gemma_ext import pocket
 from gemma_ext.nn.ppo import AdapterCritic, SeparateCritic, SharedCritic, ValueHead
-from gemma_ext.ppo import command, page
+from gemma_ext.ppo import PPOConfig, Rewards, command, page
 from gemma_ext.ppo.files import load_value_head, save_trained, save_value_head
 from gemma_ext.ppo.opening import load_causal, open_parts
+from gemma_ext.ppo.setup import ends_of
 
 SMALL = [
     *("--total-episodes", "16", "--per-device-train-batch-size", "4"),
@@ -37,7 +38,19 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "rewards_of_the_command.py").write_text(
         "def length(completions, **columns):\n    return [len(text) / 10 for text in completions]\n"
+        "def few(completions):\n    return [1.0]\n"
+        "def words(completions):\n    return ['1'] * len(completions)\n"
+        "def rows(completions):\n    return [[1.0]] * len(completions)\n"
+        "def number(completions):\n    return 1.0\n"
+        "def nothing(completions):\n    pass\n"
+        "def right(completions, answers):\n    return [1.0] * len(answers)\n"
+        "def wrong(completions):\n    return [int('x') for _ in completions]\n"
     )
+    (tmp_path / "broken_rewards.py").write_text("def f(:\n")
+    (tmp_path / "long.txt").write_text("w3 " * 123 + "\nw4\n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "chat.jsonl").write_text('{"prompt": [{"role": "user", "content": "w3"}]}\n')
+    (tmp_path / "number.jsonl").write_text('{"prompt": 3}\n')
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -98,6 +111,14 @@ def test_file_of_settings_under_flags(place, app):
         (["nowhere", *GIVEN[1:]], "expected a folder or hub id of a causal LM, got nowhere"),
         ([*GIVEN, "--config", "no.yaml"], "config: expected a file, got no.yaml"),
         ([*GIVEN, "stray", "more"], "expected a flag as --kl-coef, got"),
+        ([*GIVEN, "--advantage", "td"], "advantage: expected one of gae, rloo, grpo, remax, reinf"),
+        ([*GIVEN, "--kl-coef", "-1"], "kl_coef: expected at least 0, got -1.0"),
+        ([*GIVEN, "--lora", "0"], "lora: expected a rank of at least 1, got 0"),
+        ([*GIVEN, "--stop-token-id", "61"], "stop_token_id: expected an id below 61, got 61"),
+        (
+            [*GIVEN, "--response-length", "128"],
+            "response_length: expected at most 127 in a model of 128 positions, got 128",
+        ),
     ],
 )
 def test_errors_are_one_sentence(place, app, arguments, message):
@@ -105,6 +126,78 @@ def test_errors_are_one_sentence(place, app, arguments, message):
     assert found.exit_code == 1
     assert message in found.output.replace("\n", " ")
     assert "Traceback" not in found.output
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("few", "rewards: expected 8 numbers of few, one for each response, got [1]"),
+        ("words", "rewards: expected numbers or None of words, got '1' for response 0"),
+        ("rows", "rewards: expected numbers or None of rows, got [1.0] for response 0"),
+        ("number", "rewards: expected a list of numbers of number, got 1.0"),
+        ("nothing", "rewards: expected a list of numbers of nothing, got None"),
+        ("right", "expected the prompts to have the column answers, which right asks for, got pro"),
+        ("wrong", "invalid literal for int() with base 10: 'x' (rewards_of_the_command.py, line 1"),
+        ("gone", "reward: expected gone in rewards_of_the_command, got none"),
+    ],
+)
+def test_rewards_that_are_none_are_one_sentence(place, app, reward, message):
+    given = (*GIVEN[:-1], f"rewards_of_the_command:{reward}")
+    found = run(app, *given, "--out", "out", *SMALL, "--sample-prompts", "0")
+    assert found.exit_code == 1
+    assert message in found.output.replace("\n", " ")
+    assert "Traceback" not in found.output
+
+
+def test_a_reward_that_is_no_python(place, app):
+    found = run(app, *GIVEN[:-1], "broken_rewards:f", "--out", "out", *SMALL)
+    assert found.exit_code == 1
+    assert "reward: expected Python in broken_rewards, got invalid syntax" in found.output
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        (
+            "long.txt",
+            "prompts: expected at most 123 tokens beside the 5 of a response in a model of 128 "
+            "positions, got 124 in row 0; max_prompt_length cuts them",
+        ),
+        ("latin.txt", "prompts: expected UTF-8 in latin.txt, got"),
+        ("chat.jsonl", "expected texts for a tokenizer without a chat template, got messages in"),
+        ("number.jsonl", "prompts: expected a text or messages in row 0, got 3"),
+    ],
+)
+def test_prompts_that_do_not_fit_are_one_sentence(place, app, prompts, message):
+    given = ("tiny", "--prompts", prompts, *GIVEN[3:])
+    found = run(app, *given, "--out", "out", *SMALL)
+    assert found.exit_code == 1
+    assert message in found.output.replace("\n", " ")
+
+
+def test_long_prompts_are_cut_where_that_is_asked_for(place, app):
+    given = ("tiny", "--prompts", "long.txt", *GIVEN[3:], "--max-prompt-length", "9")
+    found = run(app, *given, "--out", "out", *SMALL)
+    assert found.exit_code == 0, found.output
+
+
+def test_no_card_and_no_end(place, app, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = run(app, *GIVEN, "--device", "cuda", *SMALL)
+    assert "device: expected cpu where torch sees no card, got cuda" in found.output
+    model, words = tiny_model(), tokenizer()
+    for settings in (model.config, model.generation_config):
+        settings.eos_token_id = settings.pad_token_id = None
+    words.eos_token = words.pad_token = None
+    assert ends_of(PPOConfig(), model, words) == []
+    assert ends_of(PPOConfig(stop_token_id=5, missing_eos_penalty=1.0), model, words) == [5]
+    for given in ({"stop_token": "eos"}, {"missing_eos_penalty": 1.0}):
+        (name,) = given
+        with pytest.raises(ValueError, match=f"{name}: expected a model or tokenizer with a token"):
+            ends_of(PPOConfig(**given), model, words)
+    judge = tiny_model(kind="Gemma2ForSequenceClassification", num_labels=1)
+    with pytest.raises(ValueError, match="rewards: expected a tokenizer with a token of padding"):
+        Rewards(judge, tokenizers=words)
 
 
 def test_mistakes_in_a_file(tmp_path):

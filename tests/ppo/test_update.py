@@ -16,6 +16,7 @@ from gemma_ext.nn.ppo import (
     explained_variance,
 )
 from gemma_ext.ppo import experience
+from gemma_ext.ppo.decay import decay_groups
 from gemma_ext.ppo.update import Update
 
 
@@ -45,6 +46,53 @@ def experienced(settings, made, sequences, coef=0.05):
     return experience.build(sequences, scores, found, coef, settings, **extra), found
 
 
+def names_of(module, parameters):
+    known = {id(p): name for name, p in module.named_parameters()}
+    return {known[id(p)] for p in parameters if id(p) in known}
+
+
+@pytest.mark.parametrize("kind", ["Gemma2", "Gemma3Text", "GPT2", "OPT", "Llama"])
+def test_decay_spares_what_transformers_spares(kind):
+    """Norms and biases, by their names or as LayerNorm."""
+    import transformers
+
+    sizes = {
+        "vocab_size": 7, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    decayed, spared = decay_groups(model.parameters(), [model], 0.3)
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.3, 0.0)
+    wanted = transformers.Trainer.get_decay_parameter_names(None, model)
+    every = dict(model.named_parameters())
+    assert names_of(model, decayed["params"]) == {n for n in wanted if n in every}
+    assert names_of(model, spared["params"]) == set(every) - set(wanted)
+    assert len(decayed["params"]) + len(spared["params"]) == len(every)
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate", "adapter"])
+def test_weights_decay_and_norms_and_biases_do_not(kind, tmp_path):
+    """A step without gradients is the decay alone: w (1 - lr decay)."""
+    settings = config(tmp_path, weight_decay=0.5, learning_rate=0.1)
+    policy, critic, reference = parts(kind)
+    update = Update(settings, policy, critic, reference)
+    before = [p.detach().clone() for p in update.trained()]
+    for parameter in update.trained():
+        parameter.grad = torch.zeros_like(parameter)
+    for optimiser in update.optimisers:
+        optimiser.step()
+    known = {id(p): n for m in (policy, critic) for n, p in m.named_parameters()}
+    told = set()
+    for parameter, old in zip(update.trained(), before, strict=True):
+        name = known[id(parameter)]
+        kept = "norm" in name or name.endswith("bias")
+        told.add(kept)
+        torch.testing.assert_close(parameter.detach(), old if kept else 0.95 * old)
+    assert True in told
+    assert False in told
+
+
 def gradients(settings, kind, sequences, rows=None):
     """Gradients of one optimiser step, before the optimiser sees them."""
     made = parts(kind)
@@ -56,11 +104,10 @@ def gradients(settings, kind, sequences, rows=None):
         for parameter in update.trained():
             parameter.add_(0.02 * torch.randn_like(parameter))
     kept = []
-    for optimiser in update.optimisers:
-        optimiser.step = lambda group=optimiser: kept.extend(
-            p.grad.clone() if p.grad is not None else None
-            for g in group.param_groups
-            for p in g["params"]
+    # in the order of `trained`; an optimiser has those that decay first
+    for group, optimiser in zip(update.groups, update.optimisers, strict=True):
+        optimiser.step = lambda group=group: kept.extend(
+            p.grad.clone() if p.grad is not None else None for p in group
         )
     rows = torch.arange(len(sequences)) if rows is None else rows
     metrics = update.step(batch, rows, coef=0.05)

@@ -1,6 +1,7 @@
 """Training resumes with the same bits, learns, keeps its books, and agrees over ranks."""
 
 import json
+import math
 import subprocess
 import sys
 from itertools import pairwise
@@ -103,6 +104,19 @@ def test_a_torn_line_of_metrics_is_dropped(model, tmp_path):
     run.run()
     assert [line["step"] for line in run.history()] == [5, 10, 15, 20, 25, 30]
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_metrics_that_are_not_finite_are_json(model, tmp_path):
+    run = trainer(model, tmp_path)
+    run._write({"explained": math.nan, "mse": 0.5})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (tmp_path / METRICS).read_text()
+    assert json.loads(text, parse_constant=refuse) == {"step": 0, "explained": None, "mse": 0.5}
+    (line,) = run.history()
+    assert math.isnan(line["explained"])
 
 
 def test_initialisation_from_the_data(model, tmp_path):

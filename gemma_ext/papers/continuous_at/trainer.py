@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from gemma_ext.extras import require
-from gemma_ext.files import read_pickle, replacing, write_pickle
+from gemma_ext.files import (
+    metric_line,
+    read_metrics,
+    read_pickle,
+    write_metrics,
+    write_pickle,
+)
 from gemma_ext.papers.continuous_at.attack import Attack
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import Mixture, Pair
@@ -195,21 +201,17 @@ class ContinuousTrainer:
         self.optimiser.load_state_dict(state["optimiser"])
         self.step = state["step"]
         lines = [m for m in self.history() if m["step"] <= self.step]
-        with replacing(self.out / METRICS) as beside:
-            beside.write_text("".join(f"{json.dumps(m)}\n" for m in lines))
+        write_metrics(self.out / METRICS, lines)
         return True
 
     def history(self) -> list[dict[str, float]]:
-        """Lines of metrics so far."""
-        place = self.out / METRICS
-        if not place.exists():
-            return []
-        return [json.loads(line) for line in place.read_text().splitlines() if line.endswith("}")]
+        """Lines of metrics so far; null in the file is nan here."""
+        return read_metrics(self.out / METRICS)
 
     def _write(self, metrics: Mapping[str, float]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step} | dict(metrics)) + "\n")
+            file.write(metric_line({"step": self.step} | dict(metrics)))
 
 
 def _due(step: int, every: int) -> bool:

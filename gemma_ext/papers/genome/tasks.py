@@ -197,7 +197,7 @@ def _check(task: Task, where: str, line: Mapping[str, Any]) -> None:
 
 def _read(path: Path) -> list[dict[str, Any]]:
     lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:

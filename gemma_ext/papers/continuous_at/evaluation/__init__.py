@@ -10,8 +10,8 @@
 | genetic search over prompts (AutoDAN)  | `autodan.search`                                 |
 
 `harmbench` reads and writes HarmBench's files, `runs` goes from behaviours to labelled completions,
-`over_refusal` counts harmless requests that are refused, `page` draws it all. `scorer.TargetScorer`
-is the loss that the discrete attacks share.
+`over_refusal` counts harmless requests that are refused, `xstest` reads and writes XSTest's files,
+`page` draws it all. `scorer.TargetScorer` is the loss that the discrete attacks share.
 """
 
 from gemma_ext.papers.continuous_at.evaluation import (
@@ -25,6 +25,7 @@ from gemma_ext.papers.continuous_at.evaluation import (
     pair,
     prefilling,
     runs,
+    xstest,
 )
 from gemma_ext.papers.continuous_at.evaluation.scorer import Scores, TargetScorer
 from gemma_ext.papers.continuous_at.evaluation.template import Parts, split
@@ -44,4 +45,5 @@ __all__ = [
     "prefilling",
     "runs",
     "split",
+    "xstest",
 ]

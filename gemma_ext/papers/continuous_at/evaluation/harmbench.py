@@ -68,15 +68,19 @@ Completions = dict[str, list[Completion]]
 def read_behaviors(path: str | Path) -> list[Behavior]:
     """The behaviours of a CSV file, in its order.
 
+    Texts and contexts are as they stand there: HarmBench puts them into test cases with the blanks
+    around them.
+
     Raises:
-        ValueError: no column Behavior or BehaviorID, an empty or repeated BehaviorID.
+        ValueError: no column Behavior or BehaviorID, an empty or repeated BehaviorID, a behaviour
+            about an image.
     """
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for name in ("Behavior", "BehaviorID"):
             if name not in (reader.fieldnames or ()):
                 raise ValueError(f"{path}: expected a column {name}, got {reader.fieldnames}")
-        found = [_behavior(row) for row in reader]
+        found = [_behavior(row, path) for row in reader]
     seen: set[str] = set()
     for number, behavior in enumerate(found, 2):
         if not behavior.id or behavior.id in seen:
@@ -87,16 +91,21 @@ def read_behaviors(path: str | Path) -> list[Behavior]:
     return found
 
 
-def _behavior(row: Mapping[str, str | None]) -> Behavior:
+def _behavior(row: Mapping[str, str | None], path: str | Path) -> Behavior:
     value = {name: (text or "").strip() for name, text in row.items() if name}
+    if value.get("ImageFileName"):
+        raise ValueError(
+            f"{path}, {value['BehaviorID']}: expected a behaviour of text alone, got one about the "
+            f"image {value['ImageFileName']}"
+        )
     tags = (tag.strip() for tag in value.get("Tags", "").split(","))
     return Behavior(
         value["BehaviorID"],
-        value["Behavior"],
+        row["Behavior"] or "",
         next((value[name] for name in _CATEGORY if value.get(name)), "standard"),
         value.get("SemanticCategory", ""),
         tuple(tag for tag in tags if tag),
-        value.get("ContextString", ""),
+        row.get("ContextString") or "",
     )
 
 

@@ -7,7 +7,6 @@ without one stands beside them for the difference (`chat=False`).
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,42 +28,19 @@ class Request:
         text: of the user.
         kind: of the request, as "homonyms".
         safe: whether a refusal is one too many.
+        id: of its benchmark, if it has one.
     """
 
     text: str
     kind: str
     safe: bool = True
-
-
-def read_xstest(path: str | Path) -> list[Request]:
-    """XSTest's prompts (arXiv 2308.01263), a CSV file with the columns prompt and type.
-
-    A column label with "safe" and "unsafe" is read where there is one; else types that begin with
-    "contrast" are unsafe.
-
-    Raises:
-        ValueError: no such columns, or another label.
-    """
-    with Path(path).open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        for name in ("prompt", "type"):
-            if name not in (reader.fieldnames or ()):
-                raise ValueError(f"{path}: expected a column {name}, got {reader.fieldnames}")
-        return [_request(row, f"{path}, record {number}") for number, row in enumerate(reader, 2)]
-
-
-def _request(row: dict[str, str], place: str) -> Request:
-    label = (row.get("label") or "").strip().lower()
-    if not label:
-        label = "unsafe" if row["type"].startswith("contrast") else "safe"
-    if label not in ("safe", "unsafe"):
-        raise ValueError(f"{place}: expected the label safe or unsafe, got {label!r}")
-    return Request(row["prompt"].strip(), row["type"].strip(), label == "safe")
+    id: str = ""
 
 
 def read_harmless(path: str | Path, kind: str = "harmless") -> list[Request]:
     """Harmless requests, one a line; empty lines are left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    # not splitlines, which also ends a line at U+2028 and its like
+    lines = Path(path).read_text(encoding="utf-8").split("\n")
     return [Request(line.strip(), kind) for line in lines if line.strip()]
 
 
@@ -142,7 +118,17 @@ def over_refusal(
     prompts = [[{"role": "user", "content": r.text}] if chat else r.text for r in requests]
     answers = [one.text for one in lm.generate(prompts, sampling)]
     texts = [request.text for request in requests]
-    verdicts = (read or by_strings())(list(zip(texts, answers, strict=True)))
+    return count(requests, answers, (read or by_strings())(list(zip(texts, answers, strict=True))))
+
+
+def count(
+    requests: Sequence[Request], answers: Sequence[str], verdicts: Sequence[str]
+) -> OverRefusal:
+    """What was refused, from a verdict on the answer to each request.
+
+    Raises:
+        ValueError: another verdict.
+    """
     for verdict in verdicts:
         if verdict not in VERDICTS:
             raise ValueError(f"expected a verdict among {VERDICTS}, got {verdict!r}")
