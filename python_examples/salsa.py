@@ -2,7 +2,8 @@
 
     python python_examples/salsa.py
     python python_examples/salsa.py --seeds 3
-    python python_examples/salsa.py --model google/gemma-3-270m --rate 1e-5 --sft-rate 1e-5
+    python python_examples/salsa.py --model google/gemma-3-270m --dtype bfloat16 --lora 8 \
+        --methods "ppo,salsa,soup start"
 
 Two models are fine-tuned from one start to finish the first sentences of docstrings, with the same
 data in two orders. PPO then teaches the first of them to write articles in distinct words, held
@@ -36,7 +37,6 @@ from gemma_ext.report import Kept
 ARTICLES = {"the", "a", "an"}
 PROMPT = 5  # words
 SENTENCE = re.compile(r"(.{40,140}?[a-z)]\.)(?: |$)")
-HELD_OUT = 200  # pairs for losses, of which the first are prompts for rewards
 
 
 def articles(completions: list[str], **columns: object) -> list[float]:
@@ -67,15 +67,19 @@ def main(
     rate: Annotated[float, typer.Option(help="Learning rate of the policy.")] = 1e-3,
     every: Annotated[int, typer.Option(min=1, help="Steps between measurements.")] = 4,
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts of a measurement.")] = 64,
+    held_out: Annotated[int, typer.Option(min=2, help="Held-out sentences of a loss.")] = 200,
+    lora: Annotated[
+        int, typer.Option(min=0, help="Rank of adapters of parents and policy; 0 for none.")
+    ] = 0,
     collapse_beta: Annotated[
         float, typer.Option(help="Of runs that are to collapse; 0 for none.")
     ] = 4.0,
 ) -> None:
     """PPO, SALSA and their relatives on MODEL."""
     theta_0, tokenizer = load_causal(model, dtype, device)
-    train, held = texts("train"), texts("heldout")[:HELD_OUT]
+    train, held = texts("train"), texts("heldout")
     pairs = sft.Pairs(list(map(cut, train)), tokenizer, 64)
-    batches = sft.Pairs(list(map(cut, held)), tokenizer, 64).batches(50)
+    batches = sft.Pairs(list(map(cut, held[:held_out])), tokenizer, 64).batches(50)
     setting = study.Setting(
         steps=steps,
         batch=batch,
@@ -84,6 +88,7 @@ def main(
         betas=tuple(map(float, betas.split(","))),
         every=every,
         embeddings=model.startswith("pocket"),
+        lora=lora,
         options=Options(collapse_patience=None),
     )
     facts = {
@@ -92,6 +97,7 @@ def main(
         "seeds": str(seeds),
         "fine-tuning": f"{sft_steps} steps of 16 at {sft_rate:g}, {len(pairs):,} sentences",
         "held-out prompts": str(prompts),
+        "held-out sentences": str(held_out),
         **study.facts(setting),
     }
     identity = {k: v for k, v in facts.items() if k not in ("seeds", "betas")}
@@ -103,9 +109,11 @@ def main(
         for order in (2 * seed, 2 * seed + 1):
             folder = out / "parents" / str(order)
             if not folder.exists():
-                tuned = study.trainable(copy.deepcopy(theta_0), setting.embeddings)
+                # one draw of adapters: parents differ in their order alone
+                tuned = study.trainable(copy.deepcopy(theta_0), setting.embeddings, lora)
                 sft.tune(tuned, pairs, steps=sft_steps, rate=sft_rate, seed=order)
-                tuned.save_pretrained(folder)
+                whole = tuned.merge_and_unload() if lora else tuned
+                whole.save_pretrained(folder)
             parent = load_parent(folder, theta_0, device)
             made.append(parent)
         return made

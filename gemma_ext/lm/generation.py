@@ -141,13 +141,24 @@ def configured(model: PreTrainedModel, config: GenerationConfig) -> Iterator[Non
     """
     below = getattr(model, "get_base_model", lambda: model)()
     own = [(each, each.generation_config) for each in (model, below)]
+    head = below.get_output_embeddings()
+    hook = None if head is None else head.register_forward_pre_hook(_dense)
     try:
         for each, _ in own:
             each.generation_config = config
         yield
     finally:
+        if hook is not None:
+            hook.remove()
         for each, before in own:
             each.generation_config = before
+
+
+def _dense(head: torch.nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last states of several prompts are a slice [B, 1, D], for which matmul would copy the
+    head's weight B times.
+    """
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 class _Stops:

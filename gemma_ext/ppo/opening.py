@@ -77,7 +77,7 @@ def open_parts(
     policy, tokenizer = load_causal(str(model), kind, device)
     bare = policy
     if lora is not None:
-        policy = with_adapters(policy, _adapter(int(lora)), *([VALUE] * (value == "adapter")))
+        policy = with_lora(policy, int(lora), *([VALUE] * (value == "adapter")))
     critic = _critic(value, policy, bare, device) if config.has_critic else None
     if not isinstance(reward, Rewards):
         weights = [weight] if isinstance(weight, (int, float)) else weight
@@ -197,10 +197,24 @@ def _reward(name: str, policy: Any, number: int, batch: int) -> Any:
     return AdapterReward(policy, load_value_head(folder), own, batch)
 
 
-def _adapter(rank: int) -> Any:
+def with_lora(model: nn.Module, rank: int, *more: str, seed: int | None = None) -> Any:
+    """The model under LoRA on all linear layers but its head, for the policy and each further role.
+
+    Args:
+        more: roles, as of `with_adapters`.
+        seed: of the draw of its matrices; None draws them from torch's own stream.
+
+    Raises:
+        ImportError: peft is missing.
+    """
     require("adapters", "ppo", "peft")
     from peft import LoraConfig
 
-    return LoraConfig(
+    config = LoraConfig(
         r=rank, lora_alpha=_ALPHA * rank, lora_dropout=0.0, target_modules="all-linear"
     )
+    if seed is None:
+        return with_adapters(model, config, *more)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return with_adapters(model, config, *more)

@@ -31,6 +31,18 @@ def test_greedy_completions_are_those_of_one_prompt_at_a_time(name, batch_tokens
         assert completion.finished == (len(ids) < 9)
 
 
+def test_the_head_reads_dense_states_and_is_left_as_it_was():
+    lm = lm_of(causal(), batch_tokens=10_000)
+    seen = []
+    handle = lm.model.lm_head.register_forward_hook(
+        lambda _, inputs, __: seen.append((inputs[0].shape[0], inputs[0].is_contiguous()))
+    )
+    lm.generate(words(4, 6, 20), Sampling(2))
+    handle.remove()
+    assert seen == [(6, True)] * 2
+    assert not lm.model.lm_head._forward_pre_hooks
+
+
 def test_end_of_text_ends_a_completion():
     lm = lm_of(causal())
     ids = own(lm, "abc", 8)

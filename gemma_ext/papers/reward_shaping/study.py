@@ -10,19 +10,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
-from gemma_ext.extras import require
 from gemma_ext.lm import HuggingFaceModel, Sampling
 from gemma_ext.lm.identity import identity
-from gemma_ext.nn.ppo import with_adapters
 from gemma_ext.papers.reward_shaping.hooks import COLUMN, shape
 from gemma_ext.papers.reward_shaping.monitors import HackingMonitor
 from gemma_ext.papers.reward_shaping.planted import GOLD, Planted
 from gemma_ext.papers.reward_shaping.references import References, draw_references, fingerprint
 from gemma_ext.papers.reward_shaping.shaping import RULES, Shaping
 from gemma_ext.ppo import PPOConfig, PPOTrainer
+from gemma_ext.ppo.opening import with_lora
 from gemma_ext.report import interval
 
 if TYPE_CHECKING:
@@ -148,16 +146,7 @@ def train(
 def _policy(plan: Plan, model: PreTrainedModel, seed: int) -> nn.Module:
     """What is trained: a copy, under adapters drawn from the seed where the plan has them."""
     policy = copy.deepcopy(model)
-    if not plan.lora:
-        return policy
-    require("adapters", "ppo", "peft")
-    from peft import LoraConfig
-
-    rank = plan.lora
-    adapter = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return with_adapters(policy, adapter)
+    return with_lora(policy, plan.lora, seed=seed) if plan.lora else policy
 
 
 def summary(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_ext.nn._models import unwrap
 from gemma_ext.papers.salsa.checks import Batch, nll
 from gemma_ext.progress import progress_bar
 from gemma_ext.souping.scoring import IGNORED, Scores
@@ -105,6 +106,7 @@ def tune(
     """Trains the parameters that have gradients, in place, with AdamW; the loss of every step.
 
     Args:
+        model: a causal LM of transformers, under adapters of peft or not.
         steps, batch: optimiser steps, and pairs in each.
         rate: peak of a linear warm-up and decay.
         seed: of the order of the pairs.
@@ -121,7 +123,7 @@ def tune(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1.0, steps - rise))
     )
-    scores, losses = Scores(model), []
+    scores, losses = Scores(unwrap(model)), []
     with progress_bar(f"fine-tuning, seed {seed}", steps, show_progress) as advance:
         for step in range(steps):
             total, count = nll(scores, pairs.batch(order[step * batch : (step + 1) * batch]))

@@ -27,6 +27,7 @@ from gemma_ext.papers.salsa.soup import soup
 from gemma_ext.papers.salsa.training import Options, SalsaTrainer
 from gemma_ext.ppo import PPOConfig, PPOTrainer, Prompts, Responses
 from gemma_ext.ppo.metrics import ended
+from gemma_ext.ppo.opening import with_lora
 from gemma_ext.ppo.rollout import seed_of
 
 METHODS = ("ppo", "salsa", "soup start", "multi-kl", "ema")
@@ -39,22 +40,24 @@ def parts_of(
     parents: Sequence[nn.Module],
     alpha: float = 0.5,
     decay: float = 0.9,
-    embeddings: bool = True,
+    **what: Any,
 ) -> tuple[nn.Module, Reference]:
     """(policy, reference) of a method; both are the caller's to change.
 
     Args:
-        embeddings: whether those of the policy are trained.
+        what: is trained of the policy, as of `trainable`.
 
     Raises:
-        ValueError: an unknown method.
+        ValueError: an unknown method, or an average of what has adapters.
     """
     first, weights = parents[0], [alpha, 1 - alpha]
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method!r}")
     if method == "soup start":
-        return trainable(soup(parents, weights), embeddings), SoupReference(parents, weights)
-    policy = trainable(copy.deepcopy(first), embeddings)
+        return trainable(soup(parents, weights), **what), SoupReference(parents, weights)
+    if method == "ema" and what.get("lora"):
+        raise ValueError(f"lora: expected 0 for ema, which averages weights, got {what['lora']}")
+    policy = trainable(copy.deepcopy(first), **what)
     if method == "salsa":
         return policy, SoupReference(parents, weights)
     if method == "multi-kl":
@@ -63,8 +66,15 @@ def parts_of(
     return policy, FrozenReference(kept) if method == "ppo" else ema(kept, decay, shadow=True)
 
 
-def trainable(model: nn.Module, embeddings: bool = True) -> nn.Module:
-    """The model with gradients, of its token embeddings only where asked for."""
+def trainable(model: nn.Module, embeddings: bool = True, lora: int = 0, seed: int = 0) -> nn.Module:
+    """The model with gradients.
+
+    Args:
+        embeddings: of the token embeddings as well.
+        lora: rank of adapters that are trained instead; 0 for none. seed: of their draw.
+    """
+    if lora:
+        return with_lora(model, lora, seed=seed)
     model.requires_grad_(True)
     model.get_input_embeddings().requires_grad_(embeddings)
     return model
@@ -83,6 +93,7 @@ class Setting:
         alpha: of the soup. decay: of the moving average, for each step.
         every: steps from one measurement to the next.
         embeddings: whether the policy's token embeddings, most of a small model, are trained.
+        lora: rank of adapters that are trained instead of weights; 0 for none.
         options: of `SalsaTrainer`, the same for all.
     """
 
@@ -97,6 +108,7 @@ class Setting:
     decay: float = 0.9
     every: int = 8
     embeddings: bool = True
+    lora: int = 0
     options: Options = field(default_factory=Options)
 
     def config(self, folder: Path, beta: float, seed: int) -> PPOConfig:
@@ -141,7 +153,8 @@ def run(
         "eos_rate", "kl_NAME", ..}, ..], "samples"}, the point of step 0 first.
     """
     shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run, whose points are lost
-    policy, reference = parts_of(method, parents, setting.alpha, setting.decay, setting.embeddings)
+    what = {"embeddings": setting.embeddings, "lora": setting.lora, "seed": seed}
+    policy, reference = parts_of(method, parents, setting.alpha, setting.decay, **what)
     questions = Prompts(held_out, tokenizer)
     points: list[dict[str, float]] = []
 
