@@ -1,5 +1,6 @@
 """The study: what it measures, the paper's orderings on the pocket, and its page."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -106,6 +107,25 @@ def test_controls_keep_what_they_say():
     state = torch.get_rng_state()
     b.nats(b.model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_fresh_control_has_the_embedding_that_stays():
+    begun = []
+
+    class Seen(Bench):
+        def fit(self, model, *arguments, **options):
+            begun.append(copy.deepcopy(model))
+            return model
+
+    for freeze in (True, False):
+        b = Seen(**vars(bench(freeze_embedding=freeze)))
+        vanilla(b, 5, layers=[0, 3], loops=1, fresh=True)
+        found, source = begun[-1], b.model
+        for end in ("get_input_embeddings", "get_output_embeddings"):
+            kept = torch.equal(getattr(found, end)().weight, getattr(source, end)().weight)
+            assert kept == freeze
+        first = (model.model.layers[0].self_attn.q_proj.weight for model in (found, source))
+        assert not torch.equal(*first)
 
 
 def test_intervals_and_orderings():

@@ -157,7 +157,7 @@ def exits(
     objective: Objective,
     advance: Advance = lambda count, note="": None,
 ) -> Record:
-    """An uptrained model before and after training for early exits, on new windows."""
+    """An uptrained model before and after training for early exits, on windows drawn anew."""
     model = load(folder, device=bench.device)
     before = bench.measure(model)
     objective.prepare(model, min(128, model.config.get_text_config().hidden_size // 2))
@@ -179,13 +179,11 @@ def vanilla(
     Args:
         layers: those of the full-size model that are kept; None for all.
         loops: how often a random block is run; 1 for an ordinary model.
-        fresh: random weights in place of pretrained ones.
+        fresh: random weights in place of pretrained ones, but for an embedding that is frozen.
     """
     model = _subset(bench.model, layers)
     if fresh:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = type(model)(copy.deepcopy(model.config))
+        model = _fresh(model, seed, bench.freeze_embedding)
     if loops > 1:
         model = convert(model, Recipe(loops, "lower"))
     before = bench.measure(model)
@@ -201,6 +199,17 @@ def half_depth(layers: int, loops: int) -> list[int]:
 
 def perplexity(nats: float) -> float:
     return math.exp(min(nats, 50.0))
+
+
+def _fresh(model: Any, seed: int, keep_embedding: bool) -> Any:
+    """Random weights; the embedding and the head are kept where they are not going to learn."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = type(model)(copy.deepcopy(model.config))
+    if keep_embedding:
+        made.get_input_embeddings().load_state_dict(model.get_input_embeddings().state_dict())
+        made.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
+    return made
 
 
 def _subset(model: Any, kept: Sequence[int] | None) -> Any:

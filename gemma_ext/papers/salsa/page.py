@@ -170,12 +170,13 @@ def frontier_figure(records: Sequence[Record], baseline: str = BASELINE) -> Figu
 
 
 def alpha_figure(checks: Sequence[Record]) -> Figure:
-    """Held-out loss on the line between the parents."""
-    drawn, panel = plots.axes(1, 1, (4.8, 3.2))
+    """Held-out loss on the line between the parents; more seeds than colours have no legend."""
+    drawn, panel = plots.axes(1, 1, (10, 3.2))
     for check in checks:
         panel.plot(check["alphas"], check["losses"], "o-", ms=3.5, lw=1.1, label=check["seed"])
     panel.set(xlabel="alpha, share of the first parent", ylabel="held-out loss, nats a token")
-    panel.legend(title="seed", fontsize=8)
+    if len(checks) <= 10:
+        panel.legend(title="seed", fontsize=8)
     return drawn
 
 
