@@ -187,19 +187,13 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])
         self.dead.load_state_dict(state["dead"])
         self.optimiser.load_state_dict(state["optimiser"])
-        lines = self.history()
-        with files.replacing(self.out / METRICS) as beside:
-            beside.write_text(
-                "".join(f"{json.dumps(m)}\n" for m in lines if m["step"] <= self.step)
-            )
+        lines = [line for line in self.history() if line["step"] <= self.step]
+        files.write_text(self.out / METRICS, "".join(f"{json.dumps(line)}\n" for line in lines))
         return True
 
     def history(self) -> list[dict[str, float]]:
         """Lines of metrics so far."""
-        place = self.out / METRICS
-        if not place.exists():
-            return []
-        return [json.loads(line) for line in place.read_text().splitlines() if line.endswith("}")]
+        return files.read_json_lines(self.out / METRICS)
 
     def _write(self, metrics: dict[str, float]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

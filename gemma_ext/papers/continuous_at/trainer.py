@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from gemma_ext.extras import require
-from gemma_ext.files import read_pickle, replacing, write_pickle
+from gemma_ext.files import read_json_lines, read_pickle, replacing, write_pickle
 from gemma_ext.papers.continuous_at.attack import Attack
 from gemma_ext.papers.continuous_at.config import TrainConfig
 from gemma_ext.papers.continuous_at.data import Mixture, Pair
@@ -201,10 +201,7 @@ class ContinuousTrainer:
 
     def history(self) -> list[dict[str, float]]:
         """Lines of metrics so far."""
-        place = self.out / METRICS
-        if not place.exists():
-            return []
-        return [json.loads(line) for line in place.read_text().splitlines() if line.endswith("}")]
+        return read_json_lines(self.out / METRICS)
 
     def _write(self, metrics: Mapping[str, float]) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

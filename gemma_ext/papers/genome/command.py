@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from gemma_ext.distributed.fleet import open_fleet
 from gemma_ext.extras import require
+from gemma_ext.files import new_folder
 from gemma_ext.papers.genome.baselines import BASELINES
 from gemma_ext.papers.genome.config import COMPAT, search_from
 from gemma_ext.papers.genome.lineage import FINISHED
@@ -148,18 +148,16 @@ def save_best(pool: Pool, materialiser: Materialiser, genome: Genome, best: Path
     note = best / "genome.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8"))["genome"] == genome.key:
         return
-    beside = best.with_name(f"{best.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    pool.save(materialiser.tensors(genome), beside)
     record = {
         "genome": genome.key,
         "pool": pool.digest,
         "experts": pool.names,
         "recipes": to_table([genome]),
     }
-    (beside / note.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(best, ignore_errors=True)
-    os.replace(beside, best)
+    with new_folder(best) as beside:
+        pool.fill(beside, materialiser.tensors(genome))
+        (beside / note.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(best, ignore_errors=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:
