@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_ext.command_line import one_sentence
 from gemma_ext.distributed.fleet import open_fleet
 from gemma_ext.extras import require
 from gemma_ext.files import new_folder
@@ -57,12 +58,10 @@ def main(
         search: {method: genome+, generations: 10}
         out: out/evolve
     """
-    try:
+    with one_sentence("evolve"):
         made = run_config(
             config, out=out, workers=workers, ray=ray, compat=compat, show_progress=not quiet
         )
-    except (ValueError, ImportError, FileExistsError) as error:
-        raise SystemExit(f"gemma-ext evolve: {error}") from None
     for one in made["summaries"]:
         print(f"{one.method:<24} {one.used:6.0f} evaluations   test {number(one.test)}")
     print(made["best"])
