@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from gemma_ext.bench import report
+from gemma_ext.bench.options import parser_of
+from gemma_ext.bench.subject import DTYPES
 from gemma_ext.bench.timing import Timing, interleave, measure, measure_on_card, paired_ratio
 from gemma_ext.ops.depth_batching import (
     Projection,
@@ -37,7 +39,6 @@ from gemma_ext.ops.depth_batching import (
 )
 
 HERE = Path(__file__).parent
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 COLD = {"cpu": 128 << 20, "cuda": 512 << 20}
 """Bytes of weights that take turns, beyond the caches."""
@@ -204,20 +205,15 @@ def _row(
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = parser_of(
+        __doc__, device="cpu", dtype="fp32", threads=torch.get_num_threads(), seconds=6.0
     )
-    parser.add_argument("--device", default="cpu", choices=tuple(COLD))
     parser.add_argument("--part", nargs="+", default=list(NAMES), choices=tuple(NAMES))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16, 32, 128])
     parser.add_argument(
         "--shape", type=int, nargs=2, help="D and F, or D and V; by default those of SHAPES"
     )
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--dtype", default="fp32", choices=tuple(DTYPES))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=6.0, help="a number of rows takes so long")
-    parser.add_argument("--save", action="store_true", help="into results/<device>/")
     return parser.parse_args()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from gemma_ext.files import new_folder
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM = 2304, 9216, 8, 4, 256
 BASE_STD, DELTA_STD = 0.02, 4e-4  # of a Gemma's matrices, and of an ordinary fine-tune's changes
@@ -53,23 +54,20 @@ def make_models(root: Path, layers: int, vocab: int, count: int) -> list[Path]:
 
 
 def _write(path: Path, layers: int, vocab: int, model: int) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     groups = list(_groups(layers, vocab))
     places = {}
-    for i, group in enumerate(groups):
-        file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        save_file(
-            {name: _tensor(name, shape, model) for name, shape in group.items()},
-            partial / file,
-            metadata={"format": "pt"},
-        )
-        places |= dict.fromkeys(group, file)
-    index = {"metadata": {"total_size": model_bytes(layers, vocab)}, "weight_map": places}
-    (partial / "model.safetensors.index.json").write_text(json.dumps(index))
-    (partial / "config.json").write_text(json.dumps(_config(layers, vocab)))
-    partial.rename(path)
+    with new_folder(path) as beside:
+        for i, group in enumerate(groups):
+            file = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
+            save_file(
+                {name: _tensor(name, shape, model) for name, shape in group.items()},
+                beside / file,
+                metadata={"format": "pt"},
+            )
+            places |= dict.fromkeys(group, file)
+        index = {"metadata": {"total_size": model_bytes(layers, vocab)}, "weight_map": places}
+        (beside / "model.safetensors.index.json").write_text(json.dumps(index))
+        (beside / "config.json").write_text(json.dumps(_config(layers, vocab)))
 
 
 def _groups(layers: int, vocab: int) -> Iterator[dict[str, tuple[int, ...]]]:

@@ -29,7 +29,13 @@ def main() -> None:
         import typer
     except ImportError:
         raise SystemExit("gemma-ext needs typer: pip install 'gemma_ext[demo]'") from None
+
+    class Alphabetical(typer.core.TyperGroup):
+        def list_commands(self, context: typer.Context) -> list[str]:
+            return sorted(self.commands)
+
     app = typer.Typer(
+        cls=Alphabetical,
         help="Kernels and methods for Gemma-class models.",
         no_args_is_help=True,
         add_completion=False,

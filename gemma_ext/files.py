@@ -1,12 +1,14 @@
-"""Files written beside their place and renamed, read without running code."""
+"""Files and folders written beside their place and renamed; files read without running code."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +18,76 @@ from torch import Tensor
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A name beside `path`; what is written there takes its place if nothing fails.
+    """A name beside `path`; the file written there takes its place if nothing fails.
 
     It is on the disk before it takes the place, so that a machine that stops leaves one or the
     other, whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = _beside(path)
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
-        with suppress(OSError):  # not every file system syncs a folder
-            _sync(path.parent)
+        sync(path.parent)
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which gets its name if nothing fails, with all files on disk.
+
+    Raises:
+        OSError: at the end, if `path` is a folder with something in it, or a file.
+    """
+    beside = _beside(path)
+    beside.mkdir(parents=True)
     try:
-        os.fsync(handle)
+        yield beside
+        for part in beside.rglob("*"):
+            sync(part)
+        os.replace(beside, path)
+        sync(path.parent)
     finally:
-        os.close(handle)
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name that no other process takes, of this machine or another on the same disk."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def sync(path: Path) -> None:
+    """Waits until a file is on the disk, or a folder where its file system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError:
+        if not path.is_dir():
+            raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with replacing(Path(path)) as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    with replacing(Path(path)) as beside:
-        text = json.dumps(value, indent=2, ensure_ascii=False)
-        beside.write_text(text + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     from safetensors.torch import save_file
 
+    plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     with replacing(path) as beside:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside)
+        save_file(plain, beside, metadata)
 
 
 def write_pickle(path: Path, value: Mapping[str, Any]) -> None:
@@ -67,8 +103,7 @@ def metric_line(values: Mapping[str, float]) -> str:
 
 
 def write_metrics(path: Path, lines: Iterable[Mapping[str, float]]) -> None:
-    with replacing(path) as beside:
-        beside.write_text("".join(map(metric_line, lines)), encoding="utf-8")
+    write_text(path, "".join(map(metric_line, lines)))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

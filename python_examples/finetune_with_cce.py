@@ -32,7 +32,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints and result.")] = Path(
         "out/finetune"
     ),
-    device: Annotated[str, typer.Option(help="cpu, cuda, ... auto takes cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     steps: Annotated[int, typer.Option(min=1)] = 100,
     batch: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 8,
     context: Annotated[int, typer.Option(min=2, help="Tokens per sequence.")] = 128,
@@ -45,7 +45,6 @@ def main(
     """Fine-tune MODEL on TEXT and print the held-out loss before and after."""
     from transformers import Trainer, TrainingArguments
 
-    device = "cpu" if device == "auto" else device
     network, tokenizer = load(model)
     network = patch(network.to(device), impl=impl)
     train_rows, heldout_rows = rows_of(text, tokenizer, context)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import zlib
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -27,6 +26,7 @@ import typer
 
 from gemma_ext import pocket
 from gemma_ext.distributed.fleet import open_fleet
+from gemma_ext.files import new_folder
 from gemma_ext.integrations.transformers import patch
 from gemma_ext.papers.genome.baselines import BASELINES
 from gemma_ext.papers.genome.config import search_from
@@ -121,10 +121,9 @@ def prepare(name: str, out: Path) -> Path:
     folder = out / f"base-{size or 'nano'}"
     if not folder.exists():
         made = pocket.load(size or "nano")
-        beside = folder.with_name(f"{folder.name}.tmp")
-        made.model.save_pretrained(beside)
-        made.tokenizer.save_pretrained(beside)
-        os.replace(beside, folder)
+        with new_folder(folder) as beside:
+            made.model.save_pretrained(beside)
+            made.tokenizer.save_pretrained(beside)
     return folder
 
 
@@ -173,9 +172,8 @@ def train_expert(
     )
     dataset = [{"input_ids": row, "labels": row} for row in rows]
     Trainer(model=model, args=arguments, train_dataset=dataset).train()
-    beside = made.with_name(f"{made.name}.tmp")
-    model.save_pretrained(beside)
-    os.replace(beside, made)
+    with new_folder(made) as beside:
+        model.save_pretrained(beside)
     return made
 
 

@@ -26,6 +26,7 @@ import typer
 from torch import Tensor, nn
 
 from gemma_ext import pocket
+from gemma_ext.files import new_folder
 from gemma_ext.integrations.transformers import patch
 from gemma_ext.papers import mergebench
 from gemma_ext.papers.mergebench.scorers import held_out, preceded
@@ -206,9 +207,8 @@ class Makers:
         if not folder.exists():
             tuned = self.fine_tuned(domain, seed)
             typer.echo(self.learned(domain, tuned))
-            beside = folder.with_name(f"{folder.name}.partial")
-            tuned.save_pretrained(beside)
-            beside.rename(folder)
+            with new_folder(folder) as beside:
+                tuned.save_pretrained(beside)
         return self.load(str(folder))
 
     def learned(self, domain: str, tuned: nn.Module) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gemma_ext"
-EVERYWHERE = {"_version", "extras", "files", "progress"}
+EVERYWHERE = {"_version", "command_line", "extras", "files", "progress"}
 CORE = {"ops", "nn", "reference", "_loader"}
 # folder: what it may import besides itself; "gemma_ext" is the public face, which sits above nn
 ALLOWED = {

@@ -19,6 +19,7 @@ from gemma_ext.bench import timing
 from gemma_ext.bench.ceilings import measure_ceilings
 from gemma_ext.bench.rows import Rows
 from gemma_ext.bench.subject import Step, Subject
+from gemma_ext.files import write_text
 
 SHARE_OF_CHECKS = 0.6  # of the time of a case; the rest is for timing
 
@@ -77,9 +78,7 @@ def run(
     report = {"yardstick": problem.yardstick, "lost": None}
 
     def write() -> None:
-        beside = result.with_suffix(".part")
-        beside.write_text(json.dumps(report | {"rows": list(rows.values())}))
-        beside.replace(result)
+        write_text(result, json.dumps(report | {"rows": list(rows.values())}))
 
     steps: dict[str, Step] = {}
     # ours first, what compiles last: time may run out

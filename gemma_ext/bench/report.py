@@ -18,6 +18,7 @@ import torch
 
 from gemma_ext import _loader
 from gemma_ext.bench.timing import total_memory
+from gemma_ext.files import write_text
 
 Row = Mapping[str, Any]
 
@@ -186,10 +187,7 @@ def merge_json(path: Path, rows: Sequence[Row], key: Sequence[str]) -> list[dict
     merged = [row for row in kept if tuple(row[k] for k in key) not in fresh]
     merged += [dict(row) for row in rows]
     merged.sort(key=lambda row: tuple(str(row[k]).rjust(12) for k in key))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(merged, indent=1) + "\n")
-    beside.replace(path)
+    write_text(path, json.dumps(merged, indent=1) + "\n")
     return merged
 
 

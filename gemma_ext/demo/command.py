@@ -17,6 +17,7 @@ import typer
 from gemma_ext import _loader
 from gemma_ext._version import __version__
 from gemma_ext.bench.timing import total_memory
+from gemma_ext.command_line import one_sentence
 from gemma_ext.demo.head import DTYPES, Head, measure_apart
 from gemma_ext.demo.head import LOSSES as HEAD_LOSSES
 from gemma_ext.demo.page import write_page
@@ -43,17 +44,18 @@ def main(
     """Train a pocket Gemma-2 with the eager loss and with ours, measure a 2B head, write a page."""
     if dtype not in ("auto", *DTYPES):
         raise typer.BadParameter(f"dtype: expected auto, bf16 or fp32, got {dtype}")
-    results = run(
-        out,
-        Plan(size=size, steps=steps),
-        Head(
-            tokens=tokens,
-            vocabulary=vocabulary,
-            dtype=_fast_dtype() if dtype == "auto" else dtype,
-            threads=torch.get_num_threads(),
-        ),
-        fresh=fresh,
-    )
+    with one_sentence("demo"):
+        results = run(
+            out,
+            Plan(size=size, steps=steps),
+            Head(
+                tokens=tokens,
+                vocabulary=vocabulary,
+                dtype=_fast_dtype() if dtype == "auto" else dtype,
+                threads=torch.get_num_threads(),
+            ),
+            fresh=fresh,
+        )
     for name, value in results["numbers"]:
         print(f"{name:<34} {value}")
     print(results["page"])

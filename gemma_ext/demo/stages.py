@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.pocket.cache import write_text
+from gemma_ext.files import write_text
 
 
 def stage(path: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -23,6 +23,5 @@ def stage(path: Path, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -
         if kept["key"] == key:
             return kept["result"]
     result = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"key": key, "result": result}, indent=1) + "\n")
     return result

@@ -103,7 +103,8 @@ def found_format(path: Path) -> str:
         return "gemma_scope"
     elif path.is_file():
         return "openai" if "pre_bias" in read_pickle(path) else "crosscoder"
-    raise ValueError(f"{path}: expected a dictionary of {', '.join(FORMATS)}")
+    got = "a folder without their files" if path.is_dir() else "no such file or folder"
+    raise ValueError(f"{path}: expected a dictionary of {', '.join(FORMATS)}, got {got}")
 
 
 def _fetched(name: str) -> Path:

@@ -16,59 +16,26 @@ With `labels`, outputs carry `logits=None`; without, nothing changes. An evaluat
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from gemma_ext.extras import require
 from gemma_ext.integrations._forwards import layers, level_of, stand_in
-from gemma_ext.nn._defer_head import (
-    defer_head,
-    is_deferred,
-    prepare_head,
-    release_head,
-)
-from gemma_ext.nn._deferred_logits import (
-    DeferredLogits,
-    DeferredLogitsError,
-    LossOptions,
-)
+from gemma_ext.integrations._labelled_forward import Forward, Settings, run
+from gemma_ext.nn._defer_head import prepare_head, release_head
 from gemma_ext.nn._models import output_head, unwrap
 from gemma_ext.ops.cce import inputs
 
 __all__ = ["patch", "unpatch"]
 
 Target = TypeVar("Target", bound="nn.Module | type | str")
-Forward = Callable[..., Any]
 _PATCH = "_gemma_ext_patch"
 _REPLACED = "_gemma_ext_replaced"
-
-
-@dataclasses.dataclass
-class _Patch:
-    """Options of one patched model or class.
-
-    Attributes:
-        below: the forwards that ours replaced, each in the namespace of the model or class, None
-            for none. There is more than one if others wrapped our forward before it was patched
-            again.
-        impl, filter_eps, memory, train_only: as in `patch`.
-    """
-
-    below: list[Forward | None]
-    impl: str
-    filter_eps: float | str | None
-    memory: str
-    train_only: bool | None
-    enabled: bool = True
-    warned: bool = False
 
 
 def patch(
@@ -125,7 +92,7 @@ def patch(
             "use gemma_ext.integrations.trl.patch(trainer)"
         )
     head = _require_head(owner)
-    setattr(owner, _PATCH, _Patch(below, impl, filter_eps, memory, train_only))
+    setattr(owner, _PATCH, Settings(below, impl, filter_eps, memory, train_only))
     if level is None and owner is cls:
         cls.forward = _class_forward(cls, len(below) - 1)
     elif level is None:
@@ -166,7 +133,7 @@ class PatchedForward:
 
     Args:
         model: patched.
-        level: of its function, in `_Patch.below` of the model.
+        level: of its function, in `Settings.below` of the model.
     """
 
     __slots__ = ("__func__", "__self__")
@@ -213,7 +180,7 @@ def _require_head(owner: nn.Module | type) -> nn.Module | None:
     return None
 
 
-def _instance_settings(model: nn.Module) -> _Patch | None:
+def _instance_settings(model: nn.Module) -> Settings | None:
     return vars(model).get(_PATCH)
 
 
@@ -233,7 +200,7 @@ def _class_forward(cls: type, level: int) -> Forward:
     """The forward of a patched class, which calls the one that `cls` has now."""
     replaced = cls.forward
 
-    def settings(model: nn.Module) -> _Patch | None:
+    def settings(model: nn.Module) -> Settings | None:
         return vars(cls).get(_PATCH)
 
     def below(model: nn.Module) -> Forward:
@@ -247,7 +214,7 @@ def _class_forward(cls: type, level: int) -> Forward:
 def _forward(
     replaced: Forward,
     level: int,
-    settings_of: Callable[[nn.Module], _Patch | None],
+    settings_of: Callable[[nn.Module], Settings | None],
     below_of: Callable[[nn.Module], Forward],
 ) -> Forward:
     """A forward in the place of the function `replaced` that defers the head."""
@@ -259,97 +226,9 @@ def _forward(
         labels = args[position] if len(args) > position else kwargs.get("labels")
         if labels is None or settings is None or not settings.enabled:
             return below(*args, **kwargs)
-        return _run(self, settings, below, args, kwargs)
+        return run(self, settings, below, args, kwargs)
 
     return forward
-
-
-def _run(
-    model: nn.Module,
-    settings: _Patch,
-    below: Forward,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
-    """What `below` returns when the head of `model` is deferred."""
-    head = output_head(model)
-    # deferred already: by another forward of ours, above this one
-    if is_deferred(head) or (not model.training and _keeps_logits(model, settings)):
-        return below(*args, **kwargs)
-    losses: list[None] = []
-    options = LossOptions(type(model).__name__, settings.impl, settings.filter_eps, settings.memory)
-    with defer_head(head, options, lambda: losses.append(None)) as mode:
-        output = below(*args, **kwargs)
-    if not mode.entered:
-        raise DeferredLogitsError(
-            f"expected {options.owner} to compute its logits by calling its head, a "
-            f"{type(head).__name__}, which a forward with labels never did; unpatch the model to "
-            f"train it with materialised logits"
-        )
-    return _resolve_logits(output, drop=bool(losses))
-
-
-def _keeps_logits(model: nn.Module, settings: _Patch) -> bool:
-    """Whether an evaluation is to return its logits."""
-    if settings.train_only is not None:
-        return settings.train_only
-    if torch.is_grad_enabled():
-        return False
-    if torch.compiler.is_compiling():
-        _warn_of_compiled_evaluation(type(model).__name__)
-        return False
-    wanted = _trainer_wants_logits()
-    if wanted is None and not settings.warned:
-        settings.warned = True
-        _warn_of_evaluation(type(model).__name__)
-    return bool(wanted)
-
-
-def _trainer_wants_logits() -> bool | None:
-    """Whether the `Trainer` above this call collects logits; None if none is to be seen.
-
-    It tells nobody but its own `prediction_step`, which subclasses replace.
-    """
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
-            return not frame.f_locals["prediction_loss_only"]
-        frame = frame.f_back
-    return None
-
-
-def _warn_of_evaluation(owner: str) -> None:
-    warnings.warn(
-        f"{owner} was evaluated with labels and returned no logits; patch(model, train_only=True) "
-        f"keeps them, for Trainer.predict and compute_metrics, and train_only=False ends this "
-        f"warning"
-    )
-
-
-@torch.compiler.assume_constant_result
-def _warn_of_compiled_evaluation(owner: str) -> None:
-    # runs while the graph is traced, where no caller can be asked
-    _warn_of_evaluation(owner)
-
-
-def _resolve_logits(output: Any, drop: bool) -> Any:
-    """`output` without its deferred logits, or with their values where no loss used them."""
-    if isinstance(output, DeferredLogits):
-        return None if drop else output.materialize()
-    if not _holds_logits(output):
-        return output
-    if isinstance(output, dict):
-        return type(output)(**{key: _resolve_logits(output[key], drop) for key in output})
-    resolved = ((value, _resolve_logits(value, drop)) for value in output)
-    return type(output)(new for old, new in resolved if new is not None or old is None)
-
-
-def _holds_logits(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_holds_logits(item) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return any(_holds_logits(item) for item in value)
-    return isinstance(value, DeferredLogits)
 
 
 def _plain(forward: Forward) -> Forward:

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.files import replacing
+from gemma_ext.files import write_text
 
 MANIFEST = "manifest.json"
 
@@ -24,22 +24,6 @@ def cache_dir() -> Path:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "gemma_ext"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file beside its place and renames it, so that a reader sees all of it or none."""
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")
-
-
-def write_tensors(
-    path: Path, tensors: dict[str, Any], metadata: dict[str, str] | None = None
-) -> None:
-    """The same for a safetensors file."""
-    from safetensors.torch import save_file
-
-    with replacing(path) as beside:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, beside, metadata)
 
 
 def write_manifest(folder: Path, **fields: Any) -> None:

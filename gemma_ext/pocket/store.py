@@ -21,15 +21,9 @@ import torch
 from torch import Tensor
 
 from gemma_ext.extras import require
+from gemma_ext.files import write_safetensors, write_text
 from gemma_ext.pocket.bigram import bigram_perplexity
-from gemma_ext.pocket.cache import (
-    MANIFEST,
-    cache_dir,
-    verify_manifest,
-    write_manifest,
-    write_tensors,
-    write_text,
-)
+from gemma_ext.pocket.cache import MANIFEST, cache_dir, verify_manifest, write_manifest
 from gemma_ext.pocket.corpus import corpus_digest, documents
 from gemma_ext.pocket.model import PocketSize, build_model, pocket_size
 from gemma_ext.pocket.quiet import quiet_transformers
@@ -172,7 +166,7 @@ def _make_text(partial: Path, recipe: PocketSize) -> tuple[Text, str]:
             side: torch.tensor(encode(tokenizer, part), dtype=torch.int32)
             for side, part in sides.items()
         }
-        write_tensors(partial / _TOKENS, streams, {"corpus_sha256": corpus_digest(texts)})
+        write_safetensors(partial / _TOKENS, streams, {"corpus_sha256": corpus_digest(texts)})
     with safe_open(partial / _TOKENS, framework="pt") as file:
         corpus = file.metadata()["corpus_sha256"]
     return _read_text(partial), corpus

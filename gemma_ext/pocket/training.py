@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gemma_ext.files import write_safetensors
 from gemma_ext.ops.cce import linear_cross_entropy
-from gemma_ext.pocket.cache import write_tensors
 from gemma_ext.pocket.model import PocketSize
 from gemma_ext.progress import progress_bar
 
@@ -177,13 +177,13 @@ def _save(
     optimizers: list[torch.optim.Optimizer],
     done: Progress,
 ) -> None:
-    tensors = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+    tensors = {f"model.{name}": p for name, p in model.named_parameters()}
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             tensors.update({f"optimizer.{names[p]}.{key}": v for key, v in state.items()})
     metadata = {"losses": json.dumps(done.losses), "seconds": repr(done.seconds)}
-    write_tensors(path, tensors, metadata)
+    write_safetensors(path, tensors, metadata)
 
 
 def _restore(

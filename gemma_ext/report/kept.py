@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.files import replacing
+from gemma_ext.files import write_text
 
 
 class Kept:
@@ -36,6 +36,5 @@ class Kept:
         if name not in self.pieces:
             self.pieces[name] = json.loads(json.dumps(make()))
             text = json.dumps({"identity": self.identity, "pieces": self.pieces}, indent=1)
-            with replacing(self.path) as beside:
-                beside.write_text(text + "\n", encoding="utf-8")
+            write_text(self.path, text + "\n")
         return self.pieces[name]

@@ -15,7 +15,7 @@ import torch
 from gemma_ext import _loader
 from gemma_ext._version import __version__
 from gemma_ext.extras import require
-from gemma_ext.files import replacing
+from gemma_ext.files import write_text
 
 BASE = "base.html.jinja"
 
@@ -51,8 +51,7 @@ def write_page(
         undefined=StrictUndefined,
     )
     html = environment.get_template(template).render(numbers=numbers, machine=machine, **values)
-    with replacing(path) as beside:
-        beside.write_text(html, encoding="utf-8")
+    write_text(path, html)
 
 
 def this_machine() -> dict[str, str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
+from gemma_ext.command_line import one_sentence
 from gemma_ext.integrations.sae_files import FORMATS, load_dictionary, save_dictionary
 from gemma_ext.nn.sparse_autoencoder import SparseAutoencoder, default_objective
 from gemma_ext.progress import progress_bar
@@ -95,12 +94,11 @@ def train(
     """Train a dictionary on a model's activations and write it as a SAELens folder.
 
     With --against it is a crosscoder of all the models, in the format of science-of-finetuning.
-    The same command goes on where an interrupted run stopped. Under torchrun every process is a
-    rank.
+    Run again, it goes on where it stopped. Under torchrun every process is a rank.
 
     Example: gemma-ext sae train --model pocket --site 1 --activation topk --k 32
     """
-    with one_line_errors("train"):
+    with one_sentence("sae train"):
         steps = max(1, count(tokens) // batch)
         config = TrainConfig(
             steps=steps, learning_rate=rate, bfloat16=bfloat16, save_every=save_every
@@ -148,7 +146,7 @@ def evaluation(
     quiet: Quiet = False,
 ) -> None:
     """Measure a dictionary of any known format on held-out text."""
-    with one_line_errors("eval"):
+    with one_sentence("sae eval"):
         opened = _open(model, against, text, heldout, context, device, dtype, None)
         sae, place = _load(dictionary, opened, site)
         found = evaluate_on(sae, opened, place, rows=rows, show_progress=not quiet)
@@ -183,7 +181,7 @@ def inspection(
     quiet: Quiet = False,
 ) -> None:
     """Show what latents fire on: their strongest contexts, as a page."""
-    with one_line_errors("inspect"):
+    with one_sentence("sae inspect"):
         opened = _open(model, against, text, heldout, context, device, dtype, None)
         sae, place = _load(dictionary, opened, site)
         tokens, places = opened.heldout[:rows], [place] * len(opened.models)
@@ -212,22 +210,9 @@ def convert(
     to: Annotated[str, typer.Option(help=f"{', '.join(FORMATS)}.")] = "saelens",
 ) -> None:
     """Write a dictionary in another library's format."""
-    with one_line_errors("convert"):
+    with one_sentence("sae convert"):
         save_dictionary(load_dictionary(dictionary), out, to)
         typer.echo(out)
-
-
-@contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
-    """Errors of the input as one sentence; a stopped run says how it goes on."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"gemma-ext sae {command}: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
 
 
 def _open(

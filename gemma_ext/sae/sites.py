@@ -78,6 +78,8 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: there is no one list of as many modules as the model has layers.
     """
+    if not hasattr(model, "config"):
+        raise ValueError(f"model: expected one of transformers, got {type(model).__name__}")
     count = model.config.get_text_config().num_hidden_layers
     found = [
         module

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,3 +171,9 @@ class Activations:
         if place.exists() and files.read_json(place) != about:
             raise ValueError(f"folder: {folder} holds activations of something else")
         files.write_json(place, about)
+
+
+def shuffled(rows: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """Numbers of rows [wanted]: all of them in a new order in every epoch."""
+    epochs = math.ceil(wanted / rows)
+    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])[:wanted]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.extras import require
+from gemma_ext.files import new_folder
 from gemma_ext.sae.opening import load_model, pocket_of
 
 if TYPE_CHECKING:
@@ -60,10 +60,9 @@ def tuned_model(
             model = _tuned(name, rows(), folder, steps, batch, rate, device)
         else:
             model = _tuned_pocket(name, size, rows(), steps, batch, rate, title)
-        beside = folder.with_name(f"{folder.name}.tmp")
-        model.save_pretrained(beside)
-        (beside / "tuned.json").write_text(json.dumps(made_of) + "\n", encoding="utf-8")
-        os.replace(beside, folder)
+        with new_folder(folder) as beside:
+            model.save_pretrained(beside)
+            (beside / "tuned.json").write_text(json.dumps(made_of) + "\n", encoding="utf-8")
         del model
     note = folder / "tuned.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None

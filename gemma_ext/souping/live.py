@@ -114,12 +114,16 @@ def ema_(
     Raises:
         ValueError: a decay outside of [0, 1], or a model that does not fit.
     """
-    if not 0 <= decay <= 1:
-        raise ValueError(f"expected decay in [0, 1], got {decay}")
+    _check_decay(decay)
     own = parameters_of(target)
     other = like(own, model, "model")
     parts = [Part([other[name]], tensor, tensor, name) for name, tensor in own.items()]
     ops.soup_(parts, 1.0 - decay, rounding=rounding, seed=seed)
+
+
+def _check_decay(decay: float) -> None:
+    if not 0 <= decay <= 1:
+        raise ValueError(f"expected decay in [0, 1], got {decay}")
 
 
 class Ema:
@@ -130,6 +134,9 @@ class Ema:
         decay: in [0, 1].
         rounding: "stochastic" or "nearest".
         seed: of stochastic rounding.
+
+    Raises:
+        ValueError: a decay outside of [0, 1].
 
     Example:
         >>> ema = Ema(model, 0.999)
@@ -144,6 +151,7 @@ class Ema:
     def __init__(
         self, model: Model, decay: float, *, rounding: str = "stochastic", seed: int = 0
     ) -> None:
+        _check_decay(decay)
         self.tensors = {name: tensor.clone() for name, tensor in parameters_of(model).items()}
         self.decay, self.rounding, self.seed = decay, rounding, seed
         self.steps = 0

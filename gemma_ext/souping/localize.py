@@ -80,9 +80,8 @@ def largest(
     """Bool masks of the int(density D) largest deltas of the model, equals at the end kept."""
     parts = [Part([tuned[name]], base[name], name=name) for name in base]
     count = int(density * sum(x.numel() for x in base.values()))
-    magnitudes = Magnitudes(1)
-    magnitudes.find(parts, count)
-    threshold = float(magnitudes.cut().bits.view(torch.float32))  # NaN where nothing is kept
+    cut = Magnitudes(1).find(parts, count).cut()
+    threshold = float(cut.bits.view(torch.float32))  # NaN where nothing is kept
     moved = {name: (tuned[name].float() - x.float()).abs() for name, x in base.items()}
     return {name: (x >= threshold) & (x > 0) for name, x in moved.items()}
 

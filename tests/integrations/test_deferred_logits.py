@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
-from gemma_ext.integrations.transformers import _resolve_logits
+from gemma_ext.integrations._labelled_forward import resolve_logits
 from gemma_ext.integrations.trl import per_token
 from gemma_ext.nn._defer_head import defer_head, prepare_head, release_head
 from gemma_ext.nn._deferred_logits import (
@@ -312,11 +312,11 @@ def test_outputs_within_outputs_hold_no_deferred_logits():
         deferred = head(hidden)
     inner = CausalLMOutput(loss=torch.ones(()), logits=deferred, hidden_states=(hidden,))
     output = {"inner": inner, "both": (deferred, hidden, None), "rows": [deferred]}
-    kept = _resolve_logits(output, drop=False)
+    kept = resolve_logits(output, drop=False)
     true = head(hidden)
     for logits in (kept["inner"].logits, kept["both"][0], kept["rows"][0]):
         torch.testing.assert_close(logits, true)
-    dropped = _resolve_logits(output, drop=True)
+    dropped = resolve_logits(output, drop=True)
     assert type(dropped["inner"]) is CausalLMOutput
     assert dropped["inner"].logits is None
     assert dropped["inner"].hidden_states[0] is hidden

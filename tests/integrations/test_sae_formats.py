@@ -410,8 +410,10 @@ def test_what_a_format_has_no_word_for_is_refused(name, options, sentence, tmp_p
 
 
 def test_broken_folders_are_refused(generator, tmp_path):
-    with pytest.raises(ValueError, match="expected a dictionary of saelens"):
+    with pytest.raises(ValueError, match=r"a dictionary of saelens, .*got a folder without"):
         load_dictionary(tmp_path)
+    with pytest.raises(ValueError, match=r"absent: expected .*, got no such file or folder"):
+        load_dictionary(tmp_path / "absent")
     with pytest.raises(ValueError, match=r"expected params\.npz or"):
         load_gemma_scope(tmp_path)
     with pytest.raises(ValueError, match=r"format: expected one of saelens.*got 'zip'"):

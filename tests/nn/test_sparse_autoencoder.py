@@ -336,6 +336,7 @@ BAD = [
     ({"width": 0}, "width: expected at least 1, got 0"),
     ({"features": 0}, "features: expected at least 1, got 0"),
     ({"sources": 0}, "sources: expected at least 1, got 0"),
+    ({"activation": TopK(F + 1)}, f"k: expected at most the {F} features, got {F + 1}"),
     ({"score_norm": "max"}, "score_norm: expected one of .*got 'max'"),
     ({"standardise": "whiten"}, "standardise: expected one of .*got 'whiten'"),
     ({"output_width": 4, "subtract_bias": True}, "subtract_bias: expected False"),
@@ -360,6 +361,14 @@ def test_bad_activations_and_inputs_are_refused():
     ):
         with pytest.raises(ValueError, match="expected at least 1, got 0"):
             activation()
+    with pytest.raises(TypeError, match="k: expected an int, got str"):
+        TopK("64")
+    with pytest.raises(TypeError, match="k: expected a number, got str"):
+        BatchTopK("64")
+    with pytest.raises(TypeError, match="l1: expected a number, got str"):
+        Objective(l1="0.1")
+    with pytest.raises(TypeError, match="x: expected a tensor, got list"):
+        SparseAutoencoder(D, F, ReLU()).encode([0.0] * D)
     with pytest.raises(ValueError, match="k: expected a positive number, got 0"):
         BatchTopK(0)
     with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\), got 1"):

@@ -296,6 +296,8 @@ def test_what_does_not_fit(message):
 def test_types_that_do_not_fit():
     with pytest.raises(TypeError, match=r"expected x to be float32, .* got torch\.int64"):
         seg_depth_lora(X.long(), [P], offsets(2, 2))
+    with pytest.raises(TypeError, match="expected projections of type Projection, got Tensor"):
+        seg_depth_lora(X, [P.weight])
     with pytest.raises(TypeError, match=r"expected a projection's weight in torch\.float16"):
         seg_depth_lora(X.half(), [P], offsets(2, 2))
     with pytest.raises(TypeError, match=r"expected bias in torch\.float32"):

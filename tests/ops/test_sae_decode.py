@@ -328,6 +328,17 @@ def test_wrong_shapes_are_named(message):
     assert message in str(caught.value)
 
 
+def test_what_an_encoder_returns_is_not_its_codes():
+    weight = torch.ones(10, 12)
+    found = encode_topk(torch.ones(2, 12), weight, k=4)
+    for wrong in (
+        lambda: decode(found, weight),
+        lambda: decode_error(found, weight, None, torch.ones(2, 12)),
+    ):
+        with pytest.raises(TypeError, match=r"expected codes to be Codes, .*\.codes, got Encoding"):
+            wrong()
+
+
 def test_wrong_dtypes_are_named():
     p = problem(3, 4, 10, 12)
     with pytest.raises(TypeError, match=r"expected weight to be float32, .* got torch\.float64"):

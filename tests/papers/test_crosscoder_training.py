@@ -47,12 +47,12 @@ def raw_decoder(made):
 def test_a_planted_world_is_found_and_binned(world, trained):
     planted, _, held_out = world
     made = trained.crosscoder
-    assert (matched(raw_decoder(made), planted) >= 0).sum() == 24
+    place = matched(raw_decoder(made), planted)
+    assert (place >= 0).sum() == 24
     found = discover(made, held_out.split(4096))
-    names = [crosscoder.TAGS[n] for n in study.binned(planted, raw_decoder(made), found)]
+    names = [crosscoder.TAGS[n] for n in found.tags[place]]
     assert names == ["shared"] * 16 + ["base only"] * 4 + ["chat only"] * 4
     assert found.explained.min() > 0.9
-    place = matched(raw_decoder(made), planted)
     assert found.betas.specific()[place[20:]].all()
     torch.testing.assert_close(
         found.betas.nu_error[place[:16]], torch.ones(16).double(), rtol=0, atol=0.05

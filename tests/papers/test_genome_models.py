@@ -241,7 +241,8 @@ def test_the_command_line_says_what_it_does_and_what_is_wrong(tmp_path, monkeypa
     assert "--compat" in help_text
     path = tmp_path / "evolve.yml"
     path.write_text("tasks: [{name: a}]\nchekpoints: []\n")
-    sentence = call(path)
+    assert call(path) == 1
+    sentence = capsys.readouterr().err
     assert sentence.startswith("gemma-ext evolve: ")
     assert "got 'chekpoints'" in sentence
 

@@ -3,19 +3,14 @@
 import pytest
 import torch
 
-from gemma_ext.pocket.cache import (
-    cache_dir,
-    verify_manifest,
-    write_manifest,
-    write_tensors,
-    write_text,
-)
+from gemma_ext.files import write_safetensors, write_text
+from gemma_ext.pocket.cache import cache_dir, verify_manifest, write_manifest
 
 
 @pytest.fixture
 def folder(tmp_path):
     write_text(tmp_path / "a.txt", "one")
-    write_tensors(tmp_path / "b.safetensors", {"x": torch.arange(6).view(2, 3).T})
+    write_safetensors(tmp_path / "b.safetensors", {"x": torch.arange(6).view(2, 3).T})
     write_manifest(tmp_path, report={"n": 1})
     return tmp_path
 

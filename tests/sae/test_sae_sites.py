@@ -116,6 +116,8 @@ def test_unknown_sites_are_refused(model):
     lonely.config.num_hidden_layers = 5
     with pytest.raises(ValueError, match="model: expected one list of 5 blocks, got 0"):
         find_site(lonely, "1")
+    with pytest.raises(ValueError, match="model: expected one of transformers, got Linear"):
+        find_site(torch.nn.Linear(1, 1), 1)
 
 
 def test_shapes(model):

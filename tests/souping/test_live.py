@@ -148,6 +148,8 @@ def test_ema_into_a_reference_model(models):
     assert_model(reference, {n: 0.4 * before[n] + 0.6 * after[n] for n in before})
     with pytest.raises(ValueError, match=r"expected decay in \[0, 1\], got 1.5"):
         ema_(reference, policy, 1.5)
+    with pytest.raises(ValueError, match=r"expected decay in \[0, 1\], got -1"):
+        Ema(reference, -1)
 
 
 @pytest.mark.parametrize("name", ["linear", "ties", "dare_ties", "model_stock", "ties_ref"])

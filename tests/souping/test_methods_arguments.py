@@ -72,6 +72,17 @@ def test_refusals(name, parameters, message):
         run(METHODS[name], tunes, base, **parameters)
 
 
+def test_a_method_is_an_object():
+    from gemma_ext.souping import merge_tensors
+
+    tunes, base = family(2)
+    values = constant(METHODS["ties"], 2, weight=1.0, density=0.5)
+    with pytest.raises(TypeError, match=r"method: expected a Method, .*got the class Ties"):
+        merge_tensors(METHODS["ties"], tunes, base, values)
+    with pytest.raises(TypeError, match=r"method: expected a Method, .*got 'ties'"):
+        merge_tensors("ties", tunes, base, values)
+
+
 @pytest.mark.parametrize("name", ["ties_ref", "ties_ls", "localize_and_stitch"])
 def test_one_threshold_has_one_density(name):
     tunes, base = family(1)

@@ -106,7 +106,7 @@ def test_an_interruption_says_how_to_go_on(folder, monkeypatch):
     monkeypatch.setattr(command, "run_recipes", interrupt)
     done = run("r.yml", "out")
     assert done.exit_code == 130
-    assert "the same command goes on from here" in done.stderr
+    assert "the same command goes on from what was saved" in done.stderr
 
 
 def test_lint_and_explain_need_no_output(folder):

@@ -44,6 +44,7 @@ def grpo(
     Args:
         scale: divide by the (Bessel-corrected) deviation of the "group", of the whole "batch" over
             the ranks of `group`, or by nothing.
+        eps: added to the deviation.
     """
     if scale not in SCALES:
         raise ValueError(f"expected scale to be one of {', '.join(SCALES)}, got {scale!r}")

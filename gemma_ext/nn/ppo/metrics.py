@@ -60,7 +60,11 @@ def explained_variance(
     *,
     group: dist.ProcessGroup | None = None,
 ) -> float:
-    """1 for a perfect critic, 0 for a constant one, below 0 for a worse; nan if G is constant."""
+    """1 - var(G - V) / var(G): 1 for a perfect critic, 0 for a constant one; nan if G is constant.
+
+    Args:
+        values, returns: V and G, of one shape; mask: of the tokens that count, None for all.
+    """
     left = moments(returns - values, mask, group=group).var
     total = moments(returns, mask, group=group).var
     return float(1 - left / total) if total > 0 else float("nan")

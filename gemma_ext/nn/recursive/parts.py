@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gemma_ext.files import replacing, write_json
+from gemma_ext.files import write_json, write_safetensors
 from gemma_ext.nn.recursive.plan import Plan
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,12 +49,8 @@ def read_part(path: Path) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written beside its place and renamed."""
-    from safetensors.torch import save_file
-
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with replacing(path) as beside:
-        save_file(plain, beside, {"format": "pt"})
+    """A safetensors file as transformers and PEFT read it."""
+    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def write_adapter_config(folder: Path, plan: Plan, layers: str) -> None:

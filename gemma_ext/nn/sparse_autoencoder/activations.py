@@ -174,6 +174,8 @@ class BatchTopK(Activation):
     decay: float = 0.99
 
     def __post_init__(self) -> None:
+        if not isinstance(self.k, (int, float)):
+            raise TypeError(f"k: expected a number, got {type(self.k).__name__}")
         if not self.k > 0:
             raise ValueError(f"k: expected a positive number, got {self.k}")
         if not 0 <= self.decay < 1:
@@ -274,5 +276,7 @@ def _prefix(codes: Codes, k: int) -> Codes:
 
 def _at_least(least: int, **numbers: int) -> None:
     for name, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
         if value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")

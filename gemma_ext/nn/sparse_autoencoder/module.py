@@ -52,7 +52,8 @@ class SparseAutoencoder(nn.Module):
         metadata: what is known of model and hook point; goes along with saved files.
 
     Raises:
-        ValueError: sizes below 1, an unknown kind, or a bias that does not fit the input.
+        ValueError: sizes below 1, more active latents than there are, an unknown kind, or a bias
+            that does not fit the input. TypeError: what is no activation.
 
     Example:
         >>> sae = SparseAutoencoder(2304, 16384, TopK(64))
@@ -82,6 +83,8 @@ class SparseAutoencoder(nn.Module):
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         if not isinstance(activation, Activation):
             raise TypeError(f"activation: expected an Activation, got {type(activation).__name__}")
+        if getattr(activation, "k", 0) > features:
+            raise ValueError(f"k: expected at most the {features} features, got {activation.k}")
         transcodes = output_width is not None
         if subtract_bias and transcodes:
             raise ValueError("subtract_bias: expected False with output_width, got True")
@@ -188,7 +191,11 @@ class SparseAutoencoder(nn.Module):
 
     def standardised(self, x: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """z [..., M*D] of x [..., D] or [..., M, D], and the way back to x's shape."""
-        if x.shape[-1] != self.width or (self.sources > 1 and x.shape[-2:-1] != (self.sources,)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if x.shape[-1:] != (self.width,) or (
+            self.sources > 1 and x.shape[-2:-1] != (self.sources,)
+        ):
             last = f"[..., {self.sources}, {self.width}]" if self.sources > 1 else self.width
             raise ValueError(f"x: expected a last dimension {last}, got shape {list(x.shape)}")
         match self.standardise_kind:

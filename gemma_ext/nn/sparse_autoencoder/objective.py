@@ -92,6 +92,10 @@ class Objective:
         for name, choices in self._CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected one of {choices}, got {getattr(self, name)!r}")
+        for name in ("l1", "l0", "auxiliary", "multi", "pre_activation"):
+            if not isinstance(getattr(self, name), (int, float)):
+                got = type(getattr(self, name)).__name__
+                raise TypeError(f"{name}: expected a number, got {got}")
         if self.l0_form == "quadratic" and self.l0 and not (self.target_l0 or 0) > 0:
             raise ValueError(f"target_l0: expected a positive number, got {self.target_l0}")
         if self.widths and self.ranks:

@@ -142,6 +142,8 @@ def _check(
     if len(projections) > MOST_PROJECTIONS:
         raise ValueError(f"expected 1 to {MOST_PROJECTIONS} projections, got {len(projections)}")
     for p in projections:
+        if not isinstance(p, Projection):
+            raise TypeError(f"expected projections of type Projection, got {type(p).__name__}")
         check_shape("a projection's weight", p.weight, ("F", x.shape[1]))
         check_like("a projection's weight", p.weight, x)
     loops = {p.loops for p in projections} - {None}

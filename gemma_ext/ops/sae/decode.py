@@ -49,7 +49,7 @@ def decode(
         >>> codes = encode_topk(x, encoder, encoder_bias, k=64).codes  # x [B, T, D]
         >>> decode(codes.with_values(codes.values.relu()), decoder, bias)  # [B, T, D]
     """
-    reference = is_reference(impl, codes.indices.device, "sae_decode")
+    reference = is_reference(impl, inputs.device_of(codes), "sae_decode")
     inputs.check_dictionary(codes, weight, bias, reference)
     if not reference:
         out = op.decode(codes, weight, bias, unit_norm, sparse_grad)
@@ -83,7 +83,7 @@ def decode_error(
     Raises:
         ValueError, TypeError: as `decode`.
     """
-    reference = is_reference(impl, codes.indices.device, "sae_decode_error")
+    reference = is_reference(impl, inputs.device_of(codes), "sae_decode_error")
     inputs.check_dictionary(codes, weight, bias, reference)
     inputs.check_rows("target", target, codes, weight.shape[1], reference)
     rows = target.reshape(-1, target.shape[-1])

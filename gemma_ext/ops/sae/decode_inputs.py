@@ -11,6 +11,15 @@ from gemma_ext.reference.sae_products import ProjectGradient, RowSparseGradient
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def device_of(codes: Codes) -> torch.device:
+    """Where the lists are; a TypeError for anything but Codes."""
+    if not isinstance(codes, Codes):
+        raise TypeError(
+            f"expected codes to be Codes, as an encoder's .codes, got {type(codes).__name__}"
+        )
+    return codes.indices.device
+
+
 def check_dictionary(codes: Codes, weight: Tensor, bias: Tensor | None, reference: bool) -> None:
     """weight [F, D] and bias [D] that fit the codes."""
     if weight.dim() != 2 or weight.shape[0] != codes.features:

@@ -45,7 +45,7 @@ def nested_errors(
     Raises:
         ValueError, TypeError: as `decode`, and levels that do not fit.
     """
-    reference = is_reference(impl, codes.indices.device, "sae_nested")
+    reference = is_reference(impl, inputs.device_of(codes), "sae_nested")
     inputs.check_dictionary(codes, weight, bias, reference)
     inputs.check_rows("target", target, codes, weight.shape[1], reference)
     if (widths is None) == (by is None):

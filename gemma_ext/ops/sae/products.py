@@ -27,7 +27,7 @@ def dots(codes: Codes, weight: Tensor, rows: Tensor, *, impl: str = "auto") -> T
     Raises:
         ValueError, TypeError: as `decode`.
     """
-    reference = is_reference(impl, codes.indices.device, "sae_decode_backward")
+    reference = is_reference(impl, inputs.device_of(codes), "sae_decode_backward")
     inputs.check_dictionary(codes, weight, None, reference)
     inputs.check_rows("rows", rows, codes, weight.shape[1], reference)
     rows = rows.detach().reshape(-1, rows.shape[-1])
@@ -57,7 +57,7 @@ def scatter(codes: Codes, rows: Tensor, *, impl: str = "auto") -> tuple[Tensor, 
     Raises:
         ValueError, TypeError: as `decode`.
     """
-    reference = is_reference(impl, codes.indices.device, "sae_scatter")
+    reference = is_reference(impl, inputs.device_of(codes), "sae_scatter")
     inputs.check_rows("rows", rows, codes, None, reference)
     rows = rows.detach().reshape(codes.tokens, rows.shape[-1])
     detached = codes.with_values(codes.values.detach())

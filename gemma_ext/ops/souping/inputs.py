@@ -19,8 +19,12 @@ def checked(
     parts: Sequence[Part], *, out: bool = False, base: bool = False, models: int | None = None
 ) -> int:
     """The number of models M of all parts; 0 without parts."""
+    if isinstance(parts, Part):
+        raise TypeError("expected parts to be a sequence of Part, got one Part")
     count = models
     for part in parts:
+        if not isinstance(part, Part):
+            raise TypeError(f"expected parts of type Part, got {type(part).__name__}")
         count = len(part.sources) if count is None else count
         if len(part.sources) != count:
             raise ValueError(
@@ -54,6 +58,9 @@ def _check_tensors(part: Part) -> None:
     named += [(name, x) for name in ("base", "out") if (x := getattr(part, name)) is not None]
     first = named[0][1]
     for name, x in named:
+        if not isinstance(x, Tensor):
+            got = type(x).__name__
+            raise TypeError(f"expected {name} of {part.name!r} to be a tensor, got {got}")
         if x.shape != first.shape:
             raise ValueError(
                 f"expected {name} of {part.name!r} to be {list(first.shape)}, got {list(x.shape)}"
@@ -76,7 +83,7 @@ def check_rounding(rounding: str) -> None:
 
 def table(name: str, value: Numbers, rows: int, models: int) -> Tensor:
     """float64 [rows, M] on the CPU of one number, [M] or [rows, M]."""
-    given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    given = _numbers(name, value)
     if given.shape not in ((), (models,), (rows, models)):
         raise ValueError(
             f"expected {name} to be one number, [{models}] or [{rows}, {models}], "
@@ -87,10 +94,17 @@ def table(name: str, value: Numbers, rows: int, models: int) -> Tensor:
 
 def column(name: str, value: float | Sequence[float] | Tensor, rows: int) -> Tensor:
     """float64 [rows] on the CPU of one number or [rows]."""
-    given = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    given = _numbers(name, value)
     if given.shape not in ((), (rows,)):
         raise ValueError(f"expected {name} to be one number or [{rows}], got {list(given.shape)}")
     return given.expand(rows)
+
+
+def _numbers(name: str, value: object) -> Tensor:
+    try:
+        return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"expected {name} to be numbers, got {value!r}") from None
 
 
 def row_count(parts: Sequence[Part]) -> int:

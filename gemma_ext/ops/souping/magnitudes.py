@@ -56,6 +56,9 @@ class Magnitudes:
     ) -> None:
         if quantity not in QUANTITIES:
             raise ValueError(f"expected quantity to be one of {QUANTITIES}, got {quantity!r}")
+        for name, value in (("models", models), ("groups", groups), ("cuts", cuts)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"expected {name} to be an int of 1 or more, got {value!r}")
         is_reference(impl)
         self.models, self.groups, self.cuts, self.quantity = models, groups, cuts, quantity
         self.streams = models if quantity == "delta" else 1
@@ -160,8 +163,10 @@ class Magnitudes:
                 f"got {list(keep.shape)}"
             ) from None
 
-    def find(self, parts: Sequence[Part], keep: Counts, groups: Sequence[int] | int = 0) -> None:
-        """All readings at once, of all parts there are.
+    def find(
+        self, parts: Sequence[Part], keep: Counts, groups: Sequence[int] | int = 0
+    ) -> Magnitudes:
+        """All readings at once, of all parts there are; returns itself, settled.
 
         On the CPU a sample foretells the cuts: only bins around them are told apart, which takes a
         third of the time; where it was wrong, the parts are read again. Waits for the device.
@@ -183,6 +188,7 @@ class Magnitudes:
         while not self.settled:
             self.survey(parts, groups)
             self.settle(keep)
+        return self
 
     def cut(self, index: int = 0) -> Cut:
         """The cut, [G, S], with all of its ties left."""

@@ -46,6 +46,8 @@ def merge_(
         ValueError, TypeError: shapes, dtypes or counts that do not fit; one sentence says which.
     """
     models = inputs.checked(parts, out=True)
+    if not isinstance(rule, Rule):
+        raise TypeError(f"expected rule to be a Rule, got {type(rule).__name__}")
     inputs.check_rounding(rounding)
     count = len(parts)
     mask = per_part(mask, count, models)

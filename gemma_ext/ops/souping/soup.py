@@ -75,10 +75,11 @@ def soup(
     """
     models = inputs.checked(parts)
     count = len(parts)
-    if not isinstance(weights, Tensor) or weights.shape not in ((models,), (count, models)):
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"expected weights to be a tensor, got {type(weights).__name__}")
+    if weights.shape not in ((models,), (count, models)):
         raise ValueError(
-            f"expected weights to be a tensor, [{models}] or [{count}, {models}], "
-            f"got {list(torch.as_tensor(weights).shape)}"
+            f"expected weights to be [{models}] or [{count}, {models}], got {list(weights.shape)}"
         )
     scale = torch.as_tensor(scale, dtype=weights.dtype, device=weights.device)
     if scale.shape not in ((), (1,), (count,)):

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_ext.files import replacing, write_json
+from gemma_ext.extras import require
+from gemma_ext.files import read_safetensors, write_json, write_safetensors
 from gemma_ext.ops import sae
 from gemma_ext.papers.atoms.product import AtomicProduct
 
@@ -117,6 +118,7 @@ class Dictionary:
         Raises:
             ImportError: safetensors is missing.
         """
+        require("dictionaries on disk", "hf", "safetensors")
         folder = Path(folder)
         tensors = {
             "D": self.atoms,
@@ -125,29 +127,18 @@ class Dictionary:
             "aip_norm": self.product.norms(self.atoms),
             "bias": self.bias,
         }
-        tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-        with replacing(folder / "atoms.safetensors") as beside:
-            _safetensors().save_file(tensors, beside)
+        write_safetensors(folder / "atoms.safetensors", tensors)
         write_json(folder / "atoms.json", {**facts, "condition": self.product.condition})
 
 
 def load(folder: Path | str) -> tuple[Dictionary, dict[str, Any]]:
     """What `Dictionary.save` wrote, and its facts."""
+    require("dictionaries on disk", "hf", "safetensors")
     folder = Path(folder)
     facts = json.loads((folder / "atoms.json").read_text(encoding="utf-8"))
-    tensors = _safetensors().load_file(folder / "atoms.safetensors")
+    tensors = read_safetensors(folder / "atoms.safetensors")
     product = AtomicProduct(tensors["L"], facts.pop("condition"))
     return Dictionary(tensors["D"], product, tensors["tau"], tensors["bias"]), facts
-
-
-def _safetensors() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise ImportError(
-            "dictionaries on disk need safetensors: pip install 'gemma_ext[hf]'"
-        ) from None
-    return safetensors.torch
 
 
 def _solve(gram: Tensor, right: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from gemma_ext.nn.sparse_autoencoder import jump, step
 from gemma_ext.ops import sae
 from gemma_ext.papers.atoms.dictionary import Dictionary
 from gemma_ext.papers.atoms.product import AtomicProduct
+from gemma_ext.sae.stream import shuffled
 
 NORMS = ("plain", "atomic")
 
@@ -100,7 +101,7 @@ def learn(
     tau = torch.nn.Parameter(torch.full((recipe.features,), recipe.start, device=x.device))
     optimizer = torch.optim.Adam([rows, tau], lr=recipe.rate)
     unexplained, active = [], []
-    order = _order(x.shape[0], recipe.steps * recipe.batch, generator).to(x.device)
+    order = shuffled(x.shape[0], recipe.steps * recipe.batch, generator).to(x.device)
     for number, rows_of in enumerate(order.split(recipe.batch)):
         m = x[rows_of].float() - b
         if recipe.norm == "atomic":
@@ -144,11 +145,6 @@ def _initial(
     noise = torch.randn(features, x.shape[1], generator=generator).to(x.device)
     noise = torch.nn.functional.normalize(noise, dim=1)
     return torch.nn.functional.normalize(states + noise, dim=1)
-
-
-def _order(rows: int, wanted: int, generator: torch.Generator) -> Tensor:
-    epochs = math.ceil(wanted / rows)
-    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])[:wanted]
 
 
 def _schedule(step: int, steps: int) -> float:

@@ -24,7 +24,7 @@ from gemma_ext.papers.crosscoder.discovery import (
     recall_of_role,
 )
 from gemma_ext.papers.crosscoder.norms import TAGS
-from gemma_ext.papers.crosscoder.planted import TwoModels, matched, two_models
+from gemma_ext.papers.crosscoder.planted import matched, two_models
 from gemma_ext.papers.crosscoder.training import Recipe, train
 
 Record = dict[str, Any]
@@ -75,12 +75,6 @@ def planted(
         "active": found.active,
         "explained": float(found.explained.mean()),
     }
-
-
-def binned(world: TwoModels, decoder: Tensor, found: Discovery) -> Tensor:
-    """The tag of each concept's latent [C]; -1 where none was found."""
-    place = matched(decoder, world)
-    return torch.where(place >= 0, found.tags[place.clamp(min=0)], -1)
 
 
 def model_diff(

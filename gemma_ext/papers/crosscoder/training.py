@@ -26,6 +26,7 @@ from gemma_ext.nn.sparse_autoencoder import (
     SparseAutoencoder,
     geometric_median,
 )
+from gemma_ext.sae.stream import shuffled
 
 KINDS = ("batchtopk", "l1")
 
@@ -117,7 +118,7 @@ def train(
     dead = DeadLatents(recipe.features, recipe.dead_after).to(x.device)
     optimizer = torch.optim.Adam(made.parameters(), lr=recipe.rate)
     losses, active = [], []
-    order = _order(x.shape[0], recipe.steps * recipe.batch, generator).to(x.device)
+    order = shuffled(x.shape[0], recipe.steps * recipe.batch, generator).to(x.device)
     for step, tokens in enumerate(order.split(recipe.batch)):
         if recipe.kind == "batchtopk":
             made.activation = dataclasses.replace(made.activation, k=recipe.k_at(step))
@@ -171,11 +172,6 @@ def _made(
                 torch.cat([geometric_median(part) for part in sample.split(width, -1)])
             )
     return made
-
-
-def _order(rows: int, wanted: int, generator: torch.Generator) -> Tensor:
-    epochs = math.ceil(wanted / rows)
-    return torch.cat([torch.randperm(rows, generator=generator) for _ in range(epochs)])[:wanted]
 
 
 def _schedule(step: int, recipe: Recipe) -> float:

@@ -202,8 +202,6 @@ BASELINES: dict[str, Callable[..., None]] = {
     "lorahub": lorahub,
     "model swarms": model_swarms,
 }
-STATIC = ("uniform soup", "scaled soup", "ties", "dare")
-"""The merges that do not search over weights per expert."""
 
 
 def weighted(weights: Sequence[float]) -> Genome:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_ext.command_line import one_sentence
 from gemma_ext.distributed.fleet import open_fleet
 from gemma_ext.extras import require
+from gemma_ext.files import new_folder
 from gemma_ext.papers.genome.baselines import BASELINES
 from gemma_ext.papers.genome.config import COMPAT, search_from
 from gemma_ext.papers.genome.lineage import FINISHED
@@ -57,12 +58,10 @@ def main(
         search: {method: genome+, generations: 10}
         out: out/evolve
     """
-    try:
+    with one_sentence("evolve"):
         made = run_config(
             config, out=out, workers=workers, ray=ray, compat=compat, show_progress=not quiet
         )
-    except (ValueError, ImportError, FileExistsError) as error:
-        raise SystemExit(f"gemma-ext evolve: {error}") from None
     for one in made["summaries"]:
         print(f"{one.method:<24} {one.used:6.0f} evaluations   test {number(one.test)}")
     print(made["best"])
@@ -148,18 +147,16 @@ def save_best(pool: Pool, materialiser: Materialiser, genome: Genome, best: Path
     note = best / "genome.json"
     if note.exists() and json.loads(note.read_text(encoding="utf-8"))["genome"] == genome.key:
         return
-    beside = best.with_name(f"{best.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
-    pool.save(materialiser.tensors(genome), beside)
     record = {
         "genome": genome.key,
         "pool": pool.digest,
         "experts": pool.names,
         "recipes": to_table([genome]),
     }
-    (beside / note.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(best, ignore_errors=True)
-    os.replace(beside, best)
+    with new_folder(best) as beside:
+        pool.fill(beside, materialiser.tensors(genome))
+        (beside / note.name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(best, ignore_errors=True)
 
 
 def read_config(path: Path) -> dict[str, Any]:

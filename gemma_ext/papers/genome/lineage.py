@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.files import replacing
+from gemma_ext.files import write_text
 from gemma_ext.papers.genome.config import Search
 from gemma_ext.papers.genome.evaluation import Account
 from gemma_ext.papers.genome.population import Individual, individual_from
@@ -127,8 +127,8 @@ class Workspace:
             "account": account.record(),
         }
         # the state last: it says how much of the lineage counts
-        _write(self._lineage, "".join(json.dumps(line) + "\n" for line in state.events))
-        _write(self.folder / "state.json", json.dumps(record) + "\n")
+        write_text(self._lineage, "".join(json.dumps(line) + "\n" for line in state.events))
+        write_text(self.folder / "state.json", json.dumps(record) + "\n")
         self._forget(state.genomes())
 
     @property
@@ -148,8 +148,3 @@ class Workspace:
         for path in finished.glob("*.safetensors"):
             if path not in needed:
                 path.unlink(missing_ok=True)
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding="utf-8")

@@ -16,8 +16,6 @@ dW of a linear child is (sum w B)(sum w A), not sum w B A. With a base they act 
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_ext.files import write_safetensors
 from gemma_ext.ops import souping
 from gemma_ext.ops.souping import Magnitudes, Mask, Part, Rule
 from gemma_ext.papers.genome.pool import Pool
@@ -111,7 +110,8 @@ class Materialiser:
         elif genome.rule == "ties":
             for part in parts:
                 keep = int(density * part.out.numel())
-                souping.merge_([part], _AGREE, weights, mask=Mask(keep=_largest(part, keep)))
+                cut = Magnitudes(len(part.sources)).find([part], keep).cut()
+                souping.merge_([part], _AGREE, weights, mask=Mask(keep=cut))
         elif genome.rule in ("dare_linear", "dare_ties"):
             rule = Rule() if genome.rule == "dare_linear" else _AGREE
             divide = density if genome.rescale else 1.0
@@ -155,14 +155,11 @@ class Materialiser:
     def _finish(self, genome: Genome) -> Mapping[str, Tensor]:
         if self.folder is None:
             return self.tensors(genome)
-        from safetensors.torch import load_file, save_file
+        from safetensors.torch import load_file
 
         path = self.folder / f"{genome.key}.safetensors"
         if not path.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # shared by machines
-            save_file({n: x.cpu() for n, x in self.tensors(genome).items()}, beside)
-            os.replace(beside, path)
+            write_safetensors(path, self.tensors(genome))
         return load_file(path, device=str(self.pool.device))
 
     def _groups(self) -> Iterator[list[str]]:
@@ -178,9 +175,3 @@ class Materialiser:
             size += numel
         if group:
             yield group
-
-
-def _largest(part: Part, keep: int) -> souping.Cut:
-    magnitudes = Magnitudes(len(part.sources))
-    magnitudes.find([part], keep)
-    return magnitudes.cut()

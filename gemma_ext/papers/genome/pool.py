@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gemma_ext.files import new_folder, write_safetensors
 
 _ADAPTER, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _FACTOR_A = re.compile(r"(?<=\.lora_)(embedding_)?A(?=\.|$)")
@@ -99,20 +100,19 @@ class Pool:
         Raises:
             FileExistsError: `out` is there.
         """
-        from safetensors.torch import save_file
-
         if out.exists():
             raise FileExistsError(f"out: expected a folder that does not exist, got {out}")
-        beside = out.with_name(f"{out.name}.{os.getpid()}.tmp")
-        beside.mkdir(parents=True)
+        with new_folder(out) as beside:
+            self.fill(beside, tensors)
+
+    def fill(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Writes the files of an individual into a folder that nobody reads yet."""
         for path in sorted(self.folder.iterdir()) if self.folder else ():
             if path.is_file() and not _is_weights(path):
-                shutil.copy(path, beside)
-        dtypes = {name: self.experts[0][name].dtype for name in self.shapes}
-        kept = {n: tensors[n].detach().to(dtypes[n]).cpu().contiguous() for n in self.shapes}
+                shutil.copy(path, folder)
         name = "model.safetensors" if self.settings is None else _ADAPTER
-        save_file(kept, beside / name, {"format": "pt"})
-        os.replace(beside, out)
+        kept = {n: tensors[n].to(self.experts[0][n].dtype) for n in self.shapes}
+        write_safetensors(folder / name, kept, {"format": "pt"})
 
 
 def load_adapters(folders: Sequence[str | Path]) -> Pool:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 Weights = Mapping[str, Tensor]
 CONSENSUS_LAMBDA = 0.2
 FISHER_RATE = 1e-5
-FISHER_FLOOR = 1e-10
 
 
 def localize_and_stitch(

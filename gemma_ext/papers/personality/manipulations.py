@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.extras import require
+from gemma_ext.files import new_folder
 from gemma_ext.lm import HuggingFaceModel, Prompt
 from gemma_ext.lm.causal import padded
 from gemma_ext.nn.steering import steer_hook
@@ -175,9 +176,8 @@ def train_adapter(
     )
     try:
         Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate).train()
-        beside = folder.with_name(f"{folder.name}.tmp")
-        model.save_pretrained(beside)
-        beside.rename(folder)
+        with new_folder(folder) as beside:
+            model.save_pretrained(beside)
     finally:
         model.unload()
         for parameter, before in zip(lm.model.parameters(), trained, strict=True):

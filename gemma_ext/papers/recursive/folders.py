@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ext.files import sync
 from gemma_ext.nn.recursive import decoder_layers
 from gemma_ext.nn.recursive.parts import ADAPTER, EXIT_HEAD, INDEX, WEIGHTS
 from gemma_ext.papers.recursive.conversion import linear_sizes
@@ -142,7 +143,7 @@ def fill(partial: Path, groups: Sequence[Group], parts: Iterable[Part], advance:
                     file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
                 advance(1)
             for path in {path for path, _ in places.values()}:
-                shards.sync(path)
+                sync(path)
             journal.write(f"\n{name} {count}\n")
             journal.flush()
 
@@ -183,5 +184,5 @@ def beside(out: Path, identity: Any) -> Iterator[Path]:
         raise
     journal.unlink()
     for path in partial.rglob("*"):
-        shards.sync(path)
+        sync(path)
     os.replace(partial, out)

@@ -146,7 +146,10 @@ def merged(
 
 
 def check_models(method: Method, models: int, has_base: bool) -> None:
-    """Raises a ValueError unless the method takes so many models, with a base or without."""
+    """Raises unless `method` is one, and takes so many models, with a base or without."""
+    if not isinstance(method, Method):
+        got = f"the class {method.__name__}" if isinstance(method, type) else repr(method)
+        raise TypeError(f"method: expected a Method, as souping.get('ties')() makes one, got {got}")
     least, most = method.models
     if models < least or (most is not None and models > most):
         expected = f"{least}" if most == least else f"{least} or more"

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from gemma_ext.files import sync
 from gemma_ext.progress import Moved
 from gemma_ext.souping.engine.files import journal as journals
 from gemma_ext.souping.engine.files import shards as files
@@ -193,8 +194,8 @@ def _create(partial: Path, shards: Sequence[files.Shard], journal: journals.Jour
 def _publish(partial: Path, out: Path) -> None:
     """Gives the folder its name once all of it is on the disk."""
     for path in partial.iterdir():
-        files.sync(path)
+        sync(path)
     journals.remove(partial)
-    files.sync(partial)
+    sync(partial)
     os.rename(partial, out)
-    files.sync(out.parent)
+    sync(out.parent)

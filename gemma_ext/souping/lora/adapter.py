@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_ext.files import replacing
+from gemma_ext.files import write_safetensors, write_text
 from gemma_ext.souping.lora.factors import Factors, merge_factors
 from gemma_ext.souping.lora.folder import CONFIG, PREFIX, WEIGHTS, read_folder
 
@@ -82,19 +82,15 @@ def merge_adapters(
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> None:
     """Writes an adapter folder that peft loads; each file beside and renamed."""
-    from safetensors.torch import save_file
-
     folder = Path(path)
     tensors = {}
     for module, factors in adapter.factors.items():
         embedding = module in adapter.embeddings
         for side, tensor in (("A", factors.a), ("B", factors.b)):
             name = f"lora_embedding_{side}" if embedding else f"lora_{side}.weight"
-            tensors[f"{PREFIX}{module}.{name}"] = tensor.contiguous()
-    with replacing(folder / WEIGHTS) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
-    with replacing(folder / CONFIG) as beside:
-        beside.write_text(json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
+            tensors[f"{PREFIX}{module}.{name}"] = tensor
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_text(folder / CONFIG, json.dumps(adapter.config, indent=2, sort_keys=True) + "\n")
 
 
 def _config(first: Mapping[str, Any], merged: Mapping[str, Factors]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_ext.ops.souping import Cut, Magnitudes, Mask, Part, Rule, merge_
+from gemma_ext.ops.souping import Magnitudes, Mask, Part, Rule, merge_
 
 _ELEMENTWISE = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINATIONS = (
@@ -164,7 +164,8 @@ def _elementwise(
     part = Part([t.contiguous() for t in tensors], out=out, name=name)
     mask, divide = Mask(), 1.0
     if rule in ("ties", "magnitude_prune"):
-        mask = Mask(keep=_largest(part, int(density * out.numel())))
+        kept = Magnitudes(len(part.sources)).find([part], int(density * out.numel()))
+        mask = Mask(keep=kept.cut())
     elif rule.startswith("dare"):
         mask = Mask(density=density)
         divide = density or 1.0
@@ -173,12 +174,6 @@ def _elementwise(
         combine = Rule(election=SIGNS[signs], weighted=False, combine="mean")
     merge_([part], combine, weights, mask=mask, divide=divide, seed=seed)
     return out
-
-
-def _largest(part: Part, keep: int) -> Cut:
-    magnitudes = Magnitudes(len(part.sources))
-    magnitudes.find([part], keep)
-    return magnitudes.cut()
 
 
 def _check(

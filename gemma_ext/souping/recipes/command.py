@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from gemma_ext.command_line import one_sentence
 from gemma_ext.progress import byte_bar
 from gemma_ext.souping.recipes.explain import explain_recipe
 from gemma_ext.souping.recipes.lint import READS, lint_recipe
@@ -134,7 +136,7 @@ def main(
         cache_dir=transformers_cache,
         show_progress=not quiet,
     )
-    try:
+    with nullcontext() if verbose else one_sentence("merge"):
         recipes = read_recipes(recipe)
         if lint or explain:
             _look(recipes, options, lint, explain)
@@ -142,14 +144,6 @@ def main(
             say = (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
             done = run_recipes(recipes, out, options, between=intermediate_dir, announce=say)
             typer.echo(done)
-    except (ValueError, OSError, ImportError) as error:
-        if verbose:
-            raise
-        typer.echo(f"gemma-ext merge: {error}", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
 
 
 def _look(recipes: list[Recipe], options: Options, lint: bool, explain: Path | None) -> None:

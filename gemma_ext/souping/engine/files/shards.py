@@ -90,15 +90,6 @@ def write_index(folder: Path, shards: Sequence[Shard]) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def sync(path: Path) -> None:
-    """Waits until a file or folder is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def check_room(out: Path, partial: Path, needed: int) -> None:
     """Raises an OSError if `needed` bytes, less those that `partial` has already, are not free."""
     present = 0
