@@ -10,6 +10,7 @@ import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
+from uvicorn.config import LOG_LEVELS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_ext.serve.http.errors import ApiError
@@ -95,6 +96,9 @@ class Server(uvicorn.Server):
         app: of `build_app`.
         host, port: to listen at; port 0 takes a free one.
         log_level: of uvicorn.
+
+    Raises:
+        ValueError: a level that uvicorn does not have.
     """
 
     def __init__(
@@ -102,6 +106,10 @@ class Server(uvicorn.Server):
     ) -> None:
         self._service: Service = app.state.service
         settings = self._service.settings
+        if log_level.lower() not in LOG_LEVELS:
+            raise ValueError(
+                f"log_level: expected one of {', '.join(LOG_LEVELS)}, got {log_level!r}"
+            )
         super().__init__(
             uvicorn.Config(
                 app,
