@@ -20,6 +20,7 @@ from gemma_ext.serve.http.settings import Settings
 _MARGIN = 5.0  # seconds between the last answers and the end of their connections
 _IDLE_SECONDS = 30  # of a connection between two requests
 _HEAD_SECONDS = 15.0  # that a client may take to say what it wants, each time
+_AHEAD = 2**16  # bytes that it may send behind a request without an answer, then nothing is read
 
 
 class _Connection(H11Protocol):
@@ -54,6 +55,9 @@ class _Connection(H11Protocol):
         elif self._asking is not None:
             self._asking.cancel()
             self._asking = None
+        waits = self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= _AHEAD
+        if waits and self.flow.read_paused:
+            self.flow.resume_reading()  # else nobody would hear that the client leaves
 
     def pause_writing(self) -> None:
         super().pause_writing()
