@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,22 @@ from gemma_ext.extras import require
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 KEY = "GEMMA_EXT_API_KEY"
+# attributes that a sentence may begin with: their options
+OPTIONS = {
+    "name": "exit",
+    "weight": "exit_weights",
+    "bias": "exit_weights",
+    "decay": "exit_decay",
+    "adapt": "exit_adapt",
+    "ranks": "tensor_parallel",
+    "most_open": "max_open",
+    "most_body": "max_body",
+    "most_tokens": "max_tokens",
+    "request_seconds": "request_timeout",
+    "drain_seconds": "drain",
+    "api_keys": "api_key",
+    "policy": "kv_policy",
+}
 
 
 def main(
@@ -18,7 +35,7 @@ def main(
         str, typer.Argument(help="pocket, pocket:nano, a folder (recursive or not), or a hub id.")
     ] = "pocket",
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, auto.")] = "auto",
     dtype: Annotated[
@@ -180,7 +197,7 @@ def main(
             exit_weights=str(exit_weights) if exit_weights else None,
             shortlist=shortlist,
             trace=str(trace) if trace else None,
-            chat_template=chat_template.read_text() if chat_template else None,
+            chat_template=_text(chat_template) if chat_template else None,
             settings=Settings(
                 api_keys=tuple(api_key),
                 most_body=max_body,
@@ -199,9 +216,27 @@ def main(
             return
         server = Server(launch.app(), host, port, log_level)
     except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"gemma-ext serve: {error}") from None
+        raise SystemExit(f"gemma-ext serve: {_sentence(error)}") from None
     if host not in LOCAL and not api_key:
         typer.echo(
             f"gemma-ext serve: whoever reaches {host} may ask; {KEY} asks for a key", err=True
         )
     server.run()
+
+
+def _text(template: Path) -> str:
+    try:
+        return template.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "no UTF-8"
+        raise ValueError(f"chat_template: expected a text file, got {template}: {why}") from None
+
+
+def _sentence(error: Exception) -> str:
+    """On one line, with the option in the place of the attribute that it sets."""
+    told = " ".join(str(error).split())
+    attribute, colon, rest = told.partition(": ")
+    option = OPTIONS.get(attribute, attribute)
+    if not colon or option == "model" or option not in signature(main).parameters:
+        return told
+    return f"--{option.replace('_', '-')}: {rest}"

@@ -39,7 +39,9 @@ class EngineConfig:
             average step, and what one token that goes deep finds owed at a time.
         prefill_tokens: rows of prompts in a run at most.
         mixed: prompt rows share runs with tokens, else they take turns.
-        min_coda_batch: tokens that wait for the head until it runs, unless nothing else can.
+        min_coda_batch: tokens that wait for the head until it runs, unless nothing else can. Where
+            the device routes, as many as the host has heard of, a tick late, and 1 with exit tests
+            that read the head.
         min_free_requests: free places before requests are admitted, unless none runs.
         order: of tokens that are ready: "fifo"; "deepest" loops first; "uniform" runs one loop
             alone where it and the rest fill W each, which reads fewer adapters.
@@ -139,8 +141,8 @@ class EngineConfig:
             )
         if self.drafts and (reason := self._undrafted()):
             raise ValueError(f"drafts: expected {reason} with them, got another")
-        if self.routing == "device" and (reason := self._host_only()):
-            raise ValueError(f"routing: expected {reason} with 'device', got another")
+        if self.routing == "device" and self.drafts:
+            raise ValueError(f"routing: expected drafts 0 with 'device', got {self.drafts}")
 
     def _undrafted(self) -> str | None:
         """What would have to be otherwise for exits to be drafts."""
@@ -150,21 +152,11 @@ class EngineConfig:
             return f"kv_policy {' or '.join(EXACT)}"
         return "another kv_pressure than offload" if self.kv_pressure == "offload" else None
 
-    def _host_only(self) -> str | None:
-        """What would have to be otherwise for a device to route."""
-        for name, wanted in (
-            ("min_coda_batch", 1),  # a head of fixed shape costs the same for fewer rows
-            ("drafts", 0),
-        ):
-            if getattr(self, name) != wanted:
-                return f"{name} {wanted}"
-        return None
-
     def routed(self, device: bool) -> EngineConfig:
         """The same with "auto" decided: by the device if it may and these settings let it."""
         if self.routing != "auto":
             return self
-        chosen = "device" if device and self._host_only() is None else "host"
+        chosen = "device" if device and not self.drafts else "host"
         return replace(self, routing=chosen)
 
     @property
@@ -197,6 +189,7 @@ class EngineConfig:
             prefix,
             mode=self.mode,
             order=self.order,
+            coda=self.min_coda_batch,
             eager=self.kv_policy == "exact_eager",
             finishes=self.fill_on_finish,
         )

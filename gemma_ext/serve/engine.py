@@ -293,6 +293,7 @@ class Engine:
         if flight is None:
             return []
         news = flight.land()
+        self.router.queues = news.queues
         parked = news.parked[[id in self.open for id in news.parked[:, 0].tolist()]]
         events = self._report(news.drawn, news.sampled, news.ran)
         if len(parked):

@@ -95,6 +95,8 @@ class ExitTest:
             raise ValueError(
                 f"exit_threshold: expected a number with exit test {self.name}, got None"
             )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ValueError(f"exit_threshold: expected a finite number, got {self.threshold}")
         if not 0 <= self.adapt < 1:
             raise ValueError(f"adapt: expected a share in [0, 1), got {self.adapt}")
         if self.adapt and self.name not in _ADAPTING:

@@ -24,6 +24,8 @@ class News(NamedTuple):
             the positions that have all loops.
         filled: int64 [n] requests of complete outputs whose every position has all loops now.
         ran: rows, current ones, owed ones and loops of the block.
+        queues: tokens that wait for the head behind it, and those that may run, where several are
+            to wait.
         sampled: of `drawn`.
     """
 
@@ -31,6 +33,7 @@ class News(NamedTuple):
     parked: np.ndarray
     filled: np.ndarray
     ran: tuple[int, ...]
+    queues: tuple[int, ...]
     sampled: Sampled
 
 
@@ -57,7 +60,8 @@ class Flight:
         ids = torch.from_numpy(drawn[:, 3].astype(np.int32))
         likely = (None,) * 3 if self._likely is None else (x[at] for x in self._likely)
         filled = told[1:, 0][how == FILLED]
-        return News(drawn, parked, filled, tuple(told[0, :4].tolist()), Sampled(ids, *likely))
+        ran, queues = tuple(told[0, :4].tolist()), tuple(told[0, 4:6].tolist())
+        return News(drawn, parked, filled, ran, queues, Sampled(ids, *likely))
 
 
 def _fetch(x: Tensor) -> Tensor:

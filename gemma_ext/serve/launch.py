@@ -7,9 +7,10 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from gemma_ext.serve.async_engine import AsyncEngine
 from gemma_ext.serve.config import EngineConfig
@@ -18,7 +19,7 @@ from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.http.app import build_app
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
-from gemma_ext.serve.memory import pages_for
+from gemma_ext.serve.memory import check_sizes, pages_for
 from gemma_ext.serve.policies import trained_policy
 from gemma_ext.serve.protocol import SamplingParams
 from gemma_ext.serve.trace import Trace
@@ -89,13 +90,9 @@ class Launch:
         EngineConfig(**given)  # what is wrong is told before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
         exits.own_threshold(SamplingParams())
-        file = open(self.trace, "w", buffering=1) if self.trace else None  # noqa: SIM115
+        file = _opened(self.trace) if self.trace else None
         model, tokenizer = self._load(0)
         config = self._config(model, given)
-        engine, finish = self._engine(model, config, exits)
-        if file:
-            engine.trace = Trace(file)
-            weakref.finalize(engine, file.close)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -108,6 +105,10 @@ class Launch:
                 "exit_threshold": exits.threshold,
             },
         )
+        engine, finish = self._engine(model, config, exits)
+        if file:
+            engine.trace = Trace(file)
+            weakref.finalize(engine, file.close)
         asked = AsyncEngine(lambda: engine, finish=finish, most_open=self.most_open)
         return build_app(asked, served, self.settings)
 
@@ -117,7 +118,7 @@ class Launch:
         return read_weights(model)
 
     def _load(self, rank: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        device = torch.device(_device(self.device))
+        device = _device(self.device)
         if device.type == "cuda" and self.ranks > 1:
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
@@ -157,6 +158,7 @@ class Launch:
         if "pages" not in given:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)
+        check_sizes(model, config.slots, config.pages)
         return config
 
 
@@ -170,24 +172,36 @@ def load_model(
         dtype: of the weights; None for the stored one.
 
     Raises:
-        ValueError: a folder that is not there.
+        ValueError: nothing of that name, or something that cannot be read.
     """
     kind, _, size = name.partition(":")
     if kind == "pocket":
         from gemma_ext import pocket
 
+        if size and size not in pocket.SIZES:
+            raise ValueError(
+                f"model: expected pocket:{' or pocket:'.join(pocket.SIZES)}, got {name!r}"
+            )
         made = pocket.load(size or "small")
         return made.model.to(device, dtype).eval(), made.tokenizer
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not Path(name).is_dir() and name.startswith(("/", ".", "~")):
-        raise ValueError(f"model: expected pocket, a folder or the id of a hub, got {name!r}")
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    if Path(name).is_dir():
-        from gemma_ext.nn import recursive
+    from gemma_ext.nn import recursive
 
-        return recursive.load(name, dtype=dtype, device=device), tokenizer
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    folder = Path(name).is_dir()
+    wanted = f"model: expected pocket, a folder or the id of a hub, got {name!r}"
+    if not folder and name.startswith(("/", ".", "~")):
+        raise ValueError(wanted)
+    if folder and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"model: expected a folder with a config.json, got {name!r}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if folder:
+            return recursive.load(name, dtype=dtype, device=device), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except (OSError, ValueError, SafetensorError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{wanted}: {why}") from error
     return model.to(device).eval(), tokenizer
 
 
@@ -205,10 +219,19 @@ def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return ()
 
 
-def _device(name: str) -> str:
+def _device(name: str) -> torch.device:
+    cards = torch.cuda.device_count()
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return name
+        return torch.device("cuda" if cards else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda, cuda:1 or auto, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= cards:
+        raise ValueError(f"device: expected one of the {cards} cards that are there, got {name!r}")
+    return device
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -219,12 +242,26 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | None:
     return DTYPES[name]
 
 
+def _opened(trace: str) -> IO[str]:
+    try:
+        return open(trace, "w", buffering=1)
+    except OSError as error:
+        raise ValueError(
+            f"trace: expected a file that can be written, got {trace}: {error.strerror}"
+        ) from None
+
+
 def _learned(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"exit_weights: expected a safetensors file, got {path}: {error}"
+        ) from None
     if "weight" not in tensors or not set(tensors) <= {"weight", "bias"}:
         raise ValueError(f"exit_weights: expected weight and bias in {path}, got {sorted(tensors)}")
     return tensors

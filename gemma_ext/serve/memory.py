@@ -24,16 +24,36 @@ def pages_for(model: PreTrainedModel, share: float) -> int:
     """
     if not 0 < share < 1:
         raise ValueError(f"kv_memory: expected a share in (0, 1), got {share}")
-    config, weight = model.config, next(model.parameters())
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    page = PAGE * config.num_hidden_layers * 2 * heads * size * weight.element_size()
-    free = free_memory(weight.device)
+    page, free = page_bytes(model), free_memory(model.device)
     if share * free < page:
         raise ValueError(
             f"kv_memory: expected room for a page of {page} bytes, got {share} of {free}"
         )
     return int(share * free / page)
+
+
+def page_bytes(model: PreTrainedModel) -> int:
+    """Of a page at all depths."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return PAGE * config.num_hidden_layers * 2 * heads * size * model.dtype.itemsize
+
+
+def check_sizes(model: PreTrainedModel, states: int, pages: int) -> None:
+    """Raises a ValueError where that many hidden states, or pages, are more than the free memory;
+    a system that promises more than it has would end the process later."""
+    wide = torch.promote_types(model.dtype, torch.float32)
+    free = free_memory(model.device)
+    for name, what, count, each in (
+        ("requests", "hidden states", states, model.config.hidden_size * wide.itemsize),
+        ("pages", "pages", pages, page_bytes(model)),
+    ):
+        if count * each > free:
+            raise ValueError(
+                f"{name}: expected {what} that fit into the {free} bytes that are free, "
+                f"got {count} of {each} bytes"
+            )
 
 
 def free_memory(device: torch.device) -> int:

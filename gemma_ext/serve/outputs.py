@@ -97,13 +97,13 @@ class Outputs:
             self.latencies.token(id, now)
             if reason:
                 del self._open[id]
-                self.latencies.finished(id, now)
+                self.latencies.finished(id)
         return events
 
     def end(self, id: int, reason: str, error: str | None) -> Event:
         """The event of an end without a token."""
         output = self._open.pop(id)
-        self.latencies.finished(id, self.clock())
+        self.latencies.finished(id)
         return Event(id, None, reason, error, tuple(output.scored) or None)
 
     def drop(self, id: int) -> None:

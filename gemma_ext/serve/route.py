@@ -32,8 +32,8 @@ _FAR = 2**40  # ticks
 class Shape(NamedTuple):
     """What is fixed: R requests, W width, C rows of a block at most, B loops, tokens that a request
     may owe, states of a request, the first of them in the bank, and places in front of a prompt;
-    and of `EngineConfig` the mode, the order, and whether owed loops run early and behind an
-    output's end."""
+    and of `EngineConfig` the mode, the order, tokens that wait for the head until it runs, and
+    whether owed loops run early and behind an output's end."""
 
     requests: int
     width: int
@@ -45,6 +45,7 @@ class Shape(NamedTuple):
     prefix: int
     mode: str = "cdb"
     order: str = "fifo"
+    coda: int = 1
     eager: bool = False
     finishes: bool = False
 
@@ -155,6 +156,11 @@ class Route:
         n = self.shape.requests
         order = torch.where(waits, self.since[:n], _NEVER).argsort(stable=True)[:most]
         return torch.where(waits[order], order, n)
+
+    def queues(self) -> Tensor:
+        """int64 [2] tokens that wait for the head, and those that may run their next loop."""
+        waits = self.kind[: self.shape.requests] == HEAD
+        return torch.stack([waits.sum(), self._may_run().sum()])
 
     def units(self, rows: int) -> Units:
         """The work of every request, and how much of it fits into `rows`."""

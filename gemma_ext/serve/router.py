@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext._host import DEVICE_STOPS
+from gemma_ext.serve.exits import ON_HEAD
 from gemma_ext.serve.flight import Flight
 from gemma_ext.serve.graphs import Recorder
 from gemma_ext.serve.protocol import Request
@@ -47,6 +48,10 @@ class Router:
         self.ticks = 0
         self.wide: set[int] = set()  # rows whose draws need candidates or are told with log-probs
         self.hot: set[int] = set()  # rows whose draws are samples
+        self.queues: tuple[int, ...] = (0, 0)  # as last heard (`News.queues`)
+        self._read = False  # whether the last tick had a head
+        # an exit test on the head reads it behind every block
+        self._coda = 1 if self.work.test in ON_HEAD else shape.coda
         self._graphs: dict[tuple[int, str], torch.cuda.CUDAGraph] = {}
         device = runner.bank.device
         self._recorder = Recorder(device) if device.type == "cuda" else None
@@ -133,15 +138,24 @@ class Router:
         limits = limits - self.shape.prefix
         work.route.limit[: self.shape.requests].copy_(limits, non_blocking=True)
         rows = max(_LEAST_ROWS, 1 << (2 * requests - 1).bit_length())
-        best = work.shortlists and not self.hot
-        reading = "candidates" if self.wide else "best" if best else "samples"
-        key = min(rows, self.shape.rows), reading
+        key = min(rows, self.shape.rows), self._reading(requests)
         self.ticks += 1
         if self._recorder is None:
             work.run(*key)
         else:
             self._replay(key, self._recorder)
         return Flight(work.told, work.likely if self.wide else None)
+
+    def _reading(self, requests: int) -> str:
+        """What the next tick asks of the head: nothing while too few of `requests` wait for it and
+        others can run. The tick before has not been heard of; a head in it left none waiting."""
+        waiting, ready = self.queues
+        few = self._read or (ready > 0 and waiting < self._coda)
+        self._read = not (few and 1 < self._coda <= requests)
+        if not self._read:
+            return "nothing"
+        best = self.work.shortlists and not self.hot
+        return "candidates" if self.wide else "best" if best else "samples"
 
     def _replay(self, key: tuple[int, str], recorder: Recorder) -> None:
         if key not in self._graphs:

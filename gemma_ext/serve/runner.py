@@ -124,11 +124,6 @@ class ModelRunner:
         self.read_from = np.zeros(sizes.requests, np.int64)  # the first position that is read
         self.reached = np.zeros((sizes.requests, self.loops), np.int32)  # of active_only
 
-    @property
-    def page_bytes(self) -> int:
-        """Of a page at all depths."""
-        return self.kv_pool[:, 0].numel() * self.kv_pool.element_size()
-
     def open(self, row: int, request: Request, drawn: Sequence[int] = ()) -> None:
         """A request takes a row of the block tables.
 

@@ -196,7 +196,8 @@ def simulate(
 
     Returns:
         tokens_per_second behind each request's first token, over the time from the first step to
-        the last; busy share; quantiles of `Latencies.summary`; counters of the scheduler.
+        the last; busy share; both NaN where no time passes; quantiles of `Latencies.summary`;
+        counters of the scheduler.
     """
     loops, rng = len(workload.exits), np.random.default_rng(workload.seed)
     runner = SimulatedRunner(loops, block, head, prompts=prompts, fills=fills)
@@ -214,10 +215,10 @@ def simulate(
             engine.submit(Request((0,) * workload.prompt, params), depths.tolist())
             sent += 1
         engine.step()
-    counted = engine.scheduler.counters()
+    counted, seconds = engine.scheduler.counters(), runner.now or math.nan
     return {
-        "tokens_per_second": (counted["outputs"] - count) / runner.now,
-        "busy": runner.busy / runner.now,
+        "tokens_per_second": (counted["outputs"] - count) / seconds,
+        "busy": runner.busy / seconds,
         **engine.latencies.summary(),
         **counted,
     }
@@ -262,7 +263,13 @@ def ladder(
         (what is counted from here on, speedup), from the paper's own count to all of it at
         80 percent of the load that csb can take, where the speedup is that of the median time
         between a request's submission and its end, per token.
+
+    Raises:
+        ValueError: outputs of one token, which no exit makes faster.
     """
+    per_request = float(np.mean(workload.output)) - 1
+    if per_request <= 0:
+        raise ValueError(f"output: expected more than one token, got {workload.output}")
     block, head = roofline(gemma_2b(loops, rank), machine)
     plain = (block, lambda n: 0.0)
     bare = roofline(replace(gemma_2b(loops, rank), adapters=0.0), machine)[0], plain[1]
@@ -288,7 +295,6 @@ def ladder(
         ("prompts", speedup(full, {"fills": True, "prompts": True}, **exact)),
     ]
     csb = simulate(workload, config_for(workload, width, mode="csb", **lazy), block, head)
-    per_request = np.mean(np.broadcast_to(np.asarray(workload.output), workload.requests)) - 1
     arriving = replace(workload, rate=0.8 * csb["tokens_per_second"] / per_request)
     slow, fast = (
         simulate(arriving, config_for(arriving, width, mode=mode, **lazy), block, head)

@@ -13,7 +13,6 @@ LATEST = 2**18  # values that are kept, 8 MB of each kind
 @dataclass
 class _Open:
     submitted: float
-    first: float = 0.0
     last: float = 0.0
     tokens: int = 0
 
@@ -30,15 +29,11 @@ class Latencies:
         to_first: of each request, from its submission to its first token.
         between: of each token but the first of a request, since the one before it.
         per_token: of each finished request, (last token - submission) / tokens.
-        ends: when each finished request ended.
-        tokens: when each token came.
     """
 
     to_first: deque[float] = field(default_factory=_latest)
     between: deque[float] = field(default_factory=_latest)
     per_token: deque[float] = field(default_factory=_latest)
-    ends: deque[float] = field(default_factory=_latest)
-    tokens: deque[float] = field(default_factory=_latest)
     _open: dict[int, _Open] = field(default_factory=dict)
 
     def submitted(self, id: int, now: float) -> None:
@@ -50,14 +45,11 @@ class Latencies:
             self.between.append(now - entry.last)
         else:
             self.to_first.append(now - entry.submitted)
-            entry.first = now
         entry.last = now
         entry.tokens += 1
-        self.tokens.append(now)
 
-    def finished(self, id: int, now: float) -> None:
+    def finished(self, id: int) -> None:
         entry = self._open.pop(id)
-        self.ends.append(now)
         if entry.tokens:
             self.per_token.append((entry.last - entry.submitted) / entry.tokens)
 
@@ -66,7 +58,7 @@ class Latencies:
 
     def forget(self) -> None:
         """Drops what was measured; requests stay open."""
-        for values in (self.to_first, self.between, self.per_token, self.ends, self.tokens):
+        for values in (self.to_first, self.between, self.per_token):
             values.clear()
 
     def summary(self) -> dict[str, float]:
@@ -80,13 +72,3 @@ class Latencies:
             for q in (50, 99):
                 found[f"{name}_p{q}"] = float(np.percentile(values, q)) if values else float("nan")
         return found
-
-    def steady(self, warm: int) -> float:
-        """Tokens per second between the end of the first `warm` requests and the last submission
-        of one that ended; NaN where no such time is left.
-        """
-        if len(self.ends) <= warm or not self.tokens:
-            return float("nan")
-        begin, end = sorted(self.ends)[warm], max(self.tokens)
-        count = int(np.count_nonzero(np.asarray(self.tokens) > begin))
-        return count / (end - begin) if end > begin else float("nan")

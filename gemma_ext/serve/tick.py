@@ -1,7 +1,8 @@
 """A tick: the rows that run next, a loop of each, and the head for those that leave it.
 
     block   a loop of the rows that run next (`gemma_ext.serve.route`), exit tests
-    head    for those that leave: final norm, head, the draw; the token is ready at loop 1
+    head    for those that leave: final norm, head, the draw; the token is ready at loop 1. Not in
+            every tick where several tokens wait for it
 
 Every shape is fixed and no number is read by the host, so that a card replays a tick from a graph.
 Nor may one come from the host: `x[index] = 0` copies its 0 there, which a capture refuses, and
@@ -47,7 +48,8 @@ class Tick:
         stops: int32 [R + 1, S] stop ids, -1 for none.
         cuts: bool [R + 1], draws that keep only some tokens; asked: int64, logprobs, -1 for none.
         shortlists: whether codes of the head may give the best ids.
-        told: int64 [1 + n, F], first what ran, then of each request that was read `TOLD`.
+        told: int64 [1 + n, F], first what ran and what waits, then of each request that was read
+            `TOLD`.
         likely: log-probabilities of those that were read.
     """
 
@@ -87,13 +89,17 @@ class Tick:
 
         Args:
             reading: what is asked of the head: "candidates" where a draw needs them or is told with
-                log-probabilities, "best" ids alone, which codes of the head give, or "samples".
+                log-probabilities, "best" ids alone, which codes of the head give, "samples", or
+                "nothing".
         """
         self.now += 1
         self.route.fields[:, self.shape.requests] = 0
         self.told.zero_()
         self._block(rows)
-        self._head(reading)
+        if reading != "nothing":
+            self._head(reading)
+        if self.shape.coda > 1:
+            self.told[0, 4:6] = self.route.queues()
 
     def _block(self, most: int) -> None:
         route, runner = self.route, self.runner

@@ -171,6 +171,40 @@ def test_later_tokens_are_not_read(impl):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_nan_among_the_keys_is_told(softcap, impl, dtype, device):
+    """Of a token, and of all tokens of a split, whose scores have no maximum."""
+    p = problem([600, 30], [(0, 599, 0), (0, 255, 1), (1, 29, 0)], dtype=dtype, width=64)
+    clean = attend(p.to(device), softcap=softcap, impl=impl)
+    assert clean.isfinite().all()
+    for begin, end in ((7, 8), (0, 256), (256, 512), (512, 600), (0, 600)):
+        pool = p.pool.clone()
+        for t in range(begin, end):
+            pool[:, p.tables[0, t // PAGE], 0, :, t % PAGE] = float("nan")
+        got = attend(replace(p, pool=pool).to(device), softcap=softcap, impl=impl)
+        assert got[0].isnan().all()
+        assert got[1].isnan().all() if begin < 256 else torch.equal(got[1], clean[1])
+        assert torch.equal(got[2], clean[2])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_split_of_infinitely_small_scores_is_none(impl, dtype, device):
+    p = problem([600], [(0, 599, 0)], dtype=dtype, width=64)
+    p = replace(p, q=p.q.abs())
+    for begin, end in ((0, 256), (256, 512), (512, 600)):
+        pool = p.pool.clone()
+        for t in range(begin, end):
+            pool[:, p.tables[0, t // PAGE], 0, :, t % PAGE] = -torch.inf
+        small = replace(p, pool=pool)
+        got = attend(small.to(device), impl=impl)
+        assert_close(got, by_hand(small), rel=tolerance(dtype, device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
+@pytest.mark.parametrize("impl", IMPLS)
 def test_tokens_between_sinks_and_window_are_not_read(impl, dtype, device):
     """Windows of one chunk that move over the border of a split, and NaN between."""
     rows = [(0, t, 0) for t in range(290, 330)]

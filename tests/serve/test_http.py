@@ -305,13 +305,15 @@ def test_too_many_open_requests(slow):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_everything(slow, stream):
+@pytest.mark.parametrize("behind", [b"", b"\r\n", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_client_that_leaves_frees_everything(slow, stream, behind):
     body = json.dumps({**LONG, "stream": stream, "n": 2}).encode()
     with socket.create_connection(("127.0.0.1", slow.server.port), 5) as raw:
         raw.sendall(head(len(body)) + body)
         if stream:
             assert raw.recv(50).split()[1] == b"200"
         until(lambda: slow.engine.open == 2)
+        raw.sendall(behind)
     slow.wait_idle()
     assert slow.engine.stats.output_tokens < 200
 

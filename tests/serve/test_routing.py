@@ -1,6 +1,7 @@
 """Tokens that route themselves: what the host would have drawn, without a word to it."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -389,6 +390,7 @@ def workloads(draw):
         "fill_on_finish": prefix_cache and exact and draw(st.booleans()),
         "mode": draw(st.sampled_from(["cdb", *MODES])),
         "order": draw(st.sampled_from(["fifo", *ORDERS])),
+        "min_coda_batch": draw(st.integers(1, 4)),
     }
     every = [
         {
@@ -510,17 +512,39 @@ def test_the_guard_of_these_tests_refuses_a_wait():
             ask()
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"min_coda_batch": 2}, "routing: expected min_coda_batch 1 with 'device', got another"),
-        ({"drafts": 1}, "routing: expected drafts 0 with 'device', got another"),
-    ],
-)
-def test_what_a_device_does_not_route(options, sentence):
-    with pytest.raises(ValueError, match=f"^{sentence}"):
-        EngineConfig(routing="device", **options)
-    assert EngineConfig(**options).routed(True).routing == "host"
+def test_what_a_device_does_not_route():
+    with pytest.raises(ValueError, match=r"^routing: expected drafts 0 with 'device', got 1$"):
+        EngineConfig(routing="device", drafts=1)
+    assert EngineConfig(drafts=1).routed(True).routing == "host"
+    assert EngineConfig(min_coda_batch=2).routed(True).routing == "device"
+
+
+@pytest.mark.parametrize("name", ["none", "latent_diff", "max_prob"])
+def test_the_head_waits_for_several(name):
+    """While so many requests are there, a tick without one is behind each that has one; tests that
+    ask the head do not wait."""
+    heads, every = {}, [*requests(7), *requests(7, temperature=0.0)]
+    test = ExitTest() if name == "none" else exit_test(name)
+    for coda in (1, 4):
+        host, device = engines(MODEL, test, min_coda_batch=coda, requests=8)
+        read, reading = [], device.router._reading
+
+        def asked(requests, read=read, reading=reading):
+            found = reading(requests)
+            read.append((requests, found != "nothing"))
+            return found
+
+        device.router._reading = asked
+        assert serve(device, every) == serve(host, every)
+        assert_nothing_is_held(device)
+        heads[coda] = sum(has for _, has in read)
+        if coda == 1 or name == "max_prob":
+            assert heads[coda] == len(read)
+            continue
+        for (_, before), (count, has) in pairwise(read):
+            assert has or count >= coda
+            assert not (has and before) or count < coda
+    assert (heads[4] < 0.6 * heads[1]) == (name != "max_prob")
 
 
 @pytest.mark.parametrize("name", ["none", "latent_diff", "max_prob"])

@@ -122,10 +122,10 @@ def test_an_open_door_is_told(started, options, warned):
 def test_what_does_not_fit_is_one_sentence(started):
     result = run("--drain", "0")
     assert result.exit_code == 1
-    assert "gemma-ext serve: drain_seconds: expected more than 0, got 0.0" in result.output
+    assert "gemma-ext serve: --drain: expected more than 0, got 0.0" in result.output
     assert "Traceback" not in result.output
     result = run("--trace", "steps.jsonl", "--replicas", "2")
-    assert "gemma-ext serve: trace: expected one replica with it, got 2" in result.output
+    assert "gemma-ext serve: --trace: expected one replica with it, got 2" in result.output
     assert len(started) == 0
 
 

@@ -304,7 +304,7 @@ def test_a_trace_and_a_shortlist(launch, server, tmp_path):
     assert mine.choices[0].text == expected.choices[0].text
     codas = [line for line in lines if line["stage"] == "coda"]
     assert len(codas) == mine.usage.completion_tokens
-    with pytest.raises(OSError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"^trace: expected a file that can be written, .*nowhere"):
         dataclasses.replace(launch, trace=str(tmp_path / "nowhere" / "f")).app()
 
 
@@ -348,7 +348,7 @@ def test_the_command_says_what_is_wrong(tmp_path):
     assert (
         told.strip()
         .splitlines()[-1]
-        .startswith("gemma-ext serve: kv_policy: expected one of exact_lazy")
+        .startswith("gemma-ext serve: --kv-policy: expected one of exact_lazy")
     )
 
 

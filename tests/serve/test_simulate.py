@@ -66,6 +66,20 @@ def test_the_papers_throughput_from_its_times(leave, block_ms, width, paper):
     assert found["tokens_per_second"] == pytest.approx(paper, rel=0.03)
 
 
+def test_outputs_of_one_token_have_no_rate():
+    workload = Workload((0.8, 0.2), requests=5, output=1)
+    config = config_for(workload, 4)
+    found = simulate(workload, config, *fixed(1.0), **FREE)
+    assert found["outputs"] == 5
+    assert np.isnan(found["tokens_per_second"])
+    assert np.isnan(found["busy"])
+    assert np.isnan(paper_speedups(workload, 4)["cdb"])
+    timed = simulate(workload, config, *fixed(1.0, head=0.5), **FREE)
+    assert (timed["tokens_per_second"], timed["busy"]) == (0.0, 1.0)
+    with pytest.raises(ValueError, match=r"^output: expected more than one token, got 1"):
+        ladder(workload, 4, 2, A100)
+
+
 def test_rooflines_of_gemma():
     """18,432 bytes of KV a token; the head is 0.53 of a block of 9 layers; 2.5 ms for the weights
     of a token on an A100."""

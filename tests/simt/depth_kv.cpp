@@ -110,6 +110,31 @@ void attention_matches(int64_t chunk, int64_t q_heads, int64_t heads, int64_t wi
   }
 }
 
+// Keys of a whole split are NaN, and those of the split behind it are not.
+template <class T>
+void attention_keeps_nan(int64_t q_heads, int64_t heads, int64_t width, Random& random) {
+  const Problem<T> p(3, q_heads, heads, width, random);
+  for (int64_t head = 0; head < heads; ++head)
+    for (int64_t t = 0; t < kSplit; ++t)
+      for (int64_t d = 0; d < width; ++d)
+        p.pool[page_at(p.pages(), p.depth_of[1], p.tables[Problem<T>::kMaxPages + t / kPage], 0,
+                       head) +
+               t % kPage * width + d] = Storage<T>::of(std::nanf(""));
+  run(Attention{{p.q.data(), q_heads * width},
+                q_heads,
+                p.pages(),
+                p.places(),
+                p.depth_of.data(),
+                nullptr,
+                0.5f,
+                0.0f,
+                0,
+                p.out.data()});
+  for (int64_t i = 0; i < 4; ++i)
+    for (int64_t d = 0; d < q_heads * width; ++d)
+      EXPECT(std::isnan(value_of(p.out[i * q_heads * width + d])) == (p.req[i] == 1));
+}
+
 }  // namespace
 
 CASE(depth_attention_plain) {
@@ -128,6 +153,12 @@ CASE(depth_attention_tiles) {
 CASE(depth_attention_chunk) {
   Random random(3);
   attention_matches<simt::bf16>(60, 2, 1, 64, random);
+}
+
+CASE(depth_attention_nan) {
+  Random random(8);
+  attention_keeps_nan<float>(6, 2, 40, random);
+  attention_keeps_nan<simt::bf16>(4, 2, 64, random);
 }
 
 CASE(depth_compact) {

@@ -28,9 +28,11 @@ inline void weigh(const Attention& a, float* scores, Seen seen, Seen sunk, float
   }
   const float maximum = gemma_ext::cpu::GEMMA_EXT_ISA::max(most);
   Vf total{};
-  // of scores that are all -inf nothing is left, as of no token
   for (int32_t t = begin; t < end; t += kLanes) {
-    const Vf weight = maximum == kNothing ? Vf{} : exp(load(scores + t) - maximum);
+    const Vf score = load(scores + t);
+    // of scores that are all -inf nothing is left, as of no token; NaN, which no maximum sees, stays
+    const Vf weight =
+        maximum == kNothing ? (score == kNothing ? Vf{} : score) : exp(score - maximum);
     const Vf kept = in(t) ? weight : Vf{};
     store(scores + t, kept);
     total += kept;

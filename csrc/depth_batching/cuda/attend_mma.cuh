@@ -153,7 +153,7 @@ void attend_mma_kernel(AttendParams p) {
         UNROLL
         for (int r = 0; r < 2; ++r) {
           const float score = scores[i][2 * r + j];
-          const float weight = top == kNothing ? 0.0f : simt::exp2_approx(score - top);
+          const float weight = weight_of(score, top);
           s.weights[column][warp * 16 + lane / 4 + 8 * r] = narrow<T>(weight);
           sum += weight;
         }

@@ -61,7 +61,7 @@ void attend_plain_kernel(AttendParams p) {
     // lanes have the tokens of one residue, wherever the row begins
     for (int t = base + lane; t < end; t += simt::kWarpSize) {
       if (!sees(t)) continue;
-      weights[t] = most == kNothing ? 0.0f : simt::exp2_approx(weights[t] - most);
+      weights[t] = weight_of(weights[t], most);
       total += weights[t];
     }
     total = warp_sum(total);

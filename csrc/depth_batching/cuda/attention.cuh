@@ -84,4 +84,10 @@ DEVICE float score_of(const Attention& a, float s) {
   return s * kLog2e;
 }
 
+// Of scores that are all -inf nothing is left, as of no token; NaN, which no maximum sees, stays.
+DEVICE float weight_of(float score, float most) {
+  if (most == kNothing) return score == kNothing ? 0.0f : score;
+  return simt::exp2_approx(score - most);
+}
+
 }  // namespace gemma_ext::depth_batching::cuda

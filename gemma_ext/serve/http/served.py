@@ -32,6 +32,9 @@ class Served:
         stop_ids: tokens that end a text of this model.
         chat_template: used in place of the tokenizer's.
         facts: more about the model for `/v1/models`.
+
+    Raises:
+        ValueError: a `chat_template` that fails, or says nothing.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Served:
         self.ids("", special=False)
         self._small = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="tokenizer-large")
+        if self.chat_template is not None:
+            self._check_template()
 
     def check_name(self, name: str) -> None:
         """Raises a 404 for another model."""
@@ -92,12 +97,7 @@ class Served:
             raise ApiError(400, "messages: this model has no chat template", param="messages")
 
         def render() -> list[int]:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+            text = self._rendered(messages)
             self._refuse_long(len(text), most, "messages")
             return self.ids(text, special=False)  # the template writes them
 
@@ -108,6 +108,27 @@ class Served:
         if not ids:
             raise ApiError(400, "messages: expected at least one token", param="messages")
         return ids
+
+    def _rendered(self, messages: list[dict[str, str]]) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+
+    def _check_template(self) -> None:
+        """Of a message; a template that refuses it in words of its own is in order."""
+        wanted = "chat_template: expected a Jinja template of a conversation, got one"
+        try:
+            text = self._rendered([{"role": "user", "content": "Hello"}])
+        except Exception as error:
+            if type(error) is TemplateError:  # what `raise_exception` raises
+                return
+            told = " ".join(str(error).split())
+            raise ValueError(f"{wanted} that fails: {type(error).__name__}: {told}") from None
+        if not text.strip():
+            raise ValueError(f"{wanted} that says nothing")
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(

@@ -10,6 +10,7 @@ import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Receive, Scope, Send
+from uvicorn.config import LOG_LEVELS
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_ext.serve.http.errors import ApiError
@@ -19,6 +20,7 @@ from gemma_ext.serve.http.settings import Settings
 _MARGIN = 5.0  # seconds between the last answers and the end of their connections
 _IDLE_SECONDS = 30  # of a connection between two requests
 _HEAD_SECONDS = 15.0  # that a client may take to say what it wants, each time
+_AHEAD = 2**16  # bytes that it may send behind a request without an answer, then nothing is read
 
 
 class _Connection(H11Protocol):
@@ -53,6 +55,9 @@ class _Connection(H11Protocol):
         elif self._asking is not None:
             self._asking.cancel()
             self._asking = None
+        waits = self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= _AHEAD
+        if waits and self.flow.read_paused:
+            self.flow.resume_reading()  # else nobody would hear that the client leaves
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -95,6 +100,9 @@ class Server(uvicorn.Server):
         app: of `build_app`.
         host, port: to listen at; port 0 takes a free one.
         log_level: of uvicorn.
+
+    Raises:
+        ValueError: a level that uvicorn does not have.
     """
 
     def __init__(
@@ -102,6 +110,10 @@ class Server(uvicorn.Server):
     ) -> None:
         self._service: Service = app.state.service
         settings = self._service.settings
+        if log_level.lower() not in LOG_LEVELS:
+            raise ValueError(
+                f"log_level: expected one of {', '.join(LOG_LEVELS)}, got {log_level!r}"
+            )
         super().__init__(
             uvicorn.Config(
                 app,

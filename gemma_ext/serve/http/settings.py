@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -35,5 +36,7 @@ class Settings:
         for name, value in vars(self).items():
             if name != "api_keys" and value is not None and not value > 0:
                 raise ValueError(f"{name}: expected more than 0, got {value}")
+        if not math.isfinite(self.drain_seconds):
+            raise ValueError(f"drain_seconds: expected a finite number, got {self.drain_seconds}")
         if not all(self.api_keys):
             raise ValueError("api_keys: expected keys that are not empty")
