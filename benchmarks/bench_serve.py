@@ -4,6 +4,7 @@
     python benchmarks/bench_serve.py --model gemma2-300m  # 12 layers of a Gemma 2, random weights
     python benchmarks/bench_serve.py --width 4 16 --policies exact_lazy propagate --save
     python benchmarks/bench_serve.py --routing host device  # every subject by both
+    python benchmarks/bench_serve.py --shortlist          # 8-bit codes of the head, in every mode
 
 Every subject serves the same requests from a queue that is never empty, and is measured once it is
 in its stride; exit depths are replayed, so that no model has to be good. `csb` is the same engine
@@ -38,7 +39,7 @@ from gemma_ext.serve.engine import Engine
 from gemma_ext.serve.protocol import Request, SamplingParams
 
 RESULTS = Path(__file__).parent / "results"
-KEY = ("model", "dtype", "rank", "exits", "width")
+KEY = ("model", "dtype", "rank", "exits", "width", "head")
 COLUMNS = {
     "name": ("served by", ""),
     "rate": ("tokens/s", ".1f"),
@@ -75,7 +76,7 @@ LAYOUT = report.Layout(
     case=KEY,
     label=lambda row: (
         f"{row['model']} {row['dtype']}, rank {row['rank']}, exits {row['exits']}, "
-        f"{row['width']} tokens a step"
+        f"{row['width']} tokens a step{', head by codes' if row['head'] == 'codes' else ''}"
     ),
     columns=COLUMNS,
     place=ORDER.index,
@@ -123,6 +124,7 @@ class Workload:
     vocabulary: int
     exits: tuple[float, ...]
     output: tuple[int, int] = MANY
+    shortlist: bool = False
     seed: int = 0
 
     @property
@@ -138,6 +140,11 @@ class Workload:
             count = draw.randint(*self.output)
             params = SamplingParams(max_tokens=count, temperature=0.0)
             yield Request(prompt, params), draw.choices(depths, self.exits, k=count)
+
+
+def workload_of(model: Any, exits: tuple[float, ...], options: argparse.Namespace) -> Workload:
+    output = OUTPUT.get(options.model, MANY)
+    return Workload(model.config.vocab_size, exits, output, options.shortlist)
 
 
 class Timed:
@@ -305,7 +312,7 @@ def engine_of(
         prefill_tokens=256,
         routing=routing,
     )
-    return Engine.of_model(model, config)
+    return Engine.of_model(model, config, shortlist=workload.shortlist)
 
 
 def alone(
@@ -397,7 +404,7 @@ def rows_of(subjects: dict[str, Any], base: str, column: str) -> dict[str, dict[
 def recursive_case(
     model: Any, rank: int, exits: tuple[float, ...], width: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    workload = Workload(model.config.vocab_size, exits, OUTPUT.get(options.model, MANY))
+    workload = workload_of(model, exits, options)
     full = exits[-1] == 1
     modes = {"csb": ("csb", "exact_lazy")}
     policies = options.policies[:1] if full else options.policies
@@ -430,7 +437,7 @@ def recursive_case(
 
 
 def vanilla_case(model: Any, width: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    workload = Workload(model.config.vocab_size, (1.0,), OUTPUT.get(options.model, MANY))
+    workload = workload_of(model, (1.0,), options)
     asked = few(workload, 4)
     ours = alone(model, workload, "exact_lazy", asked)
     theirs = [Generated(model, 1, iter(())).batch([request])[0] for request, _ in asked]
@@ -466,7 +473,8 @@ def main() -> None:
             mixes = [()] if rank < 0 else [(*[0.0] * (LOOPS - 1), 1.0), tuple(options.exits)]
             for exits in mixes:
                 told = "-" if rank < 0 else ",".join(f"{p:g}" for p in exits)
-                values = (Path(options.model).name, options.dtype, max(rank, 0), told, width)
+                name, head = Path(options.model).name, "codes" if options.shortlist else "whole"
+                values = (name, options.dtype, max(rank, 0), told, width, head)
                 blank = {**dict(zip(KEY, values, strict=True)), **dict.fromkeys(COLUMNS)}
                 if rank < 0:
                     found = vanilla_case(model, width, options)
@@ -493,6 +501,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--width", nargs="+", type=int, default=[4, 16], help="tokens in a step")
     parser.add_argument("--policies", nargs="+", default=["exact_lazy", "propagate"])
     parser.add_argument("--routing", nargs="+", choices=("host", "device"), default=["host"])
+    parser.add_argument("--shortlist", action="store_true", help="heads by 8-bit codes")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--seconds", type=float, default=2.0, help="of a window")
     parser.add_argument("--rounds", type=int, default=5, help="windows of each subject")

@@ -35,7 +35,8 @@ class EngineConfig:
             "lockstep" when all tokens of a pass have left; "static" when all requests have ended.
         kv_policy: of tokens that leave early (`gemma_ext.serve.policies`); keep: its k.
         backlog: unfilled tokens of a request at most, beyond which it fills before it goes on.
-        fill_rows: rows of a run beyond W for tokens that fill. None for W.
+        fill_rows: rows of a run beyond W for tokens that fill. None for W + 16: the fills of an
+            average step, and what one token that goes deep finds owed at a time.
         prefill_tokens: rows of prompts in a run at most.
         mixed: prompt rows share runs with tokens, else they take turns.
         min_coda_batch: tokens that wait for the head until it runs, unless nothing else can.
@@ -87,7 +88,7 @@ class EngineConfig:
         if self.requests is None:
             object.__setattr__(self, "requests", 2 * self.width)
         if self.fill_rows is None:
-            object.__setattr__(self, "fill_rows", self.width)
+            object.__setattr__(self, "fill_rows", self.width + 16)
         if self.pages is None:
             each = math.ceil(self.max_model_len / PAGE)
             object.__setattr__(self, "pages", self.requests * each)
@@ -187,7 +188,8 @@ class EngineConfig:
 
     def shape(self, loops: int, prefix: int = 0) -> Shape:
         """Of a device that routes tokens."""
-        rows = self.width + self.fill_rows
+        owes = loops > 1 and self.kv_policy in EXACT
+        rows = self.width + (self.fill_rows if owes else 0)
         sizes = (self.requests, self.width, rows, loops, self.backlog, self.ring)
         return Shape(
             *sizes,
