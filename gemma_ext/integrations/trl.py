@@ -243,11 +243,12 @@ _original: Any = None
 def install(
     *, impl: str = "auto", filter_eps: float | str | None = "auto", memory: str = "default"
 ) -> None:
-    """Make every trainer of trl in this process score its tokens in `ChunkedLogProbFunction`.
+    """Make the trainers of trl in this process score their tokens in `ChunkedLogProbFunction`.
 
-    One line for SFT, DPO, KTO, GRPO, RLOO and the distillation trainers, before or after they are
-    built: they look the function up at every call. `patch` does more for one trainer, since it
-    follows what the model's own forward does to its logits, and wins where both are used.
+    One line for SFT, DPO, KTO, GRPO, RLOO and asynchronous GRPO, before or after they are built:
+    they look the function up at every call. The distillation trainers have a divergence of their
+    own, which stays. `patch` does more for one trainer, since it follows what the model's own
+    forward does to its logits, and wins where both are used.
 
     Args:
         impl, filter_eps, memory: as in `gemma_ext.linear_cross_entropy`.

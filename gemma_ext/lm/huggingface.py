@@ -76,6 +76,8 @@ class HuggingFaceModel(Base):
         for name, value in (("max_length", max_length), ("batch_tokens", batch_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"expected {name} to be at least 1, got {value}")
+        if not hasattr(model, "config"):
+            raise TypeError(f"expected a model of transformers, got {type(model).__name__}")
         self.model, self.impl, self.show_progress = model, impl, show_progress
         self.text = Text(tokenizer, bool(model.config.is_encoder_decoder))
         self.max_length = max_length or _window(model, tokenizer)

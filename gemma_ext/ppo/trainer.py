@@ -105,6 +105,8 @@ class PPOTrainer(Actor):
         self.control = control_of(config)
         self.callbacks, self.show_progress = list(callbacks), show_progress
         self.folder = Path(config.output_dir)
+        if self.folder.is_file():
+            raise ValueError(f"output_dir: expected a folder, got the file {self.folder}")
         self.steps, self.step = config.steps(world()), 0
         check_lengths(config, policy, self.prompts, self._visited())
         self.history = History(self.folder)

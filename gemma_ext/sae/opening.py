@@ -103,6 +103,10 @@ def load_model(
     Args:
         name: "pocket" or "pocket:small", a folder, or a name on the hub.
         dtype: of the weights, "auto" as they are stored; a pocket is in float32.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: there is no model of that name.
     """
     require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
     size = pocket_of(name)
@@ -114,8 +118,14 @@ def load_model(
     else:
         import transformers
 
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"model: expected pocket, a folder or a hub id, got {name}: {reason}"
+            ) from error
     return model.to(device).eval(), tokenizer
 
 

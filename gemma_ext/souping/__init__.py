@@ -10,7 +10,7 @@
 | `merge_tensors`, `merge_files` | by one of `METHODS`, in memory and from disk to disk |
 | `soup_`, `ema_`, `Ema` | a weighted mean into a running model, averages over training |
 | `Swap` | into a running model, and back |
-| `greedy_soup` | whichever models a score of yours keeps |
+| `greedy_soup` | nothing: it asks a score of yours for weights |
 
 Recipes of mergekit are in `gemma_ext.souping.recipes`, coefficients that learn in `.adaptive`.
 """

@@ -115,3 +115,8 @@ def test_a_folder_is_loaded(tmp_path):
     assert rounded.model.dtype == torch.bfloat16
     with pytest.raises(OSError, match="none"):
         HuggingFaceModel.load(tmp_path / "none")
+
+
+def test_what_is_no_model_is_named():
+    with pytest.raises(TypeError, match="expected a model of transformers, got NoneType"):
+        HuggingFaceModel(None, None)

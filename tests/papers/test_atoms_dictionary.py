@@ -249,6 +249,8 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
 
 def test_bad_input_is_named():
     d, product = torch.eye(4), plain(4)
+    with pytest.raises(ValueError, match=r"atoms: expected \[F, D\], got \[4\]"):
+        atoms.Dictionary.of(d[0], product, 0.1)
     with pytest.raises(ValueError, match="product: expected one of width 4, got 3"):
         atoms.Dictionary.of(d, plain(3), 0.1)
     with pytest.raises(ValueError, match=r"threshold: expected a number or \[4\], got \[3\]"):

@@ -113,6 +113,10 @@ def test_file_of_settings_under_flags(place, app):
         ([*GIVEN, "stray", "more"], "expected a flag as --kl-coef, got"),
         ([*GIVEN, "--advantage", "td"], "advantage: expected one of gae, rloo, grpo, remax, reinf"),
         ([*GIVEN, "--kl-coef", "-1"], "kl_coef: expected at least 0, got -1.0"),
+        (
+            [*GIVEN, "--out", "prompts.txt"],
+            "output_dir: expected a folder, got the file prompts.txt",
+        ),
         ([*GIVEN, "--lora", "0"], "lora: expected a rank of at least 1, got 0"),
         ([*GIVEN, "--stop-token-id", "61"], "stop_token_id: expected an id below 61, got 61"),
         (

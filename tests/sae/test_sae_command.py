@@ -20,7 +20,7 @@ from gemma_ext.nn.sparse_autoencoder import (
 )
 from gemma_ext.pocket import SIZES
 from gemma_ext.sae.command import app
-from gemma_ext.sae.opening import open_model
+from gemma_ext.sae.opening import load_model, open_model
 from gemma_ext.sae.tokens import count
 from gemma_ext.sae.variants import new_dictionary
 
@@ -205,6 +205,13 @@ def test_bad_input_is_one_sentence(options, sentence, model, tmp_path):
     assert done.exit_code == 1
     assert re.search(sentence, done.stderr), done.stderr
     assert "Traceback" not in done.output
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    place = tmp_path / "none"
+    sentence = f"model: expected pocket, a folder or a hub id, got {re.escape(str(place))}: "
+    with pytest.raises(ValueError, match=sentence):
+        load_model(str(place))
 
 
 def test_other_models_need_a_text_and_dictionaries_a_place(model, tmp_path):

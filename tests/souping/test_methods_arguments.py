@@ -199,6 +199,8 @@ def test_greedy_soup_of_real_tensors():
     assert_near(run(METHODS["linear"], tunes, weight=weights), {"w": goal}, 1e-6)
     with pytest.raises(ValueError, match="expected at least one model, got 0"):
         greedy_soup(score, 0)
+    with pytest.raises(TypeError, match="expected models to be their number, got list"):
+        greedy_soup(score, [])
 
 
 # What engines may leave out.

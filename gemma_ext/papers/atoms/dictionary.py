@@ -54,6 +54,8 @@ class Dictionary:
         Raises:
             ValueError: shapes that do not fit together.
         """
+        if atoms.dim() != 2:
+            raise ValueError(f"atoms: expected [F, D], got {list(atoms.shape)}")
         features, width = atoms.shape
         if product.factor.shape[0] != width:
             raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ext.extras import require
 from gemma_ext.files import sync
 from gemma_ext.nn.recursive import decoder_layers
 from gemma_ext.nn.recursive.parts import ADAPTER, EXIT_HEAD, INDEX, WEIGHTS
@@ -61,6 +62,7 @@ class Source:
     @classmethod
     def open(cls, folder: str | Path) -> Source:
         """Raises ValueError where a tensor of a layer is not in the checkpoint."""
+        require("a recursive model", "recursive", "transformers", "safetensors")
         from transformers import AutoConfig, AutoModelForCausalLM
 
         folder = check_source(folder)

@@ -53,15 +53,17 @@ def greedy_soup(
     Args:
         score: held-out score, higher is better, of the linear merge with given weights [M]. It is
             called M times for the models alone and once for every further offer.
-        models: M.
+        models: M, their number.
         accept_equal: keep an ingredient that leaves the score as it is.
 
     Returns:
         M weights that add up to 1; equal ones for the ingredients, 0 for the rest.
 
     Raises:
-        ValueError: no model.
+        ValueError: no model. TypeError: `models` is no number.
     """
+    if not isinstance(models, int):
+        raise TypeError(f"expected models to be their number, got {type(models).__name__}")
     if models < 1:
         raise ValueError(f"expected at least one model, got {models}")
     alone = [score(_uniform([m], models)) for m in range(models)]
