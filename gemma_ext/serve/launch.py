@@ -158,7 +158,7 @@ class Launch:
         if "pages" not in given:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)
-        check_sizes(model, config.slots, config.pages)
+        check_sizes(model, config.slots, config.pages if self.ranks == 1 else 0)  # ranks share them
         return config
 
 
