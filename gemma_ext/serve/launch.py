@@ -78,6 +78,12 @@ class Launch:
     threads: int | None = None
     ranks: int = 1
 
+    def check(self) -> None:
+        """Raises a ValueError, as `app` does, for options that are wrong whatever the model."""
+        EngineConfig(**self._given)
+        if self.exit_weights is None:
+            ExitTest(**self.exits)
+
     def app(self) -> FastAPI:
         """Loads the model and makes its engine.
 
@@ -86,13 +92,12 @@ class Launch:
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        given = {name: value for name, value in self.engine.items() if value is not None}
-        EngineConfig(**given)  # what is wrong is told before the model is read
+        self.check()  # before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
         exits.own_threshold(SamplingParams())
         file = _opened(self.trace) if self.trace else None
         model, tokenizer = self._load(0)
-        config = self._config(model, given)
+        config = self._config(model)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -146,7 +151,12 @@ class Launch:
         ranks = Ranks(whole, self.weights, self.ranks, backend, config.sizes, options)
         return Engine(ranks.runner, config), ranks.close
 
-    def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
+    @property
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.engine.items() if value is not None}
+
+    def _config(self, model: PreTrainedModel) -> EngineConfig:
+        given = self._given
         longest = model.config.max_position_embeddings
         length = given.get("max_model_len", min(longest, DEFAULT_LENGTH))
         if length > longest:
@@ -220,7 +230,7 @@ def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _device(name: str) -> torch.device:
-    cards = torch.cuda.device_count()
+    cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if cards else "cpu")
     try:
