@@ -212,6 +212,7 @@ def main(
         if trace and replicas > 1:
             raise ValueError(f"trace: expected one replica with it, got {replicas}")
         if replicas > 1 or ray is not None:
+            launch.check()
             serve_replicas(launch, replicas, host=host, port=port, address=ray, gpus=gpus)
             return
         server = Server(launch.app(), host, port, log_level)

@@ -6,7 +6,6 @@ import dataclasses
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +18,14 @@ from gemma_ext.serve.exits import ExitTest
 from gemma_ext.serve.http.app import build_app
 from gemma_ext.serve.http.served import Served
 from gemma_ext.serve.http.settings import Settings
+from gemma_ext.serve.loading import (
+    DTYPES,
+    device_of,
+    dtype_of,
+    ends_of_text,
+    load_model,
+    served_name,
+)
 from gemma_ext.serve.memory import check_sizes, pages_for
 from gemma_ext.serve.policies import trained_policy
 from gemma_ext.serve.protocol import SamplingParams
@@ -29,12 +36,8 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+__all__ = ["DTYPES", "Launch", "ends_of_text", "load_model", "served_name"]
+
 DEFAULT_LENGTH = 4096  # of the context, where the model allows more
 
 
@@ -78,6 +81,12 @@ class Launch:
     threads: int | None = None
     ranks: int = 1
 
+    def check(self) -> None:
+        """Raises a ValueError, as `app` does, for options that are wrong whatever the model."""
+        EngineConfig(**self._given)
+        if self.exit_weights is None:
+            ExitTest(**self.exits)
+
     def app(self) -> FastAPI:
         """Loads the model and makes its engine.
 
@@ -86,13 +95,12 @@ class Launch:
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        given = {name: value for name, value in self.engine.items() if value is not None}
-        EngineConfig(**given)  # what is wrong is told before the model is read
+        self.check()  # before the model is read
         exits = ExitTest(**self.exits, **_learned(self.exit_weights))
         exits.own_threshold(SamplingParams())
         file = _opened(self.trace) if self.trace else None
         model, tokenizer = self._load(0)
-        config = self._config(model, given)
+        config = self._config(model)
         served = Served(
             self.name or served_name(self.model),
             tokenizer,
@@ -118,11 +126,11 @@ class Launch:
         return read_weights(model)
 
     def _load(self, rank: int) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        device = _device(self.device)
+        device = device_of(self.device)
         if device.type == "cuda" and self.ranks > 1:
             device = torch.device("cuda", rank)
             torch.cuda.set_device(device)
-        return load_model(self.model, device, _dtype(self.dtype, device))
+        return load_model(self.model, device, dtype_of(self.dtype, device))
 
     def _engine(
         self, model: PreTrainedModel, config: EngineConfig, exits: ExitTest
@@ -146,7 +154,12 @@ class Launch:
         ranks = Ranks(whole, self.weights, self.ranks, backend, config.sizes, options)
         return Engine(ranks.runner, config), ranks.close
 
-    def _config(self, model: PreTrainedModel, given: dict[str, Any]) -> EngineConfig:
+    @property
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in self.engine.items() if value is not None}
+
+    def _config(self, model: PreTrainedModel) -> EngineConfig:
+        given = self._given
         longest = model.config.max_position_embeddings
         length = given.get("max_model_len", min(longest, DEFAULT_LENGTH))
         if length > longest:
@@ -158,88 +171,8 @@ class Launch:
         if "pages" not in given:
             pages = min(config.pages, pages_for(model, self.kv_memory))
             config = dataclasses.replace(config, pages=pages)
-        check_sizes(model, config.slots, config.pages)
+        check_sizes(model, config.slots, config.pages if self.ranks == 1 else 0)  # ranks share them
         return config
-
-
-def load_model(
-    name: str, device: torch.device, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM in evaluation mode, recursive where its folder says so, and its tokenizer.
-
-    Args:
-        name: "pocket", "pocket:nano", a folder, or the id of a hub.
-        dtype: of the weights; None for the stored one.
-
-    Raises:
-        ValueError: nothing of that name, or something that cannot be read.
-    """
-    kind, _, size = name.partition(":")
-    if kind == "pocket":
-        from gemma_ext import pocket
-
-        if size and size not in pocket.SIZES:
-            raise ValueError(
-                f"model: expected pocket:{' or pocket:'.join(pocket.SIZES)}, got {name!r}"
-            )
-        made = pocket.load(size or "small")
-        return made.model.to(device, dtype).eval(), made.tokenizer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from gemma_ext.nn import recursive
-
-    folder = Path(name).is_dir()
-    wanted = f"model: expected pocket, a folder or the id of a hub, got {name!r}"
-    if not folder and name.startswith(("/", ".", "~")):
-        raise ValueError(wanted)
-    if folder and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"model: expected a folder with a config.json, got {name!r}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if folder:
-            return recursive.load(name, dtype=dtype, device=device), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError, SafetensorError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(f"{wanted}: {why}") from error
-    return model.to(device).eval(), tokenizer
-
-
-def served_name(model: str) -> str:
-    """ "pocket" for the pocket, the folder's own name for a folder, the id for a hub's model."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
-
-
-def ends_of_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Tokens that end a text: of the generation config, the config or the tokenizer."""
-    for holder in (model.generation_config, model.config, tokenizer):
-        ends = getattr(holder, "eos_token_id", None)
-        if ends is not None:
-            return tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-    return ()
-
-
-def _device(name: str) -> torch.device:
-    cards = torch.cuda.device_count()
-    if name == "auto":
-        return torch.device("cuda" if cards else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu, cuda, cuda:1 or auto, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= cards:
-        raise ValueError(f"device: expected one of the {cards} cards that are there, got {name!r}")
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype | None:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else None
-    if name not in DTYPES:
-        raise ValueError(f"dtype: expected auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
 
 
 def _opened(trace: str) -> IO[str]:

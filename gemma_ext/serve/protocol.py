@@ -11,16 +11,18 @@ from numbers import Integral
 from typing import Literal, Protocol
 
 from gemma_ext.serve.params import (
+    GREEDY,
     MOST_COUNT,
     MOST_IDS,
     MOST_LOGPROBS,
+    MOST_SEED,
     SamplingParams,
     check_value,
 )
 
 __all__ = [
-    "MOST_COUNT", "MOST_IDS", "MOST_LOGPROBS", "Engine", "Event", "FinishReason", "Limits",
-    "Request", "SamplingParams", "Stats", "Token",
+    "GREEDY", "MOST_COUNT", "MOST_IDS", "MOST_LOGPROBS", "MOST_SEED", "Engine", "Event",
+    "FinishReason", "Limits", "Request", "SamplingParams", "Stats", "Token",
 ]  # fmt: skip
 
 FinishReason = Literal["stop", "length", "error"]

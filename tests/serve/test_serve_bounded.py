@@ -18,7 +18,7 @@ from gemma_ext.serve.scripted import ScriptedEngine
 from gemma_ext.serve.simulate import SimulatedRunner, fixed
 from gemma_ext.serve.stats import LATEST
 
-SLACK = 100  # objects of anybody else, where one for each of 1000 requests would be seen
+SLACK = 500  # objects of others, among them 100 cancelled timers; of 1500 requests one each
 
 
 def objects() -> int:
@@ -98,8 +98,7 @@ def test_a_loop_keeps_nothing_of_2000_requests():
         assert not any(map(len, (*held, asked._places, asked._commands)))
         return grown
 
-    # a loop drops cancelled timers when they are the most of a hundred
-    assert asyncio.run(scenario()) < SLACK + 2 * 100
+    assert asyncio.run(scenario()) < SLACK
 
 
 def test_no_path_and_no_model_is_a_label_of_its_own(nano_tokenizer):  # noqa: F811

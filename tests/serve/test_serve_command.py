@@ -126,6 +126,10 @@ def test_what_does_not_fit_is_one_sentence(started):
     assert "Traceback" not in result.output
     result = run("--trace", "steps.jsonl", "--replicas", "2")
     assert "gemma-ext serve: --trace: expected one replica with it, got 2" in result.output
+    result = run("--kv-policy", "guess", "--replicas", "2")
+    assert "gemma-ext serve: --kv-policy: expected one of exact_lazy, " in result.output
+    result = run("--exit", "guess", "--replicas", "2")
+    assert "gemma-ext serve: --exit: expected one of none, max_prob, " in result.output
     assert len(started) == 0
 
 
