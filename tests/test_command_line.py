@@ -1,5 +1,7 @@
 """What `gemma-ext` lists, and how a command ends that cannot do its work."""
 
+import re
+
 import pytest
 
 from gemma_ext import cli
@@ -16,7 +18,8 @@ def called(monkeypatch, *arguments):
 def test_commands_are_listed_by_name(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")  # a line each
     assert called(monkeypatch, "--help") == 0
-    lines = [line.strip(" │|").split() for line in capsys.readouterr().out.splitlines()]
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    lines = [line.strip(" │|").split() for line in shown.splitlines()]
     listed = [words[0] for words in lines if words and words[0] in cli.COMMANDS]
     assert listed == sorted(cli.COMMANDS)
 
