@@ -76,6 +76,10 @@ def test_runs_give_their_records(tmp_path):
     html = (tmp_path / "page.html").read_text()
     assert "Early exits" in html
     assert "<svg" in html
+    for name in tables:  # rows that were asked for may be of one table
+        page.write(tmp_path / "page.html", {name: tables[name]}, start, {"steps": "2"})
+        assert page.loops_of({name: tables[name]}) == 2
+        assert next(iter(tables[name])) in page.markdown({name: tables[name]}, start)
     frozen = tables["exits"]["r=0, frozen, head LoRA"][0]
     assert frozen["nats"][-1] == pytest.approx(frozen["before"][-1], rel=1e-6)
     assert frozen["nats"][0] != frozen["before"][0]

@@ -88,7 +88,7 @@ def markdown(tables: Tables, start: Record) -> str:
     ]
     if "exits" in tables:
         parts.append((_exit_head(loops), exit_rows(tables["exits"], loops)))
-    if orderings := ordering_rows(tables["inits"]):
+    if orderings := ordering_rows(tables.get("inits", {})):
         parts.append((["better", "worse", "nats between them"], orderings))
     texts = [f"Full size: perplexity {perplexity(start['nats'][-1]):.4g}.\n"]
     for head, rows in parts:
@@ -99,19 +99,20 @@ def markdown(tables: Tables, start: Record) -> str:
 
 def loops_of(tables: Tables) -> int:
     """B."""
-    return len(next(iter(tables["inits"].values()))[0]["nats"])
+    return max(len(rs[0]["nats"]) for table in tables.values() for rs in table.values())
 
 
 def figure(tables: Tables, start: Record) -> Figure:
     """Perplexity by size and initialisation, and of each loop before and after exit training."""
     drawn, (left, right) = plots.axes(1, 2, (9.8, 4.0))
+    inits = tables.get("inits", {})
     colours = {"average": plots.BLUE, "stepwise": plots.INK, "lower": plots.GREY}
     for init, colour in colours.items():
-        points = _points(tables["inits"], init)
+        points = _points(inits, init)
         if points:
             x, y, half = zip(*points, strict=True)
             left.errorbar(x, y, half, color=colour, marker="o", capsize=3, label=f"{init}, SVD")
-    for name, records in tables["inits"].items():
+    for name, records in inits.items():
         if name.endswith(" zero"):
             init = name.split()[0]
             label = f"{init}, zero"
@@ -119,7 +120,8 @@ def figure(tables: Tables, start: Record) -> Figure:
     for name, marker in CONTROLS.items():
         if records := tables.get("controls", {}).get(name):
             _point(left, records, plots.GREY, marker, name)
-    left.axhline(perplexity(start["nats"][-1]), color=plots.GREY, linestyle=":", linewidth=1)
+    whole = perplexity(start["nats"][-1])
+    left.axhline(whole, color=plots.GREY, linestyle=":", linewidth=1, label="full size, as it was")
     left.set(xlabel="parameters outside the embedding", ylabel="held-out perplexity", yscale="log")
     left.legend(fontsize=7)
     _exit_bars(right, tables.get("exits", {}), loops_of(tables))
@@ -135,18 +137,18 @@ def write(
 ) -> None:
     """The page of a study; `facts` are rows about the run, `served` those of `SERVED`."""
     loops = loops_of(tables)
-    inits = tables["inits"]
-    best = min(inits, key=lambda name: _mean(inits[name]))
+    first = next(iter(tables.values()))
+    best = min(first, key=lambda name: _mean(first[name]))
     report.write_page(
         path,
         "gemma_ext.papers.recursive",
         "page.html.jinja",
         numbers=[
             ("perplexity of the full size", f"{perplexity(start['nats'][-1]):.4g}"),
-            (f"best: {best}", interval([perplexity(r["nats"][-1]) for r in inits[best]])),
+            (f"best: {best}", interval([perplexity(r["nats"][-1]) for r in first[best]])),
             (
                 "its parameters outside the embedding",
-                f"{inits[best][0]['parameters'] / start['parameters']:.0%}",
+                f"{first[best][0]['parameters'] / start['parameters']:.0%}",
             ),
         ],
         machine=report.this_machine(),
@@ -157,8 +159,8 @@ def write(
         ],
         exit_head=_exit_head(loops)[1:],
         exits=exit_rows(tables.get("exits", {}), loops),
-        orderings=ordering_rows(inits),
-        seeds=len(inits[best]),
+        orderings=ordering_rows(tables.get("inits", {})),
+        seeds=len(first[best]),
         served_head=SERVED[1:],
         served=[list(row) for row in served],
         facts=dict(facts),
