@@ -317,7 +317,7 @@ def engine_of(
         max_model_len=workload.longest,
         mode=mode,
         kv_policy=policy,
-        min_coda_batch=width if mode == "cdb" and routing == "host" else 1,
+        min_coda_batch=width if mode == "cdb" else 1,
         prefill_tokens=256,
         routing=routing,
     )
