@@ -18,9 +18,10 @@ class Trace:
     """Writes what each step ran.
 
     Args:
-        file: takes text. Lines hold tick, stage (block, coda, score, offload, restore), rows, for a
-            block its rows by loop and by kind, the lengths of the queues before it, and begin and
-            duration in microseconds.
+        file: takes text. Lines hold tick, stage (block, coda, score, offload, restore; "tick" where
+            the device routes, whose loops the host does not know), rows, for a block its rows by
+            loop and by kind, the lengths of the queues before it, and begin and duration in
+            microseconds.
     """
 
     def __init__(self, file: IO[str]) -> None:

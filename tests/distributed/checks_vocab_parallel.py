@@ -20,6 +20,7 @@ from gemma_ext.distributed import (
     vocab_parallel_linear_cross_entropy,
     vocab_parallel_linear_logprobs,
 )
+from gemma_ext.integrations.verl import linear_cross_entropy
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12, "impl": "reference"}
 
@@ -156,6 +157,26 @@ def check_logprobs(rank, world):
     torch.testing.assert_close(many.de, one.de)
     torch.testing.assert_close(problem.mine(many.dc), problem.mine(one.dc))
     torch.testing.assert_close(problem.mine(many.db), problem.mine(one.db))
+
+
+def check_the_head_of_verl(rank, world):
+    """With its process group, reductions and gradients of both results."""
+    problem = Problem(ignored=0.0)
+    options = {"temperature": 0.7, "softcap": 3.0, "impl": "reference"}
+    given = problem.e, problem.c, problem.targets
+    for reduction in ("none", "sum", "mean"):
+        found = []
+        for group in (None, dist.group.WORLD):
+            e, c = (x.clone().requires_grad_() for x in given[:2])
+            own = c if group is None else problem.mine(c)
+            logp, entropy = linear_cross_entropy(
+                e, own, problem.targets, 0.7, reduction, group, softcap=3.0, impl="reference"
+            )
+            (logp.square().sum() - 0.3 * entropy.square().sum()).backward()
+            found.append((logp.detach(), entropy.detach(), e.grad, problem.mine(c.grad)))
+        torch.testing.assert_close(found[1], found[0])
+    plain, _ = gemma_ext.linear_logprobs(*given, **options)
+    torch.testing.assert_close(found[1][0], plain.mean())
 
 
 def check_every_field_of_logprobs(rank, world):

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_trainers import assert_same_run, run, score, supervised, with_fused_head
+from datasets import Dataset
+from test_trainers import (
+    ARGUMENTS,
+    assert_same_run,
+    run,
+    score,
+    supervised,
+    tokenizer,
+    with_fused_head,
+)
 from tiny_models import assert_same_training, clone, gemma2
 from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction as Theirs
@@ -310,6 +319,70 @@ def test_a_whole_trainer_takes_the_same_steps(tmp_path):
     for ours, theirs in zip(got.logs, expected.logs, strict=True):
         for name in ("entropy", "mean_token_accuracy"):
             assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4, abs=1e-4)
+
+
+def by_groups(kind: str, model, tmp_path):
+    """GRPO or RLOO, drawing from the model itself."""
+    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+    settings, trainer = {
+        "grpo": (GRPOConfig, GRPOTrainer), "rloo": (RLOOConfig, RLOOTrainer),
+    }[kind]  # fmt: skip
+    arguments = settings(
+        tmp_path, bf16=False, gradient_checkpointing=False, num_generations=4, temperature=0.7,
+        max_completion_length=6, beta=0.0, **ARGUMENTS,
+    )  # fmt: skip
+    return trainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": f"w{5 + i} w9"} for i in range(8)]),
+        processing_class=tokenizer(),
+    )
+
+
+def by_labels(model, tmp_path):
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [
+        {"prompt": f"w{5 + i} w9", "completion": f"w{20 + i} w7", "label": i % 2 == 0}
+        for i in range(8)
+    ]
+    arguments = KTOConfig(tmp_path, bf16=False, gradient_checkpointing=False, **ARGUMENTS)
+    return KTOTrainer(
+        model,
+        ref_model=gemma2(seed=1),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "kto"])
+def test_trainers_of_preferences_take_the_same_steps(kind, tmp_path, monkeypatch):
+    model = gemma2()
+    calls = []
+    ours = trl.ChunkedLogProbFunction.apply
+
+    def trainer():
+        torch.manual_seed(7)
+        if kind == "kto":
+            return by_labels(clone(model), tmp_path)
+        return by_groups(kind, clone(model), tmp_path)
+
+    expected = run(trainer())
+    made = trainer()
+    trl.install(impl="exact")
+    monkeypatch.setattr(
+        utils._ChunkedLogProbFunction, "apply", lambda *args: (calls.append(1), ours(*args))[1]
+    )
+    try:
+        got = run(made)
+    finally:
+        trl.uninstall()
+    assert calls
+    assert any(bool(g.abs().max() > 1e-4) for g in expected.gradients.values())
+    assert_same_run(got, expected)
 
 
 @pytest.mark.parametrize(

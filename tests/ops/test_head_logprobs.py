@@ -8,7 +8,7 @@ import pytest
 import torch
 from cce_impls import KERNELS
 from cce_oracle import IGNORE, assert_close, gradients
-from logprobs_oracle import FIELDS, policy, truth
+from logprobs_oracle import FIELDS, Policy, policy, truth
 from torch import Tensor
 
 import gemma_ext
@@ -200,6 +200,35 @@ def test_sizes(impl, n, vocab):
     assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in mine.values())
     if not n:
         assert not any(x.grad.any() for x in mine.values())
+
+
+@pytest.mark.parametrize("impl", KERNELS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d", "vocab"), [(4096, 64, 130), (19, 2304, 515), (19, 3584, 515)])
+def test_many_rows_and_wide_ones(impl, n, d, vocab, dtype):
+    """Of small integers, whose products every order and instruction adds up exactly."""
+    g = torch.Generator().manual_seed(21)
+    e, c, ref_e, ref_c = (
+        torch.randint(-2, 3, (rows, d), generator=g).to(dtype) for rows in (n, vocab, n, vocab)
+    )
+    bias = {"bias": torch.randint(-2, 3, (vocab,), generator=g).to(dtype)}
+    targets = torch.randint(vocab, (n,), generator=g)
+    options = {"logit_scale": 2.0**-5, "softcap": 4.0, "temperature": 0.5}
+    p = Policy(e, c, bias["bias"], ref_e, ref_c, None, targets, options)
+    mine, theirs = p.leaves(), p.leaves(torch.float64)
+    out = impl.logprobs(
+        *(mine["e"], mine["c"], targets), bias=mine["bias"], kl="full", **p.reference(),
+        **EVERYTHING, **options,
+    )  # fmt: skip
+    want = truth(p, theirs)
+    for field, tolerance in zip(FIELDS, (2e-5, 1e-4, 1e-4, 2e-5, 1e-4, 2e-5), strict=True):
+        error = (getattr(out, field) - want[field]).detach().abs().max()
+        assert float(error) < tolerance, field
+    assert torch.equal(out.is_top1, want["is_top1"])
+    got = gradients((out.logprobs + 0.1 * out.entropy + out.kl).sum(), mine)
+    wanted = gradients((want["logprobs"] + 0.1 * want["entropy"] + want["kl"]).sum(), theirs)
+    for leaf, grad in got.items():
+        assert_close(grad, wanted[leaf], rtol=6e-5 if dtype == torch.float32 else 2e-2, what=leaf)
 
 
 @pytest.mark.slow

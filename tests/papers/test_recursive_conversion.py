@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from recursive_models import KINDS, equal_norms, logits, tiny, tokens
 
-from gemma_ext.nn.recursive import DepthLinear, Plan, decoder_layers, make_recursive, merged
+from gemma_ext.nn.recursive import (
+    DepthLinear,
+    Plan,
+    add_prefixes,
+    decoder_layers,
+    make_recursive,
+    merged,
+)
 from gemma_ext.papers.recursive import INITS, Recipe, convert, stepwise_indices
 from gemma_ext.papers.recursive.factors import gaussian, of_depths, refined, truncated_svd
 from gemma_ext.papers.recursive.initialise import source_indices
@@ -258,6 +265,47 @@ def test_parameters_of_the_papers_models(rank, low, two, three):
         assert round(matrices / 1e9, 3) == low
         if rank <= 256:
             assert matrices == 18 * rank * 68_096
+
+
+@pytest.mark.parametrize(
+    ("rank", "expected"), [(64, 1.095), (128, 1.178), (256, 1.344), (512, 1.677)]
+)
+def test_parameters_of_gemma2_2b(rank, expected):
+    """26 layers in two loops, by the closed form; norms are 0.0001 of it."""
+    config = transformers.Gemma2Config(
+        hidden_size=2304,
+        intermediate_size=9216,
+        num_hidden_layers=26,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        vocab_size=8,
+    )
+    with torch.device("meta"):
+        model = transformers.Gemma2ForCausalLM(config)
+        layer = model.model.layers[0]
+        sizes = {name: tuple(layer.get_submodule(name).weight.shape) for name in linears(model)}
+        made = make_recursive(model, Recipe(2, rank=rank).plan(26, sizes))
+    linear = sum(rows * columns for rows, columns in sizes.values())
+    low = sum(min(rank, *size) * sum(size) for size in sizes.values())
+    found = sum(
+        p.numel() for n, p in made.named_parameters() if "embed" not in n and "norm" not in n
+    )
+    assert found == 13 * linear + 26 * low
+    assert found / 1e9 == pytest.approx(expected, abs=6e-4)
+
+
+def test_parameters_of_prefixes():
+    """L P D, of the paper's model 9.4 million at P = 256."""
+    config = transformers.GemmaConfig(
+        hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8,
+        num_key_value_heads=1, head_dim=256, vocab_size=8,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.GemmaForCausalLM(config)
+        before = sum(p.numel() for p in model.parameters())
+        after = sum(p.numel() for p in add_prefixes(model, 256).parameters())
+    assert after - before == 18 * 256 * 2048 == 9_437_184
 
 
 def test_ranks_by_linear():

@@ -16,6 +16,7 @@ from torch import nn, tensor
 from gemma_ext.papers.reward_shaping import (
     RULES,
     Effect,
+    Ensemble,
     HackingMonitor,
     RewardShaper,
     Shaping,
@@ -55,6 +56,25 @@ def test_a_shaped_reward_reads_its_column_and_logs_both_means():
     assert logged == {
         "length/raw": 2.5, "length/shaped": pytest.approx((expected[0] + 0.5) / 2),
     }  # fmt: skip
+
+
+def test_a_reward_is_asked_by_keywords_as_trl_does():
+    """Most of trl's own functions do not name the prompts, or name the ids alone."""
+
+    def words(completions, **kwargs):
+        return [float(len(kwargs["prompts"][0])) for _ in completions]
+
+    def tokens(completion_ids, **kwargs):
+        return [float(len(ids)) for ids in completion_ids]
+
+    async def later(completions, **kwargs):
+        return words(completions, **kwargs)
+
+    assert call(shape(words, "vanilla"), ["a", "b"]) == [1.0, 1.0]
+    assert call(shape(tokens, "vanilla"), ["ab", "b"]) == [2.0, 1.0]
+    assert asyncio.run(call(shape(later, "vanilla"), ["a"])) == [1.0]
+    both = shape(Ensemble([tokens, words]), "vanilla")
+    assert call(both, ["abc", "b"]) == [2.0, 1.0]
 
 
 def test_only_the_terminal_score_is_touched_and_several_rewards_have_their_own_shapers():

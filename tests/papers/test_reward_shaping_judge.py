@@ -116,7 +116,14 @@ def test_references_are_drawn_scored_kept_and_go_on(tmp_path):
     assert drawn[0].rewards == (1 + 100.0,) * 3
     assert drawn[0].lengths == (4, 4, 4)  # three words and the end, as in a rollout
     with pytest.raises(ValueError, match="expected finite scores, got nan for 'c and more'"):
-        draw_references(["c"], policy, lambda p, c: [math.nan] * len(c), path, name, **options)
+        draw_references(
+            ["c"],
+            policy,
+            lambda prompts, completions: [math.nan] * len(prompts),
+            path,
+            name,
+            **options,
+        )
     assert read_references(path, name) == list(drawn[:2])
     asked = len(policy.asked)
     more = draw_references(["bb", "c"], policy, score, path, name, **options)

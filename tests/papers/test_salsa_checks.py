@@ -11,6 +11,7 @@ from salsa_toy import VOCAB, heads_only, model, near, responses
 from gemma_ext.papers import salsa
 from gemma_ext.papers.salsa import LinearMode
 from gemma_ext.papers.salsa.choice import GRID
+from gemma_ext.souping import greedy_soup
 
 
 def text(seed, rows=4, length=12):
@@ -105,8 +106,8 @@ def test_a_sweep_gives_the_losses_of_the_soups():
     assert found.losses[found.alphas.index(found.best)] == min(found.losses)
 
 
-def test_the_best_alpha_is_found_between_points_of_the_grid():
-    """Parents on both sides of the model that wrote the text: the loss is convex in alpha."""
+def written():
+    """A model, a text [64, 12] of its own, and a stream of random numbers."""
     truth = heads_only(1)[0]
     truth.lm_head.weight.data.mul_(3)
     ids = torch.tensor([[5]] * 64)
@@ -115,6 +116,12 @@ def test_the_best_alpha_is_found_between_points_of_the_grid():
         for _ in range(11):
             p = truth(input_ids=ids).logits[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
+    return truth, ids, generator
+
+
+def test_the_best_alpha_is_found_between_points_of_the_grid():
+    """Parents on both sides of the model that wrote the text: the loss is convex in alpha."""
+    truth, ids, generator = written()
     step = torch.randn(truth.lm_head.weight.shape, generator=generator)
     one, two = near(truth, 0, by=0.0), near(truth, 0, by=0.0)
     one.lm_head.weight.data.add_(step * 0.35)
@@ -124,6 +131,21 @@ def test_the_best_alpha_is_found_between_points_of_the_grid():
     assert len(fine.alphas) == 9
     assert min(fine.losses) <= min(coarse.losses)
     assert fine.best == pytest.approx(0.65, abs=0.08)
+
+
+def test_a_greedy_soup_of_seeds_leaves_the_bad_one_out():
+    """Parents on both sides of the truth, and one far away."""
+    truth, ids, generator = written()
+    shape = truth.lm_head.weight.shape
+    step, away = (torch.randn(shape, generator=generator) for _ in range(2))
+    parents = [near(truth, 0, by=0.0) for _ in range(3)]
+    for parent, moved in zip(parents, (0.4 * step, 2 * away, -0.5 * step), strict=True):
+        parent.lm_head.weight.data.add_(moved)
+    weights = greedy_soup(lambda w: -salsa.held_out_loss(salsa.soup(parents, w), [ids]), 3)
+    assert weights == [0.5, 0.0, 0.5]
+    greedy = salsa.SoupReference(parents, weights).model
+    losses = [salsa.held_out_loss(m, [ids]) for m in (greedy, salsa.soup(parents), *parents)]
+    assert losses[0] < min(losses[1:])
 
 
 @pytest.mark.timeout(60)

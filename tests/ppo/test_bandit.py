@@ -96,7 +96,8 @@ def test_converges_to_the_optimum(reference, whitened):
     best = optimum(ref, reward)
     assert tv(ref.exp(), best) > 0.1
     found = trained(ref, reward, whitened=whitened)
-    assert tv(found.exp(), best) < 0.02
+    # at the optimum every arm has the same reward less penalty, and samples stop to matter
+    assert tv(found.exp(), best) < 0.005
     gap = (best * reward).sum(-1) - BETA * full_kl(best.log(), ref)
     reached = (found.exp() * reward).sum(-1) - BETA * full_kl(found, ref)
     torch.testing.assert_close(reached, gap, atol=1e-3, rtol=0)

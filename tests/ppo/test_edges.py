@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -234,6 +236,42 @@ def test_the_file_of_a_history_is_json(tmp_path):
     write_samples(tmp_path / "samples.json", made.before, made.samples())
     kept = json.loads((tmp_path / "samples.json").read_text(), parse_constant=refuse)
     assert kept["before"][0]["score"] is None
+
+
+def test_live_metrics_are_the_lines_and_go_on_behind_the_checkpoint(tmp_path, monkeypatch):
+    told = []
+
+    class Writer:
+        """Of torch's signature."""
+
+        def __init__(self, log_dir, purge_step):
+            assert log_dir == str(tmp_path / "tensorboard")
+            told.append({"purged": purge_step})
+
+        def add_scalar(self, tag, scalar_value, global_step):
+            told[-1].setdefault(global_step, {})[tag] = scalar_value
+
+        def close(self):
+            told[-1]["closed"] = True
+
+    def stop(made, step, line):
+        if step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("gemma_ext.ppo.history.find_spec", lambda name: name)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer)
+    )
+    changed = {"total_episodes": 24, "num_ppo_epochs": 1, "save_steps": 1}
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path, changed=changed, callbacks=[stop]).train()
+    history = trainer(tmp_path, changed=changed).train()
+    first, second = told
+    assert first["purged"] == 1
+    assert second["purged"] == 2
+    assert second["closed"]
+    lines = {1: first[1], 2: second[2], 3: second[3]}
+    assert list(lines.values()) == list(history)
 
 
 def test_a_greedy_baseline_is_no_sample_to_learn_from(tmp_path):

@@ -1,11 +1,13 @@
 """Rewards: trl's signature, several with weights, models, states."""
 
+import json
 import sys
 
 import pytest
 import torch
-from ppo_tiny import D, random_sequences, tiny_model, tokenizer
+from ppo_tiny import D, random_sequences, tiny_model, tokenizer, trainer
 
+from gemma_ext.papers.reward_shaping import HackingMonitor, shape
 from gemma_ext.ppo import Responses, Rewards, load_reward
 
 
@@ -158,3 +160,30 @@ def test_modules_read_so_many_at_once():
     assert seen == [2, 1]
     wanted = Rewards(model, tokenizers=tokenizer())(responses())[0]
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_monitor_ends_a_run_and_keeps_the_curve(tmp_path):
+    def score(completion_ids, **columns):
+        return [float(len(set(ids))) for ids in completion_ids]
+
+    def run(folder, **options):
+        monitor = HackingMonitor(**options)
+        trainer(
+            folder,
+            rewards=shape(score, "par", monitor=monitor),
+            prompts=[{"prompt": "w3 w4", "ref_rewards": [0.0, 1.0]}],
+            changed={"total_episodes": 24, "num_ppo_epochs": 1, "save_steps": 1},
+            callbacks=[monitor.watch],
+        ).train()
+        return monitor, [json.loads(x) for x in (folder / "history.jsonl").open()]
+
+    whole, lines = run(tmp_path / "whole")
+    assert len(lines) == 3
+    assert not whole.stop
+    assert whole.curve()[0] == [line["objective/kl"] for line in lines]
+    ended, lines = run(tmp_path / "ended", stop_at=1e-9, saturation=0.01)
+    assert ended.stop
+    assert len(lines) == 1
+    again, lines = run(tmp_path / "ended", stop_at=1e-9, saturation=0.01)
+    assert again.stop
+    assert len(lines) == 2

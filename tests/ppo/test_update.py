@@ -138,36 +138,79 @@ def test_pieces_of_one_row_give_the_gradient_of_the_whole(tmp_path, kind, change
         assert other[name] == pytest.approx(value, abs=1e-5), name
 
 
-def test_loss_gradient_is_that_of_the_formula_over_whole_logits(tmp_path):
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"entropy_coef": 0.3},
+        {"cliprange": 0.05, "cliprange_high": 0.4, "dual_clip": 1.02, "cliprange_value": None},
+        {"kl_in": "loss", "kl_estimator": "k1+"},
+        {"kl_in": "loss", "kl_estimator": "full"},
+        {"aggregation": "seq-mean-token-sum"},
+        {"aggregation": "seq-mean-token-mean"},
+        {"aggregation": "seq-mean-token-sum-norm"},
+    ],
+    ids=lambda changed: "-".join(str(value) for value in changed.values()) or "plain",
+)
+def test_loss_gradient_is_that_of_the_formula_over_whole_logits(tmp_path, changed):
     """The whole objective once more, padded, with materialised logits."""
     sequences = random_sequences(rows=4)
-    settings = config(tmp_path, per_device_train_batch_size=4, max_grad_norm=None, vf_coef=0.3)
+    settings = config(
+        tmp_path, per_device_train_batch_size=4, max_grad_norm=None, vf_coef=0.3, **changed
+    )
     mine, _ = gradients(settings, "shared", sequences)
     made = parts("shared")
     batch, _ = experienced(settings, made, sequences)
-    policy, critic, _ = made
+    policy, critic, reference = made
     torch.manual_seed(4)
     everything = [*policy.parameters(), *critic.parameters()]
     with torch.no_grad():
         for parameter in everything:
             parameter.add_(0.02 * torch.randn_like(parameter))
-    out = policy(
-        input_ids=sequences.ids,
-        attention_mask=sequences.mask,
-        position_ids=sequences.position_ids,
-        output_hidden_states=True,
-    )
+    asked = {
+        "input_ids": sequences.ids,
+        "attention_mask": sequences.mask,
+        "position_ids": sequences.position_ids,
+    }
     places = slice(sequences.prompt_width - 1, -1)
-    logp = (out.logits[:, places] / 0.9).log_softmax(-1)
-    logp = logp.gather(2, sequences.responses.unsqueeze(-1)).squeeze(-1)
+
+    def of_token(logp):
+        return logp.gather(2, sequences.responses.unsqueeze(-1)).squeeze(-1)
+
+    out = policy(**asked, output_hidden_states=True)
+    whole = (out.logits[:, places] / 0.9).log_softmax(-1)
+    logp = of_token(whole)
     values = out.hidden_states[-1][:, places] @ critic.head.weight[0] + critic.head.bias
-    mask, count = sequences.response_mask, sequences.response_mask.sum()
+    mask, lengths = sequences.response_mask, sequences.lengths
     ratio = (logp - batch.logprobs).exp()
-    policy_loss = torch.max(-batch.advantages * ratio, -batch.advantages * ratio.clamp(0.8, 1.2))
-    near = batch.values + (values - batch.values).clamp(-0.2, 0.2)
-    value_loss = torch.max((values - batch.returns) ** 2, (near - batch.returns) ** 2) / 2
-    loss = ((policy_loss + 0.3 * value_loss) * mask).sum() / count
-    loss.backward()
+    low, high = 1 - settings.cliprange, 1 + (settings.cliprange_high or settings.cliprange)
+    gain = batch.advantages
+    policy_loss = torch.max(-gain * ratio, -gain * ratio.clamp(low, high))
+    if settings.dual_clip:
+        capped = torch.min(policy_loss, -gain * settings.dual_clip)
+        assert bool((capped < policy_loss)[mask & (gain < 0)].any())
+        policy_loss = torch.where(gain < 0, capped, policy_loss)
+    policy_loss = policy_loss + settings.entropy_coef * (whole.exp() * whole).sum(-1)
+    if settings.kl_in == "loss":
+        with torch.no_grad():
+            ref = (reference.model(**asked).logits[:, places] / 0.9).log_softmax(-1)
+        if settings.kl_estimator == "full":
+            kl = (whole.exp() * (whole - ref)).sum(-1)
+        else:  # a "+" has the gradient of k2
+            kl = (logp - of_token(ref)) ** 2 / 2
+        policy_loss = policy_loss + 0.05 * kl
+    rows = (policy_loss * mask).sum(1)
+    total = {
+        "token-mean": rows.sum() / lengths.sum(),
+        "seq-mean-token-sum": rows.mean(),
+        "seq-mean-token-mean": (rows / lengths).mean(),
+        "seq-mean-token-sum-norm": rows.mean() / settings.response_length,
+    }[settings.aggregation]
+    error = (values - batch.returns) ** 2
+    if settings.cliprange_value:
+        near = batch.values + (values - batch.values).clamp(-0.2, 0.2)
+        error = torch.max(error, (near - batch.returns) ** 2)
+    (total + 0.3 * (error / 2 * mask).sum() / lengths.sum()).backward()
     for a, p in zip(mine, everything, strict=True):
         torch.testing.assert_close(a, p.grad, atol=2e-5, rtol=1e-3)
 
@@ -204,6 +247,64 @@ def test_nothing_behind_an_end_and_no_padding_counts(tmp_path):
     other, _ = gradients(settings, "shared", wide)
     for a, b in zip(plain, other, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_no_gradient_reaches_what_is_behind_an_end_or_padding(tmp_path):
+    """Not a small one: none."""
+    sequences = random_sequences(rows=6)
+    settings = config(
+        tmp_path, per_device_train_batch_size=6, entropy_coef=0.1, kl_in="loss", kl_estimator="k2"
+    )
+    made = parts()
+    batch, _ = experienced(settings, made, sequences)
+    seen = []
+
+    def keep(module, inputs, states):
+        states.retain_grad()
+        seen.append(states)
+
+    handle = made[0].get_input_embeddings().register_forward_hook(keep)
+    Update(settings, *made).step(batch, torch.arange(6), coef=0.05)
+    handle.remove()
+    [states] = seen
+    assert states.shape[:2] == sequences.ids.shape
+    outside = ~sequences.mask.bool()
+    assert bool(outside[:, : sequences.prompt_width].any())
+    assert bool(outside[:, sequences.prompt_width :].any())
+    assert not states.grad[outside].any()
+    # nor the last token, whose state predicts one that is not there
+    last = sequences.last()
+    assert not states.grad[last].any()
+    assert bool(states.grad[sequences.mask.bool() & ~last].abs().amax(-1).gt(0).all())
+
+
+def test_rewards_are_whitened_and_keep_their_mean(tmp_path):
+    sequences = random_sequences(rows=6)
+    found = {}
+    for name in (False, True):
+        settings = config(
+            tmp_path, whiten_rewards=name, whiten_advantages=False, kl_coef=0.3, lam=0.0, gamma=0.0
+        )
+        batch, _ = experienced(settings, parts(), sequences, coef=0.3)
+        found[name] = batch.packed("returns")  # of lam = gamma = 0: the rewards
+    plain = found[False]
+    expected = (plain - plain.mean()) / plain.std() + plain.mean()
+    torch.testing.assert_close(found[True], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_groups_are_scaled_as_the_settings_say(tmp_path, scale):
+    settings = config(
+        tmp_path, advantage="grpo", num_generations=4, kl_in="loss", scale_rewards=scale
+    )
+    batch, _ = experienced(settings, parts(), random_sequences(rows=8))
+    groups = torch.arange(8).float().sin().view(2, 4)
+    wanted = groups - groups.mean(1, keepdim=True)
+    if scale != "none":
+        std = groups.std(1, keepdim=True) if scale == "group" else groups.std()
+        wanted = wanted / (std + 1e-4)
+    torch.testing.assert_close(batch.advantages[:, 0], wanted.flatten())
 
 
 def test_first_token_and_end_each_count_once(tmp_path):

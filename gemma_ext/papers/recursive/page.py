@@ -164,7 +164,9 @@ def write(
         served_head=SERVED[1:],
         served=[list(row) for row in served],
         facts=dict(facts),
-        figure=plots.svg(figure(tables, start), "perplexity by size, and of early exits"),
+        figure=plots.svg(figure(tables, start), "perplexity by size, and of early exits")
+        if tables.keys() - {"teacher"}
+        else "",
     )
 
 
@@ -212,6 +214,7 @@ def _point(axis: Any, records: Sequence[Record], colour: str, marker: str, label
 def _exit_bars(axis: Any, table: Mapping[str, Sequence[Record]], loops: int) -> None:
     """First loop and final, before and after, of every row."""
     names = list(table)
+    axis.set_visible(bool(names))
     for number, (loop, when, colour) in enumerate(
         (
             (0, "before", "#d7dce1"),

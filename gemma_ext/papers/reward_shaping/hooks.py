@@ -118,7 +118,9 @@ class ShapedReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        raw = self.reward(prompts, completions, completion_ids=completion_ids, **columns)
+        raw = self.reward(
+            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
+        )
         return self._shaped(raw, completion_ids, columns)
 
     def _shaped(
@@ -169,7 +171,7 @@ class _AsyncShapedReward(ShapedReward):
         **columns: Any,
     ) -> list[float | None]:
         pending: Awaitable[Scores] = self.reward(
-            prompts, completions, completion_ids=completion_ids, **columns
+            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
         )
         return self._shaped(await pending, completion_ids, columns)
 

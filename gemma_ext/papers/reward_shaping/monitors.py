@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_ext.ppo.ranks import gathered
+
 ALARM = 3.0  # of the centred reward; separates the study's runs, for its reward model only
 SATURATION = 0.95
 
@@ -99,6 +101,21 @@ class HackingMonitor:
         self.history.append(found)
         self._raise(found)
         return found
+
+    def watch(self, trainer: Any, step: int, line: Mapping[str, float]) -> None:
+        """A callback of `gemma_ext.ppo.PPOTrainer`: the step's divergence goes into the curve, and
+        where any rank's monitor says `stop`, the run ends behind this step.
+
+        A run that was ended and is called again goes on for one step and ends again.
+
+        Example:
+            >>> monitor = HackingMonitor(stop_at=0.5)
+            >>> PPOTrainer(..., shape(reward, "par", monitor=monitor), callbacks=[monitor.watch])
+        """
+        if self.history:
+            self.history[-1]["kl"] = float(line["objective/kl"])
+        if any(gathered(self.stop)):
+            trainer.steps = step
 
     def curve(self) -> tuple[list[float], list[float]]:
         """(KL, centred proxy reward) of the batches whose divergence is known."""

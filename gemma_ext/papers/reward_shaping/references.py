@@ -96,7 +96,7 @@ def draw_references(
 
     Args:
         policy: before training; references of the policy in training would hold PAR at one half.
-        reward: called with prompts and completions alone, no ids.
+        reward: called with `prompts` and `completions` by name alone, no ids.
         path: JSON lines, rewritten after every batch of prompts.
         identity: of `fingerprint`.
 
@@ -114,7 +114,7 @@ def draw_references(
         rows = [prompt for prompt in some for _ in range(count)]
         drawn = policy.generate(rows, sampling)
         texts = [completion.text for completion in drawn]
-        found = torch.as_tensor(reward(rows, texts)).double().tolist()
+        found = torch.as_tensor(reward(prompts=rows, completions=texts)).double().tolist()
         if not all(map(math.isfinite, found)):
             bad = next(at for at, score in enumerate(found) if not math.isfinite(score))
             raise ValueError(
