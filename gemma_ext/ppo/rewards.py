@@ -129,7 +129,7 @@ class Rewards:
         elif isinstance(function, nn.Module):
             given = score_texts(function, tokenizer, responses, self.batch)
         else:
-            arguments = _accepted(name, function, _arguments(responses))
+            arguments = accepted(name, function, _arguments(responses))
             given = function(**arguments)
             if inspect.isawaitable(given):
                 given = _finished(given)
@@ -174,7 +174,12 @@ def _arguments(responses: Responses) -> dict[str, Any]:
     }
 
 
-def _accepted(name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+def accepted(name: str, function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a function takes: all, or those that it names.
+
+    Raises:
+        ValueError: it asks for one that is not there.
+    """
     taken = inspect.signature(function).parameters.values()
     for wanted in taken:
         named = wanted.kind in (wanted.POSITIONAL_OR_KEYWORD, wanted.KEYWORD_ONLY)

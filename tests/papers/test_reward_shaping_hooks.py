@@ -73,6 +73,10 @@ def test_a_reward_is_asked_by_keywords_as_trl_does():
     assert call(shape(words, "vanilla"), ["a", "b"]) == [1.0, 1.0]
     assert call(shape(tokens, "vanilla"), ["ab", "b"]) == [2.0, 1.0]
     assert asyncio.run(call(shape(later, "vanilla"), ["a"])) == [1.0]
+    few = shape(lambda completions: [2.0, 3.0], "vanilla")
+    assert call(few, ["a", "b"], x=[1, 2]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="expected the prompts to have the column y"):
+        call(shape(lambda y: y, "vanilla"), ["a"], x=[1])
     both = shape(Ensemble([tokens, words]), "vanilla")
     assert call(both, ["abc", "b"]) == [2.0, 1.0]
 

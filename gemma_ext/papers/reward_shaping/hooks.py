@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gemma_ext.papers.reward_shaping.monitors import HackingMonitor
 from gemma_ext.papers.reward_shaping.shaper import RewardShaper
 from gemma_ext.papers.reward_shaping.shaping import Shaping
+from gemma_ext.ppo.rewards import accepted
 
 COLUMN = "ref_rewards"
 Scores = Sequence[float | None] | Tensor
@@ -43,7 +44,7 @@ def shape(
     In a list of several reward functions each is shaped by its own, before TRL weighs them.
 
     Args:
-        reward: of TRL's signature, sync or async.
+        reward: of TRL's signature, sync or async; without `**kwargs` it gets what it names.
         shaper: or the rules, or the name of one.
         column: of the data set, with the scores of the reference responses of each row.
         name: in logs; the reward's own by default.
@@ -118,10 +119,12 @@ class ShapedReward:
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        raw = self.reward(
-            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
-        )
+        raw = self._asked(prompts, completions, completion_ids, columns)
         return self._shaped(raw, completion_ids, columns)
+
+    def _asked(self, prompts: Any, completions: Any, ids: Any, columns: dict[str, Any]) -> Any:
+        given = {"prompts": prompts, "completions": completions, "completion_ids": ids, **columns}
+        return self.reward(**accepted(_name(self.reward), self.reward, given))
 
     def _shaped(
         self, raw: Scores, completion_ids: Sequence[Sequence[int]] | None, columns: dict[str, Any]
@@ -170,9 +173,7 @@ class _AsyncShapedReward(ShapedReward):
         completion_ids: Sequence[Sequence[int]] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        pending: Awaitable[Scores] = self.reward(
-            prompts=prompts, completions=completions, completion_ids=completion_ids, **columns
-        )
+        pending: Awaitable[Scores] = self._asked(prompts, completions, completion_ids, columns)
         return self._shaped(await pending, completion_ids, columns)
 
 
