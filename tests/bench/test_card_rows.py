@@ -136,8 +136,9 @@ def test_peers_run_once_and_compile_where_a_bar_needs_it():
         case = Case(n, 2304, 256000, "bf16", "plaw-2.5", device="cuda")
         return {name for name, subject in known.items() if bench_cce.worth_again(subject, case)}
 
-    assert again(8192) == {"cce", "exact", "auto", "reference"}
-    assert again(512) == again(8192) | {"compile"}
+    own = {"cce", "exact", "auto", "reference", "lean", "lean-exact"}
+    assert again(8192) == own
+    assert again(512) == own | {"compile"}
 
 
 def test_cases_of_a_card():
