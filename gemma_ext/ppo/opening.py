@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from gemma_ext.extras import require
+from gemma_ext.lm.pretrained import read_pretrained
 from gemma_ext.nn.ppo import (
     AdapterCritic,
     AdapterReward,
@@ -120,24 +121,18 @@ def load_causal(name: str, dtype: str, device: str) -> tuple[Any, Any]:
     require("a model of transformers", "hf", "transformers", "tokenizers", "safetensors")
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: expected auto, float32 or bfloat16, got {dtype!r}")
+    stored = dtype == "auto"
     kind, _, size = name.partition(":")
     if kind == "pocket":
         from gemma_ext import pocket
 
         made = pocket.load(size or "nano")
-        wanted = None if dtype == "auto" else getattr(torch, dtype)
-        return made.model.to(device, wanted), made.tokenizer
-    import transformers
+        return made.model.to(device, None if stored else getattr(torch, dtype)), made.tokenizer
+    from transformers import AutoModelForCausalLM
 
-    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=wanted)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"expected a folder or hub id of a causal LM, got {name}: {first}"
-        ) from None
+    wanted = "expected a folder or hub id of a causal LM"
+    weights = dtype if stored else getattr(torch, dtype)
+    model, tokenizer = read_pretrained(AutoModelForCausalLM, name, wanted, dtype=weights)
     return model.to(device).eval(), tokenizer
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_ext.extras import require
+from gemma_ext.lm.pretrained import read_pretrained
 from gemma_ext.nn._models import unwrap
 from gemma_ext.ppo.responses import Responses
 
@@ -38,16 +39,10 @@ def load_reward(source: str, device: torch.device | str = "cpu") -> tuple[Any, A
         except AttributeError:
             raise ValueError(f"reward: expected {name} in {module}, got none") from None
     require("a reward model", "hf", "transformers", "safetensors")
-    import transformers
+    from transformers import AutoModelForSequenceClassification
 
-    try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f"reward: expected module:function, a folder or a hub id, got {source}: {first}"
-        ) from None
+    wanted = "reward: expected module:function, a folder or a hub id"
+    model, tokenizer = read_pretrained(AutoModelForSequenceClassification, source, wanted)
     if model.config.num_labels != 1:
         raise ValueError(f"reward: expected one output of {source}, got {model.config.num_labels}")
     return model.to(device), tokenizer

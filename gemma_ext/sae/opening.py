@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_ext.extras import require
+from gemma_ext.lm.pretrained import read_pretrained
 from gemma_ext.sae.sites import capture, find_site
 from gemma_ext.sae.tokens import pack, read_texts, rows_of
 
@@ -116,16 +117,10 @@ def load_model(
         made = pocket.load(size)
         model, tokenizer = made.model, made.tokenizer
     else:
-        import transformers
+        from transformers import AutoModelForCausalLM
 
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"model: expected pocket, a folder or a hub id, got {name}: {reason}"
-            ) from error
+        wanted = "model: expected pocket, a folder or a hub id"
+        model, tokenizer = read_pretrained(AutoModelForCausalLM, name, wanted, dtype=dtype)
     return model.to(device).eval(), tokenizer
 
 

@@ -225,24 +225,22 @@ def test_of_equal_or_periodic_layers_nothing_is_lost():
         assert torch.equal(logits(convert(model, Recipe(2, init)), ids), logits(model, ids))
 
 
+def bare(kind, recipe, **sizes):
+    """A model of transformers without an embedding to speak of, and the shapes of its matrices."""
+    config = getattr(transformers, f"{kind}Config")(head_dim=256, vocab_size=8, **sizes)
+    with torch.device("meta"):
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        layer = model.model.layers[0]
+        shapes = {name: tuple(layer.get_submodule(name).weight.shape) for name in linears(model)}
+        return make_recursive(model, recipe.plan(config.num_hidden_layers, shapes)), shapes
+
+
 def gemma_2b(recipe):
     """Parameters of the paper's model outside the embedding, and of its matrices."""
-    config = transformers.GemmaConfig(
-        hidden_size=2048,
-        intermediate_size=16384,
-        num_hidden_layers=18,
-        num_attention_heads=8,
-        num_key_value_heads=1,
-        head_dim=256,
-        vocab_size=8,
-    )
-    with torch.device("meta"):
-        model = transformers.GemmaForCausalLM(config)
-        sizes = {
-            name: tuple(model.model.layers[0].get_submodule(name).weight.shape)
-            for name in linears(model)
-        }
-        made = make_recursive(model, recipe.plan(18, sizes))
+    made, _ = bare(
+        "Gemma", recipe, hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
+        num_attention_heads=8, num_key_value_heads=1,
+    )  # fmt: skip
     named = {n: p.numel() for n, p in made.named_parameters() if "embed" not in n}
     low = sum(count for name, count in named.items() if ".lora_" in name)
     return sum(named.values()), low
@@ -272,20 +270,10 @@ def test_parameters_of_the_papers_models(rank, low, two, three):
 )
 def test_parameters_of_gemma2_2b(rank, expected):
     """26 layers in two loops, by the closed form; norms are 0.0001 of it."""
-    config = transformers.Gemma2Config(
-        hidden_size=2304,
-        intermediate_size=9216,
-        num_hidden_layers=26,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        vocab_size=8,
-    )
-    with torch.device("meta"):
-        model = transformers.Gemma2ForCausalLM(config)
-        layer = model.model.layers[0]
-        sizes = {name: tuple(layer.get_submodule(name).weight.shape) for name in linears(model)}
-        made = make_recursive(model, Recipe(2, rank=rank).plan(26, sizes))
+    made, sizes = bare(
+        "Gemma2", Recipe(2, rank=rank), hidden_size=2304, intermediate_size=9216,
+        num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+    )  # fmt: skip
     linear = sum(rows * columns for rows, columns in sizes.values())
     low = sum(min(rank, *size) * sum(size) for size in sizes.values())
     found = sum(

@@ -198,6 +198,25 @@ def test_a_backlog_is_bounded():
     assert engine.scheduler.counters()["fill_rows"] > 0
 
 
+def test_a_step_has_room_for_what_a_deep_token_finds_owed():
+    def held(**options):
+        engine = toy_engine(2, width=1, requests=1, **options)
+        engine.submit(Request((1, 2), greedy(30)), exit_depths=([1] * 14 + [2]) * 2)
+        drain(engine)
+        return engine.scheduler.counters()["most_wait"]
+
+    assert held(fill_rows=1) > 0
+    assert held() == 0
+
+
+@pytest.mark.parametrize(
+    ("policy", "loops", "rows"), [("exact_lazy", 2, 24), ("exact_lazy", 1, 4), ("copy", 2, 4)]
+)
+def test_blocks_of_a_device_have_rows_for_fills_where_there_are_some(policy, loops, rows):
+    config = EngineConfig(width=4, max_model_len=32, kv_policy=policy, routing="device")
+    assert config.shape(loops).rows == rows
+
+
 def test_a_loop_that_is_never_reached_is_never_filled():
     engine = toy_engine(3, backlog=3)
     engine.submit(Request((1, 2), greedy(20, max_loops=1)))
