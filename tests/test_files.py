@@ -67,6 +67,22 @@ def test_a_folder_with_files_is_not_replaced(tmp_path):
     assert names(tmp_path) == ["model"]
 
 
+def test_what_gets_a_name_is_on_the_disk_before(tmp_path, monkeypatch):
+    done = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (done.append(os.fstat(file).st_ino), fsync(file)))
+    monkeypatch.setattr(os, "replace", lambda *names: (done.append("named"), replace(*names)))
+    files.write_text(tmp_path / "a.txt", "a")
+    with files.new_folder(tmp_path / "model") as beside:
+        (beside / "deep").mkdir()
+        (beside / "deep" / "b.txt").write_text("b")
+    parts = [tmp_path / "model" / "deep", tmp_path / "model" / "deep" / "b.txt"]
+    file, above = (tmp_path / "a.txt").stat().st_ino, tmp_path.stat().st_ino
+    assert done[:3] == [file, "named", above]
+    assert set(done[3:-2]) == {part.stat().st_ino for part in parts}
+    assert done[-2:] == ["named", above]
+
+
 def test_only_a_folder_may_refuse_to_be_synced(tmp_path, monkeypatch):
     def refuses(handle):
         raise OSError(22, "no sync here")
